@@ -1,0 +1,124 @@
+"""What an array tells about itself: its library, its place, its type."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnxp._errors import DeviceMismatch, DtypeMismatch
+
+Array: TypeAlias = Any
+"""An n-dimensional array of NumPy, CuPy or the simulated device."""
+
+HostArray: TypeAlias = NDArray[Any]
+"""A NumPy array."""
+
+Shape: TypeAlias = tuple[int, ...]
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""The types a model can have."""
+
+_MODULES: dict[type, ModuleType] = {np.ndarray: np}
+_DEVICE_NAMES = {"cupy": "cuda"}  # a place is called by its device: cuda:0, sim:1
+
+
+def _module_of(kind: type) -> ModuleType | None:
+    """The library whose `ndarray` this type is or derives from; libraries stay unimported."""
+    for base in kind.__mro__:
+        package = base.__module__
+        for name in (package, package.partition(".")[0]):
+            module = sys.modules.get(name)
+            if module is not None and getattr(module, "ndarray", None) is base:
+                return module
+    return None
+
+
+def is_array(x: object) -> bool:
+    """Whether x is an array of a library that nnxp knows."""
+    return type(x) in _MODULES or _learn(type(x)) is not None
+
+
+def _learn(kind: type) -> ModuleType | None:
+    module = _module_of(kind)
+    if module is not None:
+        _MODULES[kind] = module
+    return module
+
+
+def xp_of(x: Array) -> Any:
+    """The library of an array, as a module to compute with: numpy, cupy or nnxp.sim."""
+    try:
+        return _MODULES[type(x)]
+    except KeyError:
+        module = _learn(type(x))
+        if module is None:
+            raise DtypeMismatch(
+                f"{type(x).__module__}.{type(x).__qualname__} is not an array that nnxp knows "
+                "(numpy.ndarray or cupy.ndarray); numpy.asarray(x) may make it one"
+            ) from None
+        return module
+
+
+def library_of(x: Array) -> str:
+    """The name of an array's library: "numpy", "cupy" or "sim"."""
+    name: str = xp_of(x).__name__
+    return name.rpartition(".")[2]
+
+
+def get_array_module(*arrays: object) -> Any:
+    """The library that all the arrays among the arguments belong to, NumPy if there is none.
+
+    Scalars, None and lists do not count. Arrays of two libraries raise DeviceMismatch.
+    Named as in CuPy: `xp = nnxp.get_array_module(x)`.
+    """
+    found = {id(xp_of(x)): xp_of(x) for x in arrays if is_array(x)}
+    if len(found) > 1:
+        names = " and ".join(sorted({place_of(x) for x in arrays if is_array(x)}))
+        raise DeviceMismatch(
+            f"arrays in different places: {names}; nnxp.asnumpy(x) or "
+            "nnxp.to_backend(x, ...) brings them together"
+        )
+    return next(iter(found.values()), np)
+
+
+def place_of(x: Array) -> str:
+    """Where an array lives: "cpu", "cuda:0", "sim:1"."""
+    library = library_of(x)  # refuses what is not an array
+    device = x.device
+    if isinstance(device, str):
+        return device
+    return f"{_DEVICE_NAMES.get(library, library)}:{device.id}"
+
+
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """Whether a model can compute in this type."""
+    return dtype.name in FLOATS
+
+
+def float_dtype(dtype: object) -> np.dtype[Any]:
+    """The dtype for a name or dtype; DtypeMismatch for what no model computes in."""
+    if str(dtype) == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise DtypeMismatch(
+                "bfloat16 needs the package ml_dtypes; pip install ml_dtypes brings it"
+            ) from None
+        brain: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return brain
+    try:
+        result: np.dtype[Any] | None = np.dtype(dtype)  # type: ignore[call-overload]
+    except TypeError:
+        result = None
+    if result is None or not is_floating(result):
+        raise DtypeMismatch(f"a model's dtype is one of {', '.join(FLOATS)}, not {dtype!r}")
+    return result.newbyteorder("=")
+
+
+def is_numeric(dtype: np.dtype[Any]) -> bool:
+    """Whether rows of this type can be converted to a model's type without guessing."""
+    return dtype.kind in "fiub" or is_floating(dtype)

@@ -1,0 +1,103 @@
+"""What can go wrong, and where in a model it went wrong.
+
+NnxpError
+├── ShapeError (ValueError)            an array's shape does not fit
+├── DtypeMismatch (TypeError)          an array's type does not fit
+├── DeviceMismatch (TypeError)         arrays that must meet are in different places
+├── BackendUnavailable (RuntimeError)  what was asked for cannot run here
+├── CheckpointError (ValueError)       a file is not a model that can be trusted
+├── OptionError (ValueError)           an argument has a value that means nothing here
+├── ConversionError (ValueError)       another library's model has no counterpart here
+└── OutOfMemory (MemoryError)          not even one row fits
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+__all__ = [
+    "BackendUnavailable",
+    "CheckpointError",
+    "ConversionError",
+    "DeviceMismatch",
+    "DtypeMismatch",
+    "NnxpError",
+    "OptionError",
+    "OutOfMemory",
+    "ShapeError",
+]
+
+
+class NnxpError(Exception):
+    """The root of every error that nnxp raises on purpose; `path` names the layer, if one did."""
+
+    path: str = ""
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{self.path} {message}" if self.path else message
+
+
+class ShapeError(NnxpError, ValueError):
+    """An array's shape does not fit: the message says what was wanted and what came."""
+
+
+class DtypeMismatch(NnxpError, TypeError):
+    """An array's type does not fit: the message says what was wanted and how to convert."""
+
+
+class DeviceMismatch(NnxpError, TypeError):
+    """Arrays that must meet are in different places: the message names both and the mend."""
+
+
+class BackendUnavailable(NnxpError, RuntimeError):
+    """What was asked for cannot run here: `reason` says why, `hint` what to do about it."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason, hint)
+        self.reason, self.hint = reason, hint
+
+    def __str__(self) -> str:
+        return f"{self.reason}. {self.hint}" if self.hint else self.reason
+
+
+class CheckpointError(NnxpError, ValueError):
+    """A file is truncated, mislabelled or hostile; nothing was loaded from it."""
+
+
+class OptionError(NnxpError, ValueError):
+    """An argument has a value that means nothing here: the message lists what does."""
+
+
+class ConversionError(NnxpError, ValueError):
+    """A model of another library has no counterpart in nnxp."""
+
+
+class OutOfMemory(NnxpError, MemoryError):
+    """Not even one row fits into the memory that may be used."""
+
+
+class naming:
+    """Puts `name` in front of the path of whatever error leaves the block.
+
+    An error from deep inside a model passes one of these at every level, so it arrives with
+    the whole path of the layer: `layers.3.inner.layers.0`.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception):
+            inner = getattr(error, "path", "")
+            error.path = f"{self.name}.{inner}" if inner else self.name  # type: ignore[attr-defined]

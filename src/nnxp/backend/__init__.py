@@ -1,0 +1,173 @@
+"""Choosing where to compute.
+
+An explicit argument beats `use_backend(...)`, which beats `set_backend(...)`, which beats the
+environment variable NNXP_BACKEND, which beats the automatic choice: a usable GPU, else the CPU.
+"auto" at any of these levels asks the next one. A choice that cannot be met raises
+BackendUnavailable; only the automatic choice falls back, and `backend.why` says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from nnxp._arrays import Array, HostArray, get_array_module, is_array, place_of
+from nnxp._errors import BackendUnavailable, DtypeMismatch
+from nnxp.backend._base import Availability, Backend, Memory, Sweep
+
+__all__ = [
+    "Availability",
+    "Backend",
+    "Memory",
+    "Sweep",
+    "asnumpy",
+    "available_backends",
+    "get_array_module",
+    "get_backend",
+    "home_of",
+    "set_backend",
+    "to_backend",
+    "use_backend",
+]
+
+# The table of backends: the name of the library, what its devices are called, and its module,
+# which has availability(index) and connect(index, why).
+_TABLE = (
+    ("cupy", "cuda", "nnxp.backend.cuda"),
+    ("numpy", "cpu", "nnxp.backend.cpu"),
+    ("sim", "sim", "nnxp.backend.sim"),
+)
+_AUTOMATIC = ("cupy", "numpy")  # in this order; the last one is always there
+
+_used: ContextVar[str] = ContextVar("nnxp_backend", default="auto")
+_set = "auto"
+
+
+def get_backend(backend: str | Backend = "auto") -> Backend:
+    """The backend of this name: "auto", "numpy" or "cpu", "cupy" or "cuda", "cuda:1", "sim".
+
+    A Backend is returned as it is. Raises BackendUnavailable, with the reason and a hint, for an
+    unknown name, an unknown device, and a backend that cannot be used here.
+    """
+    if isinstance(backend, Backend):
+        return backend
+    for name, asked_by in (
+        (backend, f"backend={backend!r}"),
+        (_used.get(), f"use_backend({_used.get()!r})"),
+        (_set, f"set_backend({_set!r})"),
+        (_environment(), f"NNXP_BACKEND={_environment()}"),
+    ):
+        if name != "auto":
+            return _connect(name, asked_by)
+    return _choose()
+
+
+@contextmanager
+def use_backend(backend: str | Backend) -> Iterator[Backend]:
+    """Within the block, in this thread or asyncio task only, `backend` is the default."""
+    found = get_backend(backend)
+    token = _used.set(_name(backend))
+    try:
+        yield found
+    finally:
+        _used.reset(token)
+
+
+def set_backend(backend: str | Backend) -> Backend:
+    """From now on, in every thread of this process, `backend` is the default."""
+    global _set
+    found = get_backend(backend)
+    _set = _name(backend)
+    return found
+
+
+def available_backends() -> dict[str, Availability]:
+    """For every backend whether it can be used here, and if not, why, and what mends it."""
+    found = {}
+    for name, _, module in _TABLE:
+        try:
+            found[name] = _availability(module, 0)
+        except BackendUnavailable as error:
+            found[name] = Availability(False, error.reason, error.hint)
+    return found
+
+
+def to_backend(x: Array, backend: str | Backend = "auto") -> Array:
+    """x on this backend: as it is if it lives there, else a copy. Lists become arrays.
+
+    Raises BackendUnavailable as get_backend does, and DtypeMismatch for objects and strings.
+    """
+    target = get_backend(backend)
+    if is_array(x) and place_of(x) == target.device:
+        return x
+    host = asnumpy(x)
+    if host.dtype.kind in "OSU":
+        raise DtypeMismatch(f"an array of {host.dtype} cannot be moved to {target.device}")
+    return target.put(host)
+
+
+def asnumpy(x: Array) -> HostArray:
+    """x as a NumPy array: as it is if it is one, else a copy in host memory."""
+    if is_array(x) and place_of(x) != "cpu":
+        return home_of(place_of(x)).get(x)
+    import numpy as np
+
+    return np.asarray(x)
+
+
+def home_of(place: str) -> Backend:
+    """The backend for a place where an array was found, such as "cuda:0"."""
+    return _connect(place, f"an array on {place}")
+
+
+def _name(backend: str | Backend) -> str:
+    return backend.device if isinstance(backend, Backend) else backend
+
+
+def _environment() -> str:
+    return os.environ.get("NNXP_BACKEND", "").strip() or "auto"
+
+
+def _connect(name: str, asked_by: str) -> Backend:
+    match = re.fullmatch(r"([a-z]+)(?::(\d+))?", str(name).lower())
+    row = next((row for row in _TABLE if match and match[1] in row[:2]), None)
+    if match is None or row is None:
+        names = ", ".join(dict.fromkeys(word for each in _TABLE for word in each[:2]))
+        raise BackendUnavailable(
+            f"{asked_by}: there is no backend {name!r}",
+            f'The names are auto, {names}, and a device such as "cuda:1"',
+        )
+    index = int(match[2] or 0)
+    found = _availability(row[2], index)
+    if not found.ok:
+        raise BackendUnavailable(f"{asked_by}: {found.reason}", found.hint)
+    backend: Backend = _module(row[2]).connect(index, f"{found.reason}; {asked_by}")
+    return backend
+
+
+def _choose() -> Backend:
+    refused: list[str] = []
+    for name, _, module in _TABLE:
+        if name not in _AUTOMATIC:
+            continue
+        found = _availability(module, 0)
+        if found.ok:
+            why = "; ".join([found.reason, "chosen automatically", *refused])
+            backend: Backend = _module(module).connect(0, why)
+            return backend
+        refused.append(f"no GPU: {found.reason}")
+    raise AssertionError("the last automatic backend is always there")
+
+
+def _availability(module: str, index: int) -> Availability:
+    found: Availability = _module(module).availability(index)
+    return found
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)

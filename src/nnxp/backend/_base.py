@@ -1,0 +1,147 @@
+"""What every backend is: an array library on a device, and how rows are swept through it."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from nnxp._arrays import Array, HostArray, Shape
+from nnxp._errors import BackendUnavailable
+
+
+class Source(Protocol):
+    """Rows to be read: an array, a memory map, or anything with `shape` and slicing."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used here; if not, why, and what mends it."""
+
+    ok: bool
+    reason: str
+    hint: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device's memory: `free` for new arrays, `total`, and `used` by our library."""
+
+    free: int
+    total: int
+    used: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep of rows through a function: what an engine asks of a backend.
+
+    fn takes rows on the device and answers with as many rows on the device; `rows` holds host
+    rows, `out` is a host array to fill. `row_bytes` is what a row costs on the device at the
+    widest point, `row_work` the multiply-adds it takes. `limit` bounds the bytes in use,
+    `most_rows` the rows that go together, `done` hears how many rows were finished.
+    """
+
+    fn: Callable[[Array], Array]
+    rows: Source
+    out: HostArray
+    row_bytes: int
+    row_work: int
+    limit: int | None = None
+    most_rows: int | None = None
+    workers: int | None = None
+    done: Callable[[int], None] = field(default=lambda rows: None)
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def read(self, rows: slice) -> HostArray:
+        """These rows as a host array, whatever holds them."""
+        return np.asarray(self.rows[rows])
+
+
+@dataclass(frozen=True)
+class Backend(ABC):
+    """An array library on a device.
+
+    `name` is the library ("numpy", "cupy", "sim"), `device` the place ("cpu", "cuda:0"), and
+    `why` says how the choice was made.
+    """
+
+    name: str
+    device: str
+    why: str = field(compare=False)
+
+    @property
+    @abstractmethod
+    def xp(self) -> Any:
+        """The array library as a module: numpy, cupy or nnxp.sim."""
+
+    @abstractmethod
+    def put(self, x: HostArray) -> Array:
+        """A host array, as an array of this backend."""
+
+    @abstractmethod
+    def get(self, x: Array) -> HostArray:
+        """An array of this backend, as a host array."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """How much memory the device has, and has left."""
+
+    @abstractmethod
+    def current(self) -> AbstractContextManager[Any]:
+        """A block in which this device is the current one; afterwards the caller's is again."""
+
+    @abstractmethod
+    def sweep(self, sweep: Sweep) -> int:
+        """Push all rows through sweep.fn into sweep.out; answers with the rows that went together.
+
+        Raises OutOfMemory if not even one row fits.
+        """
+
+    def __repr__(self) -> str:
+        return f"Backend({self.name!r}, {self.device!r}, {self.why!r})"
+
+
+class ForkGuard:
+    """Knows whether a device was in use before this process was forked from its parent.
+
+    A device's state does not survive a fork: the child must not touch it.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.pid: int | None = None
+
+    def check(self) -> None:
+        """Raise in a child forked from a process that has used the device."""
+        if self.pid is not None and self.pid != os.getpid():
+            raise BackendUnavailable(
+                f"this process was forked from one that had already used {self.what}, "
+                "whose state does not survive a fork",
+                'Start workers with multiprocessing.get_context("spawn"), or use '
+                'backend="numpy" in them',
+            )
+
+    def mark(self) -> None:
+        """Remember that this process uses the device."""
+        self.check()
+        self.pid = os.getpid()

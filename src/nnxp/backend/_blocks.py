@@ -1,0 +1,56 @@
+"""The sweep over blocks that every device shares: in, through, out, and smaller if it must be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nnxp._errors import OutOfMemory
+
+if TYPE_CHECKING:
+    from nnxp.backend._base import Backend, Sweep
+
+MOST_ROWS = 65536
+MARGIN = 0.8  # of the free memory: allocators round up, and others use the device too
+
+
+def first_block(sweep: Sweep, free: int) -> int:
+    """Rows to begin with: what fits into the limit, or into a fair part of what is free."""
+    budget = int(free * MARGIN) if sweep.limit is None else min(sweep.limit, free)
+    most = MOST_ROWS if sweep.most_rows is None else min(sweep.most_rows, MOST_ROWS)
+    fits = budget // max(sweep.row_bytes, 1)
+    if fits < 1 and sweep.limit is not None and sweep.limit <= free:
+        raise OutOfMemory(
+            f"memory_limit={sweep.limit:,} bytes does not hold one row, which needs "
+            f"{sweep.row_bytes:,}; raise the limit"
+        )
+    return max(1, min(fits, most, len(sweep)))
+
+
+def sweep_blocks(backend: Backend, sweep: Sweep) -> int:
+    """Block by block: one copy in, one copy out. Halves the block when the device is full."""
+    block, start = first_block(sweep, backend.memory().free), 0
+    while start < len(sweep):
+        rows = slice(start, min(start + block, len(sweep)))
+        if _one_block(backend, sweep, rows):
+            sweep.done(rows.stop - rows.start)
+            start = rows.stop
+        elif block == 1:
+            raise OutOfMemory(
+                f"{backend.device} has no memory for even one row, which needs about "
+                f"{sweep.row_bytes:,} bytes; {backend.memory().free:,} are free"
+            )
+        else:
+            block = max(1, block // 2)
+    return block
+
+
+def _one_block(backend: Backend, sweep: Sweep, rows: slice) -> bool:
+    """Whether the block went through. The except clause is left before anything else is tried:
+    while an exception is alive, its traceback keeps the arrays of the failed attempt alive."""
+    try:
+        sweep.out[rows] = backend.get(sweep.fn(backend.put(sweep.read(rows))))
+    except MemoryError as error:
+        if isinstance(error, OutOfMemory):
+            raise
+        return False
+    return True

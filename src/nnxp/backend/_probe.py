@@ -1,0 +1,123 @@
+"""Is this GPU usable, and if not, why, and what mends it?
+
+A device count above zero proves little: NVRTC may be missing, the card too old for the wheel, or
+the results wrong without an error. So a GPU is usable when it has compiled and run an elementwise
+kernel, a matrix product and a reduction over negative numbers, and all three came back right.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from importlib.metadata import distributions
+from typing import Any
+
+from nnxp.backend._base import Availability, ForkGuard
+
+guard = ForkGuard("CUDA")
+_answers: dict[tuple[int, int], Availability] = {}
+
+INSTALL = 'pip install "nnxp[cuda13]" (or "nnxp[cuda12]" for an older driver)'
+
+
+def cupy_wheels() -> dict[str, str]:
+    """The installed distributions that bring the package cupy, with their versions."""
+    found = {}
+    for each in distributions():
+        name = re.sub(r"[-_.]+", "-", each.metadata["Name"] or "").lower()
+        if name == "cupy" or re.fullmatch(r"cupy-(cuda|rocm).*", name):
+            found[name] = each.version
+    return found
+
+
+def probe(index: int = 0) -> Availability:
+    """Whether the CUDA device `index` is usable; asked once per process and device."""
+    guard.check()
+    key = os.getpid(), index
+    if key not in _answers:
+        _answers[key] = _ask(index)
+    return _answers[key]
+
+
+def _ask(index: int) -> Availability:
+    if importlib.util.find_spec("cupy") is None:
+        return Availability(False, "CuPy is not installed", INSTALL + " brings it")
+    try:
+        import cupy
+    except Exception as error:
+        return _failed("CuPy is installed but cannot be imported", error)
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        return _no_device(cupy, error)
+    if count == 0:
+        return Availability(
+            False, "CuPy is installed, but there is no CUDA device", _VISIBLE + _OR_NUMPY
+        )
+    if index >= count:
+        return Availability(
+            False,
+            f"there is no cuda:{index}: this process sees {count} CUDA device(s)",
+            f"Use cuda:0 to cuda:{count - 1}, or look at CUDA_VISIBLE_DEVICES",
+        )
+    try:
+        guard.mark()
+        with cupy.cuda.Device(index):
+            wrong = _wrong_answers(cupy)
+            name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+    except Exception as error:
+        return _failed(f"cuda:{index} is there, but does not compute", error)
+    if wrong:
+        return Availability(
+            False,
+            f"{name} (cuda:{index}) computes wrong numbers: {', '.join(wrong)}",
+            "The card may be too old for this CuPy wheel: try another (cupy-cuda12x)" + _OR_NUMPY,
+        )
+    return Availability(True, name)
+
+
+_OR_NUMPY = ', or use backend="numpy"'
+_VISIBLE = "Look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+
+
+def _wrong_answers(cupy: Any) -> list[str]:
+    """The names of the questions that the current device answers wrongly."""
+    x = cupy.asarray([[-1.0, -2.0], [-3.0, -4.0]], dtype="float32")
+    answers = {
+        "elementwise": (cupy.exp(x * 0) - x).get().ravel().tolist() == [2, 3, 4, 5],
+        "product": cupy.matmul(x, x).get().ravel().tolist() == [7, 10, 15, 22],
+        "reduction": (float(x.max()), float(x.sum())) == (-1.0, -10.0),
+    }
+    return [question for question, right in answers.items() if not right]
+
+
+def _no_device(cupy: Any, error: Exception) -> Availability:
+    said = str(error)
+    if "InsufficientDriver" in said:
+        cuda = cupy.cuda.runtime.runtimeGetVersion() // 1000
+        return Availability(
+            False,
+            f"CuPy {cupy.__version__} is installed, but no GPU answers: the CUDA driver is missing "
+            f"or older than CUDA {cuda} (cudaErrorInsufficientDriver)",
+            f"Install or update the NVIDIA driver, install a CuPy for an older CUDA{_OR_NUMPY}",
+        )
+    if "NoDevice" in said:
+        return Availability(
+            False,
+            "CuPy and a driver are installed, but no CUDA device is visible (cudaErrorNoDevice)",
+            _VISIBLE + _OR_NUMPY,
+        )
+    return _failed("CuPy is installed, but CUDA does not start", error)
+
+
+def _failed(what: str, error: Exception) -> Availability:
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    hint = "Reinstall CuPy: " + INSTALL
+    if "nvrtc" in said.lower() or "cuda_fp16" in said or "vector_types" in said:
+        hint = "A part of the CUDA toolkit is missing: " + INSTALL + " brings all of it"
+    elif len(cupy_wheels()) > 1:
+        hint = f"Two CuPy wheels are installed ({', '.join(cupy_wheels())}): uninstall all but one"
+    elif "ermission" in said:
+        hint = "Set CUPY_CACHE_DIR to a folder that can be written"
+    return Availability(False, f"{what} ({said[:300]})", hint + _OR_NUMPY)

@@ -1,0 +1,473 @@
+"""A pretend GPU: NumPy behind a wall.
+
+Its arrays live on `Device(0)` or `Device(1)`. As CuPy's do, they refuse to meet a NumPy array, an
+array of the other device, or a device that is not the current one; they never become NumPy arrays
+silently, and reductions give 0-d arrays. Each device counts what crosses the wall, can be given a
+byte limit beyond which it raises OutOfMemoryError, and fills memory that is not yet written, or no
+longer owned, with NaN. It shows that code keeps the rules, not that CUDA is right.
+
+    with nnxp.sim.Device(0):
+        x = nnxp.sim.asarray(host)      # in: counted
+        y = nnxp.sim.exp(x)             # on the device
+        y.get()                         # out: counted
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import TracebackType
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from nnxp._arrays import HostArray
+
+DEVICES = 2
+"""How many simulated devices there are."""
+
+SHARED = frozenset(
+    [
+        "abs",
+        "absolute",
+        "add",
+        "all",
+        "any",
+        "argmax",
+        "argmin",
+        "argsort",
+        "broadcast_to",
+        "ceil",
+        "clip",
+        "concatenate",
+        "copyto",
+        "cos",
+        "divide",
+        "einsum",
+        "equal",
+        "exp",
+        "expand_dims",
+        "expm1",
+        "floor",
+        "greater",
+        "greater_equal",
+        "isfinite",
+        "isinf",
+        "isnan",
+        "less",
+        "less_equal",
+        "log",
+        "log1p",
+        "logaddexp",
+        "logical_and",
+        "logical_not",
+        "logical_or",
+        "matmul",
+        "max",
+        "maximum",
+        "mean",
+        "min",
+        "minimum",
+        "moveaxis",
+        "multiply",
+        "negative",
+        "not_equal",
+        "power",
+        "prod",
+        "reciprocal",
+        "reshape",
+        "round",
+        "sign",
+        "sin",
+        "split",
+        "sqrt",
+        "square",
+        "squeeze",
+        "stack",
+        "subtract",
+        "sum",
+        "swapaxes",
+        "take",
+        "tanh",
+        "tensordot",
+        "transpose",
+        "tril",
+        "triu",
+        "var",
+        "where",
+    ]
+)
+"""The functions of this library: they stand in NumPy and in CuPy under these names."""
+
+_CREATORS = frozenset(
+    "arange empty empty_like full full_like ones ones_like zeros zeros_like".split()
+)
+_CONSTANTS = frozenset(
+    "bool_ e finfo float16 float32 float64 iinfo inf int32 int64 nan newaxis pi uint8".split()
+)
+
+
+class OutOfMemoryError(MemoryError):
+    """The device's byte limit is reached."""
+
+
+@dataclass
+class Count:
+    """What happened at the wall: arrays copied in and out, waits, and silent crossings.
+
+    `implicit` counts the crossings that code did not spell out: float(x), bool(x), x.item().
+    """
+
+    put: int = 0
+    get: int = 0
+    synchronize: int = 0
+    implicit: int = 0
+
+
+class Device:
+    """One simulated device; `with Device(1):` makes it the current one in this thread."""
+
+    _all: ClassVar[dict[int, Device]] = {}
+    _current: ClassVar = threading.local()
+
+    id: int
+    limit: int | None
+    used: int
+    peak: int
+    count: Count
+
+    def __new__(cls, index: int = 0) -> Device:
+        if index not in range(DEVICES):
+            raise ValueError(f"there are {DEVICES} simulated devices, 0 to {DEVICES - 1}: {index}")
+        if index not in cls._all:
+            device = super().__new__(cls)
+            device.id, device.used = index, 0
+            device._lock = threading.Lock()
+            device.reset()
+            cls._all[index] = device
+        return cls._all[index]
+
+    _lock: threading.Lock
+
+    def reset(self) -> None:
+        """Forget the counts, the peak and the limit; memory in use stays in use."""
+        self.limit, self.peak, self.count = None, self.used, Count()
+
+    @classmethod
+    def current(cls) -> Device:
+        stack = getattr(cls._current, "stack", None)
+        return stack[-1] if stack else Device(0)
+
+    def __enter__(self) -> Device:
+        if not hasattr(self._current, "stack"):
+            self._current.stack = []
+        self._current.stack.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._current.stack.pop()
+
+    def synchronize(self) -> None:
+        self.tally("synchronize")
+
+    def tally(self, event: str) -> None:
+        with self._lock:
+            setattr(self.count, event, getattr(self.count, event) + 1)
+
+    def _claim(self, size: int) -> None:
+        with self._lock:
+            if self.limit is not None and self.used + size > self.limit:
+                raise OutOfMemoryError(
+                    f"out of memory on {self}: {size:,} bytes asked for, {self.used:,} of "
+                    f"{self.limit:,} in use"
+                )
+            self.used += size
+            self.peak = max(self.peak, self.used)
+
+    def _release(self, size: int) -> None:
+        with self._lock:
+            self.used -= size
+
+    def __reduce__(self) -> tuple[type[Device], tuple[int]]:
+        return Device, (self.id,)
+
+    def __repr__(self) -> str:
+        return f"sim:{self.id}"
+
+
+class _Memory:
+    """One allocation: it is counted while it lives and poisoned when it dies."""
+
+    def __init__(self, host: HostArray, device: Device) -> None:
+        self.size = 0  # so that __del__ gives back nothing if the claim fails
+        device._claim(host.nbytes)
+        self.host, self.device, self.size = host, device, host.nbytes
+
+    def __del__(self) -> None:
+        if self.size:
+            _poison(self.host)
+            self.device._release(self.size)
+
+
+def _poison(host: HostArray) -> None:
+    if host.dtype.kind in "fV" and host.flags.writeable:
+        host.fill(np.nan)
+
+
+class ndarray(NDArrayOperatorsMixin):
+    """An array on a simulated device; made by the functions of this module."""
+
+    __slots__ = ("__weakref__", "_host", "_memory", "device")
+
+    def __init__(self, host: HostArray, memory: _Memory) -> None:
+        self._host, self._memory, self.device = host, memory, memory.device
+
+    # what it is
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._host.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._host.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self._host.ndim
+
+    @property
+    def size(self) -> int:
+        return self._host.size
+
+    @property
+    def nbytes(self) -> int:
+        return self._host.nbytes
+
+    @property
+    def itemsize(self) -> int:
+        return self._host.itemsize
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self._host.strides
+
+    @property
+    def flags(self) -> Any:
+        return self._host.flags
+
+    @property
+    def T(self) -> ndarray:
+        return self._view(self._host.T)
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __repr__(self) -> str:
+        return f"<sim.ndarray {self.dtype}{list(self.shape)} on {self.device}>"
+
+    # across the wall
+    def get(self, out: HostArray | None = None) -> HostArray:
+        """A copy in host memory, or `out` filled with one."""
+        self.device.tally("get")
+        if out is None:
+            return self._host.copy()
+        if out.shape != self.shape or out.dtype != self.dtype:
+            raise ValueError(f"out is {out.dtype}{out.shape}, not {self.dtype}{self.shape}")
+        out[...] = self._host
+        return out
+
+    def set(self, host: HostArray) -> None:
+        """Fill with a host array of the same shape and type."""
+        if host.shape != self.shape or host.dtype != self.dtype:
+            raise ValueError(f"{host.dtype}{host.shape} does not fit {self.dtype}{self.shape}")
+        self.device.tally("put")
+        self._host[...] = host
+
+    def __array__(self, *args: object, **kwargs: object) -> Any:
+        raise TypeError(
+            "Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct "
+            "a NumPy array explicitly."
+        )
+
+    def _scalar(self) -> Any:
+        self.device.tally("implicit")
+        return self._host.item()
+
+    def item(self) -> Any:
+        return self._scalar()
+
+    def __float__(self) -> float:
+        return float(self._scalar())
+
+    def __int__(self) -> int:
+        return int(self._scalar())
+
+    def __bool__(self) -> bool:
+        return bool(self._scalar())
+
+    # computing
+    def _view(self, host: HostArray) -> ndarray:
+        made: ndarray = _wrap(host, self.device, [self])
+        return made
+
+    def __getitem__(self, key: Any) -> ndarray:
+        self._check_current()
+        return self._view(np.asarray(self._host[_unwrap(key)]))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._check_current()
+        self._host[_unwrap(key)] = _unwrap(value)
+
+    def reshape(self, *shape: Any) -> ndarray:
+        return self._view(self._host.reshape(*shape))
+
+    def swapaxes(self, a: int, b: int) -> ndarray:
+        return self._view(self._host.swapaxes(a, b))
+
+    def transpose(self, *axes: Any) -> ndarray:
+        return self._view(self._host.transpose(*axes))
+
+    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
+        self._check_current()
+        host = self._host.astype(dtype, copy=copy)
+        return self if host is self._host else self._view(host)
+
+    def copy(self) -> ndarray:
+        return self._view(self._host.copy())
+
+    def fill(self, value: float) -> None:
+        self._check_current()
+        self._host.fill(value)
+
+    def _reduce(self, name: str, **kwargs: Any) -> ndarray:
+        self._check_current()
+        result: ndarray = _call(getattr(np, name), (self,), kwargs)
+        return result
+
+    def sum(self, axis: Any = None, **kwargs: Any) -> ndarray:
+        return self._reduce("sum", axis=axis, **kwargs)
+
+    def mean(self, axis: Any = None, **kwargs: Any) -> ndarray:
+        return self._reduce("mean", axis=axis, **kwargs)
+
+    def max(self, axis: Any = None, **kwargs: Any) -> ndarray:
+        return self._reduce("max", axis=axis, **kwargs)
+
+    def min(self, axis: Any = None, **kwargs: Any) -> ndarray:
+        return self._reduce("min", axis=axis, **kwargs)
+
+    def argmax(self, axis: Any = None, **kwargs: Any) -> ndarray:
+        return self._reduce("argmax", axis=axis, **kwargs)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        return _call(getattr(ufunc, method), args, kwargs)
+
+    def __array_function__(self, fn: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if fn.__name__ not in SHARED:
+            return NotImplemented
+        return _call(fn, args, kwargs)
+
+    def _check_current(self) -> None:
+        current = Device.current()
+        if self.device is not current:
+            raise ValueError(
+                "Array device must be same as the current device: "
+                f"array device = {self.device.id} while current = {current.id}"
+            )
+
+
+def _unwrap(x: Any) -> Any:
+    if isinstance(x, ndarray):
+        x._check_current()
+        return x._host
+    if isinstance(x, np.ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+    if isinstance(x, tuple | list):
+        return type(x)(map(_unwrap, x))
+    return x
+
+
+def _wrap(host: Any, device: Device, sources: list[ndarray] | None = None) -> Any:
+    """A result on the device: a view if it shares a source's memory, else memory of its own."""
+    if isinstance(host, np.ndarray | np.generic):
+        array = np.asarray(host)
+        for source in sources or []:
+            if array.base is not None and np.may_share_memory(array, source._memory.host):
+                return ndarray(array, source._memory)
+        return ndarray(array, _Memory(array, device))
+    if isinstance(host, tuple | list):
+        return type(host)(_wrap(x, device, sources) for x in host)
+    return host
+
+
+def _call(fn: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    out = kwargs.pop("out", None)
+    out = out[0] if isinstance(out, tuple) else out
+    kwargs = {name: _unwrap(value) for name, value in kwargs.items()}
+    if out is not None:
+        kwargs["out"] = _unwrap(out)
+    result = fn(*_unwrap(tuple(args)), **kwargs)
+    if out is not None:
+        return out
+    return _wrap(result, Device.current(), [x for x in args if isinstance(x, ndarray)])
+
+
+def asarray(x: Any, dtype: Any = None) -> ndarray:
+    """x on the current device: a host array is copied in and counted, a device array stays."""
+    if isinstance(x, ndarray):
+        return x if dtype is None else x.astype(dtype, copy=False)
+    device = Device.current()
+    array: ndarray = _wrap(np.array(x, dtype=dtype), device)
+    device.tally("put")
+    return array
+
+
+array = asarray
+
+
+def asnumpy(x: ndarray) -> HostArray:
+    """A copy of x in host memory, counted."""
+    return x.get()
+
+
+@cache
+def _shared(name: str) -> Callable[..., Any]:
+    fn = getattr(np, name)
+
+    def shared(*args: Any, **kwargs: Any) -> Any:
+        return _call(fn, args, kwargs)
+
+    shared.__name__ = name
+    return shared
+
+
+@cache
+def _creator(name: str) -> Callable[..., Any]:
+    make = getattr(np, name)
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        made = make(*_unwrap(args), **kwargs)
+        if name.startswith("empty"):
+            _poison(made)
+        return _wrap(made, Device.current())
+
+    create.__name__ = name
+    return create
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CONSTANTS:
+        return getattr(np, name)
+    if name in SHARED:
+        return _shared(name)
+    if name in _CREATORS:
+        return _creator(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
