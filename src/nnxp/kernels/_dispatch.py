@@ -1,0 +1,84 @@
+"""A kernel: a named piece of math with one reference body, and fused bodies for some libraries.
+
+The reference body is the definition. It is written with the names that NumPy and CuPy share, in
+float32 or float64: arrays of 16-bit floats are widened on the way in, and the result is rounded
+once on the way out, so that no backend accumulates in 16 bits. A fused body takes the arrays as
+they are and owes the same result.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any
+
+from nnxp._arrays import Array, library_of
+
+Body = Callable[..., Array]
+
+# Where the fused bodies of a library stand; imported when the first array of that library comes.
+_FUSED = {"cupy": "nnxp.kernels.cuda"}
+
+KERNELS: dict[str, Kernel] = {}
+"""Every kernel by name."""
+
+
+class Kernel:
+    """A named function of arrays. Arrays are positional arguments, options are keywords.
+
+    Kernels leave their inputs as they are, except an elementwise one that is given `out=`.
+    """
+
+    __name__: str
+
+    def __init__(self, reference: Body) -> None:
+        update_wrapper(self, reference)
+        self.reference = reference
+        self._fused: dict[str, Body] = {}
+        self._body: dict[type, Body] = {}
+        KERNELS[self.__name__] = self
+
+    def on(self, library: str) -> Callable[[Body], Body]:
+        """Decorator: this function is the fused body for arrays of `library`."""
+
+        def register(body: Body) -> Body:
+            self._fused[library] = body
+            self._body.clear()
+            return body
+
+        return register
+
+    def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Array:
+        body = self._body.get(type(x)) or self._find(x)
+        return body(x, *arrays, **options)
+
+    def _find(self, x: Array) -> Body:
+        library = library_of(x)
+        if library in _FUSED:
+            importlib.import_module(_FUSED[library])
+        body = self._fused.get(library, self._widened)
+        self._body[type(x)] = body
+        return body
+
+    def _widened(self, x: Array, *arrays: Array | None, **options: Any) -> Array:
+        if x.dtype.itemsize != 2:
+            return self.reference(x, *arrays, **options)
+        wide = [None if a is None else a.astype("float32") for a in (x, *arrays)]
+        out = options.pop("out", None)
+        result = self.reference(*wide, **options).astype(x.dtype)
+        if out is None:
+            return result
+        out[...] = result
+        return out
+
+    def __reduce__(self) -> str:
+        return self.__name__
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.__name__}>"
+
+
+def kernel(reference: Body) -> Kernel:
+    """Decorator: this function is the reference body of a kernel of its name."""
+    return Kernel(reference)

@@ -1,0 +1,179 @@
+"""Elementwise functions: each takes `out=`, which may be its own input, to work in place.
+
+All are free of overflow in both tails, so no finite input raises a floating-point warning, and
+NaN goes through every one of them as NaN.
+"""
+
+from __future__ import annotations
+
+from nnxp._arrays import Array, xp_of
+from nnxp.kernels._dispatch import Body, Kernel
+from nnxp.kernels._erf import erf
+
+ACTIVATIONS: dict[str, Kernel] = {}
+"""The activations by name: what `Dense(..., activation=...)` and `Activation(...)` accept."""
+
+
+def activation(reference: Body) -> Kernel:
+    """Decorator: a kernel that is an activation, known by its name."""
+    made = Kernel(reference)
+    ACTIVATIONS[made.__name__] = made
+    return made
+
+
+def _most_exponent(x: Array) -> float:
+    """The largest z whose exp(z), and 1 + exp(z), are finite in the type of x."""
+    return 88.0 if x.dtype.itemsize == 4 else 709.0
+
+
+@activation
+def identity(x: Array, *, out: Array | None = None) -> Array:
+    """y = x"""
+    if out is None:
+        return x
+    if out is not x:
+        out[...] = x
+    return out
+
+
+@activation
+def relu(x: Array, *, out: Array | None = None) -> Array:
+    """y = max(x, 0)   [Nair & Hinton 2010]"""
+    return xp_of(x).maximum(x, 0, out=out)
+
+
+@activation
+def leaky_relu(x: Array, *, negative_slope: float = 0.01, out: Array | None = None) -> Array:
+    """y = x where x > 0, else negative_slope * x   [Maas, Hannun, Ng 2013]"""
+    xp = xp_of(x)
+    below = xp.minimum(x, 0)
+    below *= negative_slope
+    y = xp.maximum(x, 0, out=out)
+    y += below
+    return y
+
+
+def _exponential_below(x: Array, alpha: float, scale: float, out: Array | None) -> Array:
+    """scale * (x where x > 0, else alpha * (exp(x) - 1))"""
+    xp = xp_of(x)
+    below = xp.minimum(x, 0)
+    xp.expm1(below, out=below)
+    below *= alpha * scale
+    y = xp.maximum(x, 0, out=out)
+    if scale != 1:
+        y *= scale
+    y += below
+    return y
+
+
+@activation
+def elu(x: Array, *, alpha: float = 1.0, out: Array | None = None) -> Array:
+    """y = x where x > 0, else alpha * (exp(x) - 1)   [Clevert, Unterthiner, Hochreiter 2015]"""
+    return _exponential_below(x, alpha, 1.0, out)
+
+
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+
+@activation
+def selu(x: Array, *, out: Array | None = None) -> Array:
+    """y = scale * elu(x, alpha), with alpha and scale of [Klambauer et al. 2017]"""
+    return _exponential_below(x, SELU_ALPHA, SELU_SCALE, out)
+
+
+@activation
+def softplus(x: Array, *, out: Array | None = None) -> Array:
+    """y = log(1 + exp(x)), as max(x, 0) + log1p(exp(-|x|))   [Dugas et al. 2001]"""
+    xp = xp_of(x)
+    tail = xp.abs(x)
+    xp.negative(tail, out=tail)
+    xp.exp(tail, out=tail)
+    xp.log1p(tail, out=tail)
+    y = xp.maximum(x, 0, out=out)
+    y += tail
+    return y
+
+
+@activation
+def softsign(x: Array, *, out: Array | None = None) -> Array:
+    """y = x / (1 + |x|)   [Turian, Bergstra, Bengio 2009]"""
+    xp = xp_of(x)
+    below = xp.abs(x)
+    below += 1
+    return xp.divide(x, below, out=out)
+
+
+@activation
+def sigmoid(x: Array, *, out: Array | None = None) -> Array:
+    """y = 1 / (1 + exp(-x)); below -88 (float64: -709) y stays at its value there, about 1e-38"""
+    xp = xp_of(x)
+    y = xp.negative(x, out=out)
+    xp.minimum(y, _most_exponent(x), out=y)
+    xp.exp(y, out=y)
+    y += 1
+    return xp.divide(1, y, out=y)
+
+
+@activation
+def hard_sigmoid(x: Array, *, out: Array | None = None) -> Array:
+    """y = min(max(x / 6 + 1/2, 0), 1), as in Keras 3 and PyTorch"""
+    xp = xp_of(x)
+    y = xp.divide(x, 6, out=out)
+    y += 0.5
+    xp.maximum(y, 0, out=y)
+    return xp.minimum(y, 1, out=y)
+
+
+@activation
+def tanh(x: Array, *, out: Array | None = None) -> Array:
+    """y = tanh(x)"""
+    return xp_of(x).tanh(x, out=out)
+
+
+@activation
+def silu(x: Array, *, out: Array | None = None) -> Array:
+    """y = x * sigmoid(x)   [Elfwing, Uchibe, Doya 2017; swish]"""
+    return xp_of(x).multiply(x, sigmoid(x), out=out)
+
+
+@activation
+def gelu(x: Array, *, out: Array | None = None) -> Array:
+    """y = x * Phi(x) = x/2 * (1 + erf(x / sqrt(2)))   [Hendrycks & Gimpel 2016], exact"""
+    y = erf(x * 0.7071067811865476)
+    y += 1
+    y *= 0.5
+    return xp_of(x).multiply(x, y, out=out)
+
+
+@activation
+def gelu_tanh(x: Array, *, out: Array | None = None) -> Array:
+    """y = x/2 * (1 + tanh(u)) = x * sigmoid(2 u), u = sqrt(2/pi) * (x + 0.044715 x^3)
+
+    The approximation of [Hendrycks & Gimpel 2016] and of GPT-2. Beyond |x| = 32 the sigmoid is 0
+    or 1 in every type, so x is clipped there and its cube cannot overflow.
+    """
+    xp = xp_of(x)
+    u = xp.minimum(x, 32)
+    xp.maximum(u, -32, out=u)
+    square = u * u
+    square *= 0.044715
+    square += 1
+    u *= square
+    u *= 2 * 0.7978845608028654
+    return xp.multiply(x, sigmoid(u, out=u), out=out)
+
+
+@activation
+def mish(x: Array, *, out: Array | None = None) -> Array:
+    """y = x * tanh(softplus(x)) = x * n / (n + 2), n = e^x (e^x + 2)   [Misra 2019]
+
+    Beyond x = 40 the factor is 1 in every type, so x is clipped there and n cannot overflow.
+    """
+    xp = xp_of(x)
+    e = xp.minimum(x, 40)
+    xp.exp(e, out=e)
+    n = e + 2
+    n *= e
+    xp.add(n, 2, out=e)
+    n /= e
+    return xp.multiply(x, n, out=out)

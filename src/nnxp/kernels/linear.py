@@ -1,0 +1,37 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+from math import prod
+
+from nnxp._arrays import Array, xp_of
+from nnxp.kernels._dispatch import Kernel, kernel
+from nnxp.kernels.activations import identity
+
+
+@kernel
+def matmul(x: Array, weight: Array) -> Array:
+    """y = x @ weight
+
+    x (..., i), weight (i, o) -> y (..., o). All leading axes together are the rows of one
+    product: NumPy and CuPy would otherwise run one product for each index of the outer axes.
+    """
+    if x.ndim == 2:
+        return xp_of(x).matmul(x, weight)
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    return xp_of(x).matmul(rows, weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+@kernel
+def linear(
+    x: Array, weight: Array, bias: Array | None = None, *, activation: Kernel = identity
+) -> Array:
+    """y = activation(x @ weight + bias)
+
+    x (..., i), weight (i, o), bias (o,) -> y (..., o), dtype of x. Bias and activation are
+    applied where the product lies, while it is still in cache.
+    """
+    y = matmul(x, weight)
+    if bias is not None:
+        y += bias
+    return activation(y, out=y)

@@ -1,0 +1,35 @@
+"""Softmax and its logarithm, over the last axis; both take `out=`, which may be their input."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nnxp._arrays import Array, xp_of
+from nnxp.kernels.activations import activation
+
+
+@activation
+def softmax(x: Array, *, out: Array | None = None) -> Array:
+    """y_i = exp(x_i - m) / sum_j exp(x_j - m), m = max_j x_j   [Bridle 1990]
+
+    x (..., c) -> y (..., c), every row positive with sum 1. Subtracting the largest keeps exp
+    from overflowing, as analysed by [Blanchard, Higham, Higham 2021, doi:10.1093/imanum/draa038].
+    """
+    xp = xp_of(x)
+    with np.errstate(over="ignore"):  # x - m beyond the largest number: exp makes it the right 0
+        y = xp.subtract(x, x.max(axis=-1, keepdims=True), out=out)
+    xp.exp(y, out=y)
+    y /= y.sum(axis=-1, keepdims=True)
+    return y
+
+
+@activation
+def log_softmax(x: Array, *, out: Array | None = None) -> Array:
+    """y_i = (x_i - m) - log(sum_j exp(x_j - m)), m = max_j x_j   [as softmax]
+
+    x (..., c) -> y (..., c).
+    """
+    xp = xp_of(x)
+    y = xp.subtract(x, x.max(axis=-1, keepdims=True), out=out)
+    y -= xp.log(xp.exp(y).sum(axis=-1, keepdims=True))
+    return y
