@@ -13,8 +13,6 @@ NnxpError
 
 from __future__ import annotations
 
-from types import TracebackType
-
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
@@ -77,27 +75,11 @@ class OutOfMemory(NnxpError, MemoryError):
     """Not even one row fits into the memory that may be used."""
 
 
-class naming:
-    """Puts `name` in front of the path of whatever error leaves the block.
+def name_layer(error: Exception, name: str) -> None:
+    """Put `name` in front of the path of the layer that the error came from.
 
-    An error from deep inside a model passes one of these at every level, so it arrives with
-    the whole path of the layer: `layers.3.inner.layers.0`.
+    An error from deep inside a model passes here at every level, so it arrives with the whole
+    path: `layers.3.inner.layers.0`.
     """
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, Exception):
-            inner = getattr(error, "path", "")
-            error.path = f"{self.name}.{inner}" if inner else self.name  # type: ignore[attr-defined]
+    inner = getattr(error, "path", "")
+    error.path = f"{name}.{inner}" if inner else name  # type: ignore[attr-defined]

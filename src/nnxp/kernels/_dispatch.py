@@ -36,7 +36,7 @@ class Kernel:
         update_wrapper(self, reference)
         self.reference = reference
         self._fused: dict[str, Body] = {}
-        self._body: dict[type, Body] = {}
+        self._body: dict[type, Body | None] = {}
         KERNELS[self.__name__] = self
 
     def on(self, library: str) -> Callable[[Body], Body]:
@@ -50,20 +50,25 @@ class Kernel:
         return register
 
     def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Array:
-        body = self._body.get(type(x)) or self._find(x)
-        return body(x, *arrays, **options)
+        try:
+            fused = self._body[type(x)]
+        except KeyError:
+            fused = self._find(x)
+        if fused is not None:
+            return fused(x, *arrays, **options)
+        if x.dtype.itemsize == 2:
+            return self._widened(x, *arrays, **options)
+        return self.reference(x, *arrays, **options)
 
-    def _find(self, x: Array) -> Body:
+    def _find(self, x: Array) -> Body | None:
+        """The fused body for the library of x, if there is one."""
         library = library_of(x)
         if library in _FUSED:
             importlib.import_module(_FUSED[library])
-        body = self._fused.get(library, self._widened)
-        self._body[type(x)] = body
+        body = self._body[type(x)] = self._fused.get(library)
         return body
 
     def _widened(self, x: Array, *arrays: Array | None, **options: Any) -> Array:
-        if x.dtype.itemsize != 2:
-            return self.reference(x, *arrays, **options)
         wide = [None if a is None else a.astype("float32") for a in (x, *arrays)]
         out = options.pop("out", None)
         result = self.reference(*wide, **options).astype(x.dtype)

@@ -31,7 +31,7 @@ def linear(
     x (..., i), weight (i, o), bias (o,) -> y (..., o), dtype of x. Bias and activation are
     applied where the product lies, while it is still in cache.
     """
-    y = matmul(x, weight)
+    y = matmul.reference(x, weight)  # the types are settled: no need to ask again
     if bias is not None:
         y += bias
     return activation(y, out=y)
