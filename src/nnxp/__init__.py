@@ -14,6 +14,9 @@ from nnxp.backend import get_backend as get_backend
 from nnxp.backend import set_backend as set_backend
 from nnxp.backend import to_backend as to_backend
 from nnxp.backend import use_backend as use_backend
+from nnxp.engine import Engine as Engine
+from nnxp.engine import predict as predict
+from nnxp.engine import predict_iter as predict_iter
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation
 from nnxp.layers.containers import Residual as Residual

@@ -1,0 +1,406 @@
+"""Rows in, rows out: sources, sinks, types, budgets, and what is left as it was found."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
+
+import nnxp
+from conftest import draw, every_backend
+from nnxp.testing import assert_parity
+
+RNG = np.random.default_rng(0)
+NET = nnxp.Sequential(
+    nnxp.Dense(20, 32, "relu", rng=RNG), nnxp.LayerNorm(32), nnxp.Dense(32, 5, "softmax", rng=RNG)
+)
+X = draw((5000, 20))
+
+
+def close(actual, expected):
+    """Equal but for the order of summation; parity proper is judged elsewhere."""
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("rows", [0, 1, 2, 255, 256, 257, 4999])
+def test_any_number_of_rows(backend, rows):
+    y = nnxp.predict(NET, X[:rows], backend)
+    assert y.shape == (rows, 5)
+    assert y.dtype == np.float32
+    close(y, NET(X[:rows]))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", ["uint8", "bool", "int64", "float16", "float64", ">f4"])
+def test_rows_of_any_numeric_type_are_converted(backend, dtype):
+    x = (X[:300] * 3 + 5).clip(0, 200).astype(dtype)
+    close(nnxp.predict(NET, x, backend), NET(x.astype("float32")))
+
+
+def test_bfloat16_rows_are_converted():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 is optional")
+    x = X[:100].astype(ml_dtypes.bfloat16)
+    close(nnxp.predict(NET, x, "cpu"), NET(x.astype("float32")))
+
+
+@pytest.mark.parametrize(
+    "x", [np.array([["a"] * 20]), np.array([[None] * 20]), np.ones((2, 20), complex)]
+)
+def test_objects_strings_and_complex_numbers_are_refused(x):
+    with pytest.raises(nnxp.DtypeMismatch, match="real numbers"):
+        nnxp.predict(NET, x)
+
+
+class Rows:
+    """The least that an engine needs: a shape, and slices that become arrays."""
+
+    def __init__(self, x):
+        self.shape, self._x, self.asked = x.shape, x, []
+
+    def __getitem__(self, rows):
+        self.asked.append(rows)
+        return self._x[rows].tolist()
+
+
+@every_backend
+def test_anything_with_a_shape_and_slices_is_a_source(backend):
+    rows = Rows(X)
+    close(nnxp.predict(NET, rows, backend), NET(X))
+    assert sum(each.stop - each.start for each in rows.asked) == len(X)
+
+
+def test_lists_are_rows():
+    close(nnxp.predict(NET, X[:3].tolist()), NET(X[:3]))
+
+
+@every_backend
+def test_results_go_into_out_which_may_be_a_memory_map(backend, tmp_path):
+    out = np.lib.format.open_memmap(tmp_path / "y.npy", "w+", "float32", (len(X), 5))
+    assert nnxp.Engine(NET, backend)(X, out) is out
+    close(out, NET(X))
+    wide = np.full((len(X), 9), np.nan)
+    nnxp.predict(NET, X, backend, out=wide[:, 2:7])  # strided, float64
+    close(wide[:, 2:7], NET(X))
+    assert np.isnan(wide[:, :2]).all()
+
+
+def test_out_must_fit():
+    engine = nnxp.Engine(NET, "cpu")
+    with pytest.raises(nnxp.ShapeError, match=r"out is \(3, 5\) but the output is \(2, 5\)"):
+        engine(X[:2], np.empty((3, 5), "float32"))
+    with pytest.raises(nnxp.DtypeMismatch, match="out is int64"):
+        engine(X[:2], np.empty((2, 5), "int64"))
+    with pytest.raises(nnxp.OptionError, match="out is a NumPy array"):
+        engine(X[:2], [[0.0] * 5] * 2)
+    frozen = np.empty((2, 5), "float32")
+    frozen.flags.writeable = False
+    with pytest.raises(nnxp.OptionError, match="read-only"):
+        engine(X[:2], frozen)
+
+
+def test_wrong_shapes_fail_before_any_work():
+    rows = Rows(X[:, :7])
+    with pytest.raises(nnxp.ShapeError, match=r"layers\.0 Dense\(20, 32, relu\) takes"):
+        nnxp.predict(NET, rows)
+    assert rows.asked == []
+    with pytest.raises(nnxp.ShapeError, match=r"x\[None\]"):
+        nnxp.predict(NET, X[0])
+    with pytest.raises(nnxp.ShapeError, match="no axis"):
+        nnxp.predict(NET, 3.0)
+
+
+def test_rows_on_a_device_are_refused_by_the_engine():
+    with pytest.raises(nnxp.DeviceMismatch, match="host memory"):
+        nnxp.predict(NET, nnxp.to_backend(X[:3], "sim"))
+
+
+@every_backend
+def test_nan_and_infinity_stay_in_their_rows(backend):
+    x = X[:1000].copy()
+    x[3, 4], x[500, 0] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        y = nnxp.predict(NET, x, backend)
+    assert np.isnan(y[[3, 500]]).all()
+    others = np.delete(np.arange(1000), [3, 500])
+    close(y[others], NET(X[:1000])[others])
+
+
+@pytest.mark.parametrize("model", [1, None, lambda x: x])
+def test_an_engine_takes_models(model):
+    with pytest.raises(nnxp.OptionError, match="made of nnxp layers"):
+        nnxp.Engine(model)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("workers", 0),
+        ("workers", "two"),
+        ("memory_limit", 0),
+        ("memory_limit", -5),
+        ("memory_limit", "lots"),
+        ("memory_limit", 1.5),
+        ("precision", "tf32"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(option, value):
+    with pytest.raises(nnxp.OptionError, match=str(value)):
+        nnxp.Engine(NET, "cpu", **{option: value})
+
+
+def test_sizes_are_read_as_people_write_them():
+    from nnxp.engine import parse_bytes
+
+    said = {"256 MiB": 2**28, "2GB": 2 * 10**9, "1k": 1000, "1.5 KiB": 1536, "77": 77, 5: 5}
+    assert {size: parse_bytes(size) for size in said} == said
+
+
+def test_a_bad_number_of_workers_in_the_environment_is_named(monkeypatch):
+    monkeypatch.setenv("NNXP_WORKERS", "many")
+    with pytest.raises(nnxp.BackendUnavailable, match="NNXP_WORKERS='many'"):
+        nnxp.predict(NET, X, "cpu")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 16])
+def test_results_do_not_depend_on_the_number_of_workers(workers):
+    one = nnxp.predict(NET, X, "cpu", workers=1)
+    np.testing.assert_array_equal(nnxp.predict(NET, X, "cpu", workers=workers), one)
+
+
+@pytest.mark.parametrize("limit", ["20 KiB", "300 KiB", "1 GiB"])
+@every_backend
+def test_a_memory_limit_changes_the_blocks_and_not_the_result(backend, limit):
+    close(nnxp.predict(NET, X, backend, memory_limit=limit), NET(X))
+
+
+def test_the_working_set_on_the_cpu_stays_within_the_limit():
+    net = nnxp.Sequential(nnxp.Dense(64, 2048, "tanh", rng=0), nnxp.Dense(2048, 4, rng=1))
+    x, limit = draw((20000, 64)), 8 << 20
+    out = np.empty((20000, 4), "float32")
+    engine = nnxp.Engine(net, "cpu", memory_limit=limit, workers=2)
+    tracemalloc.start()
+    engine(x, out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < limit + (1 << 20)  # a megabyte for Python itself
+    assert peak > limit // 8  # the limit is what bounded it: it was used
+
+
+@every_backend
+def test_a_limit_below_one_row_says_what_a_row_needs(backend):
+    with pytest.raises(nnxp.OutOfMemory, match="does not hold one row"):
+        nnxp.predict(NET, X, backend, memory_limit=8)
+
+
+def test_the_device_sees_one_copy_in_and_one_out_for_each_block(sim):
+    engine = nnxp.Engine(NET, "sim", memory_limit="300 KiB")
+    sim.reset()
+    rows = Rows(X)
+    engine(rows)
+    blocks = len(rows.asked)
+    assert blocks > 5
+    assert sim.count == nnxp.sim.Count(put=blocks, get=blocks)
+
+
+def test_out_of_memory_on_the_device_halves_the_block_and_is_remembered(sim):
+    engine = nnxp.Engine(NET, "sim")
+    sim.limit = sim.used + 400_000
+    rows = Rows(X)
+    close(engine(rows), NET(X))
+    first = rows.asked[0].stop
+    assert rows.asked[-1].stop - rows.asked[-1].start <= first
+    tries = len(rows.asked)
+    again = Rows(X)
+    engine(again)
+    assert len(again.asked) <= tries
+    assert engine._most_rows is not None
+
+
+def test_a_device_that_is_fuller_than_planned_is_recovered_from(sim):
+    class Greedy(nnxp.Layer):
+        """Takes forty times what its shapes say."""
+
+        def __call__(self, x):
+            waste = [x + i for i in range(40)]
+            return waste[0]
+
+        @classmethod
+        def examples(cls):
+            yield cls(), (2, 2)
+
+    x = draw((3000, 16))
+    sim.limit = sim.used + 2_000_000
+    rows = Rows(x)
+    engine = nnxp.Engine(Greedy(), "sim")
+    np.testing.assert_array_equal(engine(rows), x.astype("float32"))
+    failed = len(rows.asked) - len({each.start for each in rows.asked})
+    assert failed > 0
+    again = Rows(x)
+    engine(again)
+    assert len(again.asked) == len({each.start for each in again.asked})  # the ceiling was kept
+    assert sim.used < 500_000
+
+
+def test_a_device_without_room_for_one_row_is_a_clear_error(sim):
+    engine = nnxp.Engine(NET, "sim")
+    sim.limit = sim.used + 50
+    with pytest.raises(nnxp.OutOfMemory, match="no memory for even one row"):
+        engine(X)
+    sim.limit = None
+    close(engine(X[:10]), NET(X[:10]))
+
+
+def blas_threads():
+    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+
+def test_blas_threads_are_as_they_were_found():
+    before = blas_threads()
+    nnxp.predict(NET, X, "cpu")
+    assert blas_threads() == before
+
+
+def test_blas_has_one_thread_for_each_worker_while_tiles_are_at_work():
+    seen = []
+
+    class Looks(nnxp.Layer):
+        """Notes how many threads BLAS may use while a tile is at work."""
+
+        def __call__(self, x):
+            seen.extend(blas_threads())
+            return x
+
+        @classmethod
+        def examples(cls):
+            yield cls(), (2, 2)
+
+    nnxp.predict(Looks(), X[:, :2], "cpu", workers=2)
+    assert set(seen) == {1}
+
+
+class Fails(nnxp.Layer):
+    """Raises for a row that holds the number it was told to fear."""
+
+    feared: float = 1e9
+
+    def __call__(self, x):
+        if (x == self.feared).any():
+            raise ArithmeticError("the feared number")
+        return x
+
+    @classmethod
+    def examples(cls):
+        yield cls(), (2, 2)
+
+
+def test_an_error_in_a_worker_reaches_the_caller_names_the_layer_and_leaves_no_trace():
+    net = nnxp.Sequential(nnxp.Dropout(0.1), nnxp.Residual(Fails()))
+    x = np.ones((20000, 3), "float32")
+    x[15000, 1] = 1e9
+    before, threads = blas_threads(), threading.active_count()
+    with pytest.raises(ArithmeticError, match="feared") as caught:
+        nnxp.predict(net, x, "cpu", workers=3)
+    assert any("layers.1.inner" in note for note in caught.value.__notes__)
+    assert blas_threads() == before
+    assert threading.active_count() == threads
+    nnxp.predict(net, x[:15000], "cpu", workers=3)
+
+
+def test_an_interrupt_ends_the_sweep_and_leaves_no_trace():
+    class Interrupted(Rows):
+        def __getitem__(self, rows):
+            if rows.start and threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return super().__getitem__(rows)
+
+    before, threads = blas_threads(), threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        nnxp.predict(NET, Interrupted(draw((60000, 20))), "cpu", workers=2)
+    assert blas_threads() == before
+    assert threading.active_count() == threads
+
+
+def test_engines_in_many_threads_give_right_rows_and_restore_blas():
+    before, expected, wrong = blas_threads(), NET(X), []
+
+    def work(seed):
+        engine = nnxp.Engine(NET, "cpu", workers=2)
+        answers = [engine(X) for _ in range(10)]
+        wrong.extend(seed for y in answers if not np.allclose(y, expected, rtol=1e-5, atol=1e-6))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert blas_threads() == before
+
+
+def test_engines_nest():
+    class Inner(nnxp.Layer):
+        """Runs an engine of its own for every tile."""
+
+        def __call__(self, x):
+            return nnxp.predict(NET, x, "cpu")
+
+        def output_shape(self, shape):
+            return NET.output_shape(shape)
+
+        @classmethod
+        def examples(cls):
+            yield cls(), (2, 20)
+
+    before = blas_threads()
+    close(nnxp.predict(Inner(), X, "cpu"), NET(X))
+    assert blas_threads() == before
+
+
+def test_predict_iter_answers_batch_by_batch_as_it_is_asked():
+    asked = []
+
+    def batches():
+        for i in range(3):
+            asked.append(i)
+            yield X[i * 10 : i * 10 + 10]
+
+    answers = nnxp.predict_iter(NET, batches(), "cpu")
+    assert asked == []
+    close(next(answers), NET(X[:10]))
+    assert asked == [0]
+    assert len(list(answers)) == 2
+
+
+def test_the_parameters_move_once(sim):
+    engine = nnxp.Engine(NET, "sim")
+    sim.reset()
+    for _ in range(3):
+        engine(X[:10])
+    assert sim.count.put == 3
+
+
+def test_a_deep_network_agrees_layer_by_layer():
+    rng = np.random.default_rng(1)
+    net = nnxp.Sequential(
+        *(nnxp.Residual(nnxp.LayerNorm(24), nnxp.Dense(24, 24, "gelu", rng=rng)) for _ in range(12))
+    )
+    report = assert_parity(net, draw((700, 24)))
+    assert report.largest < 3
+
+
+def test_progress_is_silent_away_from_a_terminal(capfd):
+    nnxp.predict(NET, X, "cpu", progress=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_reaches_the_end(monkeypatch, capfd):
+    import sys
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    nnxp.predict(NET, X, "cpu", progress=True)
+    said = capfd.readouterr().err
+    assert "100%" in said
