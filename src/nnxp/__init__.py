@@ -30,9 +30,12 @@ from nnxp.layers.shape import Flatten as Flatten
 
 if TYPE_CHECKING:
     from nnxp import sim as sim
+    from nnxp import testing as testing
 
 
 def __getattr__(name: str) -> object:
+    """`nnxp.testing` and `nnxp.sim` are there without an import, and loaded when first used."""
+    if name in ("sim", "testing"):
         import importlib
 
         return importlib.import_module(f"nnxp.{name}")

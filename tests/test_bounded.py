@@ -1,0 +1,268 @@
+"""The bounds: correct variants stay within them, planted faults do not, and the walk is derived."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import draw
+from nnxp import kernels
+from nnxp.testing import (
+    LIMIT,
+    NoBound,
+    assert_close,
+    assert_parity,
+    bounded,
+    error_bound,
+    parity_report,
+    product_bound,
+)
+
+
+def ratio(actual, value, error):
+    """The largest difference in units of the bound."""
+    off = np.abs(np.asarray(actual, "float64") - value)
+    return float(np.max(np.where(off == 0, 0, off / np.maximum(error, 1e-300))))
+
+
+FAMILIES = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "uniform": lambda rng, shape: rng.uniform(size=shape),
+    "lognormal": lambda rng, shape: rng.lognormal(size=shape),
+    "sparse": lambda rng, shape: rng.normal(size=shape) * (rng.uniform(size=shape) < 0.05),
+    "badly scaled": lambda rng, shape: rng.normal(size=shape) * 10 ** rng.uniform(-6, 6, shape),
+}
+
+
+def orders_of_summation(x, w):
+    """The same product, summed in other ways: all correct."""
+    half = x.shape[1] // 2
+    yield "blas", x @ w
+    yield "transposed", np.ascontiguousarray((w.T @ x.T).T)
+    yield "einsum", np.einsum("mk,kn->mn", x, w)
+    yield "split in two", x[:, :half] @ w[:half] + x[:, half:] @ w[half:]
+    yield "reversed", np.ascontiguousarray(x[:, ::-1]) @ np.ascontiguousarray(w[::-1])
+    y = np.zeros((x.shape[0], w.shape[1]), x.dtype)
+    for k in range(x.shape[1]):
+        y += x[:, k : k + 1] * w[k]
+    yield "one term after the other", y
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("terms", [1, 16, 500, 4096])
+def test_every_order_of_summation_stays_within_half_the_limit(family, terms):
+    rng = np.random.default_rng(terms)
+    x = FAMILIES[family](rng, (20, terms)).astype("float32")
+    w = FAMILIES[family](rng, (terms, 20)).astype("float32")
+    value, error = x.astype("float64") @ w.astype("float64"), product_bound(x, w)
+    for name, y in orders_of_summation(x, w):
+        assert ratio(y, value, error) < LIMIT / 2, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dropped_term_is_far_outside_the_bound(family):
+    rng = np.random.default_rng(1)
+    x = FAMILIES[family](rng, (20, 512)).astype("float32")
+    w = FAMILIES[family](rng, (512, 20)).astype("float32")
+    value, error = x.astype("float64") @ w.astype("float64"), product_bound(x, w)
+    term = int((np.abs(x).max(axis=0) * np.abs(w).max(axis=1)).argmax())  # one that is not zero
+    dropped = np.delete(x, term, axis=1) @ np.delete(w, term, axis=0)
+    assert ratio(dropped, value, error) > 10 * LIMIT
+
+
+def test_inputs_rounded_to_tf32_are_seen_on_zero_mean_data():
+    x, w = draw((30, 512)), draw((512, 30), seed=1)
+
+    def tf32(a):
+        bits = a.view("uint32")
+        return ((bits + 0x1000) & 0xFFFFE000).astype("uint32").view("float32")
+
+    value, error = x.astype("float64") @ w.astype("float64"), product_bound(x, w)
+    assert ratio(tf32(x) @ tf32(w), value, error) > 10 * LIMIT
+
+
+def test_the_product_bound_is_the_formula_of_its_docstring():
+    x, w = draw((3, 50)), draw((50, 4), seed=1)
+    y, u = x.astype("float64") @ w, 2.0**-24
+    spread = np.sqrt((x.astype("float64") ** 2) @ (w.astype("float64") ** 2))
+    walk = u * np.sqrt(50) * (np.abs(y) / np.sqrt(3) + spread / np.sqrt(2)) + u * np.abs(y)
+    np.testing.assert_allclose(product_bound(x, w), walk, rtol=1e-6)
+    proof = u * 50 * np.abs(x).astype("float64") @ np.abs(w) + u * np.abs(y)
+    np.testing.assert_allclose(product_bound(x, w, rigorous=True), proof, rtol=1e-6)
+
+
+def test_a_row_of_zeros_has_no_error_and_passes():
+    x = np.zeros((2, 8), "float32")
+    assert product_bound(x, draw((8, 3))).max() < 1e-37  # what flushing to zero may do
+    assert_parity(nnxp.Dense(8, 3, bias=False, rng=0), x)
+
+
+@pytest.mark.parametrize("name", sorted(kernels.ACTIVATIONS))
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_activations_stay_within_half_the_limit_and_a_fault_does_not(name, dtype):
+    x = (draw((64, 100)) * 4).astype(dtype)
+    kernel = kernels.ACTIVATIONS[name]
+    value, error = error_bound(kernel, x)
+    right = kernel(x)
+    assert ratio(right, value, error) < LIMIT / 2
+    wrong = right * np.array(1 + 64 * np.finfo(dtype).eps, dtype)
+    assert ratio(wrong, value, error) > LIMIT
+
+
+def softmax_without_maximum(x):
+    y = np.exp(x)
+    return y / y.sum(axis=-1, keepdims=True)
+
+
+def layer_norm_in_one_pass(x):
+    mean = x.mean(axis=-1, keepdims=True)
+    var = (x * x).mean(axis=-1, keepdims=True) - mean * mean
+    return (x - mean) / np.sqrt(var + np.float32(1e-5))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variant"),
+    [
+        (kernels.softmax, softmax_without_maximum),
+        (kernels.layer_norm, layer_norm_in_one_pass),
+        (kernels.sigmoid, lambda x: np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))),
+        (kernels.silu, lambda x: x / (1 + np.exp(-x))),
+        (kernels.softplus, lambda x: np.logaddexp(x, np.float32(0))),
+        (kernels.mish, lambda x: x * np.tanh(np.log1p(np.exp(x)))),
+    ],
+)
+def test_other_correct_formulas_stay_within_the_bound(kernel, variant):
+    x = draw((64, 200))
+    value, error = error_bound(kernel, x)
+    assert ratio(variant(x), value, error) < LIMIT
+
+
+def test_layer_norm_in_one_pass_is_seen_where_it_loses_its_digits():
+    x = draw((64, 200)) + np.float32(300)
+    value, error = error_bound(kernels.layer_norm, x)
+    assert ratio(kernels.layer_norm(x), value, error) < LIMIT
+    assert ratio(layer_norm_in_one_pass(x), value, error) > LIMIT
+
+
+def attention(q, k, v):
+    """A function that is not made of our layers."""
+    xp = nnxp.get_array_module(q)
+    scores = xp.matmul(q, k.swapaxes(-1, -2)) / 4
+    weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
+    return xp.matmul(weights / xp.sum(weights, axis=-1, keepdims=True), v)
+
+
+def test_any_function_written_with_xp_is_judged_too():
+    q, k, v = draw((3, 10, 16)), draw((3, 12, 16), seed=1), draw((3, 12, 5), seed=2)
+    report = assert_parity(attention, q, k, v)
+    assert {check.backend for check in report.checks} >= {"cpu", "sim:0"}
+    assert report.largest < 3
+
+
+def test_functions_that_answer_with_indices_are_compared_exactly():
+    assert_parity(lambda x: x.argmax(axis=1), draw((9, 4)), backends=["numpy", "sim"])
+
+
+def test_a_function_without_a_known_bound_says_so():
+    with pytest.raises(NoBound, match="arctan2"):
+        parity_report(lambda x: np.arctan2(x, x), draw((3, 3)))
+    with pytest.raises(NoBound, match="no bound is known for fft"):
+        bounded.fft  # noqa: B018
+
+
+def test_rigorous_bounds_are_wider_and_hold():
+    net = nnxp.Sequential(nnxp.Dense(300, 40, "tanh", rng=0), nnxp.Dense(40, 5, "softmax", rng=1))
+    x = draw((50, 300))
+    proven = assert_parity(net, x, rigorous=True)
+    assert proven.limit == 1
+    assert proven.largest < 1
+
+
+def test_assert_close_takes_any_bound():
+    expected = np.array([1.0, np.nan, np.inf, 0.0])
+    assert_close(np.array([1 + 5e-7, np.nan, np.inf, 0.0]), expected, bound=1e-7)
+    for wrong in ([1 + 7e-7, np.nan, np.inf, 0.0], [1, 1, np.inf, 0], [1, np.nan, -np.inf, 0]):
+        with pytest.raises(AssertionError, match="elements are off"):
+            assert_close(np.array(wrong), expected, bound=1e-7)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_close(np.ones(3), expected, bound=1e-7)
+
+
+class Wrong(nnxp.Dense):
+    """Dense on NumPy; on any other library with a fault."""
+
+    def __call__(self, x):
+        y = nnxp.Dense.__call__(self, x)
+        if nnxp.get_array_module(x) is np or isinstance(x, bounded.ndarray):
+            return y
+        return self.fault(x, y)
+
+
+def planted(name, fault):
+    layer = nnxp.Dense(64, 32, "relu", rng=3)
+    layer = layer.with_parameters({"weight": layer.weight, "bias": draw((32,), seed=4)})
+    kind = type(name, (Wrong,), {"fault": fault, "__module__": __name__})
+    return kind._made(**dict(layer._fields()))
+
+
+FAULTS = {
+    "MissingBias": lambda self, x, y: nnxp.kernels.relu(x @ self.weight),
+    "Float16": lambda self, x, y: y.astype("float16").astype("float32"),
+    "Float64": lambda self, x, y: y.astype("float64"),
+    "OffByOneRow": lambda self, x, y: nnxp.sim.concatenate([y[1:], y[:1]]),
+    "SwallowedNan": lambda self, x, y: nnxp.sim.where(
+        nnxp.sim.isnan(y), nnxp.sim.zeros(y.shape, y.dtype), y
+    ),
+    "ChangedInput": lambda self, x, y: (x.fill(0), y)[1],
+    "WrongShape": lambda self, x, y: y[:, :-1],
+    "Raises": lambda self, x, y: 1 / 0,
+    "Copied": lambda self, x, y: y.get(),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_on_one_backend_is_caught_and_its_layer_is_named(name):
+    net = nnxp.Sequential(
+        nnxp.Dense(20, 64, "tanh", rng=0), planted(name, FAULTS[name]), nnxp.Dense(32, 5, rng=1)
+    )
+    x = draw((40, 20))
+    if name == "SwallowedNan":
+        x[7, 3] = np.nan
+    assert parity_report(net, x, backends=["numpy"]).ok
+    report = parity_report(net, x, backends=["numpy", "sim"])
+    assert not report.ok
+    assert report.first_failure.name == "layers.1"
+    assert report.first_failure.backend == "sim:0"
+    with pytest.raises(AssertionError, match=r"first to diverge: layers\.1"):
+        assert_parity(net, x, backends=["numpy", "sim"])
+    assert report.to_dict()["ok"] is False
+    assert "layers.1" in report.to_markdown()
+    assert '"ok": false' in report.to_json()
+
+
+def test_a_block_that_is_never_written_is_caught(monkeypatch):
+    from nnxp.backend import cpu
+
+    net, x = nnxp.Dense(20, 8, rng=0), draw((5000, 20))
+    assert parity_report(net, x, backends=["numpy"]).ok
+    right = cpu.CpuBackend.sweep
+
+    def forgets_the_end(self, sweep):
+        kept = sweep.out[-10:].copy()
+        rows = right(self, sweep)
+        sweep.out[-10:] = kept
+        return rows
+
+    monkeypatch.setattr(cpu.CpuBackend, "sweep", forgets_the_end)
+    report = parity_report(net, x, backends=["numpy"])
+    assert report.first_failure.name == "engine"
+
+
+def test_a_backend_that_cannot_be_used_raises_rather_than_being_skipped():
+    if nnxp.available_backends()["cupy"].ok:
+        pytest.skip("this machine has a usable GPU")
+    with pytest.raises(nnxp.BackendUnavailable):
+        assert_parity(nnxp.Dense(2, 2), np.ones((1, 2)), backends=["numpy", "cupy"])
+    with pytest.raises(nnxp.OptionError, match="backends is empty"):
+        parity_report(nnxp.Dense(2, 2), np.ones((1, 2)), backends=[])

@@ -1,0 +1,152 @@
+"""Questions asked of every example of every layer: a new layer is asked them without more ado."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import LAYERS, draw, every_backend, every_dtype, every_layer
+from nnxp.testing import assert_parity
+
+
+def rows_for(layer, shape, dtype="float32"):
+    return draw(shape, layer.dtype or dtype)
+
+
+@every_layer
+@every_backend
+@every_dtype
+def test_every_layer_agrees_with_float64_on_every_backend(layer, shape, backend, dtype):
+    layer = layer.astype(dtype)
+    assert_parity(layer, rows_for(layer, shape, dtype), backends=[backend])
+
+
+@every_layer
+@every_dtype
+def test_every_layer_answers_in_the_shape_it_promised_and_the_type_it_was_given(
+    layer, shape, dtype
+):
+    layer = layer.astype(dtype)
+    x = rows_for(layer, shape, dtype)
+    y = layer(x)
+    assert y.shape == layer.output_shape(shape)
+    assert y.dtype == x.dtype
+
+
+@every_layer
+def test_every_layer_treats_rows_on_their_own(layer, shape):
+    x = rows_for(layer, shape)
+    together = layer(x)
+    for i in range(len(x)):
+        alone = layer(x[i : i + 1])
+        np.testing.assert_allclose(alone[0], together[i], rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+@pytest.mark.parametrize("rows", [0, 1])
+def test_every_layer_takes_no_rows_and_one_row(layer, shape, rows):
+    x = rows_for(layer, (rows, *shape[1:]))
+    assert layer(x).shape == layer.output_shape(x.shape)
+    assert nnxp.predict(layer, x, "numpy").shape == layer.output_shape(x.shape)
+
+
+@every_layer
+@every_backend
+def test_the_engine_gives_what_the_layer_gives(layer, shape, backend):
+    x = rows_for(layer, (300, *shape[1:]))
+    target = nnxp.get_backend(backend)
+    direct = target.get(layer.to(target)(target.put(x)))
+    swept = nnxp.predict(layer, x, target)
+    # The same products in blocks of another height may round differently in the last places.
+    np.testing.assert_allclose(swept, direct, rtol=1e-5, atol=1e-6)
+    assert swept.dtype == direct.dtype
+
+
+@every_layer
+def test_no_layer_changes_its_input_or_needs_it_writable_or_contiguous(layer, shape):
+    x = rows_for(layer, shape)
+    expected = layer(x.copy())
+    strided = np.repeat(x, 2, axis=0)[::2]
+    strided.flags.writeable = False
+    assert not strided.flags.c_contiguous or len(x) == 1
+    np.testing.assert_allclose(layer(strided), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(strided, x)
+
+
+@every_layer
+def test_mixing_host_and_device_says_how_to_mend_it(layer, shape, sim):
+    if not layer.parameters():  # in no place: it takes x wherever it is
+        assert layer(nnxp.to_backend(rows_for(layer, shape), "sim")).device is sim
+        return
+    with pytest.raises(nnxp.DeviceMismatch, match=r"sim:0.*cpu.*\.to\("):
+        layer.to("sim")(rows_for(layer, shape))
+    with pytest.raises(nnxp.DeviceMismatch, match=r"sim:0.*sim:1"):
+        layer.to("sim:0")(nnxp.to_backend(rows_for(layer, shape), "sim:1"))
+
+
+@every_layer
+def test_nothing_leaves_the_device_inside_a_layer(layer, shape, sim):
+    there = layer.to("sim")
+    x = nnxp.to_backend(rows_for(layer, shape), "sim")
+    sim.reset()
+    there(x)
+    assert sim.count == nnxp.sim.Count()
+
+
+@every_layer
+def test_every_layer_works_on_a_device_that_is_not_the_current_one(layer, shape):
+    x = rows_for(layer, shape)
+    y = layer.to("sim:1")(nnxp.to_backend(x, "sim:1"))
+    assert nnxp.sim.Device.current().id == 0
+    np.testing.assert_allclose(nnxp.asnumpy(y), layer(x), rtol=1e-6, atol=1e-6)
+
+
+@every_layer
+def test_parameters_go_out_and_come_back(layer, shape):
+    again = layer.with_parameters(layer.parameters())
+    x = rows_for(layer, shape)
+    np.testing.assert_array_equal(again(x), layer(x))
+    assert repr(again) == repr(layer)
+    assert layer.parameter_count == sum(v.size for v in layer.parameters().values())
+
+
+@every_layer
+def test_a_moved_model_is_moved_whole_and_comes_back_the_same(layer, shape):
+    there = layer.to("sim:1")
+    assert {nnxp._arrays.place_of(v) for v in there.parameters().values()} <= {"sim:1"}
+    back = there.to("cpu")
+    for name, value in layer.parameters().items():
+        np.testing.assert_array_equal(back.parameters()[name], value)
+
+
+@every_layer
+def test_the_summary_of_every_layer_counts_its_parameters(layer, shape):
+    summary = layer.summary(shape)
+    assert summary.parameters == layer.parameter_count
+    assert sum(each.parameters for each in summary.layers) == layer.parameter_count
+    assert summary.output_shape == layer.output_shape(shape)
+    assert str(summary)
+
+
+@every_layer
+def test_the_last_activation_is_the_output(layer, shape):
+    x = rows_for(layer, shape)
+    name, last = list(layer.activations(x).items())[-1]
+    assert name == "output"
+    np.testing.assert_array_equal(last, layer(x))
+
+
+@every_layer
+def test_layers_are_frozen(layer, shape):
+    with pytest.raises(AttributeError):
+        layer.anything = 1
+    for name in vars(layer):
+        with pytest.raises(AttributeError):
+            setattr(layer, name, None)
+
+
+def test_every_layer_has_examples():
+    assert len(LAYERS) >= 10
+    for kind in LAYERS:
+        assert list(kind.examples()), kind

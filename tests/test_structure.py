@@ -1,0 +1,83 @@
+"""The house: imports look down only, and CuPy stays where it belongs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nnxp
+
+ROOT = Path(nnxp.__file__).parent
+FLOORS = [  # from the ground up; a module may import its own floor and those below
+    {"_errors", "_arrays", "sim"},
+    {"backend"},
+    {"kernels"},
+    {"layers"},
+    {"engine", "io"},
+    {"testing"},
+    {"demo", "doctor"},
+    {"cli", "__main__"},
+]
+MAY_IMPORT_CUPY = {"backend/cuda.py", "backend/_probe.py", "kernels/cuda", "doctor.py"}
+
+
+def floor(module: str) -> int:
+    room = module.split(".")[1]
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def modules() -> list[Path]:
+    return [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+
+
+def imports(path: Path) -> list[str]:
+    """Every module that the file names in an import, at its top or inside a function."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found += (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "nnxp"
+                else [str(node.module)]
+            )
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_look_down_only(path):
+    me = floor(".".join(("nnxp", *path.relative_to(ROOT).with_suffix("").parts)))
+    for name in imports(path):
+        if name.startswith("nnxp.") and name != "nnxp.__version__":
+            assert floor(name) <= me, f"{path.relative_to(ROOT)} imports {name}, a floor above it"
+        if me <= floor("nnxp.testing"):
+            assert name != "nnxp", f"{path.relative_to(ROOT)} imports the front door"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_cupy_is_imported_only_where_cuda_is(path):
+    where = str(path.relative_to(ROOT))
+    if not any(where.startswith(each) for each in MAY_IMPORT_CUPY):
+        assert not any(name.split(".")[0] in ("cupy", "cupyx") for name in imports(path))
+
+
+def test_importing_nnxp_loads_no_optional_library():
+    heavy = ["cupy", "typer", "rich", "safetensors", "sklearn", "scipy", "ml_dtypes", "asyncio"]
+    code = f"import sys, nnxp; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_shared_names_stand_in_cupy_too():
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed: its names are unknown")
+    assert [name for name in sorted(nnxp.sim.SHARED) if not hasattr(cupy, name)] == []
+
+
+def test_there_are_no_rooms_for_everything():
+    assert not {path.stem for path in modules()} & {"utils", "helpers", "common", "core", "misc"}
