@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import tracemalloc
 
@@ -278,7 +279,8 @@ def test_blas_has_one_thread_for_each_worker_while_tiles_are_at_work():
         def examples(cls):
             yield cls(), (2, 2)
 
-    nnxp.predict(Looks(), X[:, :2], "cpu", workers=2)
+    nnxp.predict(Looks(), np.zeros((50_000, 64), "float32"), "cpu", workers=2)
+    assert len(seen) > 4
     assert set(seen) == {1}
 
 
@@ -360,7 +362,7 @@ def test_engines_nest():
     assert blas_threads() == before
 
 
-def test_predict_iter_answers_batch_by_batch_as_it_is_asked():
+def test_predict_iter_reads_one_batch_ahead_and_no_more():
     asked = []
 
     def batches():
@@ -371,8 +373,69 @@ def test_predict_iter_answers_batch_by_batch_as_it_is_asked():
     answers = nnxp.predict_iter(NET, batches(), "cpu")
     assert asked == []
     close(next(answers), NET(X[:10]))
-    assert asked == [0]
-    assert len(list(answers)) == 2
+    close(next(answers), NET(X[10:20]))
+    assert asked[:2] == [0, 1]
+    assert len(asked) <= 3
+    assert len(list(answers)) == 1
+    assert asked == [0, 1, 2]
+
+
+def test_an_error_in_the_batches_reaches_the_caller_and_the_thread_ends():
+    def batches():
+        yield X[:10]
+        raise OSError("the disk is gone")
+
+    threads = threading.active_count()
+    answers = nnxp.predict_iter(NET, batches(), "cpu")
+    next(answers)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(answers)
+    assert threading.active_count() == threads
+    abandoned = nnxp.predict_iter(NET, iter([X[:10]] * 5), "cpu")
+    next(abandoned)
+    abandoned.close()
+    assert threading.active_count() == threads
+
+
+def test_predict_iter_refuses_bad_options_at_once():
+    with pytest.raises(nnxp.OptionError):
+        nnxp.predict_iter(NET, [], "cpu", workers=0)
+
+
+@every_backend
+def test_engines_pickle(backend):
+    engine = pickle.loads(pickle.dumps(nnxp.Engine(NET, backend, memory_limit="1 MiB", workers=2)))
+    assert engine.backend == nnxp.get_backend(backend)
+    assert (engine.memory_limit, engine.workers) == (1 << 20, 2)
+    close(engine(X), NET(X))
+
+
+def test_a_plan_says_what_would_be_used():
+    plan = nnxp.Engine(NET, "cpu", workers=3).plan((100_000, 20))
+    assert plan.workers == 3
+    assert plan.working_set == plan.rows * 3 * plan.row_bytes
+    limited = nnxp.Engine(NET, "cpu", workers=3, memory_limit=plan.working_set // 4)
+    assert limited.plan((100_000, 20)).working_set <= plan.working_set // 4
+    with pytest.raises(nnxp.ShapeError):
+        limited.plan((10, 21))
+
+
+def test_a_few_rows_of_a_known_kind_give_the_same_bits_and_arrays_of_their_own():
+    engine = nnxp.Engine(NET, "cpu")
+    for rows in (1, 2, 100):
+        first, again = engine(X[:rows]), engine(X[:rows])
+        np.testing.assert_array_equal(first, again)
+        assert again.base is None
+    same = nnxp.Engine(nnxp.Dropout(0.5), "cpu")
+    x = X[:2].copy()
+    same(x)
+    y = same(x)
+    y[:] = 0
+    np.testing.assert_array_equal(x, X[:2])
+    with pytest.raises(nnxp.ShapeError):
+        engine(X[0])
+    with pytest.raises(nnxp.ShapeError):
+        engine(X[:2, :5])
 
 
 def test_the_parameters_move_once(sim):

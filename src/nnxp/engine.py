@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape, is_array, is_floating, is_numeric, place_of
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
-from nnxp.backend import Backend, Sweep, get_backend
+from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
 from nnxp.backend._base import Source
 from nnxp.layers._layer import Layer
 from nnxp.layers._summary import row_bytes, summarize
@@ -53,6 +54,7 @@ class Engine:
         self.workers = workers
         self.model = model.to(self.backend)
         self._costs: dict[Shape, tuple[int, int]] = {}
+        self._direct: dict[tuple[np.dtype[Any], Shape], tuple[np.dtype[Any], int]] = {}
         self._most_rows: int | None = None  # what the device's memory was found to hold
 
     def __call__(
@@ -62,12 +64,15 @@ class Engine:
 
         x (rows, ...) is an array, a memory map, a list, or anything with `shape` and slicing, of
         real numbers of any type. A block of it at a time is converted to the model's type; without
-        parameters, to that of the rows, or float32 for whole numbers. `out`
-        is an array or memory map of the output's shape. `progress` shows a bar on a terminal.
+        parameters, to that of the rows, or float32 for whole numbers. `out` is an array or memory
+        map of the output's shape. `progress` shows a bar on a terminal.
 
         Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
         are on a device, and OutOfMemory if not even one row fits.
         """
+        few = self._few(x) if out is None else None
+        if few is not None:
+            return few
         rows = _source(x)
         shape = tuple(rows.shape)
         output = self.model.output_shape(shape)
@@ -76,38 +81,67 @@ class Engine:
         if shape[0] == 0:
             return out
         with _bar(shape[0], progress) as done:
-            bytes_, work = self._cost(shape[1:])
             used = self.backend.sweep(
                 Sweep(
                     fn=lambda block: self._forward(block, dtype),
                     rows=rows,
                     out=out,
-                    row_bytes=bytes_,
-                    row_work=work,
-                    limit=self.memory_limit,
-                    most_rows=self._most_rows,
-                    workers=self.workers,
+                    budget=self._budget(shape[1:]),
                     done=done,
                 )
             )
-        if self.backend.device != "cpu" and used < shape[0]:
-            self._most_rows = used
+        if self.backend.device != "cpu":
+            if used < shape[0]:
+                self._most_rows = used
+        elif type(rows) is np.ndarray and self.memory_limit is None:
+            self._direct[rows.dtype, shape[1:]] = dtype, used
         return out
+
+    def _few(self, x: Any) -> HostArray | None:
+        """The output for an array of no more rows than a tile, of a kind that was swept before.
+
+        With so few rows the time goes to asking and planning, so it is done once for each kind.
+        """
+        if type(x) is not np.ndarray or not self._direct or x.ndim == 0:
+            return None
+        dtype, most = self._direct.get((x.dtype, x.shape[1:]), (None, 0))
+        if not 0 < len(x) <= most:
+            return None
+        y: HostArray = self.model(x if x.dtype == dtype else x.astype(dtype))
+        return y if y.base is None and y is not x else y.copy()
 
     def _forward(self, rows: Array, dtype: np.dtype[Any]) -> Array:
         if not is_numeric(rows.dtype):
             raise DtypeMismatch(f"rows are real numbers, not {rows.dtype}")
         return self.model(rows.astype(dtype, copy=False))
 
-    def _cost(self, row: Shape) -> tuple[int, int]:
-        """(bytes, multiply-adds) of one row of this shape."""
+    def plan(self, shape: Shape) -> Plan:
+        """How an x of this shape would be cut: rows together, workers, and the working set.
+
+        Raises ShapeError if such an x does not fit, OutOfMemory if the limit holds not one row.
+        """
+        self.model.output_shape(shape)
+        return self.backend.plan(shape[0], self._budget(shape[1:]))
+
+    def _budget(self, row: Shape) -> Budget:
+        """What rows of this shape cost and may cost."""
         if row not in self._costs:
-            work = summarize(self.model, (1, *row)).multiply_adds
-            self._costs[row] = row_bytes(self.model, row), work
-        return self._costs[row]
+            bytes_ = row_bytes(self.model, row)
+            # A byte that is passed over takes about as long as a multiply-add in a product.
+            self._costs[row] = bytes_, bytes_ + summarize(self.model, (1, *row)).multiply_adds
+        return Budget(*self._costs[row], self.memory_limit, self.workers, self._most_rows)
+
+    def __reduce__(self) -> Any:
+        options = self.backend.device, self.memory_limit, self.workers
+        return _engine, (self.model.to("numpy"), *options)
 
     def __repr__(self) -> str:
         return f"Engine({self.model!r} on {self.backend.device})"
+
+
+def _engine(model: Layer, device: str, memory_limit: int | None, workers: int | None) -> Engine:
+    """An engine that was pickled: on the device that it was on."""
+    return Engine(model, device, memory_limit=memory_limit, workers=workers)
 
 
 def predict(
@@ -133,10 +167,19 @@ def predict_iter(
 ) -> Iterator[HostArray]:
     """The model's output for each batch of rows, one after the other, as each is asked for.
 
-    `options` are those of Engine.
+    While one batch is computed, the next one is read in a thread, and no further ones. `options`
+    are those of Engine.
     """
-    engine = Engine(model, backend, **options)
-    return map(engine, batches)
+    return _one_ahead(Engine(model, backend, **options), iter(batches))
+
+
+def _one_ahead(engine: Engine, batches: Iterator[Any]) -> Iterator[HostArray]:
+    end = object()
+    with ThreadPoolExecutor(1, "nnxp-read") as reader:
+        ahead = reader.submit(next, batches, end)
+        while (batch := ahead.result()) is not end:
+            ahead = reader.submit(next, batches, end)
+            yield engine(batch)
 
 
 def parse_bytes(size: int | str) -> int:

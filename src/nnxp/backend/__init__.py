@@ -18,12 +18,14 @@ from typing import Any
 
 from nnxp._arrays import Array, HostArray, get_array_module, is_array, place_of
 from nnxp._errors import BackendUnavailable, DtypeMismatch
-from nnxp.backend._base import Availability, Backend, Memory, Sweep
+from nnxp.backend._base import Availability, Backend, Budget, Memory, Plan, Sweep
 
 __all__ = [
     "Availability",
     "Backend",
+    "Budget",
     "Memory",
+    "Plan",
     "Sweep",
     "asnumpy",
     "available_backends",

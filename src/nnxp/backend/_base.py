@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape
-from nnxp._errors import BackendUnavailable
+from nnxp._errors import BackendUnavailable, OutOfMemory
 
 
 class Source(Protocol):
@@ -46,24 +46,48 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What rows cost, and what they may cost.
+
+    `row_bytes` is what a row takes on the device at the widest point, `row_work` about how many
+    multiply-adds. `limit` bounds the bytes in use, `workers` the threads on the CPU, and
+    `most_rows` the rows that go together, where a device was found to hold no more.
+    """
+
+    row_bytes: int
+    row_work: int
+    limit: int | None = None
+    workers: int | None = None
+    most_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a sweep is cut: `rows` go through the model together, on each of `workers`."""
+
+    rows: int
+    workers: int
+    row_bytes: int
+
+    @property
+    def working_set(self) -> int:
+        """The bytes of the rows at work, parameters and result aside."""
+        return self.rows * self.workers * self.row_bytes
+
+
+@dataclass(frozen=True)
 class Sweep:
     """One sweep of rows through a function: what an engine asks of a backend.
 
     fn takes rows on the device and answers with as many rows on the device; `rows` holds host
-    rows, `out` is a host array to fill. `row_bytes` is what a row costs on the device at the
-    widest point, `row_work` the multiply-adds it takes. `limit` bounds the bytes in use,
-    `most_rows` the rows that go together, `done` hears how many rows were finished.
+    rows, `out` is a host array to fill, and `done` hears how many rows were finished.
     """
 
     fn: Callable[[Array], Array]
     rows: Source
     out: HostArray
-    row_bytes: int
-    row_work: int
-    limit: int | None = None
-    most_rows: int | None = None
-    workers: int | None = None
-    done: Callable[[int], None] = field(default=lambda rows: None)
+    budget: Budget
+    done: Callable[[int], None]
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -111,6 +135,10 @@ class Backend(ABC):
         """A block in which this device is the current one; afterwards the caller's is again."""
 
     @abstractmethod
+    def plan(self, rows: int, budget: Budget) -> Plan:
+        """How so many rows would be cut. Raises OutOfMemory if the limit holds not even one."""
+
+    @abstractmethod
     def sweep(self, sweep: Sweep) -> int:
         """Push all rows through sweep.fn into sweep.out; answers with the rows that went together.
 
@@ -145,3 +173,16 @@ class ForkGuard:
         """Remember that this process uses the device."""
         self.check()
         self.pid = os.getpid()
+
+
+def rows_within(budget: Budget) -> int | None:
+    """How many rows the limit holds, None without one. Raises OutOfMemory if it holds none."""
+    if budget.limit is None:
+        return None
+    rows = budget.limit // max(budget.row_bytes, 1)
+    if rows < 1:
+        raise OutOfMemory(
+            f"memory_limit={budget.limit:,} bytes does not hold one row, which needs "
+            f"{budget.row_bytes:,}; raise the limit"
+        )
+    return rows

@@ -5,30 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nnxp._errors import OutOfMemory
+from nnxp.backend._base import Plan, rows_within
 
 if TYPE_CHECKING:
-    from nnxp.backend._base import Backend, Sweep
+    from nnxp.backend._base import Backend, Budget, Sweep
 
 MOST_ROWS = 65536
 MARGIN = 0.8  # of the free memory: allocators round up, and others use the device too
 
 
-def first_block(sweep: Sweep, free: int) -> int:
-    """Rows to begin with: what fits into the limit, or into a fair part of what is free."""
-    budget = int(free * MARGIN) if sweep.limit is None else min(sweep.limit, free)
-    most = MOST_ROWS if sweep.most_rows is None else min(sweep.most_rows, MOST_ROWS)
-    fits = budget // max(sweep.row_bytes, 1)
-    if fits < 1 and sweep.limit is not None and sweep.limit <= free:
-        raise OutOfMemory(
-            f"memory_limit={sweep.limit:,} bytes does not hold one row, which needs "
-            f"{sweep.row_bytes:,}; raise the limit"
-        )
-    return max(1, min(fits, most, len(sweep)))
+def plan_blocks(rows: int, budget: Budget, free: int) -> Plan:
+    """Rows to begin with: what fits into the limit, and into a fair part of what is free."""
+    fits = int(free * MARGIN) // max(budget.row_bytes, 1)
+    bounds = [rows, fits, rows_within(budget), budget.most_rows, MOST_ROWS]
+    block = max(1, min(bound for bound in bounds if bound is not None))
+    return Plan(block, 1, budget.row_bytes)
 
 
 def sweep_blocks(backend: Backend, sweep: Sweep) -> int:
     """Block by block: one copy in, one copy out. Halves the block when the device is full."""
-    block, start = first_block(sweep, backend.memory().free), 0
+    block, start = backend.plan(len(sweep), sweep.budget).rows, 0
     while start < len(sweep):
         rows = slice(start, min(start + block, len(sweep)))
         if _one_block(backend, sweep, rows):
@@ -37,7 +33,7 @@ def sweep_blocks(backend: Backend, sweep: Sweep) -> int:
         elif block == 1:
             raise OutOfMemory(
                 f"{backend.device} has no memory for even one row, which needs about "
-                f"{sweep.row_bytes:,} bytes; {backend.memory().free:,} are free"
+                f"{sweep.budget.row_bytes:,} bytes; {backend.memory().free:,} are free"
             )
         else:
             block = max(1, block // 2)

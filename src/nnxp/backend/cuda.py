@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import Array, HostArray
-from nnxp.backend._base import Backend, Memory, Sweep
-from nnxp.backend._blocks import sweep_blocks
+from nnxp.backend._base import Backend, Budget, Memory, Plan, Sweep
+from nnxp.backend._blocks import plan_blocks, sweep_blocks
 from nnxp.backend._probe import guard
 from nnxp.backend._probe import probe as availability
 
@@ -64,6 +64,9 @@ class CudaBackend(Backend):
 
     def current(self) -> Any:
         return self._device
+
+    def plan(self, rows: int, budget: Budget) -> Plan:
+        return plan_blocks(rows, budget, self.memory().free)
 
     def sweep(self, sweep: Sweep) -> int:
         guard.check()

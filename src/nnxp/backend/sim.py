@@ -7,8 +7,8 @@ from typing import Any
 
 import nnxp.sim
 from nnxp._arrays import Array, HostArray
-from nnxp.backend._base import Availability, Backend, ForkGuard, Memory, Sweep
-from nnxp.backend._blocks import sweep_blocks
+from nnxp.backend._base import Availability, Backend, Budget, ForkGuard, Memory, Plan, Sweep
+from nnxp.backend._blocks import plan_blocks, sweep_blocks
 
 _guard = ForkGuard("a simulated device")
 _TOTAL = 1 << 34  # what a device without a limit says it has
@@ -61,6 +61,9 @@ class SimBackend(Backend):
 
     def current(self) -> Any:
         return self._device
+
+    def plan(self, rows: int, budget: Budget) -> Plan:
+        return plan_blocks(rows, budget, self.memory().free)
 
     def sweep(self, sweep: Sweep) -> int:
         _guard.check()

@@ -6,6 +6,8 @@ NaN goes through every one of them as NaN.
 
 from __future__ import annotations
 
+import numpy as np
+
 from nnxp._arrays import Array, xp_of
 from nnxp.kernels._dispatch import Body, Kernel
 from nnxp.kernels._erf import erf
@@ -19,11 +21,6 @@ def activation(reference: Body) -> Kernel:
     made = Kernel(reference)
     ACTIVATIONS[made.__name__] = made
     return made
-
-
-def _most_exponent(x: Array) -> float:
-    """The largest z whose exp(z), and 1 + exp(z), are finite in the type of x."""
-    return 88.0 if x.dtype.itemsize == 4 else 709.0
 
 
 @activation
@@ -105,11 +102,11 @@ def softsign(x: Array, *, out: Array | None = None) -> Array:
 
 @activation
 def sigmoid(x: Array, *, out: Array | None = None) -> Array:
-    """y = 1 / (1 + exp(-x)); below -88 (float64: -709) y stays at its value there, about 1e-38"""
+    """y = 1 / (1 + exp(-x)); where exp overflows, 1 / infinity is the right 0"""
     xp = xp_of(x)
     y = xp.negative(x, out=out)
-    xp.minimum(y, _most_exponent(x), out=y)
-    xp.exp(y, out=y)
+    with np.errstate(over="ignore"):
+        xp.exp(y, out=y)
     y += 1
     return xp.divide(1, y, out=y)
 

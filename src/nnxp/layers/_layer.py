@@ -46,6 +46,9 @@ class Layer:
     if it holds an array, a child if it holds a layer or a tuple of layers, else an option.
     """
 
+    _bare: ClassVar[Callable[[Any, Array], Array]]
+    """The formula without the door: for a container, which is inside already."""
+
     known: ClassVar[dict[str, type[Layer]]] = {}
     """Layers by class name, so that a file can name them."""
 
@@ -53,6 +56,7 @@ class Layer:
         super().__init_subclass__()
         formula = cls.__dict__.get("__call__")
         if formula is not None:
+            cls._bare = formula
             cls.__call__ = _behind_the_door(formula)  # type: ignore[assignment,method-assign]
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         taken = Layer.known.get(cls.__name__)
@@ -79,8 +83,8 @@ class Layer:
     def _validate(self) -> None:
         """Raise ShapeError or OptionError unless the fields fit each other.
 
-        Asked of every layer that is made from its fields: in `of`, `.to()`, and from a file, whose
-        fields have only the kinds that the annotations ask for. Looks at shapes and options, never
+        Asked whenever fields are filled: by `__init__`, `.to()`, and from a file, whose fields have
+        only the kinds that the annotations ask for. Looks at shapes and options, never
         at the values in arrays.
         """
 
@@ -168,10 +172,14 @@ class Layer:
     def _made(cls: type[L], **fields: Any) -> L:
         """An instance with these fields, not by way of `__init__`."""
         made = object.__new__(cls)
-        for name, value in fields.items():
-            object.__setattr__(made, name, value)
-        made._validate()
+        made._set(**fields)
         return made
+
+    def _set(self, **fields: Any) -> None:
+        """Fill the fields, once, and see that they fit each other: what an `__init__` ends with."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        self._validate()
 
     @property
     def parameter_count(self) -> int:
@@ -254,6 +262,9 @@ class Layer:
         return dict(self._fields())
 
 
+Layer._bare = Layer.__call__
+
+
 def _behind_the_door(formula: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
     """The formula, guarded where a caller enters a model and bare between the layers of one."""
 
@@ -261,19 +272,16 @@ def _behind_the_door(formula: Callable[[Any, Array], Array]) -> Callable[[Any, A
     def call(self: Layer, x: Array) -> Array:
         if _inside.get():
             return formula(self, x)
-        if type(x) is not np.ndarray:
+        on_host = type(x) is np.ndarray
+        kind = (x.dtype, x.shape[1:], x.ndim) if on_host else None  # all that decides on the host
+        if kind is None or kind not in self._accepted:
             check(self, x)
-        else:
-            kind = x.dtype, x.shape[1:], x.ndim  # on the host this is all that decides
-            if kind not in self._accepted:
-                check(self, x)
-                self._accepted.add(kind)
+            self._accepted.add(kind)
         token = _inside.set(True)
         try:
-            place = place_of(x)
-            if place == "cpu":
+            if on_host or place_of(x) == "cpu":
                 return formula(self, x)
-            with home_of(place).current():
+            with home_of(place_of(x)).current():
                 return formula(self, x)
         except Exception as error:
             path = getattr(error, "path", "")

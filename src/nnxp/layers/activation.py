@@ -31,9 +31,10 @@ class Activation(Layer):
     options: dict[str, float]
 
     def __init__(self, activation: str, **options: float) -> None:
-        object.__setattr__(self, "activation", named(activation).__name__)
-        object.__setattr__(self, "options", {name: float(v) for name, v in options.items()})
-        self._validate()
+        self._set(
+            activation=named(activation).__name__,
+            options={name: float(v) for name, v in options.items()},
+        )
 
     def _validate(self) -> None:
         kernel = named(self.activation)

@@ -20,13 +20,13 @@ class Sequential(Layer):
         for i, layer in enumerate(layers):
             if not isinstance(layer, Layer):
                 raise OptionError(f"Sequential takes layers, but argument {i} is {layer!r}")
-        object.__setattr__(self, "layers", layers)
+        self._set(layers=layers)
 
     def __call__(self, x: Array) -> Array:
         i = 0
         try:
-            for i, layer in enumerate(self.layers):
-                x = layer(x)
+            for i, layer in enumerate(self.layers):  # noqa: B007 (an error asks for i)
+                x = layer._bare(x)
         except Exception as error:
             name_layer(error, f"layers.{i}")
             raise
@@ -35,7 +35,7 @@ class Sequential(Layer):
     def output_shape(self, shape: Shape) -> Shape:
         i = 0
         try:
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(self.layers):  # noqa: B007 (an error asks for i)
                 shape = layer.output_shape(shape)
         except Exception as error:
             name_layer(error, f"layers.{i}")
@@ -71,11 +71,11 @@ class Residual(Layer):
         inner = layers[0] if len(layers) == 1 else Sequential(*layers)
         if not isinstance(inner, Layer):
             raise OptionError(f"Residual takes layers, not {inner!r}")
-        object.__setattr__(self, "inner", inner)
+        self._set(inner=inner)
 
     def __call__(self, x: Array) -> Array:
         try:
-            return x + self.inner(x)
+            return x + self.inner._bare(x)
         except Exception as error:
             name_layer(error, "inner")
             raise

@@ -41,9 +41,11 @@ class Dense(Layer):
         limit = sqrt(6 / (inputs + outputs))
         weight = generator(rng).uniform(-limit, limit, (inputs, outputs))
         kind = float_dtype(dtype)
-        object.__setattr__(self, "weight", weight.astype(kind))
-        object.__setattr__(self, "bias", np.zeros(outputs, kind) if bias else None)
-        object.__setattr__(self, "activation", named(activation).__name__)
+        self._set(
+            weight=weight.astype(kind),
+            bias=np.zeros(outputs, kind) if bias else None,
+            activation=named(activation).__name__,
+        )
 
     @classmethod
     def of(cls, weight: Array, bias: Array | None = None, activation: str = "identity") -> Dense:

@@ -50,10 +50,11 @@ class LayerNorm(_Norm):
 
     def __init__(self, channels: int, *, eps: float = 1e-5, dtype: object = "float32") -> None:
         kind = float_dtype(dtype)
-        object.__setattr__(self, "gain", np.ones(_channels(channels), kind))
-        object.__setattr__(self, "bias", np.zeros(channels, kind))
-        object.__setattr__(self, "eps", float(eps))
-        self._validate()
+        self._set(
+            gain=np.ones(_channels(channels), kind),
+            bias=np.zeros(channels, kind),
+            eps=float(eps),
+        )
 
     def __call__(self, x: Array) -> Array:
         return kernels.layer_norm(x, self.gain, self.bias, eps=self.eps)
@@ -75,9 +76,10 @@ class RMSNorm(_Norm):
     eps: float
 
     def __init__(self, channels: int, *, eps: float = 1e-6, dtype: object = "float32") -> None:
-        object.__setattr__(self, "gain", np.ones(_channels(channels), float_dtype(dtype)))
-        object.__setattr__(self, "eps", float(eps))
-        self._validate()
+        self._set(
+            gain=np.ones(_channels(channels), float_dtype(dtype)),
+            eps=float(eps),
+        )
 
     def __call__(self, x: Array) -> Array:
         return kernels.rms_norm(x, self.gain, eps=self.eps)
@@ -103,12 +105,13 @@ class BatchNorm(_Norm):
 
     def __init__(self, channels: int, *, eps: float = 1e-5, dtype: object = "float32") -> None:
         kind = float_dtype(dtype)
-        object.__setattr__(self, "mean", np.zeros(_channels(channels), kind))
-        object.__setattr__(self, "var", np.ones(channels, kind))
-        object.__setattr__(self, "gain", np.ones(channels, kind))
-        object.__setattr__(self, "bias", np.zeros(channels, kind))
-        object.__setattr__(self, "eps", float(eps))
-        self._validate()
+        self._set(
+            mean=np.zeros(_channels(channels), kind),
+            var=np.ones(channels, kind),
+            gain=np.ones(channels, kind),
+            bias=np.zeros(channels, kind),
+            eps=float(eps),
+        )
 
     def __call__(self, x: Array) -> Array:
         return kernels.batch_norm(x, self.mean, self.var, self.gain, self.bias, eps=self.eps)
@@ -129,9 +132,10 @@ class Standardize(_Norm):
     scale: Array
 
     def __init__(self, mean: Array, scale: Array) -> None:
-        object.__setattr__(self, "mean", mean)
-        object.__setattr__(self, "scale", scale)
-        self._validate()
+        self._set(
+            mean=mean,
+            scale=scale,
+        )
 
     def __call__(self, x: Array) -> Array:
         return kernels.standardize(x, self.mean, self.scale)
