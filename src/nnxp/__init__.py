@@ -17,6 +17,9 @@ from nnxp.backend import use_backend as use_backend
 from nnxp.engine import Engine as Engine
 from nnxp.engine import predict as predict
 from nnxp.engine import predict_iter as predict_iter
+from nnxp.io.checkpoint import load as load
+from nnxp.io.checkpoint import save as save
+from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation
 from nnxp.layers.containers import Residual as Residual

@@ -1,0 +1,106 @@
+"""A trained network, the digits it reads, and a million rows through it: what nnxp does, at once.
+
+`nnxp.demo.train` says where network and digits come from; LICENSE-digits.txt is the digits'.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import HostArray
+from nnxp._errors import OptionError
+from nnxp.engine import Engine
+from nnxp.io.checkpoint import load
+from nnxp.layers._layer import Layer
+
+_HERE = Path(__file__).parent
+_WARM_UP = 20_000  # rows: enough for every worker and lane to have had some
+_SAMPLE = 256  # rows that are judged against float64
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """A sweep of the digits: where it ran and why, how fast, and how right.
+
+    `accuracy` is that of this run on the digits that the network was not trained on.
+    `largest_ratio` is the largest difference from float64, of all layers, in units of the bound
+    that `nnxp.testing` computes; correct results stay below 6.
+    """
+
+    backend: str
+    device: str
+    why: str
+    rows: int
+    seconds: float
+    rows_per_second: float
+    multiply_adds_per_second: float
+    accuracy: float
+    largest_ratio: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"ran on    {self.backend}, {self.device}: {self.why}",
+                f"rows      {self.rows:,} digits in {self.seconds:.3g} s",
+                f"speed     {self.rows_per_second:,.0f} rows/s, "
+                f"{self.multiply_adds_per_second / 1e9:,.1f} billion multiply-adds/s",
+                f"accuracy  {self.accuracy:.1%} of the digits it was not trained on",
+                f"parity    {self.largest_ratio:.2f} units from float64, where 6 are allowed",
+            ]
+        )
+
+
+def load_digits() -> tuple[Layer, HostArray, HostArray, HostArray]:
+    """(model, pixels, labels, unseen): a network and all that it was trained and tested on.
+
+    pixels (1797, 64) and labels (1797,) are uint8; unseen (1797,) is True where the network was
+    not trained. The model takes pixels and gives the probabilities of the ten digits.
+    """
+    with np.load(_HERE / "digits.npz") as file:
+        pixels, labels, unseen = file["pixels"], file["labels"], file["unseen"]
+    return load(_HERE / "digits.safetensors"), pixels, labels, unseen
+
+
+def run(rows: int = 1_000_000, backend: str = "auto", progress: bool = False) -> DemoReport:
+    """Sweep the digits, repeated up to this number of rows, through the network, and judge it."""
+    if rows < 1:
+        raise OptionError(f"the demo takes at least one row, not {rows}")
+    model, pixels, labels, unseen = load_digits()
+    each = np.arange(rows) % len(pixels)
+    x = pixels[each]
+    engine = Engine(model, backend)
+    engine(x[:_WARM_UP])
+    start = time.perf_counter()
+    y = engine(x, progress=progress)
+    seconds = time.perf_counter() - start
+    judged = unseen[each]  # the first digit is unseen, so there is always one
+    right = y[judged].argmax(axis=1) == labels[each][judged]
+    work = model.summary((1, *pixels.shape[1:])).multiply_adds
+    return DemoReport(
+        backend=engine.backend.name,
+        device=engine.backend.device,
+        why=engine.backend.why,
+        rows=rows,
+        seconds=seconds,
+        rows_per_second=rows / seconds,
+        multiply_adds_per_second=rows * work / seconds,
+        accuracy=float(right.mean()),
+        largest_ratio=largest_ratio(model, pixels, engine.backend.device),
+    )
+
+
+def largest_ratio(model: Layer, rows: HostArray, device: str) -> float:
+    """The largest error of any layer on this device, on a sample, in units of its bound."""
+    from nnxp.testing import parity_report
+
+    sample = rows[:: max(1, len(rows) // _SAMPLE)][:_SAMPLE].astype(model.dtype or "float32")
+    return parity_report(model, sample, backends=(device,)).largest

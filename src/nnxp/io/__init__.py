@@ -1,0 +1,1 @@
+"""Models from files and from other libraries, and into files."""

@@ -1,0 +1,325 @@
+"""Models in files: one safetensors file holds the arrays, and its header what they make up.
+
+The header's metadata has one entry, "nnxp": JSON with the version of this format and the model.
+A layer is the name of its class and its fields; a field is a layer, an array by the name of its
+tensor, which is its dotted name in the model, or a plain value:
+
+    {"version": 1, "model":
+      {"layer": "Sequential", "fields": {"layers": [
+        {"layer": "Dense", "fields": {"weight": {"tensor": "layers.0.weight"},
+                                      "bias": null, "activation": "relu"}}]}}}
+
+A list stands for a tuple, and {"dict": {...}} for a dict. One entry, because safetensors writes
+several in any order, and the same model shall make the same file.
+
+Whoever wrote a file may mean harm. Nothing in it is run, and no class is looked up but among the
+layers that are known; what comes out has the fields that the class declares, of the kinds that it
+declares, and has passed the class's own `_validate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from math import isfinite
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from nnxp._arrays import Array, float_dtype, is_array
+from nnxp._errors import CheckpointError, NnxpError, OptionError
+from nnxp.backend import asnumpy
+from nnxp.io._atomic import written_beside
+from nnxp.layers._layer import Layer
+
+VERSION = 1
+DEEPEST = 100
+"""Layers within layers; Python's own stack ends a few times further on."""
+LONGEST = 10_000_000
+"""Characters of the description: some 100,000 layers. Parsed, it takes ten times the memory."""
+
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def save(model: Layer, path: str | os.PathLike[str]) -> None:
+    """Write the model to one safetensors file: its layers and its parameters.
+
+    The arrays are written from host memory, wherever the model is, and the file does not remember
+    the place. It is written beside `path` and then renamed, so that the file there is the old one
+    or the new one, whole. An array that two layers share becomes two.
+
+    Raises CheckpointError for a model that a file cannot hold, and an OSError, such as
+    FileNotFoundError or PermissionError, if the file cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    if not isinstance(model, Layer):
+        raise OptionError(f"nnxp.save takes a model made of nnxp layers, not {model!r:.60}")
+    model._kind  # raises if the arrays are a mixture  # noqa: B018
+    arrays = model.parameters()
+    described = _described(model)
+    _built(described, arrays.__getitem__)  # what could not be loaded is refused here
+    text = json.dumps({"version": VERSION, "model": described}, separators=(",", ":"))
+    if len(text) > LONGEST:
+        raise CheckpointError(f"the model's description has {len(text):,} characters: too many")
+    with written_beside(path) as beside:
+        # In C order, because safetensors takes the memory as it lies.
+        hosted = {name: np.asarray(asnumpy(value), order="C") for name, value in arrays.items()}
+        save_file(hosted, beside, metadata={"nnxp": text})
+
+
+def load(path: str | os.PathLike[str]) -> Layer:
+    """The model in a file that `nnxp.save` wrote, in host memory.
+
+    Layers of your own are found by their class names: import the module that defines them first.
+
+    Raises CheckpointError for any file that is not whole, sound and known; nothing in it is run.
+    Raises an OSError, such as FileNotFoundError, if the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _readable(path)
+    try:
+        # Read, not mapped: a mapped file would count twice in memory, and can be cut short later.
+        with safe_open(os.fspath(path), framework="numpy", backend="pread") as file:
+            return _read(file)
+    except (OSError, MemoryError):
+        raise
+    except SafetensorError as error:
+        reason = f"it is no whole safetensors file ({error})"
+        raise CheckpointError(f"{os.fspath(path)} cannot be loaded: {reason}") from None
+    except NnxpError as error:
+        raise CheckpointError(f"{os.fspath(path)} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever else a hostile file may provoke, in a `_validate` say
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{os.fspath(path)} cannot be loaded: {reason:.300}") from error
+
+
+def _readable(path: str | os.PathLike[str]) -> None:
+    """Raise the OSError that says why a file cannot be read; safetensors would not say."""
+    found = os.stat(path).st_mode
+    if stat.S_ISDIR(found):
+        raise IsADirectoryError(errno.EISDIR, "a folder, not a model's file", os.fspath(path))
+    if not stat.S_ISREG(found):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    with open(path, "rb"):
+        pass
+
+
+# writing
+
+
+def _described(layer: Layer, path: str = "") -> dict[str, Any]:
+    """The layer as JSON."""
+    cls = type(layer)
+    who = f"{path or 'the model'} ({cls.__name__})"
+    if Layer.known.get(cls.__name__) is not cls:
+        raise CheckpointError(
+            f"{who} cannot be saved: another layer class of that name is known, so a file could "
+            "not tell them apart; give the class a name of its own, and if it was defined anew "
+            "since this model was made, make the model anew"
+        )
+
+    def written(name: str, value: Any) -> Any:
+        if is_array(value):
+            return {"tensor": name}
+        if isinstance(value, Layer):
+            return _described(value, name)
+        if isinstance(value, tuple) and any(isinstance(each, Layer) for each in value):
+            return [
+                _described(each, f"{name}.{i}")
+                if isinstance(each, Layer)
+                else _plain(f"{name}.{i}", each)
+                for i, each in enumerate(value)
+            ]
+        return _plain(name, value)
+
+    prefix = f"{path}." if path else ""
+    fields = {name: written(prefix + name, value) for name, value in layer._fields()}
+    return {"layer": cls.__name__, "fields": fields}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option as JSON."""
+    if type(value) in (str, int, bool, NoneType) or (type(value) is float and isfinite(value)):
+        return value
+    if type(value) is tuple:
+        return [_plain(name, each) for each in value]
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: _plain(name, each) for key, each in value.items()}}
+    raise CheckpointError(
+        f"{name} = {value!r:.60} ({type(value).__name__}) cannot be saved: a field is an array, a "
+        "layer, a tuple of layers, or a str, int, finite float, bool, None, or tuple or dict of "
+        "those" + ("; its .item() is a plain number" if isinstance(value, np.generic) else "")
+    )
+
+
+# reading
+
+
+def _read(file: Any) -> Layer:
+    """The model in an open safetensors file."""
+    described = _described_in(file.metadata() or {})
+    names = set(file.keys())
+    kinds = {file.get_slice(name).get_dtype() for name in names}
+    if not kinds <= _DTYPES.keys() or len(kinds) > 1:
+        said = " and ".join(sorted(kinds))
+        raise CheckpointError(f"its tensors are {said}; they are all of one floating type")
+    for kind in kinds:
+        float_dtype(_DTYPES[kind])  # bfloat16 wants a package: say so before anything is read
+
+    def take(name: str) -> Array:
+        if name not in names:
+            raise KeyError(name)
+        return file.get_tensor(name)
+
+    model = _built(described, take)
+    stray = names - model.parameters().keys()
+    if stray:
+        _refuse(f"it has tensors that are no layer's parameters: {', '.join(sorted(stray)):.200}")
+    return model
+
+
+def _described_in(metadata: dict[str, str]) -> Any:
+    """The description of the model in a file's metadata."""
+    text = metadata.get("nnxp")
+    if text is None:
+        found = f"; it says {metadata!r:.100}" if metadata else ""
+        _refuse(f"it is a safetensors file, but not one that nnxp.save wrote{found}")
+    if len(text) > LONGEST:
+        _refuse(f"its description has {len(text):,} characters: too many")
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        _refuse(f"its description is no JSON that can be read ({error})")
+    version = entry.get("version") if type(entry) is dict else None
+    if type(version) is not int or version != VERSION:
+        newer = type(version) is int and version > VERSION
+        _refuse(
+            f"it has version {version!r:.20} of the format, this nnxp reads {VERSION}"
+            + ("; a newer nnxp reads it" if newer else "")
+        )
+    return entry.get("model")
+
+
+def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int = 0) -> Layer:
+    """The layer of a description; `take` gives a tensor by its name, or raises KeyError."""
+    who = path or "the model"
+    if depth > DEEPEST:
+        _refuse(f"{who} is more than {DEEPEST} layers deep")
+    if not (type(node) is dict and node.keys() == {"layer", "fields"}):
+        _refuse(f"{who} is not described as a layer")
+    cls, given = _known(who, node["layer"]), node["fields"]
+    if type(given) is not dict:
+        _refuse(f"{who} has no fields")
+
+    def read(name: str, value: Any) -> Any:
+        if type(value) is list:
+            return tuple(read(f"{name}.{i}", each) for i, each in enumerate(value))
+        if type(value) is not dict:
+            return _sound(name, value)
+        match value:
+            case {"tensor": str(tensor)} if value.keys() == {"tensor"}:
+                if tensor != name:
+                    _refuse(f"{name} is not the tensor {tensor!r:.60}")
+                try:
+                    return take(name)
+                except KeyError:
+                    _refuse(f"the tensor {name} is missing")
+            case {"dict": dict(items)} if value.keys() == {"dict"}:
+                return {key: read(f"{name}.{key}", each) for key, each in items.items()}
+        return _built(value, take, name, depth + 1)
+
+    _all_there(who, cls, given)
+    hints = _hints(cls)
+    prefix = f"{path}." if path else ""
+    fields = {name: read(prefix + name, value) for name, value in given.items()}
+    for name in fields:
+        if name in hints and not _fits(fields[name], hints[name]):
+            wanted = getattr(hints[name], "__name__", hints[name])
+            _refuse(f"{prefix}{name} is {fields[name]!r:.60}, but {cls.__name__} wants {wanted}")
+    try:
+        return cls._made(**fields)
+    except NnxpError as error:
+        _refuse(f"{who}: {error}")
+
+
+def _known(who: str, name: Any) -> type[Layer]:
+    """The layer class of this name."""
+    cls = Layer.known.get(name) if type(name) is str else None
+    if cls is None:
+        _refuse(
+            f"{who} is of a layer class {name!r:.60} that is not known here; if it is one of your "
+            "own, import the module that defines it, then load"
+        )
+    if cls.__call__ is Layer.__call__:
+        _refuse(f"{who} is of the class {name}, which has no formula")
+    return cls
+
+
+def _all_there(who: str, cls: type[Layer], given: dict[str, Any]) -> None:
+    """Refuse unless these are the class's fields; one that has a default may be absent."""
+    fields = {each.name: each.default for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    needed = [name for name, default in fields.items() if default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in given]
+    unknown = [name for name in given if name not in fields]
+    if missing or unknown:
+        _refuse(
+            f"{who} does not have the fields of {cls.__name__}"
+            + (f"; missing: {', '.join(missing):.100}" if missing else "")
+            + (f"; unknown: {', '.join(unknown):.100}" if unknown else "")
+        )
+
+
+def _sound(name: str, value: Any) -> Any:
+    if type(value) is float and not isfinite(value):  # 1e999
+        _refuse(f"{name} is {value}")
+    return value
+
+
+def _hints(cls: type[Layer]) -> dict[str, Any]:
+    """What the class's annotations ask of its fields; nothing, if they name what is not there."""
+    try:
+        return get_type_hints(cls)
+    except Exception:  # annotations may be any expression
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the kind that an annotation asks for; of arrays, any library's will do.
+
+    A kind of annotation that is not listed here accepts all: `_validate` has the last word.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple and type(value) is tuple:
+        if inner[-1:] == (Ellipsis,):
+            return all(_fits(each, inner[0]) for each in value)
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin is dict and type(value) is dict:
+        return all(_fits(each, inner[1]) for each in value.values())
+    if hint is float and type(value) is int:
+        return True
+    kind = origin or hint
+    if is_array(value):
+        return not isinstance(kind, type) or kind.__name__ == "ndarray"
+    if isinstance(value, bool | int):
+        return not isinstance(kind, type) or kind in (type(value), object)
+    try:
+        return not isinstance(kind, type) or isinstance(value, kind)
+    except TypeError:  # a Protocol does not tell
+        return True
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise CheckpointError(reason)
