@@ -109,3 +109,12 @@ def test_a_device_that_forgets_the_bias_shows_in_the_ratio(monkeypatch, sim):
     monkeypatch.setattr(linear, "_body", {})
     assert demo.largest_ratio(model, pixels, "sim:0") > 6
     assert demo.largest_ratio(model, pixels, "cpu") < 6
+
+
+def test_a_network_that_computes_something_else_fails_the_demo(monkeypatch):
+    assert demo.run(2000, "numpy").ok
+    monkeypatch.setattr(demo, "largest_ratio", lambda *_: 7.0)
+    report = demo.run(2000, "numpy")
+    assert not report.ok
+    assert "WRONG" in str(report)
+    assert report.to_dict()["ok"] is False

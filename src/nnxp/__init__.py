@@ -19,6 +19,7 @@ from nnxp.engine import predict as predict
 from nnxp.engine import predict_iter as predict_iter
 from nnxp.io.checkpoint import load as load
 from nnxp.io.checkpoint import save as save
+from nnxp.io.columns import Columns as Columns
 from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation

@@ -22,6 +22,7 @@ __all__ = [
     "NnxpError",
     "OptionError",
     "OutOfMemory",
+    "RowsError",
     "ShapeError",
 ]
 
@@ -61,6 +62,10 @@ class BackendUnavailable(NnxpError, RuntimeError):
 
 class CheckpointError(NnxpError, ValueError):
     """A file is truncated, mislabelled or hostile; nothing was loaded from it."""
+
+
+class RowsError(NnxpError, ValueError):
+    """A file does not hold rows of numbers, or not whole; the message says where it fails."""
 
 
 class OptionError(NnxpError, ValueError):

@@ -28,11 +28,12 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from nnxp._errors import BackendUnavailable
-from nnxp.backend import _TABLE, available_backends, get_backend
+from nnxp.backend import TABLE, available_backends, get_backend
 from nnxp.backend._probe import cupy_wheels, probe
-from nnxp.backend.cpu import cores
+from nnxp.backend._share import core_quota, cores, memory_limit
+from nnxp.backend.cpu import worker_count
 
-PROC, DEV, CGROUPS = Path("/proc"), Path("/dev"), Path("/sys/fs/cgroup")
+PROC, DEV = Path("/proc"), Path("/dev")
 
 VARIABLES = (
     "NNXP_BACKEND",
@@ -167,8 +168,8 @@ def _questions(backend: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "platform": platform.platform,
             "cpu": _cpu,
             "simd": _simd,
-            "cores": _cores,
-            "core_quota": _core_quota,
+            "cores": cores,
+            "core_quota": core_quota,
             "memory": lambda: Bytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
             "free_memory": _free_memory,
             "memory_limit": _memory_limit,
@@ -203,7 +204,7 @@ def _questions(backend: str) -> dict[str, dict[str, Callable[[], Any]]]:
             for name in VARIABLES
             if name in os.environ and (name != "LD_LIBRARY_PATH" or "cuda" in _variable(name))
         },
-        "backends": {name: partial(_availability, name) for name, _, _ in _TABLE},
+        "backends": {name: partial(_availability, name) for name, _, _ in TABLE},
         "chosen": {**chosen, "workers": _workers},
     }
 
@@ -246,44 +247,9 @@ def _simd() -> str | None:
     return next((name for name, (own, _) in reversed(SIMD.items()) if own <= flags), None)
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _core_quota() -> float | None:
-    """How many cores' time the control groups let this process have; None for no limit."""
-    quotas, periods = _control("cpu.cfs_quota_us", "cpu"), _control("cpu.cfs_period_us", "cpu")
-    shares = [*map(str.split, _control("cpu.max")), *zip(quotas, periods, strict=True)]
-    limits = [int(quota) / int(period) for quota, period in shares if quota not in ("max", "-1")]
-    return min(limits, default=None)
-
-
 def _memory_limit() -> Bytes | None:
-    texts = [*_control("memory.max"), *_control("memory.limit_in_bytes", "memory")]
-    limits = [int(text) for text in texts if text.strip() != "max"]
-    least = min(limits, default=1 << 62)
-    return Bytes(least) if least < 1 << 60 else None  # no limit is written as a huge one
-
-
-def _control(file: str, controller: str = "") -> list[str]:
-    """What this file says in the control group of this process and in those around it.
-
-    Without a controller, of the unified hierarchy (version 2), else of that controller's own.
-    """
-    found: list[str] = []
-    groups = PROC / "self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else []:
-        _, controllers, group = line.split(":", 2)
-        if controller in controllers.split(","):
-            top = CGROUPS / controller
-            here = top / group.lstrip("/")
-            levels = [each for each in (here, *here.parents) if each.is_relative_to(top)]
-            found += [
-                (each / file).read_text().strip() for each in levels if (each / file).exists()
-            ]
-    return found
+    limit = memory_limit()
+    return None if limit is None else Bytes(limit)
 
 
 def _free_memory() -> Bytes:
@@ -424,7 +390,11 @@ def _chosen(name: str) -> Answer:
 
 def _workers() -> Answer:
     try:
-        return {"ok": True, "reason": f"{cores()} threads on the CPU", "count": cores()}
+        return {
+            "ok": True,
+            "reason": f"{worker_count()} threads on the CPU",
+            "count": worker_count(),
+        }
     except BackendUnavailable as error:
         return {"ok": False, "reason": error.reason, "hint": error.hint}
 

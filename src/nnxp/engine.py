@@ -6,7 +6,6 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,7 +75,7 @@ class Engine:
         rows = _source(x)
         shape = tuple(rows.shape)
         output = self.model.output_shape(shape)
-        dtype = self.model.dtype or _float_type(rows)
+        dtype = self.model.dtype or float_type(rows)
         out = _result(out, output, dtype)
         if shape[0] == 0:
             return out
@@ -174,6 +173,8 @@ def predict_iter(
 
 
 def _one_ahead(engine: Engine, batches: Iterator[Any]) -> Iterator[HostArray]:
+    from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
+
     end = object()
     with ThreadPoolExecutor(1, "nnxp-read") as reader:
         ahead = reader.submit(next, batches, end)
@@ -185,10 +186,12 @@ def _one_ahead(engine: Engine, batches: Iterator[Any]) -> Iterator[HostArray]:
 def parse_bytes(size: int | str) -> int:
     """A number of bytes, from a number or from a string such as "256 MiB" or "2GB"."""
     if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", size.lower())
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmg]i?)?b?\s*", size.lower())
         if match is None:
             raise OptionError(f'{size!r} is not a size in bytes; "256 MiB" is one')
-        size = int(float(match[1]) * _UNITS[match[2] or ""])
+        whole, _, part = match[1].partition(".")
+        unit = _UNITS[match[2] or ""]
+        size = int(whole) * unit + int(float(f"0.{part or 0}") * unit)
     if type(size) is not int or size < 1:
         raise OptionError(f"a size in bytes is a whole number above zero, not {size!r}")
     return size
@@ -210,7 +213,7 @@ def _source(x: Any) -> Source:
     return x  # type: ignore[no-any-return]
 
 
-def _float_type(rows: Source) -> np.dtype[Any]:
+def float_type(rows: Source) -> np.dtype[Any]:
     """What a model without parameters computes in: the type of the rows if it is a float's."""
     dtype = getattr(rows, "dtype", None)
     floating = isinstance(dtype, np.dtype) and is_floating(dtype)

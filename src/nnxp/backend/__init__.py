@@ -39,7 +39,7 @@ __all__ = [
 
 # The table of backends: the name of the library, what its devices are called, and its module,
 # which has availability(index) and connect(index, why).
-_TABLE = (
+TABLE = (
     ("cupy", "cuda", "nnxp.backend.cuda"),
     ("numpy", "cpu", "nnxp.backend.cpu"),
     ("sim", "sim", "nnxp.backend.sim"),
@@ -91,7 +91,7 @@ def set_backend(backend: str | Backend) -> Backend:
 def available_backends() -> dict[str, Availability]:
     """For every backend whether it can be used here, and if not, why, and what mends it."""
     found = {}
-    for name, _, module in _TABLE:
+    for name, _, module in TABLE:
         try:
             found[name] = _availability(module, 0)
         except BackendUnavailable as error:
@@ -137,9 +137,9 @@ def _environment() -> str:
 
 def _connect(name: str, asked_by: str) -> Backend:
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", str(name).lower())
-    row = next((row for row in _TABLE if match and match[1] in row[:2]), None)
+    row = next((row for row in TABLE if match and match[1] in row[:2]), None)
     if match is None or row is None:
-        names = ", ".join(dict.fromkeys(word for each in _TABLE for word in each[:2]))
+        names = ", ".join(dict.fromkeys(word for each in TABLE for word in each[:2]))
         raise BackendUnavailable(
             f"{asked_by}: there is no backend {name!r}",
             f'The names are auto, {names}, and a device such as "cuda:1"',
@@ -154,7 +154,7 @@ def _connect(name: str, asked_by: str) -> Backend:
 
 def _choose() -> Backend:
     refused: list[str] = []
-    for name, _, module in _TABLE:
+    for name, _, module in TABLE:
         if name not in _AUTOMATIC:
             continue
         found = _availability(module, 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -29,6 +28,7 @@ from nnxp.backend._base import (
     Sweep,
     rows_within,
 )
+from nnxp.backend._share import usable_cores
 
 TILE_WORK = 25_000_000  # multiply-adds: about half a millisecond on one core
 TILE_ROWS = 512, 1024, 8192  # at least; at most in wide networks; at most in narrow ones
@@ -72,7 +72,7 @@ class CpuBackend(Backend):
         return nullcontext()
 
     def plan(self, rows: int, budget: Budget) -> Plan:
-        tile, workers = tile_rows(rows, budget), budget.workers or cores()
+        tile, workers = tile_rows(rows, budget), budget.workers or worker_count()
         fits = rows_within(budget)
         if fits is not None:
             workers = min(workers, fits)
@@ -125,8 +125,8 @@ def tile_rows(rows: int, budget: Budget) -> int:
     return max(1, min(tile, TILE_BYTES // max(budget.row_bytes, 1)))
 
 
-def cores() -> int:
-    """The worker threads to use: NNXP_WORKERS if set, else the cores this process may use."""
+def worker_count() -> int:
+    """The worker threads to use: NNXP_WORKERS if set, else the cores that may be used."""
     asked = os.environ.get("NNXP_WORKERS", "").strip()
     if asked:
         if not (asked.isdecimal() and int(asked) > 0):
@@ -135,13 +135,12 @@ def cores() -> int:
                 "Set it to 1 or more, or unset it",
             )
         return int(asked)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return usable_cores()
 
 
 def _run(work: Callable[[], None], workers: int, stop: Callable[[], object]) -> None:
     """work() in this thread and in workers - 1 others; the first error stops them all."""
+    from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
 
     def guarded() -> None:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     inherited = _mode_of(target)
-    beside = target.with_name(f".nnxp-{secrets.token_hex(6)}{target.suffix}")
+    beside = target.with_name(f".nnxp-{os.urandom(6).hex()}{target.suffix}")
     created = _created(beside)
     try:
         yield beside

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from nnxp._arrays import HostArray, Shape, is_numeric
-from nnxp._errors import NnxpError, OptionError
+from nnxp._errors import NnxpError, OptionError, RowsError
 from nnxp.io._atomic import written_beside
 
 Name: TypeAlias = str | os.PathLike[str]
@@ -28,10 +28,6 @@ Name: TypeAlias = str | os.PathLike[str]
 ENDINGS = (".npy", ".npz", ".csv")
 MISSING = {"", "-", "?", "na", "n/a", "null", "none"}  # a row of these is a row, not names
 PASSED = 64 << 20  # bytes of pages to go through before they are let go
-
-
-class RowsError(NnxpError, ValueError):
-    """A file does not hold rows that can be read: the message names the file, and the line."""
 
 
 def ending(path: Name) -> str:

@@ -39,10 +39,13 @@ class Dense(Layer):
         if inputs < 1 or outputs < 1:
             raise ShapeError(f"Dense takes at least one input and output: {inputs}, {outputs}")
         limit = sqrt(6 / (inputs + outputs))
-        weight = generator(rng).uniform(-limit, limit, (inputs, outputs))
         kind = float_dtype(dtype)
+        drawn = np.float64 if kind == np.float64 else np.float32
+        weight = generator(rng).random((inputs, outputs), dtype=drawn)
+        weight *= 2 * limit
+        weight -= limit
         self._set(
-            weight=weight.astype(kind),
+            weight=weight.astype(kind, copy=False),
             bias=np.zeros(outputs, kind) if bias else None,
             activation=named(activation).__name__,
         )

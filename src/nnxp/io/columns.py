@@ -1,0 +1,40 @@
+"""Rows that stand in several arrays, side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import HostArray, Shape
+from nnxp._errors import OptionError, ShapeError
+
+
+class Columns:
+    """Several inputs that share axis 0, as the one x of an engine: row i is row i of each.
+
+    Each input is (rows, columns) or (rows,), an array, a memory map, or anything with `shape` and
+    slicing; they may be of different types. They are joined a block of rows at a time, never whole:
+
+        y = engine(nnxp.Columns(table, embeddings, age))
+
+    Raises ShapeError if they do not share axis 0.
+    """
+
+    def __init__(self, *inputs: Any) -> None:
+        shapes = [tuple(getattr(each, "shape", ())) for each in inputs]
+        if not inputs or not all(len(shape) in (1, 2) for shape in shapes):
+            raise ShapeError(f"Columns takes inputs (rows, columns) or (rows,); got {shapes}")
+        if len({shape[0] for shape in shapes}) > 1:
+            raise ShapeError(f"the inputs of Columns share axis 0; got {shapes}")
+        self._inputs = inputs
+        self.shape: Shape = (shapes[0][0], sum(shape[1] if shape[1:] else 1 for shape in shapes))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> HostArray:
+        if not isinstance(rows, slice):
+            raise OptionError(f"Columns gives slices of rows, not [{rows!r}]")
+        parts = [np.asarray(each[rows]) for each in self._inputs]
+        return np.concatenate([part[:, None] if part.ndim == 1 else part for part in parts], axis=1)
