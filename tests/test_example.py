@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import every_backend
 
 import nnxp
+from conftest import every_backend
 
 
 def tutorial():

@@ -7,7 +7,8 @@ import pytest
 
 import nnxp
 from conftest import LAYERS, draw, every_backend, every_dtype, every_layer
-from nnxp.testing import assert_parity
+from nnxp.testing import assert_parity, error_bound
+from nnxp.testing.parity import compare
 
 
 def rows_for(layer, shape, dtype="float32"):
@@ -20,6 +21,62 @@ def rows_for(layer, shape, dtype="float32"):
 def test_every_layer_agrees_with_float64_on_every_backend(layer, shape, backend, dtype):
     layer = layer.astype(dtype)
     assert_parity(layer, rows_for(layer, shape, dtype), backends=[backend])
+
+
+def with_value(x, value):
+    x = x.copy()
+    x.reshape(len(x), -1)[1, 0] = value
+    return x
+
+
+def frozen(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+ROWS = {  # how rows may lie and what may be in them: made on the host, looked at where they are
+    "contiguous": (lambda x: x, lambda x: x),
+    "every second row": (lambda x: np.repeat(x, 2, axis=0), lambda x: x[::2]),
+    "every second column": (lambda x: np.repeat(x, 2, axis=-1), lambda x: x[..., ::2]),
+    "columns first": (lambda x: x.swapaxes(0, -1).copy(), lambda x: x.swapaxes(0, -1)),
+    "read-only": (frozen, lambda x: x),
+    "none": (lambda x: x[:0], lambda x: x),
+    "one": (lambda x: x[:1], lambda x: x),
+    "with NaN": (lambda x: with_value(x, np.nan), lambda x: x),
+    "with infinity": (lambda x: with_value(x, np.inf), lambda x: x),
+    "with minus infinity": (lambda x: with_value(x, -np.inf), lambda x: x),
+}
+
+
+@every_layer
+@every_backend
+@every_dtype
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # infinity minus infinity
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_every_layer_and_the_engine_take_rows_however_they_lie(layer, shape, backend, dtype):
+    layer = layer.astype(dtype)
+    engine = nnxp.Engine(layer, backend)
+    limit = 3 * layer.summary(shape).row_bytes  # so that of 10 rows the last block is ragged
+    ragged = nnxp.Engine(layer, backend, memory_limit=limit, workers=1)
+    there = layer.to(backend)
+    drawn = rows_for(layer, (10, *shape[1:]), dtype)
+    wrong = []
+    for name, (made, seen) in ROWS.items():
+        host = made(drawn)
+        kept, device = host.copy(), backend.put(host)
+        x = seen(host)
+        value, bound = error_bound(layer, x)
+        with backend.current():
+            answers = {"layer": backend.get(there(seen(device)))}
+        answers |= {"engine": engine(x), "blocks": ragged(x), "again": engine(x)}
+        for way, y in answers.items():
+            check = compare(name, way, backend.device, y, value, bound)
+            if not check.ok:
+                wrong.append((name, way, check.problem))
+        for after in (host, backend.get(device)):
+            assert after.tobytes() == kept.tobytes(), f"{name}: the rows were changed"
+    assert wrong == []
 
 
 @every_layer

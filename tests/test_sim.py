@@ -147,6 +147,34 @@ def test_unwritten_and_freed_memory_is_poisoned(sim):
     assert np.isnan(leaked).all()
 
 
+def test_a_result_that_is_not_waited_for_is_nan_on_a_lazy_device(sim):
+    x, out = xp.asarray(X), np.zeros_like(X)
+    assert (xp.exp(x).get(out=out, blocking=False) == np.exp(X)).all()  # a quick device hides it
+    sim.lazy = True
+    y = xp.exp(x)
+    assert y.get(out=out, blocking=False) is out
+    assert np.isnan(out).all()
+    y *= 0  # later work does not reach a copy that was begun before
+    sim.synchronize()
+    np.testing.assert_array_equal(out, np.exp(X))
+    np.testing.assert_array_equal(x.get(), X)  # a blocking copy is there at once
+    assert np.isnan(x.get(blocking=False)).all()
+
+
+@pytest.mark.parametrize("wait", [xp.Device.synchronize, lambda sim: xp.asarray(X).get()])
+def test_a_buffer_that_is_used_again_too_early_is_an_error_on_a_lazy_device(sim, wait):
+    x, buffer = xp.empty(X.shape, X.dtype), X.copy()
+    sim.lazy = True
+    x.set(buffer)
+    sim.synchronize()
+    buffer += 1  # in time
+    x.set(buffer)
+    buffer += 1  # too early
+    with pytest.raises(RuntimeError, match="changed before its copy to the device was waited for"):
+        wait(sim)
+    np.testing.assert_array_equal(x.get(), X + 1)
+
+
 def test_devices_are_two_and_know_themselves(sim):
     assert xp.Device(0) is sim
     assert copy.deepcopy(sim) is sim

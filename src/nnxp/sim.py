@@ -6,10 +6,18 @@ silently, and reductions give 0-d arrays. Each device counts what crosses the wa
 byte limit beyond which it raises OutOfMemoryError, and fills memory that is not yet written, or no
 longer owned, with NaN. It shows that code keeps the rules, not that CUDA is right.
 
-    with nnxp.sim.Device(0):
+    device = nnxp.sim.Device(0)
+    with device:
         x = nnxp.sim.asarray(host)      # in: counted
         y = nnxp.sim.exp(x)             # on the device
         y.get()                         # out: counted
+    assert device.count == nnxp.sim.Count(put=1, get=1)
+
+Tests of your own code may set `device.limit`, a number of bytes, or `device.lazy`: then copies take
+as long as a device may take, until somebody waits. What `y.get(out=out, blocking=False)` is to fill
+holds NaN until then, and a host array that changes between `x.set(host)` and then is an error, for
+a device may read it late. `device.synchronize()` and a blocking `get` wait. `device.reset()` sets
+all back to the beginning.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -138,6 +146,7 @@ class Device:
     used: int
     peak: int
     count: Count
+    lazy: bool
 
     def __new__(cls, index: int = 0) -> Device:
         if index not in range(DEVICES):
@@ -153,8 +162,9 @@ class Device:
     _lock: threading.Lock
 
     def reset(self) -> None:
-        """Forget the counts, the peak and the limit; memory in use stays in use."""
+        """Forget the counts, the peak, the limit and copies under way; memory stays in use."""
         self.limit, self.peak, self.count = None, self.used, Count()
+        self.lazy, self._under_way = False, []
 
     @classmethod
     def current(cls) -> Device:
@@ -175,8 +185,17 @@ class Device:
     ) -> None:
         self._current.stack.pop()
 
+    _under_way: list[Callable[[], None]]
+
     def synchronize(self) -> None:
+        """Wait for everything that was begun: copies of a lazy device end here."""
         self.tally("synchronize")
+        self._end_copies()
+
+    def _end_copies(self) -> None:
+        ending, self._under_way = self._under_way, []
+        for end in ending:
+            end()
 
     def tally(self, event: str) -> None:
         with self._lock:
@@ -220,6 +239,14 @@ class _Memory:
 def _poison(host: HostArray) -> None:
     if host.dtype.kind in "fV" and host.flags.writeable:
         host.fill(np.nan)
+
+
+def _unchanged(host: HostArray, before: bytes) -> None:
+    if host.tobytes() != before:
+        raise RuntimeError(
+            f"a host array, {host.dtype}{host.shape}, was changed before its copy to the device "
+            "was waited for: a device may have read the new numbers, or some of each"
+        )
 
 
 class ndarray(NDArrayOperatorsMixin):
@@ -274,22 +301,29 @@ class ndarray(NDArrayOperatorsMixin):
         return f"<sim.ndarray {self.dtype}{list(self.shape)} on {self.device}>"
 
     # across the wall
-    def get(self, out: HostArray | None = None) -> HostArray:
-        """A copy in host memory, or `out` filled with one."""
+    def get(self, out: HostArray | None = None, *, blocking: bool = True) -> HostArray:
+        """A copy in host memory, or `out` filled with one: at once, or if not blocking, later."""
         self.device.tally("get")
         if out is None:
-            return self._host.copy()
+            out = np.empty(self.shape, self.dtype)
         if out.shape != self.shape or out.dtype != self.dtype:
             raise ValueError(f"out is {out.dtype}{out.shape}, not {self.dtype}{self.shape}")
-        out[...] = self._host
+        if self.device.lazy and not blocking:
+            _poison(out)
+            self.device._under_way.append(partial(np.copyto, out, self._host.copy()))
+        else:
+            self.device._end_copies()
+            out[...] = self._host
         return out
 
     def set(self, host: HostArray) -> None:
-        """Fill with a host array of the same shape and type."""
+        """Fill with a host array of the same shape and type, which must not change meanwhile."""
         if host.shape != self.shape or host.dtype != self.dtype:
             raise ValueError(f"{host.dtype}{host.shape} does not fit {self.dtype}{self.shape}")
         self.device.tally("put")
         self._host[...] = host
+        if self.device.lazy:
+            self.device._under_way.append(partial(_unchanged, host, host.tobytes()))
 
     def __array__(self, *args: object, **kwargs: object) -> Any:
         raise TypeError(

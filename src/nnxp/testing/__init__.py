@@ -1,5 +1,6 @@
 """The parity kit: tests that two backends give matching outputs, for nnxp and for its users."""
 
+from nnxp.testing import goldens as goldens
 from nnxp.testing.bounded import NoBound as NoBound
 from nnxp.testing.parity import LIMIT as LIMIT
 from nnxp.testing.parity import Check as Check

@@ -14,6 +14,8 @@ A sum or product of K terms, accumulated with unit roundoff u, is charged
     u * sqrt(K) * (|y| / sqrt(3) + sqrt(sum of squares of the terms) / sqrt(2)) + u * |y|
 
 a random walk over the partial sums: a drift with |y| and a spread with the 2-norm of the terms.
+A function may round to less than its arguments' type inside, on one backend only. So within
+`no_coarser_than(dtype)` such rounding is not charged, and whoever does it is found to be off.
 Under `rigorous()` it is charged the proven K * u * (sum of absolute terms), and errors add up
 instead of averaging out. The error is a unit, not a limit: a comparison accepts a multiple of it.
 """
@@ -32,8 +34,11 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from nnxp._arrays import HostArray, float_dtype, is_floating
 from nnxp._errors import NnxpError
+from nnxp.kernels import Kernel, identity, linear
+from nnxp.kernels import matmul as matmul_kernel
 
 _rigorous: ContextVar[bool] = ContextVar("nnxp_rigorous", default=False)
+_coarsest: ContextVar[Any] = ContextVar("nnxp_coarsest", default=None)
 
 bool_, float32, float64, newaxis, pi = np.bool_, np.float32, np.float64, np.newaxis, np.pi
 
@@ -52,6 +57,27 @@ def rigorous() -> Iterator[None]:
         _rigorous.reset(token)
 
 
+@contextmanager
+def no_coarser_than(dtype: Any) -> Iterator[None]:
+    """Within the block rounding is charged as that of dtype at most; None for no such limit."""
+    token = _coarsest.set(dtype)
+    try:
+        yield
+    finally:
+        _coarsest.reset(token)
+
+
+def _charged(dtype: Any) -> Any:
+    """The type whose rounding is charged for a computation in dtype."""
+    most = _coarsest.get()
+    coarser = (
+        most is not None
+        and is_floating(np.dtype(dtype))
+        and unit_roundoff(dtype) > unit_roundoff(most)
+    )
+    return most if coarser else dtype
+
+
 def unit_roundoff(dtype: Any) -> float:
     """The largest relative error of rounding to nearest: 2^-24 for float32."""
     return float(_finfo(dtype).eps) / 2
@@ -68,6 +94,7 @@ def _finfo(dtype: Any) -> Any:
 
 def _rounding(value: HostArray, dtype: Any, times: float = 1.0) -> HostArray:
     """What storing `value` in dtype may add, `times` over; small results may be flushed to zero."""
+    dtype = _charged(dtype)
     info = _finfo(dtype)
     floor = float(info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.tiny)
     with np.errstate(invalid="ignore"):
@@ -194,6 +221,14 @@ def asarray(x: Any, dtype: Any = None, error: Any = 0.0) -> ndarray:
     return made if dtype is None else made.astype(dtype)
 
 
+def stored(x: ndarray, charged: Any) -> ndarray:
+    """x with the rounding to its own type, if that is coarser than what has been charged."""
+    own = charged is not None and is_floating(x.dtype)
+    if own and unit_roundoff(x.dtype) > unit_roundoff(charged):
+        return x._like(x.value, x.error + _rounding(x.value, x.dtype))
+    return x
+
+
 def _plain(key: Any) -> Any:
     if isinstance(key, tuple):
         return tuple(map(_plain, key))
@@ -210,7 +245,7 @@ def _bounded(x: Any, dtype: Any) -> ndarray:
     if not is_floating(np.dtype(dtype)):
         return ndarray(np.asarray(exact), np.zeros(()), dtype)
     with np.errstate(over="ignore", under="ignore"):
-        stored = np.float64(np.asarray(x).astype(dtype))
+        stored = np.float64(np.asarray(x).astype(_charged(dtype)))
     off = np.abs(stored - exact) if np.isfinite(stored) else np.zeros(())
     return ndarray(np.asarray(exact), np.asarray(off), dtype)
 
@@ -228,6 +263,11 @@ def _into(out: ndarray | None, result: Any) -> Any:
     return out
 
 
+def _made(value: HostArray, error: HostArray, dtype: Any) -> ndarray:
+    """A result. Infinity is exact: no rounding changes it, and what follows from it is as sure."""
+    return ndarray(value, np.where(np.isinf(value), 0.0, error), dtype)
+
+
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 _RULES: dict[str, Callable[..., Any]] = {}
@@ -242,14 +282,14 @@ def _rule(fn: Rule) -> Rule:
 def _add(x: Any, y: Any) -> ndarray:
     (a, b), dtype = _operands(x, y)
     value = a.value + b.value
-    return ndarray(value, a.error + b.error + _rounding(value, dtype), dtype)
+    return _made(value, a.error + b.error + _rounding(value, dtype), dtype)
 
 
 @_rule
 def _subtract(x: Any, y: Any) -> ndarray:
     (a, b), dtype = _operands(x, y)
     value = a.value - b.value
-    return ndarray(value, a.error + b.error + _rounding(value, dtype), dtype)
+    return _made(value, a.error + b.error + _rounding(value, dtype), dtype)
 
 
 @_rule
@@ -257,7 +297,7 @@ def _multiply(x: Any, y: Any) -> ndarray:
     (a, b), dtype = _operands(x, y)
     value = a.value * b.value
     error = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error
-    return ndarray(value, error + _rounding(value, dtype), dtype)
+    return _made(value, error + _rounding(value, dtype), dtype)
 
 
 @_rule
@@ -267,7 +307,7 @@ def _divide(x: Any, y: Any) -> ndarray:
     smallest = np.maximum(np.abs(b.value) - b.error, np.abs(b.value) * 1e-3)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = (a.error + np.abs(value) * b.error) / smallest
-    return ndarray(value, error + _rounding(value, dtype), dtype)
+    return _made(value, error + _rounding(value, dtype), dtype)
 
 
 @_rule
@@ -326,7 +366,7 @@ def _function(
     """
     with np.errstate(invalid="ignore"):
         error = np.where(x.error == 0, 0.0, np.abs(slope) * x.error)
-    return ndarray(value, error + _rounding(value, x.dtype, times), x.dtype)
+    return _made(value, error + _rounding(value, x.dtype, times), x.dtype)
 
 
 @_rule
@@ -371,7 +411,7 @@ def _cos(x: ndarray) -> ndarray:
 def _sqrt(x: ndarray) -> ndarray:
     value = np.sqrt(x.value)
     error = np.sqrt(x.value + x.error) - value
-    return x._like(value, error + _rounding(value, x.dtype))
+    return _made(value, error + _rounding(value, x.dtype), x.dtype)
 
 
 @_rule
@@ -406,11 +446,32 @@ def _matmul(x: Any, y: Any) -> ndarray:
     terms = a.shape[-1]
     if _rigorous.get():
         size = np.matmul(np.abs(a.value), np.abs(b.value))
-        own = terms * unit_roundoff(dtype) * size
+        own = terms * unit_roundoff(_charged(dtype)) * size
     else:
         size = np.sqrt(np.matmul(a.value**2, b.value**2))
         own = _walk(value, size, terms, dtype)
-    return ndarray(value, own + carried + _rounding(value, dtype), dtype)
+    return _made(value, own + carried + _rounding(value, dtype), dtype)
+
+
+@linear.on("bounded")
+def _linear(
+    x: ndarray, weight: ndarray, bias: ndarray | None = None, *, activation: Kernel = identity
+) -> Any:
+    """x @ weight + bias, with the bias as one more term of the sum: weight 1 for it in x.
+
+    A library may start the accumulation from the bias, as MKL does for torch. Then every partial
+    sum has its size, so that it is rounded K times: where the products are small beside the bias,
+    that is up to sqrt(K) times as much as adding it at the end. 16-bit types are summed in float32.
+    """
+    kind = x.dtype
+    if kind.itemsize == 2:
+        x, weight = x.astype("float32"), weight.astype("float32")
+        bias = None if bias is None else bias.astype("float32")
+    if bias is not None:
+        one = np.ones((*x.shape[:-1], 1))
+        x = _concatenate([x, ndarray(one, np.zeros(one.shape), x.dtype)], axis=-1)
+        weight = _concatenate([weight, bias.reshape(1, -1)], axis=0)
+    return activation(matmul_kernel(x, weight)).astype(kind)
 
 
 def _carried(a: ndarray, b: ndarray, product: Callable[..., Any]) -> Any:
@@ -424,7 +485,7 @@ def _carried(a: ndarray, b: ndarray, product: Callable[..., Any]) -> Any:
 
 def _walk(value: HostArray, spread: HostArray, terms: int, dtype: Any) -> HostArray:
     """The random walk of rounding over the partial sums of `terms` terms."""
-    u = unit_roundoff(dtype)
+    u = unit_roundoff(_charged(dtype))
     return u * root(terms) * (np.abs(value) / root(3) + spread / root(2))
 
 
@@ -435,11 +496,12 @@ def _sum(x: ndarray, axis: Any, keepdims: bool) -> ndarray:
     value = add(x.value)
     terms = max(1, x.size // max(1, value.size))
     if _rigorous.get():
-        own, carried = terms * unit_roundoff(x.dtype) * add(np.abs(x.value)), add(x.error)
+        u = unit_roundoff(_charged(x.dtype))
+        own, carried = terms * u * add(np.abs(x.value)), add(x.error)
     else:
         own = _walk(value, np.sqrt(add(x.value**2)), terms, x.dtype)
         carried = np.sqrt(add(x.error**2))
-    return x._like(value, own + carried + _rounding(value, x.dtype))
+    return _made(value, own + carried + _rounding(value, x.dtype), x.dtype)
 
 
 def where(condition: Any, x: Any, y: Any) -> ndarray:
@@ -472,6 +534,7 @@ def _structural(name: str) -> Callable[..., ndarray]:
     return move
 
 
+_concatenate = _structural("concatenate")
 _STRUCTURAL = frozenset(
     """broadcast_to concatenate expand_dims moveaxis reshape squeeze stack swapaxes take transpose
     tril triu""".split()

@@ -10,9 +10,12 @@ a whole, against the bound that was carried.
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,15 @@ from nnxp.testing import bounded
 LIMIT = 6.0
 """Correct results stay within this many units of the bound; measured ones within about 3."""
 
+comparisons: Counter[str] = Counter()
+"""How many comparisons this process has made, by the place where the result was computed."""
+
 Function = Callable[..., Any]
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value as JSON has it, which knows no infinity and no NaN."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,11 @@ class Check:
     @property
     def ok(self) -> bool:
         return not self.problem
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; an infinite error is None."""
+        plain = {name: finite_or_none(value) for name, value in asdict(self).items()}
+        return plain | {"ok": self.ok}
 
 
 @dataclass(frozen=True)
@@ -79,9 +95,9 @@ class ParityReport:
         """Plain values, for JSON."""
         return {
             "ok": self.ok,
-            "largest": self.largest,
+            "largest": finite_or_none(self.largest),
             "limit": self.limit,
-            "checks": [asdict(check) | {"ok": check.ok} for check in self.checks],
+            "checks": [check.to_dict() for check in self.checks],
         }
 
     def to_json(self) -> str:
@@ -106,6 +122,13 @@ class ParityReport:
         """The report as a table in Markdown."""
         rows = [_HEADER, tuple("---" for _ in _HEADER), *self._table()]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of the error by layer and backend: an SVG image, for any browser."""
+        from nnxp.testing._plot import svg
+
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(svg(self))
 
     def __str__(self) -> str:
         rows = [_HEADER, *self._table()]
@@ -169,15 +192,19 @@ def parity_report(
             checks = _judge_model(function, inputs[0], chosen)
         else:
             checks = _judge_function(function, inputs, chosen)
+    comparisons.update(check.backend for check in checks)
     return ParityReport(tuple(checks), 1.0 if rigorous else LIMIT)
 
 
-def error_bound(function: Layer | Function, *inputs: Any) -> tuple[HostArray, HostArray]:
+def error_bound(
+    function: Layer | Function, *inputs: Any, **options: Any
+) -> tuple[HostArray, HostArray]:
     """(reference, bound): the result in float64, and the unit of doubt for each of its elements.
 
-    The inputs' own type is the one whose rounding is accounted for.
+    The function is a model, a kernel of `nnxp.kernels`, or any other function of arrays, called
+    with these options. The inputs' own type is the one whose rounding is accounted for.
     """
-    expected = _expected(function, inputs)
+    expected = _expected(partial(function, **options) if options else function, inputs)
     return expected.value, expected.error
 
 
@@ -191,12 +218,21 @@ class Expected:
 
 
 def _expected(function: Layer | Function, inputs: Sequence[Any]) -> Expected:
+    """The reference's answer. Rounding inside is that of the inputs' type, or of the result's.
+
+    A function that computes in less than that, on whichever backend, owns the difference.
+    """
+    arrays = [x for x in inputs if is_array(x)]
     if isinstance(function, Layer):
+        arrays += function.parameters().values()
         function = function._replaced(lambda name, value: _lift(value))
-    with np.errstate(all="ignore"):
+    kinds = [x.dtype for x in arrays if is_floating(x.dtype)]
+    coarsest = max(kinds, key=bounded.unit_roundoff, default=None)
+    with np.errstate(all="ignore"), bounded.no_coarser_than(coarsest):
         result = function(*map(_lift, inputs))
     if isinstance(result, bounded.ndarray):
-        return Expected(result.value, result.error, result.dtype)
+        stored = bounded.stored(result, coarsest)
+        return Expected(stored.value, stored.error, stored.dtype)
     if isinstance(result, np.ndarray | np.generic):  # booleans and indices are exact
         value = np.asarray(result)
         return Expected(value.astype("float64"), np.zeros(value.shape), value.dtype)
@@ -230,6 +266,7 @@ def assert_close(actual: Array, expected: Any, *, bound: Any) -> Check:
     value = np.asarray(asnumpy(expected), "float64")
     error = np.broadcast_to(np.asarray(bound, "float64"), value.shape)
     check = compare("result", "", place_of(actual), asnumpy(actual), value, error)
+    comparisons[check.backend] += 1
     if not check.ok:
         raise AssertionError(f"{check.problem}; largest error {check.ratio:.3g} units")
     return check
@@ -254,7 +291,7 @@ def compare(
     odd = ~np.isfinite(stored)
     same = (given == stored) | (np.isnan(given) & np.isnan(stored))
     off = np.where(same, 0.0, np.abs(given - np.where(odd, 0.0, value)))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(off == 0, 0.0, off / error)
         ulps = np.where(off == 0, 0.0, off / _spacing(stored, actual.dtype))
     wrong_kind = odd & ~same | ~np.isfinite(given) & ~odd

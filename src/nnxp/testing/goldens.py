@@ -1,0 +1,188 @@
+"""Goldens: what a backend once computed, in a small file that any machine can check.
+
+A machine with a GPU records the outputs of layers; one without holds them against float64, within
+the same computed bound as its own. A golden says where it was made and from which sources. It is a
+safetensors file without code: its models are described as in a checkpoint, and whoever changes
+an input, a parameter or an output by more than rounding is found out by the check itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_info
+
+import nnxp.layers._layer
+from nnxp._arrays import HostArray, Shape
+from nnxp._errors import CheckpointError
+from nnxp.backend import Backend, get_backend
+from nnxp.io._atomic import written_beside
+from nnxp.io.checkpoint import _built, _described
+from nnxp.layers._layer import Layer
+from nnxp.testing.parity import Check, ParityReport, _expected, _run, compare, comparisons
+
+VERSION = 1
+PACKAGE = Path(nnxp.layers._layer.__file__).parents[1]
+
+
+def layer_examples() -> list[tuple[Layer, Shape]]:
+    """The examples of every layer of the library, with the shapes of rows they take."""
+    kinds = [
+        kind
+        for name, kind in sorted(Layer.known.items())
+        if kind.__module__.startswith("nnxp.") and not name.startswith("_")
+    ]
+    return [example for kind in kinds for example in kind.examples()]
+
+
+def source_hash() -> str:
+    """A hash of all the Python sources of the package: it changes when any of them does."""
+    found = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def provenance(backend: Backend) -> dict[str, Any]:
+    """Where and from what something is computed: date, versions, sources, device, driver."""
+    from nnxp import __version__
+
+    facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "nnxp": __version__,
+        "sources": source_hash(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "numpy": np.__version__,
+        "backend": backend.name,
+        "device": backend.device,
+    }
+    if backend.name == "cupy":
+        return facts | _cuda(backend)
+    blas = [each for each in threadpool_info() if each.get("user_api") == "blas"]
+    return facts | {
+        "hardware": _processor(),
+        "blas": " ".join(str(each.get("internal_api")) for each in blas),
+        "kernels": " ".join(str(each.get("architecture")) for each in blas),
+    }
+
+
+def _processor() -> str:
+    about = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", about.read_text()) if about.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cuda(backend: Backend) -> dict[str, Any]:
+    runtime = backend.xp.cuda.runtime
+    about = runtime.getDeviceProperties(int(backend.device.partition(":")[2]))
+    driver = Path("/proc/driver/nvidia/version")
+    return {
+        "hardware": about["name"].decode(),
+        "compute_capability": f"{about['major']}.{about['minor']}",
+        "cupy": backend.xp.__version__,
+        "cuda": runtime.runtimeGetVersion(),
+        "driver_cuda": runtime.driverGetVersion(),
+        "driver": driver.read_text().partition("\n")[0] if driver.exists() else None,
+    }
+
+
+def record(
+    path: str | os.PathLike[str],
+    backend: str | Backend = "auto",
+    cases: Iterable[tuple[Layer, HostArray]] | None = None,
+    *,
+    dtypes: Sequence[str] = ("float32", "float16"),
+) -> int:
+    """Write a golden: what each model answers to its rows on this backend; says how many.
+
+    `cases` are models with rows; without them, every layer's examples in each of these dtypes.
+    Raises BackendUnavailable, CheckpointError for a model that no file can hold, and OSError.
+    """
+    from safetensors.numpy import save_file
+
+    where = get_backend(backend)
+    tensors: dict[str, HostArray] = {}
+    models = []
+    for i, (model, rows) in enumerate(_examples(dtypes) if cases is None else cases):
+        host = model.to("cpu")
+        tensors |= {f"{i}.p.{name}": value for name, value in host.parameters().items()}
+        with where.current(), np.errstate(all="ignore"):
+            tensors[f"{i}.y"] = where.get(host.to(where)(where.put(rows)))
+        tensors[f"{i}.x"] = rows
+        models.append(_described(host))
+    about = provenance(where) | {"precision": "as the dtype: no TF32"}
+    text = json.dumps({"version": VERSION, "about": about, "models": models})
+    with written_beside(path) as beside:
+        whole = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+        save_file(whole, beside, metadata={"nnxp-golden": text})
+    return len(models)
+
+
+def _examples(dtypes: Sequence[str]) -> Iterable[tuple[Layer, HostArray]]:
+    rng = np.random.default_rng(0)
+    for dtype in dtypes:
+        for layer, shape in layer_examples():
+            made = layer.astype(dtype)
+            yield made, rng.normal(size=shape).astype(made.dtype or dtype)
+
+
+def about(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Where and from what a golden was recorded; CheckpointError for a file that is none."""
+    found: dict[str, Any] = _opened(path)[0]["about"]
+    return found
+
+
+def check(
+    path: str | os.PathLike[str], backends: Sequence[str | Backend] = ("numpy",)
+) -> ParityReport:
+    """Hold a golden against float64, and what these backends compute from its inputs, too.
+
+    In the report the golden's own outputs are on "recorded <device>". Raises CheckpointError for a
+    file that is not a golden, or holds a layer that is not known here; nothing in it is run.
+    """
+    entry, tensors = _opened(path)
+    where = f"recorded {entry['about']['device']}"
+    chosen = [get_backend(each) for each in backends]
+    checks: list[Check] = []
+    for i, described in enumerate(entry["models"]):
+        try:
+            model = _built(described, lambda name, i=i: tensors[f"{i}.p.{name}"])  # type: ignore[misc]
+            x, y = tensors[f"{i}.x"], tensors[f"{i}.y"]
+        except KeyError as error:
+            raise CheckpointError(f"{os.fspath(path)}: the tensor {error} is missing") from None
+        expected = _expected(model, [x])
+        name, what = f"case {i}", f"{model!r} {x.dtype}"
+        if y.dtype == expected.dtype:
+            checks.append(compare(name, what, where, y, expected.value, expected.error))
+        else:
+            problem = f"the result is {y.dtype}, not {expected.dtype}"
+            checks.append(Check(name, what, where, np.inf, np.inf, np.inf, (), problem))
+        checks += [_run(name, what, model, [x], backend, expected) for backend in chosen]
+    comparisons.update(each.backend for each in checks if not each.backend.startswith("recorded"))
+    return ParityReport(tuple(checks))
+
+
+def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, HostArray]]:
+    """The description and the tensors in a golden."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            entry = json.loads((file.metadata() or {}).get("nnxp-golden", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{os.fspath(path)} is not a golden: {error}") from None
+    whole = isinstance(entry, dict) and {"version", "about", "models"} <= entry.keys()
+    if not whole or entry["version"] != VERSION:
+        raise CheckpointError(f"{os.fspath(path)} is not a golden of version {VERSION}")
+    return entry, tensors

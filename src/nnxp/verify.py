@@ -1,0 +1,235 @@
+"""Do the backends of this machine agree with float64? The library's own checks, or a model's.
+
+Also asked: is float32 float32? A GPU may round the inputs of a product to TF32 unseen, which a
+product of zero-mean numbers shows, because there the sum is small and the rounding is not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from nnxp import kernels
+from nnxp._arrays import FLOATS, HostArray, float_dtype
+from nnxp._errors import BackendUnavailable, DtypeMismatch, OptionError
+from nnxp.backend import Backend, available_backends, get_backend
+from nnxp.io._atomic import written_beside
+from nnxp.layers._layer import Layer
+from nnxp.testing.goldens import layer_examples, provenance, record
+from nnxp.testing.parity import LIMIT, Check, compare, finite_or_none, parity_report, product_bound
+
+TF32 = 20.0
+"""Units of the bound: a float32 product of zero-mean numbers stays below 3, TF32 is above 200."""
+MOST_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found on one backend: how many checks ran and failed there, and how far off.
+
+    `largest` is the largest error in units of the bound, `product` that of a float32 product of
+    zero-mean numbers. Of a backend that cannot be used, `reason` and `hint` say why.
+    """
+
+    name: str
+    device: str
+    usable: bool
+    reason: str
+    hint: str = ""
+    checks: int = 0
+    failed: int = 0
+    largest: float = 0.0
+    product: float = 0.0
+    seconds: float = 0.0
+    about: dict[str, Any] | None = None
+
+    @property
+    def tf32(self) -> bool:
+        """Whether products of float32 numbers are rounded to TF32."""
+        return self.product > TF32
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; an infinite error is None."""
+        plain = {name: finite_or_none(value) for name, value in asdict(self).items()}
+        return plain | {"tf32": self.tf32}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, what was found on each backend, and the checks that failed."""
+
+    what: str
+    found: tuple[Found, ...]
+    failures: tuple[Check, ...]
+    required: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """The required backends that cannot be used here."""
+        usable = {each.name for each in self.found if each.usable}
+        return [name for name in self.required if name not in usable]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed, and every required backend was there."""
+        return not self.failures and not self.missing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; this is what a receipt holds."""
+        return {
+            "ok": self.ok,
+            "what": self.what,
+            "limit": LIMIT,
+            "missing": self.missing,
+            "backends": [each.to_dict() for each in self.found],
+            "failures": [each.to_dict() for each in self.failures],
+        }
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for each in self.found:
+            lines.append(f"  {each.name:6}  " + (_said(each) if each.usable else each.reason))
+            if not each.usable and each.name in self.required:
+                lines.append(f"          it is required. {each.hint}")
+        lines += [
+            f"FAILED on {check.backend}: {check.name} {check.what}: {check.problem}"
+            for check in self.failures[:20]
+        ]
+        if len(self.failures) > 20:
+            lines.append(f"and {len(self.failures) - 20} more failed")
+        return "\n".join([*lines, "all agree with float64" if self.ok else "NOT VERIFIED"])
+
+
+def _said(found: Found) -> str:
+    kind = "TF32 IS ON: float32 products are rounded" if found.tf32 else "float32 is float32"
+    return (
+        f"{found.device}: {found.checks:,} checks, {found.failed:,} failed; largest error "
+        f"{found.largest:.2f} of {LIMIT:g} units; {kind} ({found.product:.2f}); "
+        f"{found.seconds:.1f} s"
+    )
+
+
+def verify(
+    model: Layer | None = None,
+    rows: HostArray | None = None,
+    backends: Sequence[str] = (),
+    required: Sequence[str] = (),
+) -> Verification:
+    """Judge a model on rows (rows, ...), or the library's layers and the demo's network.
+
+    On these backends, or on all that are usable; `required` ones are always among them. Of many
+    rows a thousand are judged. Raises BackendUnavailable for one of `backends` that cannot be used.
+    """
+    if (model is None) != (rows is None):
+        raise OptionError("a model is verified on rows, and rows with a model: give both")
+    if model is None or rows is None:
+        cases, what = list(_own_cases()), "every layer, in every type, and the demo's network"
+    else:
+        some = np.asarray(rows[:: max(1, -(-len(rows) // MOST_ROWS))])
+        cases, what = [(model, some)], f"{model!r} on {len(some):,} of {len(rows):,} rows"
+    found, failures = [], []
+    names = [get_backend(name).device for name in backends] or list(available_backends())
+    for name in dict.fromkeys([*names, *required]):
+        try:
+            backend = get_backend(name)
+        except BackendUnavailable as error:
+            reason = error.reason.removeprefix(f"backend={name!r}: ")
+            found.append(Found(name, "", False, reason, error.hint))
+            continue
+        if any(each.device == backend.device for each in found):
+            continue
+        made, failed = _judge(backend, cases)
+        found.append(made)
+        failures += failed
+    wanted = tuple({"cpu": "numpy", "cuda": "cupy"}.get(name, name) for name in required)
+    return Verification(what, tuple(found), tuple(failures), wanted)
+
+
+def _own_cases() -> Iterator[tuple[Layer, HostArray]]:
+    from nnxp.demo import load_digits
+
+    rng = np.random.default_rng(0)
+    for dtype in FLOATS:
+        try:
+            float_dtype(dtype)
+        except DtypeMismatch:  # bfloat16 without ml_dtypes
+            continue
+        for layer, shape in layer_examples():
+            made = layer.astype(dtype)
+            yield made, rng.normal(size=shape).astype(made.dtype or float_dtype(dtype))
+    digits, pixels, *_ = load_digits()
+    yield digits, pixels[::7]
+
+
+def _judge(backend: Backend, cases: Sequence[tuple[Layer, HostArray]]) -> tuple[Found, list[Check]]:
+    start = perf_counter()
+    products = product_checks(backend)
+    checks = list(products)
+    for layer, rows in cases:
+        made = parity_report(layer, rows, backends=[backend]).checks
+        named = f"{layer!r:.60} {rows.dtype}: " if len(cases) > 1 else ""
+        checks += [replace(each, name=named + each.name) for each in made]
+    failed = [each for each in checks if not each.ok]
+    return Found(
+        backend.name,
+        backend.device,
+        usable=True,
+        reason=backend.why,
+        checks=len(checks),
+        failed=len(failed),
+        largest=max(each.ratio for each in checks),
+        product=max(each.ratio for each in products),
+        seconds=perf_counter() - start,
+        about=provenance(backend),
+    ), failed
+
+
+def product_checks(backend: Backend) -> list[Check]:
+    """float32 products of zero-mean numbers on this backend against their bound, by each kernel.
+
+    The error stays below 3 units for float32. Rounding the inputs to TF32 makes it 200 and more:
+    2^-11 in place of 2^-24 for each term, and no large sum to hide behind.
+    """
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((2, 256, 256), dtype="float32")
+    value, bound = x.astype("float64") @ weight, product_bound(x, weight)
+    checks = []
+    with backend.current():
+        there = backend.put(x), backend.put(weight)
+        for kernel in (kernels.matmul, kernels.linear):
+            name, what, made = f"product by {kernel.__name__}", "zero-mean", kernel(*there)
+            checks.append(compare(name, what, backend.device, backend.get(made), value, bound))
+    return checks
+
+
+def newest_receipt(folder: str | Path, backend: str) -> dict[str, Any] | None:
+    """What the latest of the receipts in a folder says of this backend; None if none does."""
+    found = [
+        each
+        for path in Path(folder).glob("*.json")
+        for each in json.loads(path.read_text())["backends"]
+        if each["name"] == backend and each["usable"]
+    ]
+    return max(found, key=lambda each: str(each["about"]["date"]), default=None)
+
+
+def write_receipt(found: Verification, path: str | Path) -> None:
+    """Write what was verified, where, and with what result: JSON."""
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+
+
+def record_goldens(found: Verification, folder: str | Path) -> None:
+    """Record a golden on each backend that was verified: <hardware>.safetensors in the folder."""
+    for each in found.found:
+        if each.usable:
+            hardware = f"{each.name} {(each.about or {})['hardware']}"
+            name = "-".join(re.findall(r"[a-z0-9]+", hardware.lower()))
+            record(Path(folder) / f"{name}.safetensors", each.device)
