@@ -120,7 +120,7 @@ def tile_rows(rows: int, budget: Budget) -> int:
     if rows * work <= 2 * TILE_WORK and rows <= narrow:
         tile = rows  # about a millisecond in all: sharing it out would cost more than it gains
     else:
-        most = min(narrow, max(wide, TILE_WORK // work))
+        most = min(narrow, max(wide, TILE_WORK // work // least * least))
         tile = min(most, max(least, rows // 8 // least * least))
     return max(1, min(tile, TILE_BYTES // max(budget.row_bytes, 1)))
 

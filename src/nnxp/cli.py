@@ -1,0 +1,400 @@
+"""The command line: `nnxp demo | predict | summary | doctor | verify | bench`.
+
+Results go to stdout, progress and errors to stderr. The exit code is 0 if all went well, 1 if
+something that was asked for failed, 2 for wrong usage, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from nnxp._errors import NnxpError, OptionError
+
+if TYPE_CHECKING:
+    from nnxp._arrays import Shape
+    from nnxp.layers._layer import Layer
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Every foreseeable error becomes one line on stderr and an exit code."""
+    try:
+        yield
+    except BrokenPipeError:
+        code = 141  # as of a process that SIGPIPE ends: whoever reads our output has enough
+    except KeyboardInterrupt:
+        code = _failed("interrupted", 128 + signal.SIGINT)
+    except OptionError as error:
+        code = _failed(error, 2)
+    except OSError as error:
+        said = error.strerror or str(error)
+        code = _failed(f"{error.filename}: {said}" if error.filename else said)
+    except MemoryError as error:
+        code = _failed(f"not enough memory. {error}".removesuffix(". "))
+    except NnxpError as error:
+        code = _failed(error)
+    else:
+        return
+    raise SystemExit(code)
+
+
+def _failed(what: object, code: int = 1) -> int:
+    typer.echo(f"nnxp: error: {' '.join(str(what).split())}", err=True)
+    return code
+
+
+class _Commands(TyperGroup):
+    """The commands, without a traceback for what any user may meet."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with _plain_errors():
+            return super().main(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _plain_errors():  # here too, because typer's main has its own way with Ctrl-C
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="nnxp",
+    cls=_Commands,
+    help="One neural network, written once, on NumPy or on CuPy.",
+    epilog="Exit codes: 0 all went well, 1 what was asked for failed, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich would double the time that --help takes
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+OnBackend = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help='Where to compute: "auto", "numpy", "cupy", "cuda:1", "sim". '
+        "What is named but cannot be used is an error.",
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help='Bytes for the rows at work, such as "256 MiB".'),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads on the CPU.")]
+Model = Annotated[Path, typer.Argument(help="A model, as nnxp.save writes it.", metavar="MODEL")]
+
+
+def main() -> NoReturn:
+    """The entry point of the command `nnxp`."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup, for one, ignores SIGHUP
+            signal.signal(number, _end)
+    app(prog_name="nnxp")
+    raise AssertionError("typer ends the process")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from nnxp import __version__
+
+        typer.echo(f"nnxp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    rows: Annotated[
+        int, typer.Option(min=1, max=1 << 40, help="How many rows to predict.")
+    ] = 1_000_000,
+    backend: OnBackend = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """See it work: a trained network on many rows, checked and timed."""
+    from nnxp.demo import run
+
+    report = run(rows, backend, progress=True)
+    _print(report, as_json)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    model: Model,
+    rows: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help="The rows: .npy (may be larger than memory), .npz or .csv (read whole).",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Where the model's outputs go: .npy, .npz or .csv."),
+    ],
+    backend: OnBackend = "auto",
+    memory_limit: MemoryLimit = None,
+    workers: Workers = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A model's output for every row of a file.
+
+    OUTPUT is written beside its place and renamed at the end: it is whole, or it is not there. A
+    .csv file may begin with a line of column names; none is written.
+    """
+    from nnxp.engine import Engine, float_type
+    from nnxp.io.checkpoint import load
+    from nnxp.io.rows import Passing, ending, read_rows, written_rows
+
+    ending(rows), ending(output)
+    for taken in (model, rows):
+        if taken.exists() and output.exists() and output.samefile(taken):
+            raise OptionError(f"{output}: the output would replace {taken}, which is read")
+    engine = Engine(load(model), backend, memory_limit=memory_limit, workers=workers)
+    start = perf_counter()
+    x = read_rows(rows, key)
+    shape = engine.model.output_shape(x.shape)
+    with written_rows(output, shape, engine.model.dtype or float_type(x)) as out:
+        dtype = str(out.dtype)
+        engine(Passing(x, out), out, progress=True)
+    seconds = perf_counter() - start  # reading and writing included
+    where = engine.backend
+    if as_json:
+        made = {"output": str(output), "rows": shape[0], "shape": shape, "dtype": dtype}
+        ran = {"backend": where.name, "device": where.device, "why": where.why}
+        _print_json({**made, "seconds": seconds, **ran})
+    else:
+        name = typer.format_filename(output)
+        typer.echo(f"{name}: {shape[0]:,} rows, {dtype} {shape}, in {seconds:.3g} s")
+        typer.echo(f"ran on {where.device}: {where.why}")
+
+
+@app.command()
+def summary(
+    model: Model,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),
+    ] = None,
+    backend: OnBackend = "auto",
+    memory_limit: MemoryLimit = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """A model's layers, shapes, parameters and costs, and how so many rows would be cut.
+
+    The shape of a row is found out where the model takes only one.
+    """
+    from nnxp.engine import Engine
+    from nnxp.io.checkpoint import load
+
+    row = None if shape is None else _parse_shape(shape)
+    engine = Engine(load(model), backend, memory_limit=memory_limit, workers=workers)
+    whole = (rows, *(_row_of(engine.model) if row is None else row))
+    found, plan = engine.model.summary(whole), engine.plan(whole)
+    if as_json:
+        device = {"device": engine.backend.device, "working_set": plan.working_set}
+        _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
+    else:
+        typer.echo(str(found))
+        typer.echo(
+            f"{rows:,} rows on {engine.backend.device}: {plan.rows:,} at a time on {plan.workers} "
+            f"workers, {plan.working_set:,} bytes of rows at work"
+        )
+
+
+@app.command()
+def doctor(backend: OnBackend = "auto", as_json: AsJson = False) -> None:
+    """What decides where and how fast nnxp runs, and what is wrong.
+
+    The exit code is 1 only if something that was asked for, by --backend, NNXP_BACKEND or
+    NNXP_WORKERS, cannot be had.
+    """
+    from nnxp.doctor import diagnose
+
+    found = diagnose(backend)
+    _print(found, as_json)
+    if found.broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="A model to judge, as nnxp.save writes it."),
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Argument(metavar="[INPUT]", help="Rows for it: .npy, .npz or .csv.")
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Where, such as numpy,cupy; default: wherever usable."),
+    ] = "auto",
+    require: Annotated[
+        str, typer.Option(metavar="NAMES", help="Fail unless these can be used, such as cupy.")
+    ] = "",
+    receipt: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what ran where, with what result, as JSON."),
+    ] = None,
+    record_goldens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Record what each backend answers, for other machines."
+        ),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Does every backend here agree with float64?
+
+    Without MODEL and INPUT, every layer of the library is judged, in every type. Says too whether
+    products of float32 numbers are in float32, or rounded to TF32.
+    """
+    from nnxp import verify as verifying
+    from nnxp.io.checkpoint import load
+    from nnxp.io.rows import read_rows
+
+    found = verifying.verify(
+        load(model) if model else None,
+        read_rows(rows, key) if rows else None,
+        [] if backend == "auto" else _listed(backend),
+        _listed(require),
+    )
+    if receipt:
+        verifying.write_receipt(found, receipt)
+    if record_goldens:
+        verifying.record_goldens(found, record_goldens)
+    _print(found, as_json)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A model, as nnxp.save writes it; without it, the demo's."
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="How many rows go through it at once.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How many turns everybody has.")] = 15,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A model against its floor on this CPU: the bare matrix products of its own layers.
+
+    Each computes in a process of its own, which starts without variables that pin threads or BLAS
+    kernels, such as OMP_NUM_THREADS; they are checked against float64, and then timed in turns.
+    """
+    from nnxp.demo import _HERE
+    from nnxp.io.checkpoint import load
+    from nnxp.race import against_floor
+
+    path = _HERE / "digits.safetensors" if model is None else model
+    row = _row_of(load(path)) if shape is None else _parse_shape(shape)
+    with _status() as say:
+        found = against_floor(path, row, rows=rows, rounds=rounds, say=say)
+    _print(found, as_json)
+    if any(each.problem for each in found.results):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """What shows on a terminal how far it is, one line over the other."""
+    if not sys.stderr.isatty():
+        yield lambda line: None
+        return
+
+    def say(line: str) -> None:
+        typer.echo(f"\r\x1b[K{line}", nl=False, err=True)
+
+    try:
+        yield say
+    finally:
+        say("")
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _parse_shape(text: str) -> Shape:
+    sizes = [size.strip() for size in re.split("[,x]", text)]
+    if not all(re.fullmatch(r"[1-9][0-9]{0,17}", size) for size in sizes):
+        raise OptionError(f'--shape {text!r} is not the shape of a row; "784" and "28,28" are')
+    return tuple(map(int, sizes))
+
+
+def _row_of(model: Layer) -> Shape:
+    """The shape of a row that the model takes, if it is one size out of those of its parameters.
+
+    A model that also takes a size which is none of these takes any: its rows cannot be known.
+    """
+    sizes = {size for value in model.parameters().values() for size in value.shape}
+    taken = [(size,) for size in sizes if _takes(model, (1, size))]
+    if len(taken) != 1 or _takes(model, (1, max(sizes) + 1)):
+        raise OptionError("the model does not tell the shape of its rows: give it with --shape")
+    return taken[0]
+
+
+def _takes(model: Layer, shape: Shape) -> bool:
+    try:
+        model.output_shape(shape)
+    except (ValueError, IndexError):  # a ShapeError, or what unpacking a shape of other axes gives
+        return False
+    return True
+
+
+def _print(result: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        typer.echo(str(result))
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    typer.echo(json.dumps(values, indent=2))
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """A polite request to end, so that what was being written is cleared away."""
+    raise SystemExit(128 + number)

@@ -1,0 +1,514 @@
+"""The command line: what it answers and where, and how it fails: in one line, with a code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import nnxp
+from conftest import draw
+from nnxp.cli import app
+
+FILES = ["x.npy", "x.npz", "x.csv"]
+ENDINGS = [".npy", ".npz", ".csv"]
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A folder with a network, 6 -> 3, and 50 rows for it in every kind of file; we are in it."""
+    monkeypatch.chdir(tmp_path)
+    net = nnxp.Sequential(nnxp.Dense(6, 8, "relu", rng=0), nnxp.Dense(8, 3, "softmax", rng=1))
+    nnxp.save(net, "net.safetensors")
+    x = draw((50, 6))
+    np.save("x.npy", x)
+    np.savez("x.npz", x)
+    np.savetxt("x.csv", x, delimiter=",", header="a,b,c,d,e,f", comments="", fmt="%.9g")
+    return tmp_path
+
+
+def nnxp_(*args):
+    return CliRunner().invoke(app, [str(each) for each in args])
+
+
+def run(*args, **options):
+    """The same in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "nnxp", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def fails(done, code, *words):
+    """The command failed as promised: a code, one line on stderr, and no word on stdout."""
+    assert done.exit_code == code, done.output
+    assert done.stdout == ""
+    assert done.stderr.startswith("nnxp: error: ")
+    assert len(done.stderr.splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def read(path):
+    if path.suffix == ".csv":
+        return np.loadtxt(path, delimiter=",", dtype="float32")
+    return np.load(path) if path.suffix == ".npy" else np.load(path)["output"]
+
+
+# help, version, usage
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["predict"], ["summary"], ["doctor"]])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_every_command_has_help(command, option):
+    done = nnxp_(*command, option)
+    assert done.exit_code == 0
+    assert "Usage: " in done.stdout
+
+
+def test_the_version_is_the_packages():
+    assert nnxp_("--version").stdout == f"nnxp {nnxp.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["predikt"],
+        ["doctor", "--fast"],
+        ["predict", "net.safetensors"],
+        ["predict", "net.safetensors", "x.npy"],
+        ["predict", "net.safetensors", "x.npy", "-o", "y.npy", "--workers", "0"],
+        ["summary", "net.safetensors", "--rows", "many"],
+        ["demo", "--rows", "0"],
+    ],
+)
+def test_wrong_usage_is_code_2(args):
+    done = nnxp_(*args)
+    assert done.exit_code == 2
+    assert "Usage: " in done.output
+
+
+def test_help_loads_nothing_that_only_a_command_needs():
+    code = (
+        "import sys\nfrom nnxp.cli import main\nsys.argv = ['nnxp', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = 'cupy safetensors sklearn scipy ml_dtypes rich.markup nnxp.doctor nnxp.demo'\n"
+        "print([name for name in heavy.split() if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# predict
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("name", FILES)
+def test_predict_writes_what_nnxp_predicts(room, name, ending):
+    done = nnxp_("predict", "net.safetensors", name, "-o", f"y{ending}", "--backend", "numpy")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert f"y{ending}: 50 rows" in done.stdout
+    assert "ran on cpu: NumPy" in done.stdout
+    net = nnxp.load("net.safetensors")
+    wanted = nnxp.predict(net, np.load("x.npy"), "numpy")
+    assert read(room / f"y{ending}").dtype == np.float32
+    assert np.array_equal(read(room / f"y{ending}"), wanted)
+
+
+def test_predict_in_a_process_of_its_own_says_as_json_what_it_did(room):
+    done = run("predict", "net.safetensors", "x.npy", "-o", "y.npy", "--backend=sim", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert 0 < said.pop("seconds") < 60
+    assert said == {
+        "output": "y.npy",
+        "rows": 50,
+        "shape": [50, 3],
+        "dtype": "float32",
+        "backend": "sim",
+        "device": "sim:0",
+        "why": "simulated in host memory; backend='sim'",
+    }
+
+
+def test_predict_replaces_an_older_output_and_leaves_nothing_else(room):
+    before = {each.name for each in room.iterdir()}
+    (room / "y.npy").write_text("old")
+    assert nnxp_("predict", "net.safetensors", "x.npy", "-o", "y.npy").exit_code == 0
+    assert read(room / "y.npy").shape == (50, 3)
+    assert {each.name for each in room.iterdir()} == before | {"y.npy"}
+
+
+def test_predict_takes_the_array_with_the_key(room):
+    np.savez("two.npz", a=np.load("x.npy"), b=np.load("x.npy")[:7])
+    done = nnxp_("predict", "net.safetensors", "two.npz", "--key", "b", "-o", "y.npy")
+    assert done.exit_code == 0, done.output
+    assert read(room / "y.npy").shape == (7, 3)
+    fails(nnxp_("predict", "net.safetensors", "two.npz", "-o", "z.npy"), 1, "(a, b)")
+
+
+def test_predict_keeps_within_limits_and_threads_that_are_asked_for(room, monkeypatch):
+    seen = {}
+
+    def spy(engine, x, out, progress):
+        seen.update(limit=engine.memory_limit, workers=engine.workers, progress=progress)
+
+    monkeypatch.setattr(nnxp.Engine, "__call__", spy)
+    done = nnxp_(
+        *("predict", "net.safetensors", "x.npy", "-o", "y.npy"),
+        *("--memory-limit", "2 MiB", "--workers", "3"),
+    )
+    assert done.exit_code == 0, done.output
+    assert seen == {"limit": 2 << 20, "workers": 3, "progress": True}
+
+
+def test_predict_of_no_rows_is_no_rows(room):
+    np.save("none.npy", np.empty((0, 6)))
+    assert nnxp_("predict", "net.safetensors", "none.npy", "-o", "y.npy").exit_code == 0
+    assert read(room / "y.npy").shape == (0, 3)
+
+
+def test_predict_writes_bfloat16_as_float32(room):
+    pytest.importorskip("ml_dtypes", reason="there is no bfloat16 without ml_dtypes")
+    net = nnxp.load("net.safetensors").astype("bfloat16")
+    nnxp.save(net, "half.safetensors")
+    done = nnxp_("predict", "half.safetensors", "x.npy", "-o", "y.npy", "--backend", "numpy")
+    assert done.exit_code == 0, done.output
+    wanted = nnxp.predict(net, np.load("x.npy"), "numpy").astype("float32")
+    assert np.array_equal(read(room / "y.npy"), wanted)
+
+
+def test_predict_of_a_model_without_parameters_keeps_the_type_of_the_rows(room):
+    nnxp.save(nnxp.Activation("relu"), "relu.safetensors")
+    np.save("double.npy", np.load("x.npy").astype("float64"))
+    done = nnxp_("predict", "relu.safetensors", "double.npy", "-o", "y.npy")
+    assert done.exit_code == 0, done.output
+    assert read(room / "y.npy").dtype == np.float64
+
+
+def test_names_of_files_need_not_be_text(room):
+    name = os.fsdecode(b"y\xff.npy")
+    try:
+        Path(name).touch()
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    done = run("predict", "net.safetensors", "x.npy", "-o", name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read(room / name).shape == (50, 3)
+    done = run("predict", "net.safetensors", "x.npy", "-o", name + "x")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+BAD_ROWS = {
+    "wide.npy": lambda path: np.save(path, np.ones((5, 7))),
+    "flat.npy": lambda path: np.save(path, np.ones(6)),
+    "scalar.npy": lambda path: np.save(path, 1.0),
+    "objects.npy": lambda path: np.save(path, np.array([[{}] * 6])),
+    "strings.npy": lambda path: np.save(path, np.array([["a"] * 6])),
+    "complex.npy": lambda path: np.save(path, np.ones((5, 6), "complex64")),
+    "empty.npy": lambda path: path.write_bytes(b""),
+    "truncated.npy": lambda path: path.write_bytes(Path("x.npy").read_bytes()[:-1]),
+    "junk.npy": lambda path: path.write_text("1,2,3,4,5,6"),
+    "junk.npz": lambda path: path.write_text("1,2,3,4,5,6"),
+    "empty.csv": lambda path: path.write_text(""),
+    "ragged.csv": lambda path: path.write_text("1,2,3,4,5,6\n1,2,3,4,5\n"),
+    "words.csv": lambda path: path.write_text("1,2,3,4,5,6\n1,2,3,4,5,six\n"),
+    "binary.csv": lambda path: path.write_bytes(b"\xff\x00"),
+    "missing.npy": lambda path: None,
+    "missing.csv": lambda path: None,
+    "folder.npy": lambda path: path.mkdir(),
+    "folder.csv": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_cannot_be_read_or_do_not_fit_are_one_clear_line(room, name):
+    BAD_ROWS[name](room / name)
+    before = set(room.iterdir())
+    done = nnxp_("predict", "net.safetensors", name, "-o", "y.npy")
+    fails(done, 1, "(5, 7)" if name == "wide.npy" else "(6,)" if name == "flat.npy" else name)
+    assert set(room.iterdir()) == before
+    if name in ("ragged.csv", "words.csv"):
+        assert "line 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(None, "No such file"), (b"", "cannot be loaded"), (b"\x80\x04}.", "cannot be loaded")],
+)
+@pytest.mark.parametrize("command", ["predict", "summary"])
+def test_a_model_that_cannot_be_read_is_one_clear_line(room, command, content, word):
+    if content is not None:
+        (room / "bad.safetensors").write_bytes(content)
+    rest = ["x.npy", "-o", "y.npy"] if command == "predict" else []
+    fails(nnxp_(command, "bad.safetensors", *rest), 1, "bad.safetensors", word)
+    assert not (room / "y.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "word"),
+    [
+        (["x.npy", "-o", "y.txt"], 2, ".npy, .npz, .csv"),
+        (["x.npy", "-o", "y"], 2, ".npy, .npz, .csv"),
+        (["x.dat", "-o", "y.npy"], 2, ".npy, .npz, .csv"),
+        (["x.npy", "-o", "x.npy"], 2, "would replace"),
+        (["x.npy", "-o", "link.npy"], 2, "would replace"),
+        (["x.npy", "-o", "hard.npy"], 2, "would replace"),
+        (["x.npy", "-o", "net.npy"], 2, "would replace"),
+        (["x.npy", "-o", "y.npy", "--key", "a"], 2, "'a'"),
+        (["x.npz", "-o", "y.npy", "--key", "b"], 1, "'b'"),
+        (["x.npy", "-o", "y.npy", "--memory-limit", "lots"], 2, "'lots'"),
+        (["x.npy", "-o", "y.npy", "--memory-limit", "-1"], 2, "'-1'"),
+        (["x.npy", "-o", "y.npy", "--memory-limit", "8 B", "--backend=cpu"], 1, "memory"),
+        (["x.npy", "-o", "y.npy", "--backend", "cuda:99"], 1, "cuda:99"),
+        (["x.npy", "-o", "y.npy", "--backend", "nimpy"], 1, "'nimpy'"),
+        (["x.npy", "-o", "nowhere/y.npy"], 1, "nowhere"),
+        (["x.npy", "-o", "folder.npy"], 1, "folder.npy"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_line_and_writes_nothing(room, args, code, word):
+    (room / "link.npy").symlink_to("x.npy")
+    (room / "hard.npy").hardlink_to("x.npy")
+    (room / "net.npy").hardlink_to("net.safetensors")
+    (room / "folder.npy").mkdir()
+    before = {each: each.read_bytes() for each in room.iterdir() if each.is_file()}
+    fails(nnxp_("predict", "net.safetensors", *args), code, word)
+    assert before == {each: each.read_bytes() for each in room.iterdir() if each.is_file()}
+
+
+def test_a_wrong_ending_is_found_before_the_model_is_read(room):
+    fails(nnxp_("predict", "missing", "x.npy", "-o", "y.txt"), 2, "y.txt")
+    fails(nnxp_("predict", "missing", "x.txt", "-o", "y.npy"), 2, "x.txt")
+
+
+def test_a_backend_from_the_environment_that_cannot_be_had_is_one_clear_line(room, monkeypatch):
+    monkeypatch.setenv("NNXP_BACKEND", "cuda:99")
+    fails(nnxp_("predict", "net.safetensors", "x.npy", "-o", "y.npy"), 1, "NNXP_BACKEND=cuda:99")
+
+
+def test_workers_from_the_environment_that_are_no_number_are_one_clear_line(room, monkeypatch):
+    monkeypatch.setenv("NNXP_WORKERS", "all")
+    done = nnxp_("predict", "net.safetensors", "x.npy", "-o", "y.npy", "--backend", "numpy")
+    fails(done, 1, "NNXP_WORKERS='all'")
+    assert not (room / "y.npy").exists()
+
+
+def test_an_output_that_may_not_be_written_is_one_clear_line(room):
+    if not Path("/sys").is_dir():
+        pytest.skip("there is no folder here in which not even root may make a file")
+    fails(nnxp_("predict", "net.safetensors", "x.npy", "-o", "/sys/y.npy"), 1, "/sys")
+
+
+def test_an_output_of_three_axes_does_not_go_into_a_csv_file(room):
+    np.save("deep.npy", np.ones((5, 4, 6)))
+    fails(nnxp_("predict", "net.safetensors", "deep.npy", "-o", "y.csv"), 2, "(5, 4, 3)")
+    assert nnxp_("predict", "net.safetensors", "deep.npy", "-o", "y.npz").exit_code == 0
+
+
+# what comes from outside, half-way
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 1, "not enough memory"),
+        (OSError(5, "Input/output error", "x.npy"), 1, "x.npy: Input/output error"),
+        (OSError("odd"), 1, "odd"),
+        (nnxp.OutOfMemory("two\nlines"), 1, "not enough memory. two lines"),
+    ],
+)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_fails_half_way_is_one_line_and_leaves_nothing(
+    room, monkeypatch, ending, error, code, said
+):
+    def fail(self, x, out, progress):
+        out[:10] = 1
+        raise error
+
+    monkeypatch.setattr(nnxp.Engine, "__call__", fail)
+    before = set(room.iterdir())
+    done = nnxp_("predict", "net.safetensors", "x.npy", "-o", f"y{ending}")
+    fails(done, code)
+    assert done.stderr == f"nnxp: error: {said}\n"
+    assert set(room.iterdir()) == before
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_while_predicting_leaves_nothing_behind(room, name, code):
+    if not hasattr(signal, name):
+        pytest.skip(f"this system has no {name}")
+    layers = [nnxp.Dense(512, 512, rng=i) for i in range(8)]
+    nnxp.save(nnxp.Sequential(*layers, nnxp.Dense(512, 1, rng=8)), "slow.safetensors")
+    np.lib.format.open_memmap("long.npy", mode="w+", dtype="f4", shape=(1_000_000, 512))  # sparse
+    before = set(room.iterdir())
+    command = [sys.executable, "-m", "nnxp", "predict", "slow.safetensors", "long.npy"]
+    number = getattr(signal, name)
+    going = subprocess.Popen(
+        [*command, "-o", "y.npy", "--backend", "numpy"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a parent may ignore it
+    )
+    until = time.monotonic() + 60
+    while set(room.iterdir()) == before:
+        assert time.monotonic() < until, "it never began to write"
+        time.sleep(0.01)
+    time.sleep(0.2)  # well into the work, which takes many seconds
+    going.send_signal(number)
+    out, err = going.communicate(timeout=60)
+    assert going.returncode == code, err
+    assert (out, err) == ("", "nnxp: error: interrupted\n" if name == "SIGINT" else "")
+    assert set(room.iterdir()) == before
+
+
+@pytest.mark.parametrize("args", [["doctor"], ["doctor", "--json"], ["summary", "net.safetensors"]])
+def test_whoever_stops_reading_is_not_complained_to(room, args):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "nnxp", *args], stdout=writing, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("args", [["doctor"], ["--version"], ["summary", "net.safetensors"]])
+def test_a_full_disk_under_stdout_is_one_clear_line(room, args):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "nnxp", *args]
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "nnxp: error: No space left on device\n")
+
+
+# summary
+
+
+MODELS = {
+    "dense": (lambda: nnxp.Sequential(nnxp.Dense(6, 8, rng=0), nnxp.Dense(8, 3, rng=1)), 6),
+    "norm": (lambda: nnxp.Sequential(nnxp.LayerNorm(6), nnxp.Dense(6, 3, rng=0)), 6),
+    "bare": (lambda: nnxp.Dense(4, 4, rng=0), 4),
+    "flatten": (lambda: nnxp.Sequential(nnxp.Flatten(), nnxp.Dense(12, 3, rng=0)), 12),
+    "deep": (lambda: nnxp.Sequential(nnxp.Residual(nnxp.Sequential(nnxp.RMSNorm(5)))), 5),
+    "later": (lambda: nnxp.Sequential(nnxp.Activation("relu"), nnxp.Dense(7, 7, rng=0)), 7),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_summary_finds_out_the_shape_of_a_row(room, name):
+    make, inputs = MODELS[name]
+    nnxp.save(make(), "m.safetensors")
+    done = nnxp_("summary", "m.safetensors", "--rows", "4", "--backend", "cpu")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{make().summary((4, inputs))}\n")
+    assert "4 rows on cpu: 4 at a time on 1 workers" in done.stdout
+
+
+def test_summary_as_json_is_the_summary(room):
+    done = nnxp_("summary", "net.safetensors", "--json", "--shape", "6", "--backend", "cpu")
+    net = nnxp.load("net.safetensors")
+    found = json.loads(done.stdout)
+    plan = nnxp.Engine(net, "cpu").plan((1, 6))
+    assert found.pop("plan")["working_set"] == plan.working_set
+    assert found == json.loads(json.dumps(net.summary((1, 6)).to_dict()))
+
+
+@pytest.mark.parametrize("shape", ["2,6", "2x6", " 2 , 6 "])
+def test_summary_takes_a_shape_of_several_axes(room, shape):
+    done = nnxp_("summary", "net.safetensors", "--shape", shape)
+    assert "(1, 2, 6) -> (1, 2, 3)" in done.stdout
+
+
+class Scaled(nnxp.Layer):
+    """y = factor * x: takes rows of any size."""
+
+    factor: np.ndarray
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+class Either(Scaled):
+    """The same for rows of the two sizes that its factor happens to have."""
+
+    def output_shape(self, shape):
+        if shape[-1] not in (1, 3):
+            raise nnxp.ShapeError("no")
+        return shape
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nnxp.Sequential(),
+        lambda: nnxp.Activation("relu"),
+        lambda: nnxp.Flatten(),
+        lambda: Scaled(np.ones(1, "float32")),
+        lambda: Either(np.ones((3, 1), "float32")),
+    ],
+    ids=["empty", "activation", "flatten", "scaled", "either"],
+)
+def test_summary_asks_for_the_shape_where_a_model_takes_any(room, make):
+    nnxp.save(make(), "m.safetensors")
+    fails(nnxp_("summary", "m.safetensors"), 2, "--shape")
+    assert nnxp_("summary", "m.safetensors", "--shape", "3").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "code"),
+    [("5", 1), ("six", 2), ("0", 2), ("-6", 2), ("6,", 2), ("", 2), ("²", 2), ("9" * 5000, 2)],
+)
+def test_a_shape_that_does_not_fit_or_is_none_is_one_clear_line(room, shape, code):
+    fails(nnxp_("summary", "net.safetensors", f"--shape={shape}"), code)
+
+
+# demo and doctor
+
+
+def test_demo_says_where_it_ran_and_how_fast():
+    done = nnxp_("demo", "--rows", "2000", "--backend", "numpy", "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert (said["rows"], said["device"]) == (2000, "cpu")
+    text = nnxp_("demo", "--rows", "2000", "--backend", "numpy").stdout
+    assert "cpu" in text
+    assert "2,000" in text
+
+
+def test_demo_on_a_backend_that_cannot_be_had_is_one_clear_line():
+    fails(nnxp_("demo", "--backend", "cuda:99"), 1, "cuda:99")
+
+
+def test_doctor_is_content_unless_something_that_was_asked_for_is_broken(monkeypatch):
+    assert nnxp_("doctor").exit_code == 0
+    for done in (nnxp_("doctor", "--backend", "cuda:99"), nnxp_("doctor", "--backend", "nimpy")):
+        assert (done.exit_code, done.stderr) == (1, "")
+    for name in ("NNXP_BACKEND", "NNXP_WORKERS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "nonsense")
+            assert nnxp_("doctor").exit_code == 1
+
+
+def test_doctor_in_a_process_of_its_own_answers_in_json_alone():
+    done = run("doctor", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert said["ok"] is True
+    assert said["numpy"]["numpy"] == np.__version__
