@@ -26,6 +26,7 @@ from nnxp.layers.activation import Activation as Activation
 from nnxp.layers.containers import Residual as Residual
 from nnxp.layers.containers import Sequential as Sequential
 from nnxp.layers.dense import Dense as Dense
+from nnxp.layers.dropout import Dropout as Dropout
 from nnxp.layers.norm import BatchNorm as BatchNorm
 from nnxp.layers.norm import LayerNorm as LayerNorm
 from nnxp.layers.norm import RMSNorm as RMSNorm
