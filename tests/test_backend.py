@@ -124,7 +124,7 @@ def test_without_cupy_the_reason_is_that_and_the_hint_is_to_install_it(monkeypat
     answer = _probe._ask(0)
     assert not answer.ok
     assert answer.reason == "CuPy is not installed"
-    assert 'pip install "nnxp[cuda13]"' in answer.hint
+    assert 'pip install "cupy-cuda13x[ctk]"' in answer.hint
 
 
 class FakeCupy:
@@ -179,7 +179,7 @@ def test_the_probe_names_a_missing_nvrtc_and_its_cure(fake):
     fake.setattr(FakeCupy, "exp", staticmethod(compile_fails))
     answer = _probe._ask(0)
     assert "libnvrtc" in answer.reason
-    assert "nnxp[cuda13]" in answer.hint
+    assert "cupy-cuda13x[ctk]" in answer.hint
 
 
 def test_the_probe_knows_how_many_devices_there_are(fake):
@@ -350,3 +350,25 @@ def test_a_forked_child_may_use_the_cpu():
         same = np.array_equal(nnxp.predict(net, x, "cpu"), expected)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_auto_at_any_level_asks_the_next_and_is_answered_so():
+    automatic = nnxp.get_backend().device
+    try:
+        nnxp.set_backend("sim")
+        with nnxp.use_backend("auto") as backend:
+            assert backend.device == nnxp.get_backend().device == "sim:0"
+        assert nnxp.set_backend("AUTO").device == automatic
+    finally:
+        nnxp.set_backend("auto")
+    assert nnxp.get_backend("Auto").device == automatic
+
+
+def test_where_the_environment_names_the_cpu_even_parity_does_not_touch_cuda():
+    code = (
+        "import sys, nnxp, numpy as np\n"
+        "nnxp.testing.assert_parity(nnxp.Dense(2, 2), np.ones((3, 2)))\n"
+        "assert 'cupy' not in sys.modules, 'CuPy was imported'"
+    )
+    environment = os.environ | {"NNXP_BACKEND": "numpy"}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, check=True)

@@ -185,3 +185,15 @@ def test_a_backend_that_cannot_be_used_raises_rather_than_being_skipped():
         assert_parity(nnxp.Dense(2, 2), np.ones((1, 2)), backends=["numpy", "cupy"])
     with pytest.raises(nnxp.OptionError, match="backends is empty"):
         parity_report(nnxp.Dense(2, 2), np.ones((1, 2)), backends=[])
+
+
+def test_assert_close_refuses_what_means_nothing():
+    ones = np.ones(3)
+    with pytest.raises(nnxp.OptionError, match="zero or more"):
+        assert_close(ones, ones, bound=-1.0)
+    for odd in (np.array(["1"] * 3), ones * 1j):
+        with pytest.raises(nnxp.DtypeMismatch, match="real numbers"):
+            assert_close(odd, ones, bound=1.0)
+    with pytest.raises(AssertionError, match="off"):
+        assert_close(np.array([1]), np.array([1.5]), bound=1e-9)
+    assert_close(ones, 1.0, bound=1e-9)

@@ -116,13 +116,13 @@ def test_a_healthy_machine_has_no_problems():
 @pytest.mark.parametrize(
     ("changes", "severity", "mend"),
     [
-        ([NO_CUPY, NO_DRIVER], "note", 'pip install "nnxp[cuda13]"'),
-        ([NO_CUPY], "slow", 'pip install "nnxp[cuda13]"'),
-        ([NO_CUPY, {"cuda.driver_cuda": "12.4"}], "slow", 'pip install "nnxp[cuda12]"'),
+        ([NO_CUPY, NO_DRIVER], "note", 'pip install "cupy-cuda13x[ctk]"'),
+        ([NO_CUPY], "slow", 'pip install "cupy-cuda13x[ctk]"'),
+        ([NO_CUPY, {"cuda.driver_cuda": "12.4"}], "slow", 'pip install "cupy-cuda12x[ctk]"'),
         (
             [NO_CUPY, NO_DRIVER, {"cuda.traces": ["nvidia-smi"]}],
             "slow",
-            'pip install "nnxp[cuda13]"',
+            'pip install "cupy-cuda13x[ctk]"',
         ),
         (
             [NO_DRIVER],
@@ -137,17 +137,17 @@ def test_a_healthy_machine_has_no_problems():
         (
             [{"cuda.driver_cuda": "12.4"}],
             "slow",
-            'pip uninstall -y cupy-cuda13x && pip install "nnxp[cuda12]"',
+            'pip uninstall -y cupy-cuda13x && pip install "cupy-cuda12x[ctk]"',
         ),
         (
             [{"cuda.driver_cuda": "12.4", "cuda.nvrtc": FAILED}],  # the other wheel brings its own
             "slow",
-            'pip uninstall -y cupy-cuda13x && pip install "nnxp[cuda12]"',
+            'pip uninstall -y cupy-cuda13x && pip install "cupy-cuda12x[ctk]"',
         ),
         (
             [TWO_WHEELS, {"cuda.driver_cuda": "12.4"}],
             "slow",
-            'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "nnxp[cuda12]"',
+            'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "cupy-cuda12x[ctk]"',
         ),
         (
             [{"cuda.driver_cuda": "11.4"}],
@@ -157,12 +157,12 @@ def test_a_healthy_machine_has_no_problems():
         (
             [TWO_WHEELS],
             "slow",
-            'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "nnxp[cuda13]"',
+            'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "cupy-cuda13x[ctk]"',
         ),
         (
             [TWO_WHEELS, {"cuda.driver_cuda": "12.4", "cuda.cupy": None, "cuda.cupy_cuda": None}],
             "slow",
-            'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "nnxp[cuda12]"',
+            'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "cupy-cuda12x[ctk]"',
         ),
         ([{"cuda.nvrtc": FAILED}], "slow", 'pip install "cupy-cuda13x[ctk]"'),
         (
@@ -174,7 +174,7 @@ def test_a_healthy_machine_has_no_problems():
         (
             [TWO_WHEELS, {"cuda.nvrtc": FAILED}],
             "slow",
-            'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "nnxp[cuda13]"',
+            'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "cupy-cuda13x[ctk]"',
         ),
         ([{"cuda.kernel_cache": FAILED}], "slow", 'export CUPY_CACHE_DIR="$(mktemp -d)"'),
         ([{"cuda.cupy": None, "cuda.cupy_cuda": None}], "slow", "mend it"),  # as the probe says
@@ -521,7 +521,7 @@ def test_without_cuda_auto_is_content_and_cupy_is_broken():
     assert not {each["severity"] for each in said["problems"]} & {"broken"}
     traces = said["cuda"]["traces"]
     if not HAS_CUPY:
-        assert mends(said)['pip install "nnxp[cuda13]"'] == ("slow" if traces else "note")
+        assert mends(said)['pip install "cupy-cuda13x[ctk]"'] == ("slow" if traces else "note")
     elif not traces:
         assert any("driver" in mend for mend in mends(said))
     code, said = run("--backend", "cupy")

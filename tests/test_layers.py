@@ -57,7 +57,7 @@ ROWS = {  # how rows may lie and what may be in them: made on the host, looked a
 def test_every_layer_and_the_engine_take_rows_however_they_lie(layer, shape, backend, dtype):
     layer = layer.astype(dtype)
     engine = nnxp.Engine(layer, backend)
-    limit = 3 * layer.summary(shape).row_bytes  # so that of 10 rows the last block is ragged
+    limit = engine.plan((3, *shape[1:])).working_set  # so that of 10 rows the last block is ragged
     ragged = nnxp.Engine(layer, backend, memory_limit=limit, workers=1)
     there = layer.to(backend)
     drawn = rows_for(layer, (10, *shape[1:]), dtype)
@@ -207,3 +207,85 @@ def test_every_layer_has_examples():
     assert len(LAYERS) >= 10
     for kind in LAYERS:
         assert list(kind.examples()), kind
+
+
+def test_a_layer_that_hides_arrays_or_layers_is_refused_when_it_is_made():
+    class Hides(nnxp.Layer):
+        """y = x"""
+
+        parts: tuple
+
+        def __call__(self, x):
+            return x
+
+    for parts in ((np.ones(2), 1), ((nnxp.Flatten(),),), [nnxp.Flatten()]):
+        with pytest.raises(nnxp.OptionError, match="where nobody finds them"):
+            Hides(parts)
+    assert Hides((nnxp.Flatten(), nnxp.Flatten())).parts
+    with pytest.raises(nnxp.OptionError, match="cannot be called dtype, output"):
+
+        class Shadows(nnxp.Layer):
+            """Has fields that every layer has."""
+
+            dtype: str
+            output: nnxp.Dense
+
+
+def test_a_class_without_fields_of_its_own_is_made_as_its_base_is():
+    class Mine(nnxp.Dense):
+        """A Dense by another name."""
+
+    class Picky(nnxp.Layer):
+        """Takes sizes above zero."""
+
+        size: int
+
+        def __call__(self, x):
+            return x
+
+        def _validate(self):
+            if self.size < 1:
+                raise nnxp.OptionError("size")
+
+    assert Mine(3, 2, "relu", rng=0)(np.ones((4, 3), "float32")).shape == (4, 2)
+    with pytest.raises(nnxp.OptionError):
+        Picky(0)
+
+
+def test_mixtures_are_mended_by_what_the_error_says():
+    mixed = nnxp.Sequential(nnxp.Dense(3, 3, rng=0), nnxp.Dense(3, 3, rng=1, dtype="float64"))
+    with pytest.raises(nnxp.DtypeMismatch, match=r"astype"):
+        mixed(np.ones((2, 3), "float32"))
+    assert mixed.astype("float32").dtype == np.float32
+    apart = nnxp.Sequential(nnxp.Dense(3, 3, rng=0), nnxp.Dense(3, 3, rng=1).to("sim"))
+    with pytest.raises(nnxp.DeviceMismatch, match=r"\.to\("):
+        apart(np.ones((2, 3), "float32"))
+    assert apart.to("sim:1").place == "sim:1"
+
+
+def test_children_that_output_shape_does_not_ask_are_counted_all_the_same():
+    class Twice(nnxp.Layer):
+        """y = down(up(x))"""
+
+        up: nnxp.Dense
+        down: nnxp.Dense
+
+        def __call__(self, x):
+            return self.down(self.up(x))
+
+    net = Twice(nnxp.Dense(4, 4000, rng=0), nnxp.Dense(4000, 4, rng=1))
+    summary = net.summary((1, 4))
+    assert summary.row_bytes > 4000 * 4
+    assert summary.parameters == 4 * 4000 + 4000 + 4 * 4000 + 4
+
+
+def test_softmax_needs_an_axis_of_classes():
+    for shape in ((5,), (5, 0)):
+        with pytest.raises(nnxp.ShapeError, match="classes"):
+            nnxp.Activation("softmax")(np.ones(shape, "float32"))
+
+
+@pytest.mark.parametrize("x", [np.matrix([[1.0]]), np.ma.masked_array([[1.0]], mask=[[True]])])
+def test_subclasses_that_compute_otherwise_are_no_arrays(x):
+    with pytest.raises(nnxp.DtypeMismatch, match="not an array that nnxp knows"):
+        nnxp.Activation("relu")(x)

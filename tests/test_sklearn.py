@@ -267,5 +267,5 @@ def test_parameters_that_the_type_cannot_hold_are_refused():
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.neural_network", None)
-    with pytest.raises(ConversionError, match=r"pip install 'nnxp\[sklearn\]'"):
+    with pytest.raises(ConversionError, match=r"pip install scikit-learn"):
         from_sklearn(UNFITTED)

@@ -27,13 +27,18 @@ _DEVICE_NAMES = {"cupy": "cuda"}  # a place is called by its device: cuda:0, sim
 
 
 def _module_of(kind: type) -> ModuleType | None:
-    """The library whose `ndarray` this type is or derives from; libraries stay unimported."""
-    for base in kind.__mro__:
-        package = base.__module__
-        for name in (package, package.partition(".")[0]):
-            module = sys.modules.get(name)
-            if module is not None and getattr(module, "ndarray", None) is base:
-                return module
+    """The library whose `ndarray` this type is; libraries stay unimported.
+
+    Subclasses are not arrays here, memory maps aside: np.matrix multiplies where others take
+    products, and a masked array has a mask that would be lost.
+    """
+    if kind is np.memmap:
+        return np
+    package = kind.__module__
+    for name in (package, package.partition(".")[0]):
+        module = sys.modules.get(name)
+        if module is not None and getattr(module, "ndarray", None) is kind:
+            return module
     return None
 
 
@@ -101,6 +106,8 @@ def is_floating(dtype: np.dtype[Any]) -> bool:
 
 def float_dtype(dtype: object) -> np.dtype[Any]:
     """The dtype for a name or dtype; DtypeMismatch for what no model computes in."""
+    if dtype is None:
+        raise DtypeMismatch(f"a model's dtype is one of {', '.join(FLOATS)}, not None")
     if str(dtype) == "bfloat16":
         try:
             import ml_dtypes

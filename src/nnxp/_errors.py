@@ -13,6 +13,8 @@ NnxpError
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
@@ -28,13 +30,16 @@ __all__ = [
 
 
 class NnxpError(Exception):
-    """The root of every error that nnxp raises on purpose; `path` names the layer, if one did."""
+    """The root of every error that nnxp raises on purpose.
 
-    path: str = ""
+    `layer_path` is the path of the layer that it came from, if it came from one.
+    """
+
+    layer_path: str = ""
 
     def __str__(self) -> str:
         message = super().__str__()
-        return f"{self.path} {message}" if self.path else message
+        return f"{self.layer_path} {message}" if self.layer_path else message
 
 
 class ShapeError(NnxpError, ValueError):
@@ -86,5 +91,6 @@ def name_layer(error: Exception, name: str) -> None:
     An error from deep inside a model passes here at every level, so it arrives with the whole
     path: `layers.3.inner.layers.0`.
     """
-    inner = getattr(error, "path", "")
-    error.path = f"{name}.{inner}" if inner else name  # type: ignore[attr-defined]
+    inner = getattr(error, "layer_path", "")
+    with suppress(AttributeError):  # an error of someone's own that cannot take it goes on bare
+        error.layer_path = f"{name}.{inner}" if inner else name  # type: ignore[attr-defined]

@@ -407,6 +407,8 @@ def _asked_for(facts: Facts) -> Iterator[Problem]:
         if answer is None or answer["ok"]:
             continue
         reason, hint = answer["reason"], answer["hint"]
+        if reason.startswith("NNXP_WORKERS=") and name != "workers":
+            continue  # the same again: it keeps the CPU from being chosen, too
         if name == "workers":
             yield Problem("broken", reason, "unset NNXP_WORKERS")
         elif name == "NNXP_BACKEND" or reason.startswith("NNXP_BACKEND="):
@@ -437,7 +439,7 @@ def _about_cuda(facts: Facts) -> Iterator[Problem]:
 def _cuda_causes(cuda: dict[str, Any]) -> Iterator[tuple[str, str]]:
     driver, built_for = _major(cuda["driver_cuda"]), _major(cuda["cupy_cuda"])
     traces, wheels, cache = cuda["traces"] or [], list(cuda["wheels"] or {}), cuda["kernel_cache"]
-    install = f'pip install "nnxp[{"cuda12" if driver == 12 else "cuda13"}]"'
+    install = f'pip install "cupy-cuda{12 if driver == 12 else 13}x[ctk]"'
     other_wheel = f"pip uninstall -y {' '.join(wheels)} && {install}"
     too_new = driver is not None and built_for is not None and driver < built_for
     if len(wheels) > 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +19,30 @@ from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
 from nnxp.backend._base import Source
 from nnxp.layers._layer import Layer
-from nnxp.layers._summary import row_bytes, summarize
+from nnxp.layers._summary import costs
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+MOST_KINDS = 256  # shapes of rows that an engine remembers
+
+
+@dataclass
+class _Known:
+    """What rows of one shape cost, and how many fit where memory ran out."""
+
+    row_bytes: int
+    fixed_bytes: int
+    row_work: int
+    most_rows: int | None = None
+
+
+class _Direct(NamedTuple):
+    """A kind of rows that need no planning: what they become, the most of them, what comes out."""
+
+    dtype: np.dtype[Any]
+    rows: int
+    output: Shape
 
 
 class Engine:
@@ -46,15 +70,14 @@ class Engine:
             raise OptionError(f"an Engine takes a model made of nnxp layers, not {model!r}")
         if precision is not None:
             raise OptionError(f"precision={precision!r} is not offered; None means full float32")
-        if workers is not None and (type(workers) is not int or workers < 1):
+        if workers is not None and not (hasattr(workers, "__index__") and workers >= 1):
             raise OptionError(f"workers is a number of threads, at least 1, not {workers!r}")
         self.backend = get_backend(backend)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
-        self.workers = workers
+        self.workers = None if workers is None else int(workers)
         self.model = model.to(self.backend)
-        self._costs: dict[Shape, tuple[int, int]] = {}
-        self._direct: dict[tuple[np.dtype[Any], Shape], tuple[np.dtype[Any], int]] = {}
-        self._most_rows: int | None = None  # what the device's memory was found to hold
+        self._known: dict[Shape, _Known] = {}
+        self._direct: dict[tuple[np.dtype[Any], Shape], _Direct] = {}
 
     def __call__(
         self, x: Any, out: HostArray | None = None, *, progress: bool = False
@@ -76,24 +99,27 @@ class Engine:
         shape = tuple(rows.shape)
         output = self.model.output_shape(shape)
         dtype = self.model.dtype or float_type(rows)
-        out = _result(out, output, dtype)
+        out = _result(out, output, dtype, rows)
         if shape[0] == 0:
             return out
+        plan = self.plan(shape)
         with _bar(shape[0], progress) as done:
-            used = self.backend.sweep(
-                Sweep(
-                    fn=lambda block: self._forward(block, dtype),
-                    rows=rows,
-                    out=out,
-                    budget=self._budget(shape[1:]),
-                    done=done,
-                )
+            sweep = Sweep(
+                fn=lambda block: self._forward(block, dtype, output[1:]),
+                rows=rows,
+                out=out,
+                dtype=dtype,
+                plan=plan,
+                done=done,
             )
-        if self.backend.device != "cpu":
-            if used < shape[0]:
-                self._most_rows = used
-        elif type(rows) is np.ndarray and self.memory_limit is None:
-            self._direct[rows.dtype, shape[1:]] = dtype, used
+            found = self.backend.sweep(sweep)
+        if found is not None:
+            self._known[shape[1:]].most_rows = found
+        if self.backend.device == "cpu" and self.memory_limit is None:
+            if len(self._direct) >= MOST_KINDS:
+                self._direct.clear()
+            if type(rows) is np.ndarray and rows.dtype.isnative:
+                self._direct[rows.dtype, shape[1:]] = _Direct(dtype, plan.rows, output[1:])
         return out
 
     def _few(self, x: Any) -> HostArray | None:
@@ -103,16 +129,21 @@ class Engine:
         """
         if type(x) is not np.ndarray or not self._direct or x.ndim == 0:
             return None
-        dtype, most = self._direct.get((x.dtype, x.shape[1:]), (None, 0))
-        if not 0 < len(x) <= most:
+        known = self._direct.get((x.dtype, x.shape[1:]))
+        if known is None or not 0 < len(x) <= known.rows:
             return None
-        y: HostArray = self.model(x if x.dtype == dtype else x.astype(dtype))
-        return y if y.base is None and y is not x else y.copy()
+        y: HostArray = self._forward(x, known.dtype, known.output)
+        own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
+        return y if own else y.copy()
 
-    def _forward(self, rows: Array, dtype: np.dtype[Any]) -> Array:
-        if not is_numeric(rows.dtype):
-            raise DtypeMismatch(f"rows are real numbers, not {rows.dtype}")
-        return self.model(rows.astype(dtype, copy=False))
+    def _forward(self, rows: Array, dtype: np.dtype[Any], output: Shape) -> Array:
+        y = self.model(rows if rows.dtype == dtype else rows.astype(dtype))
+        if y.shape[1:] != output or len(y) != len(rows):
+            raise ShapeError(
+                f"{self.model} answers {y.shape} for {len(rows)} rows, where its output_shape "
+                f"says {(len(rows), *output)}"
+            )
+        return y
 
     def plan(self, shape: Shape) -> Plan:
         """How an x of this shape would be cut: rows together, workers, and the working set.
@@ -120,15 +151,14 @@ class Engine:
         Raises ShapeError if such an x does not fit, OutOfMemory if the limit holds not one row.
         """
         self.model.output_shape(shape)
-        return self.backend.plan(shape[0], self._budget(shape[1:]))
-
-    def _budget(self, row: Shape) -> Budget:
-        """What rows of this shape cost and may cost."""
-        if row not in self._costs:
-            bytes_ = row_bytes(self.model, row)
-            # A byte that is passed over takes about as long as a multiply-add in a product.
-            self._costs[row] = bytes_, bytes_ + summarize(self.model, (1, *row)).multiply_adds
-        return Budget(*self._costs[row], self.memory_limit, self.workers, self._most_rows)
+        known = self._known.get(shape[1:])
+        if known is None:
+            if len(self._known) >= MOST_KINDS:
+                self._known.clear()
+            known = self._known[shape[1:]] = _Known(*costs(self.model, shape[1:]))
+        costs_ = known.row_bytes, known.fixed_bytes, known.row_work
+        budget = Budget(*costs_, self.memory_limit, self.workers, known.most_rows)
+        return self.backend.plan(shape[0], budget)
 
     def __reduce__(self) -> Any:
         options = self.backend.device, self.memory_limit, self.workers
@@ -166,21 +196,43 @@ def predict_iter(
 ) -> Iterator[HostArray]:
     """The model's output for each batch of rows, one after the other, as each is asked for.
 
-    While one batch is computed, the next one is read in a thread, and no further ones. `options`
-    are those of Engine.
+    While one batch is computed, the next one is read in a thread, and no further ones: so every
+    batch is an array of its own, not a buffer that is filled anew. `options` are those of Engine.
     """
     return _one_ahead(Engine(model, backend, **options), iter(batches))
 
 
 def _one_ahead(engine: Engine, batches: Iterator[Any]) -> Iterator[HostArray]:
-    from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
-
+    asked, read = threading.Semaphore(0), queue.SimpleQueue[Any]()
     end = object()
-    with ThreadPoolExecutor(1, "nnxp-read") as reader:
-        ahead = reader.submit(next, batches, end)
-        while (batch := ahead.result()) is not end:
-            ahead = reader.submit(next, batches, end)
+
+    def reader() -> None:
+        while asked.acquire():
+            if over:
+                return
+            try:
+                read.put((next(batches, end), None))
+            except BaseException as error:
+                read.put((end, error))
+
+    over: list[bool] = []
+    # A daemon: if the batches never come, whoever stops asking for them is not kept waiting.
+    thread = threading.Thread(target=copy_context().run, args=(reader,), daemon=True)
+    thread.start()
+    try:
+        asked.release()
+        while True:
+            batch, error = read.get()
+            if error is not None:
+                raise error
+            if batch is end:
+                return
+            asked.release()
             yield engine(batch)
+    finally:
+        over.append(True)
+        asked.release()
+        thread.join(0.1)  # it ends at once, unless it is waiting for a batch
 
 
 def parse_bytes(size: int | str) -> int:
@@ -192,9 +244,9 @@ def parse_bytes(size: int | str) -> int:
         whole, _, part = match[1].partition(".")
         unit = _UNITS[match[2] or ""]
         size = int(whole) * unit + int(float(f"0.{part or 0}") * unit)
-    if type(size) is not int or size < 1:
+    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
         raise OptionError(f"a size in bytes is a whole number above zero, not {size!r}")
-    return size
+    return int(size)
 
 
 def _source(x: Any) -> Source:
@@ -203,24 +255,31 @@ def _source(x: Any) -> Source:
             f"an engine takes rows in host memory, but x is on {place_of(x)}; call the model "
             "itself, model(x), or bring the rows to the host with nnxp.asnumpy(x)"
         )
+    if isinstance(x, np.ma.MaskedArray):
+        raise DtypeMismatch("rows have no mask; x.filled(...) says what stands in its places")
     if not (hasattr(x, "shape") and hasattr(x, "__getitem__")):
-        x = np.asarray(x)
-    if len(x.shape) == 0:
-        raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
+        try:
+            x = np.asarray(x)
+        except ValueError as error:
+            raise ShapeError(f"x is no array of rows: {error}") from None
     dtype = getattr(x, "dtype", None)
     if isinstance(dtype, np.dtype) and not is_numeric(dtype):
-        raise DtypeMismatch(f"rows are real numbers, but x is {dtype}; x.astype('float32')")
+        raise DtypeMismatch(f"rows are real numbers, but x is {dtype}")
+    if len(x.shape) == 0:
+        raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
     return x  # type: ignore[no-any-return]
 
 
 def float_type(rows: Source) -> np.dtype[Any]:
     """What a model without parameters computes in: the type of the rows if it is a float's."""
     dtype = getattr(rows, "dtype", None)
-    floating = isinstance(dtype, np.dtype) and is_floating(dtype)
-    return dtype if floating else np.dtype("float32")  # type: ignore[return-value]
+    if isinstance(dtype, np.dtype) and is_floating(dtype):
+        return dtype.newbyteorder("=")
+    wide = isinstance(dtype, np.dtype) and dtype.kind == "f"  # longdouble: as near as may be
+    return np.dtype("float64" if wide else "float32")
 
 
-def _result(out: HostArray | None, shape: Shape, dtype: np.dtype[Any]) -> HostArray:
+def _result(out: HostArray | None, shape: Shape, dtype: np.dtype[Any], rows: Source) -> HostArray:
     if out is None:
         return np.empty(shape, dtype)
     if not isinstance(out, np.ndarray):
@@ -231,6 +290,12 @@ def _result(out: HostArray | None, shape: Shape, dtype: np.dtype[Any]) -> HostAr
         raise DtypeMismatch(f"out is {out.dtype} but the output is {dtype}")
     if not out.flags.writeable:
         raise OptionError("out is read-only")
+    if isinstance(rows, np.ndarray) and np.may_share_memory(rows, out):
+        layout = (rows.ctypes.data, rows.strides, rows.dtype)
+        if layout != (out.ctypes.data, out.strides, out.dtype):
+            raise OptionError(
+                "out overlaps x, whose rows would be overwritten before they are read"
+            )
     return out
 
 

@@ -154,12 +154,12 @@ class Device:
         if index not in cls._all:
             device = super().__new__(cls)
             device.id, device.used = index, 0
-            device._lock = threading.Lock()
+            device._lock = threading.RLock()  # a collection within may free an array
             device.reset()
             cls._all[index] = device
         return cls._all[index]
 
-    _lock: threading.Lock
+    _lock: threading.RLock
 
     def reset(self) -> None:
         """Forget the counts, the peak, the limit and copies under way; memory stays in use."""

@@ -132,6 +132,8 @@ def verify(
     if model is None or rows is None:
         cases, what = list(_own_cases()), "every layer, in every type, and the demo's network"
     else:
+        if len(rows) == 0:
+            raise OptionError("there are no rows: nothing would be verified")
         some = np.asarray(rows[:: max(1, -(-len(rows) // MOST_ROWS))])
         cases, what = [(model, some)], f"{model!r} on {len(some):,} of {len(rows):,} rows"
     found, failures = [], []
@@ -228,8 +230,9 @@ def write_receipt(found: Verification, path: str | Path) -> None:
 
 def record_goldens(found: Verification, folder: str | Path) -> None:
     """Record a golden on each backend that was verified: <hardware>.safetensors in the folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for each in found.found:
-        if each.usable:
+        if each.usable and not each.failed:  # what is wrong is no golden
             hardware = f"{each.name} {(each.about or {})['hardware']}"
             name = "-".join(re.findall(r"[a-z0-9]+", hardware.lower()))
             record(Path(folder) / f"{name}.safetensors", each.device)

@@ -59,7 +59,7 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
     if isinstance(backend, Backend):
         return backend
     for name, asked_by in (
-        (backend, f"backend={backend!r}"),
+        (_name(backend), f"backend={backend!r}"),
         (_used.get(), f"use_backend({_used.get()!r})"),
         (_set, f"set_backend({_set!r})"),
         (_environment(), f"NNXP_BACKEND={_environment()}"),
@@ -72,10 +72,12 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
 @contextmanager
 def use_backend(backend: str | Backend) -> Iterator[Backend]:
     """Within the block, in this thread or asyncio task only, `backend` is the default."""
-    found = get_backend(backend)
-    token = _used.set(_name(backend))
+    name = _name(backend)
+    if name != "auto":
+        get_backend(backend)
+    token = _used.set(name)
     try:
-        yield found
+        yield get_backend(backend)
     finally:
         _used.reset(token)
 
@@ -83,15 +85,24 @@ def use_backend(backend: str | Backend) -> Iterator[Backend]:
 def set_backend(backend: str | Backend) -> Backend:
     """From now on, in every thread of this process, `backend` is the default."""
     global _set
-    found = get_backend(backend)
-    _set = _name(backend)
-    return found
+    name = _name(backend)
+    if name != "auto":
+        get_backend(backend)
+    _set = name
+    return get_backend(backend)
 
 
 def available_backends() -> dict[str, Availability]:
-    """For every backend whether it can be used here, and if not, why, and what mends it."""
+    """For every backend whether it can be used here, and if not, why, and what mends it.
+
+    Where NNXP_BACKEND names the CPU, CUDA is not asked.
+    """
     found = {}
     for name, _, module in TABLE:
+        if name == "cupy" and _environment() in ("numpy", "cpu"):
+            said = f"NNXP_BACKEND={_environment()} says not to touch CUDA"
+            found[name] = Availability(False, said, "Unset NNXP_BACKEND to let it be tried")
+            continue
         try:
             found[name] = _availability(module, 0)
         except BackendUnavailable as error:
@@ -128,11 +139,13 @@ def home_of(place: str) -> Backend:
 
 
 def _name(backend: str | Backend) -> str:
-    return backend.device if isinstance(backend, Backend) else backend
+    if isinstance(backend, Backend):
+        return backend.device
+    return "auto" if str(backend).lower() == "auto" else backend
 
 
 def _environment() -> str:
-    return os.environ.get("NNXP_BACKEND", "").strip() or "auto"
+    return _name(os.environ.get("NNXP_BACKEND", "").strip() or "auto")
 
 
 def _connect(name: str, asked_by: str) -> Backend:

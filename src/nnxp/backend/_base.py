@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, Shape
-from nnxp._errors import BackendUnavailable, OutOfMemory
+from nnxp._arrays import Array, HostArray, Shape, is_numeric
+from nnxp._errors import BackendUnavailable, DtypeMismatch, OutOfMemory, ShapeError
 
 
 class Source(Protocol):
@@ -49,12 +49,14 @@ class Memory:
 class Budget:
     """What rows cost, and what they may cost.
 
-    `row_bytes` is what a row takes on the device at the widest point, `row_work` about how many
-    multiply-adds. `limit` bounds the bytes in use, `workers` the threads on the CPU, and
-    `most_rows` the rows that go together, where a device was found to hold no more.
+    `row_bytes` is what a row takes on the device at the widest point, `fixed_bytes` what each
+    worker takes besides, `row_work` about how many multiply-adds a row is. `limit` bounds the bytes
+    in use, `workers` the threads on the CPU, and `most_rows` the rows that go together, where a
+    device was found to hold no more.
     """
 
     row_bytes: int
+    fixed_bytes: int
     row_work: int
     limit: int | None = None
     workers: int | None = None
@@ -63,16 +65,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a sweep is cut: `rows` go through the model together, on each of `workers`."""
+    """How a sweep is cut: `rows` go through the model together, on each of `workers`.
+
+    `working_set` is the bytes of the rows at work, parameters and result aside.
+    """
 
     rows: int
     workers: int
-    row_bytes: int
-
-    @property
-    def working_set(self) -> int:
-        """The bytes of the rows at work, parameters and result aside."""
-        return self.rows * self.workers * self.row_bytes
+    working_set: int
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,37 @@ class Sweep:
     """One sweep of rows through a function: what an engine asks of a backend.
 
     fn takes rows on the device and answers with as many rows on the device; `rows` holds host
-    rows, `out` is a host array to fill, and `done` hears how many rows were finished.
+    rows, `out` is a host array to fill, `dtype` what the rows become, and `done` hears how many
+    rows were finished.
     """
 
     fn: Callable[[Array], Array]
     rows: Source
     out: HostArray
-    budget: Budget
+    dtype: np.dtype[Any]
+    plan: Plan
     done: Callable[[int], None]
 
     def __len__(self) -> int:
         return self.rows.shape[0]
 
     def read(self, rows: slice) -> HostArray:
-        """These rows as a host array, whatever holds them."""
-        return np.asarray(self.rows[rows])
+        """These rows as a host array, whatever holds them.
+
+        Small types travel as they are and are converted where the model is. Types that are wider
+        than the model's are converted here, and so are those that only NumPy knows.
+        """
+        block = np.asarray(self.rows[rows])
+        if len(block) != rows.stop - rows.start:
+            raise ShapeError(
+                f"x gave {len(block)} rows for [{rows.start}:{rows.stop}]; its shape says "
+                f"{self.rows.shape}"
+            )
+        if not is_numeric(block.dtype):
+            raise DtypeMismatch(f"rows are real numbers, not {block.dtype}")
+        if block.dtype.itemsize > self.dtype.itemsize or not block.dtype.isnative:
+            block = block.astype(self.dtype)
+        return block
 
 
 @dataclass(frozen=True)
@@ -139,10 +155,11 @@ class Backend(ABC):
         """How so many rows would be cut. Raises OutOfMemory if the limit holds not even one."""
 
     @abstractmethod
-    def sweep(self, sweep: Sweep) -> int:
-        """Push all rows through sweep.fn into sweep.out; answers with the rows that went together.
+    def sweep(self, sweep: Sweep) -> int | None:
+        """Push all rows through sweep.fn into sweep.out.
 
-        Raises OutOfMemory if not even one row fits.
+        Answers with the rows that fit together, if memory ran out on the way, else None. Raises
+        OutOfMemory if not even one row fits.
         """
 
     def __repr__(self) -> str:
@@ -175,14 +192,16 @@ class ForkGuard:
         self.pid = os.getpid()
 
 
-def rows_within(budget: Budget) -> int | None:
+def rows_within(budget: Budget, workers: int = 1) -> int | None:
     """How many rows the limit holds, None without one. Raises OutOfMemory if it holds none."""
     if budget.limit is None:
         return None
-    rows = budget.limit // max(budget.row_bytes, 1)
-    if rows < 1:
-        raise OutOfMemory(
-            f"memory_limit={budget.limit:,} bytes does not hold one row, which needs "
-            f"{budget.row_bytes:,}; raise the limit"
-        )
-    return rows
+    rows = (budget.limit - workers * budget.fixed_bytes) // max(budget.row_bytes, 1)
+    if rows >= workers:
+        return rows
+    if workers > 1:
+        return rows_within(budget, workers - 1)
+    raise OutOfMemory(
+        f"memory_limit={budget.limit:,} bytes does not hold one row, which needs "
+        f"{budget.row_bytes + budget.fixed_bytes:,}; raise the limit"
+    )

@@ -1,52 +1,69 @@
-"""The sweep over blocks that every device shares: in, through, out, and smaller if it must be."""
+"""What every device with a memory of its own shares: the sweep over blocks, in, through and out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from typing import Any
 
 from nnxp._errors import OutOfMemory
-from nnxp.backend._base import Plan, rows_within
-
-if TYPE_CHECKING:
-    from nnxp.backend._base import Backend, Budget, Sweep
+from nnxp.backend._base import Backend, Budget, ForkGuard, Plan, Sweep, rows_within
 
 MOST_ROWS = 65536
 MARGIN = 0.8  # of the free memory: allocators round up, and others use the device too
 
-
-def plan_blocks(rows: int, budget: Budget, free: int) -> Plan:
-    """Rows to begin with: what fits into the limit, and into a fair part of what is free."""
-    fits = int(free * MARGIN) // max(budget.row_bytes, 1)
-    bounds = [rows, fits, rows_within(budget), budget.most_rows, MOST_ROWS]
-    block = max(1, min(bound for bound in bounds if bound is not None))
-    return Plan(block, 1, budget.row_bytes)
+# Not every library says with a MemoryError that the device's memory is full.
+_FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 
 
-def sweep_blocks(backend: Backend, sweep: Sweep) -> int:
-    """Block by block: one copy in, one copy out. Halves the block when the device is full."""
-    block, start = backend.plan(len(sweep), sweep.budget).rows, 0
-    while start < len(sweep):
-        rows = slice(start, min(start + block, len(sweep)))
-        if _one_block(backend, sweep, rows):
-            sweep.done(rows.stop - rows.start)
-            start = rows.stop
-        elif block == 1:
-            raise OutOfMemory(
-                f"{backend.device} has no memory for even one row, which needs about "
-                f"{sweep.budget.row_bytes:,} bytes; {backend.memory().free:,} are free"
-            )
-        else:
-            block = max(1, block // 2)
-    return block
+class BlockBackend(Backend):
+    """A device that takes blocks of rows: one copy in, one copy out for each."""
 
+    guard: ForkGuard
 
-def _one_block(backend: Backend, sweep: Sweep, rows: slice) -> bool:
-    """Whether the block went through. The except clause is left before anything else is tried:
-    while an exception is alive, its traceback keeps the arrays of the failed attempt alive."""
-    try:
-        sweep.out[rows] = backend.get(sweep.fn(backend.put(sweep.read(rows))))
-    except MemoryError as error:
-        if isinstance(error, OutOfMemory):
-            raise
-        return False
-    return True
+    @property
+    def index(self) -> int:
+        """The device's number."""
+        return int(self.device.partition(":")[2])
+
+    @abstractmethod
+    def current(self) -> Any: ...
+
+    def plan(self, rows: int, budget: Budget) -> Plan:
+        """What fits into the limit, and into a fair part of what is free."""
+        free = int(self.memory().free * MARGIN) - budget.fixed_bytes
+        fits = free // max(budget.row_bytes, 1)
+        bounds = [rows, fits, rows_within(budget), budget.most_rows, MOST_ROWS]
+        block = max(1, min(bound for bound in bounds if bound is not None))
+        return Plan(block, 1, block * budget.row_bytes + budget.fixed_bytes)
+
+    def sweep(self, sweep: Sweep) -> int | None:
+        """Block by block; halves the block when the device is full."""
+        self.guard.check()
+        block, start = sweep.plan.rows, 0
+        with self.current():
+            while start < len(sweep):
+                rows = slice(start, min(start + block, len(sweep)))
+                if self._one_block(sweep, rows):
+                    sweep.done(rows.stop - rows.start)
+                    start = rows.stop
+                elif block == 1:
+                    raise OutOfMemory(
+                        f"{self.device} has no memory for even one row: "
+                        f"{self.memory().free:,} bytes are free"
+                    )
+                else:
+                    block = max(1, block // 2)
+        return block if block < sweep.plan.rows else None
+
+    def _one_block(self, sweep: Sweep, rows: slice) -> bool:
+        """Whether the block went through. The except clause is left before anything else is tried:
+        while an exception is alive, its traceback keeps the arrays of the failed attempt alive."""
+        host = sweep.read(rows)
+        try:
+            sweep.out[rows] = self.get(sweep.fn(self.put(host)))
+        except Exception as error:
+            full = isinstance(error, MemoryError) or any(word in str(error) for word in _FULL)
+            if isinstance(error, OutOfMemory) or not full:
+                raise
+            return False
+        return True

@@ -18,7 +18,7 @@ from nnxp.backend._base import Availability, ForkGuard
 guard = ForkGuard("CUDA")
 _answers: dict[tuple[int, int], Availability] = {}
 
-INSTALL = 'pip install "nnxp[cuda13]" (or "nnxp[cuda12]" for an older driver)'
+INSTALL = 'pip install "cupy-cuda13x[ctk]" (or "cupy-cuda12x[ctk]" for an older driver)'
 
 
 def cupy_wheels() -> dict[str, str]:
@@ -55,6 +55,7 @@ def _ask(index: int) -> Availability:
         return Availability(
             False, "CuPy is installed, but there is no CUDA device", _VISIBLE + _OR_NUMPY
         )
+    guard.mark()  # counting devices has started CUDA
     if index >= count:
         return Availability(
             False,
@@ -62,7 +63,6 @@ def _ask(index: int) -> Availability:
             f"Use cuda:0 to cuda:{count - 1}, or look at CUDA_VISIBLE_DEVICES",
         )
     try:
-        guard.mark()
         with cupy.cuda.Device(index):
             wrong = _wrong_answers(cupy)
             name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()

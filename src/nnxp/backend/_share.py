@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -45,7 +47,12 @@ def _control(file: str, controller: str = "") -> list[str]:
 
     Without a controller, of the unified hierarchy (version 2), else of that controller's own.
     """
-    found: list[str] = []
+    with suppress(OSError, ValueError):  # what cannot be read limits nothing that we know of
+        return list(_levels(file, controller))
+    return []
+
+
+def _levels(file: str, controller: str) -> Iterator[str]:
     groups = PROC / "self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, group = line.split(":", 2)
@@ -53,7 +60,6 @@ def _control(file: str, controller: str = "") -> list[str]:
             top = CGROUPS / controller
             here = top / group.lstrip("/")
             levels = [each for each in (here, *here.parents) if each.is_relative_to(top)]
-            found += [
+            yield from (
                 (each / file).read_text().strip() for each in levels if (each / file).exists()
-            ]
-    return found
+            )

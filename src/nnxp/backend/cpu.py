@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ from nnxp.backend._share import usable_cores
 
 TILE_WORK = 25_000_000  # multiply-adds: about half a millisecond on one core
 TILE_ROWS = 512, 1024, 8192  # at least; at most in wide networks; at most in narrow ones
+LEAST_ROWS = 32  # a tile that a limit makes smaller than this is not worth another worker
 TILE_BYTES = 256 << 20  # at most, for rows that are very wide
 
 
@@ -44,6 +46,7 @@ def availability(index: int) -> Availability:
 
 def connect(index: int, why: str) -> Backend:
     """The backend for the CPU."""
+    asked_workers()  # a bad NNXP_WORKERS is named here, before any work
     return CpuBackend("numpy", "cpu", why)
 
 
@@ -65,22 +68,27 @@ class CpuBackend(Backend):
 
     def memory(self) -> Memory:
         page = os.sysconf("SC_PAGE_SIZE")
-        total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
-        return Memory(free, total, 0)
+        total = os.sysconf("SC_PHYS_PAGES") * page
+        known = "SC_AVPHYS_PAGES" in os.sysconf_names  # not on macOS
+        return Memory(os.sysconf("SC_AVPHYS_PAGES") * page if known else total, total, 0)
 
     def current(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def plan(self, rows: int, budget: Budget) -> Plan:
-        tile, workers = tile_rows(rows, budget), budget.workers or worker_count()
-        fits = rows_within(budget)
+        tile = tile_rows(rows, budget)
+        workers = 1 if tile >= rows else min(budget.workers or worker_count(), -(-rows // tile))
+        fits = rows_within(budget, workers)
+        while fits is not None and workers > 1 and fits // workers < min(tile, LEAST_ROWS):
+            workers -= 1  # fewer workers with tiles that are worth their start
+            fits = rows_within(budget, workers)
         if fits is not None:
-            workers = min(workers, fits)
-            tile = min(tile, fits // workers)
-        return Plan(tile, max(1, min(workers, -(-rows // tile))), budget.row_bytes)
+            tile = min(tile, max(1, fits // workers))
+            workers = max(1, min(workers, fits // tile))
+        return Plan(tile, workers, workers * (tile * budget.row_bytes + budget.fixed_bytes))
 
-    def sweep(self, sweep: Sweep) -> int:
-        plan = self.plan(len(sweep), sweep.budget)
+    def sweep(self, sweep: Sweep) -> None:
+        plan = sweep.plan
         _keep_freed_memory()
         starts = iter(range(0, len(sweep), plan.rows))
 
@@ -95,7 +103,6 @@ class CpuBackend(Backend):
         else:
             with one_blas_thread():
                 _run(work, plan.workers, stop=lambda: list(starts))
-        return plan.rows
 
 
 @cache
@@ -113,7 +120,7 @@ def tile_rows(rows: int, budget: Budget) -> int:
     """Rows in a tile: enough work to be worth its start, enough tiles to be shared out.
 
     It depends on the network and the number of rows, never on the number of workers: so the same
-    rows meet the same products, and give the same bits, however many cores share them.
+    rows meet the same products, and give the same bits, however many cores share the tiles.
     """
     least, wide, narrow = TILE_ROWS
     work = max(budget.row_work, 1)
@@ -127,15 +134,18 @@ def tile_rows(rows: int, budget: Budget) -> int:
 
 def worker_count() -> int:
     """The worker threads to use: NNXP_WORKERS if set, else the cores that may be used."""
+    return asked_workers() or usable_cores()
+
+
+def asked_workers() -> int | None:
+    """NNXP_WORKERS, if it is set. Raises BackendUnavailable if it is no number of threads."""
     asked = os.environ.get("NNXP_WORKERS", "").strip()
-    if asked:
-        if not (asked.isdecimal() and int(asked) > 0):
-            raise BackendUnavailable(
-                f"NNXP_WORKERS={asked!r} is not a number of worker threads",
-                "Set it to 1 or more, or unset it",
-            )
-        return int(asked)
-    return usable_cores()
+    if asked and not (asked.isdecimal() and int(asked) > 0):
+        raise BackendUnavailable(
+            f"NNXP_WORKERS={asked!r} is not a number of worker threads",
+            "Set it to 1 or more, or unset it",
+        )
+    return int(asked) if asked else None
 
 
 def _run(work: Callable[[], None], workers: int, stop: Callable[[], object]) -> None:
@@ -150,7 +160,8 @@ def _run(work: Callable[[], None], workers: int, stop: Callable[[], object]) -> 
             raise
 
     with ThreadPoolExecutor(max(1, workers - 1), "nnxp") as pool:
-        others = [pool.submit(guarded) for _ in range(workers - 1)]
+        # Each in a copy of the caller's context, so that its np.errstate holds in the workers too.
+        others = [pool.submit(copy_context().run, guarded) for _ in range(workers - 1)]
         guarded()
         for other in others:
             other.result()

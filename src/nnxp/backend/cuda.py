@@ -7,13 +7,13 @@ one.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-import numpy as np
-
 from nnxp._arrays import Array, HostArray
-from nnxp.backend._base import Backend, Budget, Memory, Plan, Sweep
-from nnxp.backend._blocks import plan_blocks, sweep_blocks
+from nnxp._errors import BackendUnavailable, DtypeMismatch
+from nnxp.backend._base import Backend, Memory, Sweep
+from nnxp.backend._blocks import BlockBackend
 from nnxp.backend._probe import guard
 from nnxp.backend._probe import probe as availability
 
@@ -22,12 +22,21 @@ __all__ = ["CudaBackend", "availability", "connect"]
 
 def connect(index: int, why: str) -> Backend:
     """The backend for a CUDA device that the probe has found usable."""
+    for name in ("CUPY_TF32", "NVIDIA_TF32_OVERRIDE"):
+        if os.environ.get(name, "0") not in ("", "0"):
+            raise BackendUnavailable(
+                f"{name}={os.environ[name]} rounds float32 products to TF32, a thousand times the "
+                "error of float32",
+                f"unset {name}: float32 is float32 here",
+            )
     guard.mark()
     return CudaBackend("cupy", f"cuda:{index}", why)
 
 
-class CudaBackend(Backend):
+class CudaBackend(BlockBackend):
     """CuPy arrays in the memory of one CUDA device."""
+
+    guard = guard
 
     @property
     def xp(self) -> Any:
@@ -35,40 +44,38 @@ class CudaBackend(Backend):
 
         return cupy
 
-    @property
-    def _device(self) -> Any:
-        return self.xp.cuda.Device(int(self.device.partition(":")[2]))
-
     def put(self, x: HostArray) -> Array:
         """Copied by ndarray.set: cupy.asarray would pin up to twice the bytes and keep them."""
         guard.check()
-        with self._device:
-            array = self.xp.empty(x.shape, x.dtype)
-            array.set(np.ascontiguousarray(x))
+        if x.dtype.kind == "f" and x.dtype.itemsize > 8:
+            raise DtypeMismatch(f"CUDA has no {x.dtype}; x.astype('float64') converts it")
+        with self.current():
+            array = self.xp.empty(x.shape, x.dtype.newbyteorder("="))
+            array.set(x.astype(array.dtype, copy=False))
             return array
 
     def get(self, x: Array) -> HostArray:
         guard.check()
-        with self._device:
+        with self.current():
             host: HostArray = x.get()  # waits for the copy
             return host
 
     def synchronize(self) -> None:
-        self._device.synchronize()
+        self.current().synchronize()
 
     def memory(self) -> Memory:
-        with self._device:
+        with self.current():
             free, total = self.xp.cuda.runtime.memGetInfo()
             pool = self.xp.get_default_memory_pool()
             return Memory(free + pool.free_bytes(), total, pool.used_bytes())
 
     def current(self) -> Any:
-        return self._device
+        return self.xp.cuda.Device(self.index)
 
-    def plan(self, rows: int, budget: Budget) -> Plan:
-        return plan_blocks(rows, budget, self.memory().free)
-
-    def sweep(self, sweep: Sweep) -> int:
-        guard.check()
-        with self._device:
-            return sweep_blocks(self, sweep)
+    def sweep(self, sweep: Sweep) -> int | None:
+        """Block by block; afterwards CuPy's pool gives back what it holds unused."""
+        try:
+            return super().sweep(sweep)
+        finally:
+            with self.current():
+                self.xp.get_default_memory_pool().free_all_blocks()

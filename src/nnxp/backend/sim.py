@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import nnxp.sim
 from nnxp._arrays import Array, HostArray
-from nnxp.backend._base import Availability, Backend, Budget, ForkGuard, Memory, Plan, Sweep
-from nnxp.backend._blocks import plan_blocks, sweep_blocks
+from nnxp.backend._base import Availability, Backend, ForkGuard, Memory
+from nnxp.backend._blocks import BlockBackend
 
 _guard = ForkGuard("a simulated device")
 _TOTAL = 1 << 34  # what a device without a limit says it has
@@ -31,12 +30,10 @@ def connect(index: int, why: str) -> Backend:
     return SimBackend("sim", f"sim:{index}", why)
 
 
-class SimBackend(Backend):
+class SimBackend(BlockBackend):
     """Host memory that behaves like a GPU's, to test the rules on any machine."""
 
-    @property
-    def _device(self) -> nnxp.sim.Device:
-        return nnxp.sim.Device(int(self.device.partition(":")[2]))
+    guard = _guard
 
     @property
     def xp(self) -> ModuleType:
@@ -44,7 +41,7 @@ class SimBackend(Backend):
 
     def put(self, x: HostArray) -> Array:
         _guard.check()
-        with self._device:
+        with self.current():
             return nnxp.sim.asarray(x)
 
     def get(self, x: Array) -> HostArray:
@@ -53,19 +50,12 @@ class SimBackend(Backend):
         return host
 
     def synchronize(self) -> None:
-        self._device.synchronize()
+        self.current().synchronize()
 
     def memory(self) -> Memory:
-        total = _TOTAL if self._device.limit is None else self._device.limit
-        return Memory(max(0, total - self._device.used), total, self._device.used)
+        device = self.current()
+        total = _TOTAL if device.limit is None else device.limit
+        return Memory(max(0, total - device.used), total, device.used)
 
-    def current(self) -> Any:
-        return self._device
-
-    def plan(self, rows: int, budget: Budget) -> Plan:
-        return plan_blocks(rows, budget, self.memory().free)
-
-    def sweep(self, sweep: Sweep) -> int:
-        _guard.check()
-        with self._device:
-            return sweep_blocks(self, sweep)
+    def current(self) -> nnxp.sim.Device:
+        return nnxp.sim.Device(self.index)

@@ -28,6 +28,7 @@ class Columns:
         if len({shape[0] for shape in shapes}) > 1:
             raise ShapeError(f"the inputs of Columns share axis 0; got {shapes}")
         self._inputs = inputs
+        self.dtype = np.result_type(*(getattr(each, "dtype", "float64") for each in inputs))
         self.shape: Shape = (shapes[0][0], sum(shape[1] if shape[1:] else 1 for shape in shapes))
 
     def __len__(self) -> int:

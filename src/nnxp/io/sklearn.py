@@ -47,7 +47,7 @@ def from_sklearn(estimator: Any, dtype: object = "float32") -> Sequential:
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ConversionError(
-            f"from_sklearn needs scikit-learn ({error}); pip install 'nnxp[sklearn]' brings it"
+            f"from_sklearn needs scikit-learn ({error}); pip install scikit-learn brings it"
         ) from error
 
     def steps(path: str, step: Any) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any
 
-from nnxp._arrays import Array, library_of
+import numpy as np
+
+from nnxp._arrays import Array, is_floating, library_of
+from nnxp._errors import DtypeMismatch
 
 Body = Callable[..., Array]
 
@@ -32,8 +35,9 @@ class Kernel:
 
     __name__: str
 
-    def __init__(self, reference: Body) -> None:
+    def __init__(self, reference: Body, temporaries: int = 2) -> None:
         update_wrapper(self, reference)
+        self.temporaries = temporaries  # arrays like its output that it holds at once, besides it
         self.reference = reference
         self._fused: dict[str, Body] = {}
         self._body: dict[type, Body | None] = {}
@@ -69,9 +73,12 @@ class Kernel:
         return body
 
     def _widened(self, x: Array, *arrays: Array | None, **options: Any) -> Array:
+        if not is_floating(x.dtype):
+            raise DtypeMismatch(f"{self.__name__} takes floats, not {x.dtype}")
         wide = [None if a is None else a.astype("float32") for a in (x, *arrays)]
         out = options.pop("out", None)
-        result = self.reference(*wide, **options).astype(x.dtype)
+        with np.errstate(over="ignore"):  # a result too large for the type is infinite, as it says
+            result = self.reference(*wide, **options).astype(x.dtype)
         if out is None:
             return result
         out[...] = result

@@ -1,10 +1,12 @@
 """Elementwise functions: each takes `out=`, which may be its own input, to work in place.
 
-All are free of overflow in both tails, so no finite input raises a floating-point warning, and
-NaN goes through every one of them as NaN.
+None overflows on the way to a result that its type can hold, so that no such input raises a
+floating-point warning, and NaN goes through every one of them as NaN.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -16,14 +18,21 @@ ACTIVATIONS: dict[str, Kernel] = {}
 """The activations by name: what `Dense(..., activation=...)` and `Activation(...)` accept."""
 
 
-def activation(reference: Body) -> Kernel:
-    """Decorator: a kernel that is an activation, known by its name."""
-    made = Kernel(reference)
-    ACTIVATIONS[made.__name__] = made
-    return made
+def activation(temporaries: int) -> Callable[[Body], Kernel]:
+    """Decorator: a kernel that is an activation, known by its name.
+
+    `temporaries` is how many arrays like x it holds at once besides x and its result.
+    """
+
+    def register(reference: Body) -> Kernel:
+        made = Kernel(reference, temporaries)
+        ACTIVATIONS[made.__name__] = made
+        return made
+
+    return register
 
 
-@activation
+@activation(temporaries=0)
 def identity(x: Array, *, out: Array | None = None) -> Array:
     """y = x"""
     if out is None:
@@ -33,13 +42,13 @@ def identity(x: Array, *, out: Array | None = None) -> Array:
     return out
 
 
-@activation
+@activation(temporaries=0)
 def relu(x: Array, *, out: Array | None = None) -> Array:
     """y = max(x, 0)   [Nair & Hinton 2010]"""
     return xp_of(x).maximum(x, 0, out=out)
 
 
-@activation
+@activation(temporaries=1)
 def leaky_relu(x: Array, *, negative_slope: float = 0.01, out: Array | None = None) -> Array:
     """y = x where x > 0, else negative_slope * x   [Maas, Hannun, Ng 2013]"""
     xp = xp_of(x)
@@ -63,7 +72,7 @@ def _exponential_below(x: Array, alpha: float, scale: float, out: Array | None) 
     return y
 
 
-@activation
+@activation(temporaries=1)
 def elu(x: Array, *, alpha: float = 1.0, out: Array | None = None) -> Array:
     """y = x where x > 0, else alpha * (exp(x) - 1)   [Clevert, Unterthiner, Hochreiter 2015]"""
     return _exponential_below(x, alpha, 1.0, out)
@@ -72,13 +81,13 @@ def elu(x: Array, *, alpha: float = 1.0, out: Array | None = None) -> Array:
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
-@activation
+@activation(temporaries=1)
 def selu(x: Array, *, out: Array | None = None) -> Array:
     """y = scale * elu(x, alpha), with alpha and scale of [Klambauer et al. 2017]"""
     return _exponential_below(x, SELU_ALPHA, SELU_SCALE, out)
 
 
-@activation
+@activation(temporaries=1)
 def softplus(x: Array, *, out: Array | None = None) -> Array:
     """y = log(1 + exp(x)), as max(x, 0) + log1p(exp(-|x|))   [Dugas et al. 2001]"""
     xp = xp_of(x)
@@ -91,7 +100,7 @@ def softplus(x: Array, *, out: Array | None = None) -> Array:
     return y
 
 
-@activation
+@activation(temporaries=1)
 def softsign(x: Array, *, out: Array | None = None) -> Array:
     """y = x / (1 + |x|)   [Turian, Bergstra, Bengio 2009]"""
     xp = xp_of(x)
@@ -100,7 +109,7 @@ def softsign(x: Array, *, out: Array | None = None) -> Array:
     return xp.divide(x, below, out=out)
 
 
-@activation
+@activation(temporaries=0)
 def sigmoid(x: Array, *, out: Array | None = None) -> Array:
     """y = 1 / (1 + exp(-x)); where exp overflows, 1 / infinity is the right 0"""
     xp = xp_of(x)
@@ -111,7 +120,7 @@ def sigmoid(x: Array, *, out: Array | None = None) -> Array:
     return xp.divide(1, y, out=y)
 
 
-@activation
+@activation(temporaries=0)
 def hard_sigmoid(x: Array, *, out: Array | None = None) -> Array:
     """y = min(max(x / 6 + 1/2, 0), 1), as in Keras 3 and PyTorch"""
     xp = xp_of(x)
@@ -121,19 +130,19 @@ def hard_sigmoid(x: Array, *, out: Array | None = None) -> Array:
     return xp.minimum(y, 1, out=y)
 
 
-@activation
+@activation(temporaries=0)
 def tanh(x: Array, *, out: Array | None = None) -> Array:
     """y = tanh(x)"""
     return xp_of(x).tanh(x, out=out)
 
 
-@activation
+@activation(temporaries=1)
 def silu(x: Array, *, out: Array | None = None) -> Array:
     """y = x * sigmoid(x)   [Elfwing, Uchibe, Doya 2017; swish]"""
     return xp_of(x).multiply(x, sigmoid(x), out=out)
 
 
-@activation
+@activation(temporaries=5)
 def gelu(x: Array, *, out: Array | None = None) -> Array:
     """y = x * Phi(x) = x/2 * (1 + erf(x / sqrt(2)))   [Hendrycks & Gimpel 2016], exact"""
     y = erf(x * 0.7071067811865476)
@@ -142,7 +151,7 @@ def gelu(x: Array, *, out: Array | None = None) -> Array:
     return xp_of(x).multiply(x, y, out=out)
 
 
-@activation
+@activation(temporaries=2)
 def gelu_tanh(x: Array, *, out: Array | None = None) -> Array:
     """y = x/2 * (1 + tanh(u)) = x * sigmoid(2 u), u = sqrt(2/pi) * (x + 0.044715 x^3)
 
@@ -160,7 +169,7 @@ def gelu_tanh(x: Array, *, out: Array | None = None) -> Array:
     return xp.multiply(x, sigmoid(u, out=u), out=out)
 
 
-@activation
+@activation(temporaries=2)
 def mish(x: Array, *, out: Array | None = None) -> Array:
     """y = x * tanh(softplus(x)) = x * n / (n + 2), n = e^x (e^x + 2)   [Misra 2019]
 

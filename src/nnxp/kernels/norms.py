@@ -13,7 +13,8 @@ def layer_norm(
     """y = (x - mean) / sqrt(var + eps) * gain + bias   [Ba, Kiros, Hinton 2016, arXiv:1607.06450]
 
     x (..., c), gain (c,), bias (c,) -> y like x. Mean and variance run over the last axis in two
-    passes, so a large common offset in x does not cancel the variance away.
+    passes, so a large common offset in x does not cancel the variance away. Squares overflow
+    beyond the root of the largest number (1.8e19 in float32): there y is 0, with a warning.
     """
     xp = xp_of(x)
     y = x - x.mean(axis=-1, keepdims=True)

@@ -8,7 +8,7 @@ from nnxp._arrays import Array, xp_of
 from nnxp.kernels.activations import activation
 
 
-@activation
+@activation(temporaries=0)
 def softmax(x: Array, *, out: Array | None = None) -> Array:
     """y_i = exp(x_i - m) / sum_j exp(x_j - m), m = max_j x_j   [Bridle 1990]
 
@@ -23,13 +23,14 @@ def softmax(x: Array, *, out: Array | None = None) -> Array:
     return y
 
 
-@activation
+@activation(temporaries=1)
 def log_softmax(x: Array, *, out: Array | None = None) -> Array:
     """y_i = (x_i - m) - log(sum_j exp(x_j - m)), m = max_j x_j   [as softmax]
 
     x (..., c) -> y (..., c).
     """
     xp = xp_of(x)
-    y = xp.subtract(x, x.max(axis=-1, keepdims=True), out=out)
+    with np.errstate(over="ignore"):  # x - m beyond the largest number is minus infinity, rightly
+        y = xp.subtract(x, x.max(axis=-1, keepdims=True), out=out)
     y -= xp.log(xp.exp(y).sum(axis=-1, keepdims=True))
     return y

@@ -23,7 +23,7 @@ from nnxp._arrays import (
     is_floating,
     place_of,
 )
-from nnxp._errors import DeviceMismatch, DtypeMismatch, ShapeError
+from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp.backend import Backend, get_backend, home_of, to_backend
 
 if TYPE_CHECKING:
@@ -58,7 +58,16 @@ class Layer:
         if formula is not None:
             cls._bare = formula
             cls.__call__ = _behind_the_door(formula)  # type: ignore[assignment,method-assign]
-        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        taken_names = {*dir(Layer), "output"} & cls.__annotations__.keys()
+        if taken_names:
+            names = ", ".join(sorted(taken_names))
+            raise OptionError(
+                f"a field of {cls.__name__} cannot be called {names}: every layer has it"
+            )
+        new = bool(cls.__annotations__)  # without fields of its own it is made as its base is
+        dataclasses.dataclass(frozen=True, eq=False, repr=False, init=new)(cls)
+        if cls.__name__.startswith("_"):
+            return
         taken = Layer.known.get(cls.__name__)
         if taken is None or not taken.__module__.startswith("nnxp."):
             Layer.known[cls.__name__] = cls
@@ -79,6 +88,27 @@ class Layer:
     def multiply_adds(self, shape: Shape) -> int:
         """How many multiply-adds the products take for an x of this shape."""
         return 0
+
+    @property
+    def temporaries(self) -> int:
+        """Arrays as large as its output that the layer holds at once, the output aside."""
+        return 2
+
+    def __post_init__(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Refuse what would not be seen as a parameter or a child, then ask `_validate`."""
+        for name, value in self._fields():
+            if isinstance(value, list | tuple):
+                inner = [each for each in value if is_array(each) or _holds_layers(each)]
+                hidden = isinstance(value, list) and any(isinstance(e, Layer) for e in value)
+                if inner or hidden:
+                    raise OptionError(
+                        f"{name} of {type(self).__name__} holds arrays or layers where nobody "
+                        "finds them: a field is an array, a layer, or a tuple of layers"
+                    )
+        self._validate()
 
     def _validate(self) -> None:
         """Raise ShapeError or OptionError unless the fields fit each other.
@@ -166,7 +196,11 @@ class Layer:
                     for i, each in enumerate(value)
                 )
             fields[name] = value
-        return self._made(**fields)
+        if layer is None:
+            return self._made(**fields)
+        made = object.__new__(type(self))  # children of another class: not for _validate to judge
+        made.__dict__.update(fields)
+        return made
 
     @classmethod
     def _made(cls: type[L], **fields: Any) -> L:
@@ -179,7 +213,7 @@ class Layer:
         """Fill the fields, once, and see that they fit each other: what an `__init__` ends with."""
         for name, value in fields.items():
             object.__setattr__(self, name, value)
-        self._validate()
+        self._settle()
 
     @property
     def parameter_count(self) -> int:
@@ -220,17 +254,23 @@ class Layer:
     def to(self: L, backend: str | Backend) -> L:
         """The same model with its parameters on this backend; itself if they are there already."""
         target = get_backend(backend)
-        if self.place in (None, target.device):
+        if {place_of(value) for value in self.parameters().values()} <= {target.device}:
             return self
-        return self._replaced(lambda name, value: to_backend(value, target))
+        there = self._replaced(lambda name, value: to_backend(value, target))
+        target.synchronize()  # whichever thread or stream uses the parameters, they have arrived
+        return there
 
     def astype(self: L, dtype: object) -> L:
         """The same model with parameters of this type: "float16", "bfloat16", "float32", ..."""
         wanted = float_dtype(dtype)
-        if self._kind is None or self.dtype == wanted:
+        if {value.dtype for value in self.parameters().values()} <= {wanted}:
             return self
-        with home_of(self._kind[0]).current():
-            return self._replaced(lambda name, value: value.astype(wanted))
+
+        def converted(name: str, value: Array) -> Array:
+            with home_of(place_of(value)).current():
+                return value.astype(wanted)
+
+        return self._replaced(converted)
 
     def activations(self, x: Array) -> dict[str, Array]:
         """Every layer's output for x by the layer's name, in the order in which they are made.
@@ -276,6 +316,8 @@ def _behind_the_door(formula: Callable[[Any, Array], Array]) -> Callable[[Any, A
         kind = (x.dtype, x.shape[1:], x.ndim) if on_host else None  # all that decides on the host
         if kind is None or kind not in self._accepted:
             check(self, x)
+            if len(self._accepted) > 1000:  # rows of ever new shapes
+                self._accepted.clear()
             self._accepted.add(kind)
         token = _inside.set(True)
         try:
@@ -284,14 +326,20 @@ def _behind_the_door(formula: Callable[[Any, Array], Array]) -> Callable[[Any, A
             with home_of(place_of(x)).current():
                 return formula(self, x)
         except Exception as error:
-            path = getattr(error, "path", "")
-            if path and not hasattr(type(error), "path"):
+            path = getattr(error, "layer_path", "")
+            if path and not hasattr(type(error), "layer_path"):
                 error.add_note(f"raised in layer {path} of {self}")
             raise
         finally:
             _inside.reset(token)
 
     return call
+
+
+def _holds_layers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(
+        isinstance(each, Layer) or is_array(each) or _holds_layers(each) for each in value
+    )
 
 
 def check(layer: Layer, x: Array) -> None:

@@ -74,9 +74,7 @@ class Summary:
 def summarize(model: Layer, shape: Shape) -> Summary:
     """The summary of a model for an x of this shape; ShapeError if such an x does not fit."""
     output = model.output_shape(shape)
-    leaves = [
-        step for step in trace_shapes(model, shape) if not any(True for _ in step.layer.children())
-    ]
+    leaves = [step for step in trace_shapes(model, shape) if _is_leaf(step.layer)]
     layers = tuple(
         LayerSummary(
             step.name,
@@ -97,25 +95,34 @@ def summarize(model: Layer, shape: Shape) -> Summary:
         parameters=model.parameter_count,
         parameter_bytes=sum(value.nbytes for value in values),
         multiply_adds=sum(each.multiply_adds for each in layers),
-        row_bytes=row_bytes(model, shape[1:]),
+        row_bytes=costs(model, shape[1:])[0],
     )
 
 
-def row_bytes(model: Layer, row: Shape) -> int:
-    """What one row costs at the widest point of the model.
+def costs(model: Layer, row: Shape) -> tuple[int, int, int]:
+    """(bytes a row, bytes besides, work a row) for rows of this shape, at the widest point.
 
-    A layer holds its input, its output and a temporary like its output; a layer with children
-    holds its own input meanwhile. 16-bit types are computed in float32 beside their own copy.
+    A layer holds its input, its output and its temporaries; a layer with children holds its own
+    input meanwhile. 16-bit types are computed in float32 beside their own copy, and the parameters
+    of one layer with them: these are the bytes besides. A byte that is passed over takes about as
+    long as a multiply-add in a product, so both are work.
     """
-    itemsize = model.dtype.itemsize if model.dtype else 4
-    if itemsize == 2:
-        itemsize = 2 + 4
-    shape = (1, *row)
-    steps = {step.name: step for step in trace_shapes(model, shape)}
+    steps = {step.name: step for step in trace_shapes(model, (1, *row))}
     held = {name: prod(step.input) for name, step in steps.items()}
     widest = 0
     for name, step in steps.items():
         parts = name.split(".")
         around = sum(held.get(".".join(parts[:i]), 0) for i in range(1, len(parts)))
-        widest = max(widest, around + prod(step.input) + 2 * prod(step.output))
-    return itemsize * (prod(shape) + widest)
+        arrays = 1 + step.layer.temporaries
+        widest = max(widest, around + prod(step.input) + arrays * prod(step.output))
+    narrow = model.dtype is not None and model.dtype.itemsize == 2
+    itemsize = 2 + 4 if narrow else model.dtype.itemsize if model.dtype else 8
+    leaves = [step for step in steps.values() if _is_leaf(step.layer)]
+    largest = max((step.layer.parameter_count for step in leaves), default=0)
+    bytes_ = itemsize * (prod(row) + widest)
+    work = sum(step.layer.multiply_adds(step.input) for step in leaves)
+    return bytes_, 4 * largest if narrow else 0, bytes_ + work
+
+
+def _is_leaf(layer: Layer) -> bool:
+    return not any(True for _ in layer.children())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from nnxp._arrays import Array, Shape
+from nnxp._errors import ShapeError
 from nnxp.layers._layer import Layer
 
 
@@ -34,6 +36,9 @@ class _Tap(Layer):
 
     def output_shape(self, shape: Shape) -> Shape:
         return self.layer.output_shape(shape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)  # a parent may look at its child's fields
 
 
 class _ShapeTap(_Tap):
@@ -74,7 +79,19 @@ def trace(model: Layer, x: Array) -> list[Step]:
 
 
 def trace_shapes(model: Layer, shape: Shape) -> list[Step]:
-    """The same with shapes in place of arrays: nothing is computed."""
+    """The same with shapes in place of arrays: nothing is computed.
+
+    A child that its parent's `output_shape` does not ask is taken to get what its parent gets.
+    """
     steps: list[Step] = []
     y = _tapped(model, _ShapeTap, steps).output_shape(shape)
-    return [*steps, Step("output", model, shape, y)]
+    seen = {step.name: step for step in [*steps, Step("output", model, shape, y)]}
+    for name, layer in reversed(walk(model)):  # parents first
+        if name not in seen:
+            parent = name.rpartition(".")[0]
+            while parent and parent not in seen:
+                parent = parent.rpartition(".")[0]
+            given = seen[parent or "output"].input
+            with suppress(ShapeError):
+                seen[name] = Step(name, layer, given, layer.output_shape(given))
+    return list(seen.values())

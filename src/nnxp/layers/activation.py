@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from nnxp import kernels
 from nnxp._arrays import Array, Shape
-from nnxp._errors import OptionError
+from nnxp._errors import OptionError, ShapeError
 from nnxp.layers._layer import Layer
 
 
@@ -48,6 +48,15 @@ class Activation(Layer):
 
     def __call__(self, x: Array) -> Array:
         return kernels.ACTIVATIONS[self.activation](x, **self.options)
+
+    @property
+    def temporaries(self) -> int:
+        return kernels.ACTIVATIONS[self.activation].temporaries
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if self.activation in ("softmax", "log_softmax") and (len(shape) < 2 or 0 in shape[1:]):
+            raise ShapeError(f"{self} takes (rows, ..., classes) but got {shape}")
+        return shape
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self.options.items())

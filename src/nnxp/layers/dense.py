@@ -76,6 +76,10 @@ class Dense(Layer):
     def multiply_adds(self, shape: Shape) -> int:
         return prod(shape) * int(self.weight.shape[1])
 
+    @property
+    def temporaries(self) -> int:
+        return kernels.ACTIVATIONS[self.activation].temporaries
+
     def __repr__(self) -> str:
         inputs, outputs = self.weight.shape
         return f"Dense({inputs}, {outputs}, {self.activation})"

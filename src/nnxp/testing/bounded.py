@@ -562,4 +562,4 @@ def __getattr__(name: str) -> Any:
         return method
     if name.startswith("_"):
         raise AttributeError(name)
-    raise NoBound(f"no bound is known for {name}; give assert_parity one with bound=")
+    raise NoBound(f"no bound is known for {name}; assert_close takes one of your own")

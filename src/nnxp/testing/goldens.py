@@ -182,7 +182,14 @@ def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Hos
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{os.fspath(path)} is not a golden: {error}") from None
-    whole = isinstance(entry, dict) and {"version", "about", "models"} <= entry.keys()
-    if not whole or entry["version"] != VERSION:
+    whole = (
+        isinstance(entry, dict)
+        and entry.get("version") == VERSION
+        and isinstance(entry.get("about"), dict)
+        and isinstance(entry["about"].get("device"), str)
+        and isinstance(entry.get("models"), list)
+        and entry["models"]
+    )
+    if not whole:
         raise CheckpointError(f"{os.fspath(path)} is not a golden of version {VERSION}")
     return entry, tensors

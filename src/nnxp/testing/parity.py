@@ -13,15 +13,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, is_array, is_floating, place_of
-from nnxp._errors import OptionError
+from nnxp._arrays import Array, HostArray, is_array, is_floating, is_numeric, place_of
+from nnxp._errors import DtypeMismatch, OptionError
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
 from nnxp.engine import Engine
 from nnxp.layers._layer import Layer
@@ -261,10 +261,19 @@ def product_bound(
 def assert_close(actual: Array, expected: Any, *, bound: Any) -> Check:
     """Raise AssertionError unless |actual - expected| is within the limit of `bound` everywhere.
 
-    All three broadcast; NaN and infinity must stand in the same places.
+    expected and bound broadcast to the shape of actual; NaN and infinity must stand in the same
+    places. Raises OptionError for a bound below zero, DtypeMismatch for what are no real numbers.
     """
+    for each in (actual, expected, bound):
+        if not is_numeric(np.asarray(asnumpy(each)).dtype):
+            raise DtypeMismatch(f"assert_close takes real numbers, not {each!r:.60}")
+    shape = np.shape(asnumpy(actual))
     value = np.asarray(asnumpy(expected), "float64")
-    error = np.broadcast_to(np.asarray(bound, "float64"), value.shape)
+    error = np.asarray(bound, "float64")
+    if not (error >= 0).all():
+        raise OptionError("a bound is zero or more")
+    with suppress(ValueError):  # compare says what does not fit
+        value, error = np.broadcast_to(value, shape), np.broadcast_to(error, shape)
     check = compare("result", "", place_of(actual), asnumpy(actual), value, error)
     comparisons[check.backend] += 1
     if not check.ok:
@@ -311,6 +320,8 @@ def compare(
 
 def _as_stored(value: HostArray, dtype: np.dtype[Any]) -> HostArray:
     """float64 values after a trip through dtype: too large ones become infinite."""
+    if not is_floating(dtype):
+        return value
     with np.errstate(all="ignore"):
         return value.astype(dtype).astype("float64")
 
@@ -340,6 +351,8 @@ def _judge_function(
 def _judge_model(model: Layer, x: Any, backends: Sequence[Backend]) -> list[Check]:
     host = model.to("numpy")
     rows = np.asarray(asnumpy(x))
+    if not is_numeric(rows.dtype):
+        raise DtypeMismatch(f"rows are real numbers, not {rows.dtype}")
     if host.dtype is not None:
         rows = rows.astype(host.dtype)
     steps = _reference(host, rows)
@@ -391,6 +404,9 @@ class _Said(Layer):
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return self.layer.output_shape(shape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)  # a parent may look at its child's fields
 
     def __repr__(self) -> str:
         return repr(self.layer)

@@ -1,4 +1,11 @@
 """Fused bodies for CuPy, in files of the same names as the reference bodies.
 
-There are none yet: every kernel runs its reference body on CuPy, correct and unfused.
+There are none yet: every kernel runs its reference body on CuPy, correct and unfused. Every module
+that is put here is loaded when the first CuPy array comes.
 """
+
+import importlib
+import pkgutil
+
+for _each in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_each.name}")
