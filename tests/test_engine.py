@@ -169,8 +169,10 @@ def test_a_bad_number_of_workers_in_the_environment_is_named(monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 16])
 def test_results_do_not_depend_on_the_number_of_workers(workers):
-    one = nnxp.predict(NET, X, "cpu", workers=1)
-    np.testing.assert_array_equal(nnxp.predict(NET, X, "cpu", workers=workers), one)
+    x = np.tile(X, (8, 1))
+    assert nnxp.Engine(NET, "cpu", workers=workers).plan(x.shape).workers == min(workers, 5)
+    one = nnxp.predict(NET, x, "cpu", workers=1)
+    np.testing.assert_array_equal(nnxp.predict(NET, x, "cpu", workers=workers), one)
 
 
 @pytest.mark.parametrize("limit", ["20 KiB", "300 KiB", "1 GiB"])

@@ -132,7 +132,12 @@ class Engine:
         known = self._direct.get((x.dtype, x.shape[1:]))
         if known is None or not 0 < len(x) <= known.rows:
             return None
-        y: HostArray = self._forward(x, known.dtype, known.output)
+        try:  # without the door, for all that it asks is known
+            y: HostArray = self.model._bare(x if x.dtype == known.dtype else x.astype(known.dtype))
+        except Exception:
+            return None  # the long way says what is wrong, and where
+        if y.shape[1:] != known.output or len(y) != len(x):
+            return None
         own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
         return y if own else y.copy()
 

@@ -32,6 +32,7 @@ from nnxp.backend._base import (
 from nnxp.backend._share import usable_cores
 
 TILE_WORK = 25_000_000  # multiply-adds: about half a millisecond on one core
+FEW_TILES = 16  # so much work goes to BLAS as one tile
 TILE_ROWS = 512, 1024, 8192  # at least; at most in wide networks; at most in narrow ones
 LEAST_ROWS = 32  # a tile that a limit makes smaller than this is not worth another worker
 TILE_BYTES = 256 << 20  # at most, for rows that are very wide
@@ -124,11 +125,11 @@ def tile_rows(rows: int, budget: Budget) -> int:
     """
     least, wide, narrow = TILE_ROWS
     work = max(budget.row_work, 1)
-    if rows * work <= 2 * TILE_WORK and rows <= narrow:
-        tile = rows  # about a millisecond in all: sharing it out would cost more than it gains
+    if rows * work <= FEW_TILES * TILE_WORK and rows <= narrow:
+        tile = rows  # a few milliseconds in all: BLAS' own threads share them out at less cost
     else:
-        most = min(narrow, max(wide, TILE_WORK // work // least * least))
-        tile = min(most, max(least, rows // 8 // least * least))
+        worth = min(narrow, max(least, TILE_WORK // work // least * least))
+        tile = min(max(wide, worth), max(worth, rows // 8 // least * least))
     return max(1, min(tile, TILE_BYTES // max(budget.row_bytes, 1)))
 
 
