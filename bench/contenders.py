@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ import numpy as np
 
 from networks import Array, Network, parse
 from nnxp.backend._share import usable_cores
-from nnxp.race import FLOOR, TILED, Run, _warm, entrant, serve
+from nnxp.race import FLOOR, PAUSE, TILED, Run, _warm, entrant, serve
 
 Built = tuple[Run, str]
 
@@ -36,7 +37,7 @@ class Rival:
     packages: tuple[str, ...]
 
 
-TRIAL = 0.3
+TRIAL = 0.5
 
 
 def fastest(settings: dict[str, Callable[[], Run]]) -> Built:
@@ -50,6 +51,7 @@ def fastest(settings: dict[str, Callable[[], Run]]) -> Built:
         try:
             run = prepare()
             run()  # compiles, where there is something to compile
+            time.sleep(PAUSE)
             seconds[name] = _warm(run, TRIAL)
         except ModuleNotFoundError:
             raise

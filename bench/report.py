@@ -20,7 +20,7 @@ BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 FLOOR, TILED = "floor", "floor-tiled"
 SHOWN = {
     FLOOR: "floor",
-    TILED: "the same, tiled",
+    TILED: "floor, tiled",
     "naive": "naive NumPy",
     "torch-onednn": "torch, oneDNN",
     "torch-compile": "torch.compile",
@@ -51,7 +51,7 @@ def markdown(found: Values) -> str:
     """Everything about one file of results."""
     parts = [heading(found)]
     for kind, table in {"throughput": shares, "latency": latencies, "memory": memories}.items():
-        if found[kind]:
+        if found.get(kind):
             parts += ["\n".join(table(found[kind])), *troubles(found[kind])]
     return "\n\n".join(parts)
 
@@ -79,7 +79,7 @@ def heading(found: Values) -> str:
 
 
 def _kinds(found: Values) -> Iterator[list[Values]]:
-    yield from (found[kind] for kind in ("throughput", "latency", "memory"))
+    yield from (found.get(kind, []) for kind in ("throughput", "latency", "memory"))
 
 
 def shares(races: list[Values]) -> Iterator[str]:
@@ -184,11 +184,12 @@ def draw_shares(races: list[Values], path: Path) -> None:
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(9, 0.7 * len(races) + 1.8))
     names = [name for name in _names(races) if name != FLOOR]
-    for name in names[::-1]:  # nnxp, the first, is drawn last and lies on top
+    for i, name in reversed(list(enumerate(names))):  # nnxp, the first, comes last, to lie on top
         own = name == "nnxp"
+        aside = 0 if own else 0.05 * (i - len(names) / 2)  # so that nobody hides another
         axes.plot(
             [_by_name(race)[name]["share"] for race in races],
-            range(len(races)),
+            [line + aside for line in range(len(races))],
             "D" if own else "o",
             color=PALETTE.get(name),
             markersize=9 if own else 7,
@@ -253,10 +254,10 @@ def _save(figure: Any, path: Path) -> None:
 def plots(found: Values, folder: Path) -> dict[str, Path]:
     """Draw what there are results for; the plots by what they show."""
     drawn = {}
-    if found["throughput"] and any(map(_has_share, found["throughput"])):
+    if any(map(_has_share, found.get("throughput", []))):
         drawn["share of the floor by network"] = folder / "share.svg"
         draw_shares(found["throughput"], folder / "share.svg")
-    if found["latency"]:
+    if found.get("latency"):
         drawn["latency and throughput by the number of rows"] = folder / "latency.svg"
         draw_latency(found["latency"], folder / "latency.svg")
     return drawn

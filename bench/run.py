@@ -16,7 +16,7 @@ from typing import Any
 
 import networks
 import nnxp
-from contenders import CONTENDERS
+from contenders import CONTENDERS, TRIAL
 from networks import Network
 from nnxp.race import BLOCK, FLOOR, PAUSE, TILED, TURN, Contender, Products, Race, expected, race
 
@@ -45,7 +45,7 @@ def entered(network: Network, names: Sequence[str], trial: float) -> list[Conten
 
 def raced(network: Network, args: argparse.Namespace) -> Race:
     """All contenders in turns."""
-    contenders = entered(network, args.contenders, 0 if args.small else 0.3)
+    contenders = entered(network, args.contenders, 0 if args.small else TRIAL)
     return args.race(contenders, title=str(network), rows=network.rows)  # type: ignore[no-any-return]
 
 
@@ -57,6 +57,15 @@ def alone(network: Network, args: argparse.Namespace) -> Race:
     ]
     results = tuple(result for each in found for result in each.results)
     return Race(str(network), network.rows, 1, found[0].place, results)
+
+
+def rounded(value: Any) -> Any:
+    """The same with five figures to each number: more are noise."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def arguments() -> argparse.Namespace:
@@ -102,9 +111,9 @@ def main() -> None:
         "memory": (alone, memory if args.memory else []),
     }
     found: dict[str, Any] = {"what": "races", "nnxp": nnxp.__version__, "small": args.small}
+    found |= {kind: [] for kind in plan}
     right = True
     for kind, (how, chosen) in plan.items():
-        found[kind] = []
         for network in chosen:
             result = how(network, args)
             say(str(result))
@@ -114,7 +123,7 @@ def main() -> None:
             found[kind].append(values)
             # What there is so far is kept, whatever may come.
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(found, indent=1) + "\n")
+            args.output.write_text(json.dumps(rounded(found), indent=1) + "\n")
     sys.exit(0 if right else 1)
 
 

@@ -453,6 +453,15 @@ def test_the_report_leaves_a_readme_without_the_region_alone(small, tmp_path):
     assert "| 20-16-4 tanh (600) |" in done.stdout
 
 
+def test_a_part_of_the_races_makes_a_part_of_the_report(tmp_path):
+    args = ["--small", "--networks", "--latency", "--rounds", 1, "--contenders", FLOOR]
+    program("run.py", *args, "-o", tmp_path / "part.json")
+    done = program("report.py", tmp_path / "part.json", "--readme", tmp_path / "none.md")
+    assert "|  | 1 row |" in done.stdout
+    assert "Share of the floor" not in done.stdout
+    assert "Memory" not in done.stdout
+
+
 def test_a_contender_that_is_not_there_is_named_in_the_report(small, tmp_path):
     found = small.found
     for each in found["throughput"]:

@@ -285,7 +285,9 @@ def test_softmax_needs_an_axis_of_classes():
             nnxp.Activation("softmax")(np.ones(shape, "float32"))
 
 
-@pytest.mark.parametrize("x", [np.ones((1, 1)).view(np.matrix), np.ma.masked_array([[1.0]], mask=[[True]])])
+@pytest.mark.parametrize(
+    "x", [np.ones((1, 1)).view(np.matrix), np.ma.masked_array([[1.0]], mask=[[True]])]
+)
 def test_subclasses_that_compute_otherwise_are_no_arrays(x):
     with pytest.raises(nnxp.DtypeMismatch, match="not an array that nnxp knows"):
         nnxp.Activation("relu")(x)

@@ -698,6 +698,9 @@ def against_floor(
         most = 2**28 // (4 * prod(row))  # a quarter of a GiB of rows
         rows = max(1, min(10**10 // work, most, 2**17))
     x = _rows(model, rows, row)
+    title = f"{path.name}: " + "-".join(str(w.shape[0]) for w in products.weights)
+    title += f"-{products.weights[-1].shape[1]} {x.dtype}"
+    say(f"{title}, {_count(rows, 'row')}: what is due, in float64")
     due = expected(model, x)
     bare = products.expected(x.astype(products.dtype, copy=False))
     command = (sys.executable, "-P", "-m", "nnxp.race")
@@ -706,8 +709,6 @@ def against_floor(
         Contender(name, (*command, name, *given), due if name == "nnxp" else bare)
         for name in ("nnxp", FLOOR, TILED)
     ]
-    title = f"{path.name}: " + "-".join(str(w.shape[0]) for w in products.weights)
-    title += f"-{products.weights[-1].shape[1]} {x.dtype}"
     return race(contenders, title=title, rows=rows, rounds=rounds, turn=TURN, pause=PAUSE, say=say)
 
 
