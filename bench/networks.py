@@ -62,9 +62,9 @@ NETWORKS = [
 LATENCY = [NETWORKS[0].of(rows) for rows in (1, 16, 64, 512)]
 MEMORY = [NETWORKS[1].of(rows) for rows in (8192, 32768, 131072)]
 
-SMALL = [Network((20, 16, 4), "sigmoid", 600), Network((20, 16, 4), "tanh", 600)]
+SMALL = [Network((20, 16, 4), "sigmoid", 600)]
 SMALL_LATENCY = [Network((20, 16, 8, 4), "relu", 1)]
-SMALL_MEMORY = [Network((20, 16, 8, 4), "relu", 300)]
+SMALL_MEMORY = [Network((20, 16, 4), "tanh", 300)]
 
 
 def parse(text: str) -> Network:

@@ -43,7 +43,7 @@ _coarsest: ContextVar[Any] = ContextVar("nnxp_coarsest", default=None)
 bool_, float32, float64, newaxis, pi = np.bool_, np.float32, np.float64, np.newaxis, np.pi
 
 
-class NoBound(NnxpError, NotImplementedError):
+class NoBound(NnxpError, AttributeError):
     """No bound is known for a function; the message names it."""
 
 
