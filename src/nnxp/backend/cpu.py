@@ -29,7 +29,6 @@ from nnxp.backend._base import (
     Sweep,
     rows_within,
 )
-from nnxp.backend._share import usable_cores
 
 TILE_WORK = 25_000_000  # multiply-adds: about half a millisecond on one core
 FEW_TILES = 16  # so much work goes to BLAS as one tile
@@ -135,6 +134,8 @@ def tile_rows(rows: int, budget: Budget) -> int:
 
 def worker_count() -> int:
     """The worker threads to use: NNXP_WORKERS if set, else the cores that may be used."""
+    from nnxp.backend._share import usable_cores  # brings pathlib: not for every import
+
     return asked_workers() or usable_cores()
 
 

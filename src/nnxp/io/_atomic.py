@@ -7,7 +7,10 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @contextmanager
@@ -22,6 +25,8 @@ def written_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
     IsADirectoryError for a folder, PermissionError for what may not be written, and OSError for
     a pipe or a device.
     """
+    from pathlib import Path  # not for every import of nnxp
+
     target = Path(os.path.realpath(path))
     inherited = _mode_of(target)
     beside = target.with_name(f".nnxp-{os.urandom(6).hex()}{target.suffix}")

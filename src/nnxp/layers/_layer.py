@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nnxp.layers._summary import Summary
 
 L = TypeVar("L", bound="Layer")
-Rng: TypeAlias = int | np.random.Generator | None
+Rng: TypeAlias = "int | np.random.Generator | None"  # quoted: NumPy loads its random on demand
 """What `rng=` takes: a seed, a Generator, or None for fresh entropy (SPEC 7)."""
 
 _inside: ContextVar[bool] = ContextVar("nnxp_inside_a_layer", default=False)
