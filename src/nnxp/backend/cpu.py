@@ -30,8 +30,8 @@ from nnxp.backend._base import (
     rows_within,
 )
 
-TILE_WORK = 25_000_000  # multiply-adds: about half a millisecond on one core
-FEW_TILES = 16  # so much work goes to BLAS as one tile
+TILE_WORK = 50_000_000  # multiply-adds: about a millisecond on one core
+FEW_TILES = 8  # so much work goes to BLAS as one tile
 TILE_ROWS = 512, 1024, 8192  # at least; at most in wide networks; at most in narrow ones
 LEAST_ROWS = 32  # a tile that a limit makes smaller than this is not worth another worker
 TILE_BYTES = 256 << 20  # at most, for rows that are very wide
