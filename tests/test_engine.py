@@ -146,7 +146,7 @@ def test_an_engine_takes_models(model):
         ("memory_limit", -5),
         ("memory_limit", "lots"),
         ("memory_limit", 1.5),
-        ("precision", "tf32"),
+        ("precision", "bf16"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(option, value):
@@ -207,7 +207,7 @@ def test_the_device_sees_one_copy_in_and_one_out_for_each_block(sim):
     engine(rows)
     blocks = len(rows.asked)
     assert blocks > 5
-    assert sim.count == nnxp.sim.Count(put=blocks, get=blocks)
+    assert sim.count == nnxp.sim.Count(put=blocks, get=blocks, synchronize=blocks)
 
 
 def test_blocks_are_planned_by_what_is_free_when_they_are(sim):
@@ -219,7 +219,7 @@ def test_blocks_are_planned_by_what_is_free_when_they_are(sim):
     sim.limit = None
     again = Rows(X)
     engine(again)
-    assert len(again.asked) == 1
+    assert len(again.asked) < len(rows.asked)
 
 
 def test_a_device_that_is_fuller_than_planned_is_recovered_from(sim):

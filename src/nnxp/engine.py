@@ -6,10 +6,12 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,10 @@ import numpy as np
 from nnxp._arrays import Array, HostArray, Shape, is_array, is_floating, is_numeric, place_of
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
-from nnxp.backend._base import Source
+from nnxp.backend._base import Cursor, Source, together
+from nnxp.backend._blocks import BlockBackend
+from nnxp.backend._lanes import Kept, Recorded
+from nnxp.kernels.linear import precision as _precision
 from nnxp.layers._layer import Layer
 from nnxp.layers._summary import costs
 
@@ -25,6 +30,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 
 MOST_KINDS = 256  # shapes of rows that an engine remembers
+MOST_RECORDED = 32  # of which each holds buffers on a device
+FEW_ROWS = 512  # at most, to be recorded: with more of them, starting the work is little of it
 
 
 @dataclass
@@ -48,11 +55,17 @@ class _Direct(NamedTuple):
 class Engine:
     """A model on a backend, ready to take rows: `y = engine(x)`.
 
-    The parameters are moved there once, here. `backend` is a name as for `nnxp.get_backend`;
-    `engine.backend.why` says how it was chosen. `memory_limit` bounds the bytes of the rows at
-    work, parameters and result aside: a number, or a string such as "256 MiB". `workers` is the
-    number of threads on the CPU. `precision` is for "tf32" on a GPU, which this version does not
-    offer: float32 is float32.
+    The parameters are moved there once, here, and engines of one model on one device share them.
+    `backend` is a name as for `nnxp.get_backend`; `engine.backend.why` says how it was chosen. A
+    list of devices, such as `["cuda:0", "cuda:1"]`, shares the rows out among them.
+
+    `memory_limit` bounds the bytes of the rows at work, parameters and result aside: a number, or a
+    string such as "256 MiB". `workers` is the number of threads on the CPU. `precision="tf32"`
+    allows a GPU to round the factors of float32 products to ten bits, which is several times as
+    fast; a CPU has no use for the permission. Without it float32 is float32.
+
+    What an engine holds on a device between two calls, `engine.close()` gives back, and so does
+    the end of a `with` block or of the engine's life.
 
     Raises BackendUnavailable if the backend cannot be used, OptionError for a bad option.
     """
@@ -60,7 +73,7 @@ class Engine:
     def __init__(
         self,
         model: Layer,
-        backend: str | Backend = "auto",
+        backend: str | Backend | Sequence[str | Backend] = "auto",
         *,
         memory_limit: int | str | None = None,
         workers: int | None = None,
@@ -68,20 +81,30 @@ class Engine:
     ) -> None:
         if not isinstance(model, Layer):
             raise OptionError(f"an Engine takes a model made of nnxp layers, not {model!r}")
-        if precision is not None:
-            raise OptionError(f"precision={precision!r} is not offered; None means full float32")
+        if precision not in (None, "tf32"):
+            raise OptionError(f'precision={precision!r} is not offered; "tf32" is, and None')
+        if precision and model.dtype != np.float32:
+            raise OptionError(
+                f'precision="tf32" is for float32 models, but {model} is {model.dtype}'
+            )
         if workers is not None and not (hasattr(workers, "__index__") and workers >= 1):
             raise OptionError(f"workers is a number of threads, at least 1, not {workers!r}")
-        self.backend = get_backend(backend)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers = None if workers is None else int(workers)
-        self.model = model.to(self.backend)
+        self.precision = precision
+        self._places = [_Place(model, each, self.memory_limit) for each in _backends(backend)]
+        self.backend = self._places[0].backend
         self._known: dict[Shape, _Known] = {}
         self._direct: dict[tuple[np.dtype[Any], Shape], _Direct] = {}
 
-    def __call__(
-        self, x: Any, out: HostArray | None = None, *, progress: bool = False
-    ) -> HostArray:
+    @property
+    def model(self) -> Layer:
+        """The model, on the (first) backend."""
+        if not self._places:
+            raise OptionError("this engine is closed")
+        return self._places[0].model
+
+    def __call__(self, x: Any, out: Any = None, *, progress: bool = False) -> Any:
         """The model's output for every row of x, as a host array; into `out` if it is given.
 
         x (rows, ...) is an array, a memory map, a list, or anything with `shape` and slicing, of
@@ -89,45 +112,55 @@ class Engine:
         parameters, to that of the rows, or float32 for whole numbers. `out` is an array or memory
         map of the output's shape. `progress` shows a bar on a terminal.
 
+        Rows that are on the engine's device already, in a CuPy array or in a tensor of any library
+        that speaks DLPack, stay there: the answer is an array of the same library, computed on the
+        current stream, in blocks that fit.
+
         Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
-        are on a device, and OutOfMemory if not even one row fits.
+        are on another device, and OutOfMemory if not even one row fits.
         """
-        few = self._few(x) if out is None else None
-        if few is not None:
-            return few
+        model = self.model
+        if out is None and type(x) is np.ndarray:
+            few = self._few(x)
+            if few is not None:
+                return few
+        place, there = self._at_home(x)
+        if place is not None:
+            return _in_kind(self._resident(place, there, out), x)
         rows = _source(x)
         shape = tuple(rows.shape)
-        output = self.model.output_shape(shape)
-        dtype = self.model.dtype or float_type(rows)
+        output = model.output_shape(shape)
+        dtype = model.dtype or float_type(rows)
+        given = out is not None
         out = _result(out, output, dtype, rows)
         if shape[0] == 0:
             return out
-        plan = self.plan(shape)
+        plans = self._plans(shape)
+        cursor = Cursor(shape[0])
         with _bar(shape[0], progress) as done:
-            sweep = Sweep(
-                fn=lambda block: self._forward(block, dtype, output[1:]),
-                rows=rows,
-                out=out,
-                dtype=dtype,
-                plan=plan,
-                done=done,
-            )
-            found = self.backend.sweep(sweep)
-        if found is not None:
-            self._known[shape[1:]].most_rows = found
-        if self.backend.device == "cpu" and self.memory_limit is None:
-            if len(self._direct) >= MOST_KINDS:
-                self._direct.clear()
-            if type(rows) is np.ndarray and rows.dtype.isnative:
-                self._direct[rows.dtype, shape[1:]] = _Direct(dtype, plan.rows, output[1:])
+
+            def sweep(place: _Place, plan: Plan) -> None:
+                fn = partial(self._forward, place.model, dtype=dtype, output=output[1:])
+                sweep = Sweep(fn, rows, out, dtype, plan, done, cursor, place.kept)
+                found = place.backend.sweep(sweep)
+                if found is not None:
+                    place.known[shape[1:]].most_rows = found
+
+            together([partial(sweep, *each) for each in zip(*plans, strict=True)], cursor.stop)
+        if type(rows) is np.ndarray and rows.dtype.isnative and not given:
+            self._remember(rows, dtype, plans[1][0], output)
         return out
 
-    def _few(self, x: Any) -> HostArray | None:
-        """The output for an array of no more rows than a tile, of a kind that was swept before.
+    def _few(self, x: HostArray) -> HostArray | None:
+        """The output for few rows of a kind that was met before, None for others.
 
-        With so few rows the time goes to asking and planning, so it is done once for each kind.
+        With so few rows the time goes to asking and planning, so it is done once for each kind: on
+        the CPU for all numbers of rows up to a tile, on a device for each, with a recording.
         """
-        if type(x) is not np.ndarray or not self._direct or x.ndim == 0:
+        recorded = self._places[0].recorded.get((x.dtype, x.shape))
+        if recorded is not None:
+            return recorded.host(x)
+        if not self._direct or x.ndim == 0:
             return None
         known = self._direct.get((x.dtype, x.shape[1:]))
         if known is None or not 0 < len(x) <= known.rows:
@@ -141,11 +174,80 @@ class Engine:
         own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
         return y if own else y.copy()
 
-    def _forward(self, rows: Array, dtype: np.dtype[Any], output: Shape) -> Array:
-        y = self.model(rows if rows.dtype == dtype else rows.astype(dtype))
+    def _remember(self, x: HostArray, dtype: np.dtype[Any], plan: Plan, output: Shape) -> None:
+        """Make the next call with such rows a short one."""
+        if self.backend.device != "cpu":
+            self._places[0].meet(x, partial(self._forward, dtype=dtype, output=output[1:]))
+        elif self.memory_limit is None:
+            if len(self._direct) >= MOST_KINDS:
+                self._direct.clear()
+            self._direct[x.dtype, x.shape[1:]] = _Direct(dtype, plan.rows, output[1:])
+
+    def _at_home(self, x: Any) -> tuple[_Place | None, Array]:
+        """The place where x is already, and x as an array of ours; None if it is in host memory.
+
+        Raises DeviceMismatch for what is on a device that is not the engine's.
+        """
+        if is_array(x):
+            device = place_of(x)
+            if device == "cpu":
+                return None, x
+            for place in self._places:
+                if device == place.backend.device:
+                    return place, x
+        elif hasattr(x, "__dlpack_device__"):
+            kind, index = x.__dlpack_device__()
+            if kind in _HOST:
+                return None, x
+            for place in self._places:
+                at = place.backend
+                if isinstance(at, BlockBackend) and (at.dlpack, at.index) == (kind, index):
+                    return place, at.xp.from_dlpack(x)
+            device = f"device {index} of kind {kind.real} in DLPack's count"
+        else:
+            return None, x
+        places = " and ".join(place.backend.device for place in self._places)
+        raise DeviceMismatch(
+            f"an engine on {places} takes rows that are there or in host memory, but x is on "
+            f"{device}; bring it to the host, with nnxp.asnumpy(x) if it is an array of CuPy"
+        )
+
+    def _resident(self, place: _Place, x: Array, out: Array | None) -> Array:
+        """Rows that are on the device, through the model, there."""
+        recorded = place.recorded.get((x.dtype, x.shape)) if out is None else None
+        if recorded is not None:
+            return recorded.device(x)
+        backend, model = place.backend, place.model
+        assert isinstance(backend, BlockBackend)
+        if x.ndim == 0:
+            raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
+        if not is_numeric(x.dtype):
+            raise DtypeMismatch(f"rows are real numbers, but x is {x.dtype}")
+        output = model.output_shape(x.shape)
+        dtype = model.dtype or float_type(x)
+        fn = partial(self._forward, dtype=dtype, output=output[1:])
+        if out is not None and not (is_array(out) and place_of(out) == backend.device):
+            raise OptionError(f"x is on {backend.device}, so out is an array there, too")
+        if out is not None and (out.shape, out.dtype) != (output, dtype):
+            raise ShapeError(f"out is {out.dtype}{out.shape} but the output is {dtype}{output}")
+        with backend.current():
+            if len(x) == 0:
+                return backend.xp.empty(output, dtype) if out is None else out
+            plan = self._plan(place, x.shape)
+            made = backend.through(partial(fn, model), x, out, output, dtype, plan)
+        if out is None:
+            place.meet(x, fn)
+        return made
+
+    def _forward(self, model: Layer, rows: Array, dtype: np.dtype[Any], output: Shape) -> Array:
+        token = _precision.set(self.precision)
+        try:
+            y = model(rows if rows.dtype == dtype else rows.astype(dtype))
+        finally:
+            _precision.reset(token)
         if y.shape[1:] != output or len(y) != len(rows):
             raise ShapeError(
-                f"{self.model} answers {y.shape} for {len(rows)} rows, where its output_shape "
+                f"{model} answers {y.shape} for {len(rows)} rows, where its output_shape "
                 f"says {(len(rows), *output)}"
             )
         return y
@@ -153,29 +255,151 @@ class Engine:
     def plan(self, shape: Shape) -> Plan:
         """How an x of this shape would be cut: rows together, workers, and the working set.
 
+        Several devices have the largest of their blocks, and all their workers and working sets.
         Raises ShapeError if such an x does not fit, OutOfMemory if the limit holds not one row.
         """
         self.model.output_shape(shape)
-        known = self._known.get(shape[1:])
+        plans = self._plans(shape)[1]
+        return Plan(
+            max(each.rows for each in plans),
+            sum(each.workers for each in plans),
+            sum(each.working_set for each in plans),
+        )
+
+    def _plans(self, shape: Shape) -> tuple[list[_Place], list[Plan]]:
+        """The places that have a part in so many rows, and how each would cut its part."""
+        first = self._plan(self._places[0], shape)
+        if len(self._places) == 1 or shape[0] <= first.rows:
+            return self._places[:1], [first]
+        part = -(-shape[0] // len(self._places))
+        return self._places, [self._plan(place, (part, *shape[1:])) for place in self._places]
+
+    def _plan(self, place: _Place, shape: Shape) -> Plan:
+        known = place.known.get(shape[1:])
         if known is None:
-            if len(self._known) >= MOST_KINDS:
-                self._known.clear()
-            known = self._known[shape[1:]] = _Known(*costs(self.model, shape[1:]))
+            if len(place.known) >= MOST_KINDS:
+                place.known.clear()
+            known = place.known[shape[1:]] = _Known(*costs(place.model, shape[1:]))
         costs_ = known.row_bytes, known.fixed_bytes, known.row_work
-        budget = Budget(*costs_, self.memory_limit, self.workers, known.most_rows)
-        return self.backend.plan(shape[0], budget)
+        held = place.kept.unused()
+        budget = Budget(*costs_, self.memory_limit, self.workers, known.most_rows, held)
+        return place.backend.plan(shape[0], budget)
+
+    def close(self) -> None:
+        """Give back what is held on the device; the engine takes no more rows."""
+        places, self._places = self._places, []
+        for place in places:
+            place.close()
+        self._direct.clear()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def __reduce__(self) -> Any:
-        options = self.backend.device, self.memory_limit, self.workers
+        devices = [place.backend.device for place in self._places]
+        options = devices, self.memory_limit, self.workers, self.precision
         return _engine, (self.model.to("numpy"), *options)
 
     def __repr__(self) -> str:
-        return f"Engine({self.model!r} on {self.backend.device})"
+        if not self._places:
+            return "Engine(closed)"
+        devices = " and ".join(place.backend.device for place in self._places)
+        return f"Engine({self.model!r} on {devices})"
 
 
-def _engine(model: Layer, device: str, memory_limit: int | None, workers: int | None) -> Engine:
-    """An engine that was pickled: on the device that it was on."""
-    return Engine(model, device, memory_limit=memory_limit, workers=workers)
+def _engine(
+    model: Layer,
+    devices: list[str],
+    memory_limit: int | None,
+    workers: int | None,
+    precision: str | None,
+) -> Engine:
+    """An engine that was pickled: on the devices that it was on."""
+    return Engine(model, devices, memory_limit=memory_limit, workers=workers, precision=precision)
+
+
+class _Place:
+    """The model on one device, with what an engine keeps and knows there."""
+
+    def __init__(self, model: Layer, backend: Backend, memory_limit: int | None) -> None:
+        self.backend, self.model = backend, _shared(model, backend)
+        self.known: dict[Shape, _Known] = {}
+        self.kept = Kept(memory_limit)
+        self.recorded: dict[tuple[np.dtype[Any], Shape], Recorded] = {}
+        self._met: dict[tuple[np.dtype[Any], Shape], int] = {}
+        self._close = weakref.finalize(self, self.kept.close)
+        self._close.atexit = False
+
+    def meet(self, x: Array, fn: Callable[[Layer, Array], Array]) -> None:
+        """Few rows of one shape and type that come a third time are recorded.
+
+        Only for models of our own layers: a recording repeats what the device did, and cannot know
+        whether another layer would do something else the next time.
+        """
+        kind = x.dtype, x.shape
+        if not 0 < len(x) <= FEW_ROWS or len(self._met) > MOST_KINDS:
+            return
+        count = self._met[kind] = self._met.get(kind, 0) + 1
+        if count != 2 or not isinstance(self.backend, BlockBackend) or not _ours(self.model):
+            return
+        try:
+            made = Recorded(self.backend, partial(fn, self.model), x.shape, x.dtype)
+        except Exception:
+            return  # it goes the long way, as it did so far
+        while len(self.recorded) >= MOST_RECORDED:
+            self.recorded.pop(next(iter(self.recorded)), None)
+        self.recorded[kind] = made
+
+    def close(self) -> None:
+        self._close()
+        self.recorded.clear()
+
+
+def _backends(backend: str | Backend | Sequence[str | Backend]) -> list[Backend]:
+    """The backend, or all of a list of devices. OptionError for a list that names none or two."""
+    if isinstance(backend, str | Backend):
+        return [get_backend(backend)]
+    found = [get_backend(each) for each in backend]
+    devices = [each.device for each in found]
+    if not found or len(set(devices)) < len(devices):
+        raise OptionError(f"several backends are different devices, not {devices}")
+    if len(found) > 1 and "cpu" in devices:
+        raise OptionError(f"rows are shared among devices, and the CPU is none: {devices}")
+    return found
+
+
+def _shared(model: Layer, backend: Backend) -> Layer:
+    """The model on this backend; whoever asks while it is there gets the same one."""
+    if backend.device == "cpu":
+        return model.to(backend)
+    copies = model.__dict__.setdefault("_copies", weakref.WeakValueDictionary())
+    there: Layer | None = copies.get(backend.device)
+    if there is None:
+        there = model.to(backend)
+        if there is not model:
+            copies[backend.device] = there
+    return there
+
+
+def _ours(model: Layer) -> bool:
+    """Whether all layers of the model are nnxp's own."""
+    inner = all(_ours(child) for _, child in model.children())
+    return inner and type(model).__module__.startswith("nnxp.")
+
+
+_HOST = (1, 3, 13)  # DLPack's kDLCPU, kDLCUDAHost and kDLCUDAManaged: a slice becomes a NumPy array
+
+
+def _in_kind(y: Array, x: Any) -> Any:
+    """y as an array of the library of x, if that can take it, sharing its memory."""
+    if is_array(x):
+        return y
+    library = sys.modules.get(type(x).__module__.partition(".")[0])
+    take = getattr(library, "from_dlpack", None)
+    return y if take is None else take(y)
 
 
 def predict(
@@ -192,8 +416,8 @@ def predict(
 
     `Engine(model, backend, ...)(x, out, ...)` in one call; keep an Engine to call it often.
     """
-    engine = Engine(model, backend, memory_limit=memory_limit, workers=workers)
-    return engine(x, out, progress=progress)
+    with Engine(model, backend, memory_limit=memory_limit, workers=workers) as engine:
+        return engine(x, out, progress=progress)  # type: ignore[no-any-return]
 
 
 def predict_iter(
@@ -255,11 +479,6 @@ def parse_bytes(size: int | str) -> int:
 
 
 def _source(x: Any) -> Source:
-    if is_array(x) and place_of(x) != "cpu":
-        raise DeviceMismatch(
-            f"an engine takes rows in host memory, but x is on {place_of(x)}; call the model "
-            "itself, model(x), or bring the rows to the host with nnxp.asnumpy(x)"
-        )
     if isinstance(x, np.ma.MaskedArray):
         raise DtypeMismatch("rows have no mask; x.filled(...) says what stands in its places")
     if not (hasattr(x, "shape") and hasattr(x, "__getitem__")):

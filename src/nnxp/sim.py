@@ -16,8 +16,9 @@ longer owned, with NaN. It shows that code keeps the rules, not that CUDA is rig
 Tests of your own code may set `device.limit`, a number of bytes, or `device.lazy`: then copies take
 as long as a device may take, until somebody waits. What `y.get(out=out, blocking=False)` is to fill
 holds NaN until then, and a host array that changes between `x.set(host)` and then is an error, for
-a device may read it late. `device.synchronize()` and a blocking `get` wait. `device.reset()` sets
-all back to the beginning.
+a device may read it late. Copies queue in the current `Stream()`, as in CuPy: a blocking `get` and
+`stream.synchronize()` wait for those of one stream, `device.synchronize()` for all.
+`device.reset()` sets all back to the beginning.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from nnxp._arrays import HostArray
 
 DEVICES = 2
 """How many simulated devices there are."""
+
+DLPACK = 12
+"""What these devices are to DLPack: kDLExtDev."""
 
 SHARED = frozenset(
     [
@@ -185,17 +189,25 @@ class Device:
     ) -> None:
         self._current.stack.pop()
 
-    _under_way: list[Callable[[], None]]
+    _under_way: list[tuple[Stream, Callable[[], None]]]
 
     def synchronize(self) -> None:
         """Wait for everything that was begun: copies of a lazy device end here."""
         self.tally("synchronize")
         self._end_copies()
 
-    def _end_copies(self) -> None:
-        ending, self._under_way = self._under_way, []
-        for end in ending:
+    def _end_copies(self, stream: Stream | None = None) -> None:
+        """End the copies of this stream, or of all."""
+        with self._lock:
+            begun = self._under_way
+            ending = [each for each in begun if stream in (None, each[0])]
+            self._under_way = [each for each in begun if each not in ending]
+        for _, end in ending:
             end()
+
+    def _later(self, end: Callable[[], None]) -> None:
+        with self._lock:
+            self._under_way.append((Stream.current(), end))
 
     def tally(self, event: str) -> None:
         with self._lock:
@@ -222,13 +234,60 @@ class Device:
         return f"sim:{self.id}"
 
 
+class Stream:
+    """A queue of copies on the current device; `with stream:` makes it the current one."""
+
+    _current: ClassVar = threading.local()
+
+    def __init__(self) -> None:
+        self.device = Device.current()
+
+    @classmethod
+    def current(cls) -> Stream:
+        """The stream of this thread and device; without one of its own, the device's default."""
+        stack = getattr(cls._current, "stack", [])
+        mine = [each for each in stack if each.device is Device.current()]
+        return mine[-1] if mine else cls._default(Device.current())
+
+    @classmethod
+    @cache
+    def _default(cls, device: Device) -> Stream:
+        with device:
+            return cls()
+
+    def __enter__(self) -> Stream:
+        if self.device is not Device.current():
+            raise RuntimeError(f"the stream is on {self.device}, but {Device.current()} is current")
+        if not hasattr(self._current, "stack"):
+            self._current.stack = []
+        self._current.stack.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._current.stack.pop()
+
+    def synchronize(self) -> None:
+        """Wait for what this stream was given."""
+        self.device.tally("synchronize")
+        self.device._end_copies(self)
+
+
 class _Memory:
     """One allocation: it is counted while it lives and poisoned when it dies."""
+
+    owner: Any
 
     def __init__(self, host: HostArray, device: Device) -> None:
         self.size = 0  # so that __del__ gives back nothing if the claim fails
         device._claim(host.nbytes)
         self.host, self.device, self.size = host, device, host.nbytes
+
+    @classmethod
+    def of(cls, owner: Any, host: HostArray, device: Device) -> _Memory:
+        """Memory that is another's: neither counted nor poisoned, but kept alive."""
+        made = cls.__new__(cls)
+        made.host, made.device, made.size, made.owner = host, device, 0, owner
+        return made
 
     def __del__(self) -> None:
         if self.size:
@@ -291,6 +350,12 @@ class ndarray(NDArrayOperatorsMixin):
         return self._host.flags
 
     @property
+    def base(self) -> ndarray | None:
+        """None if the memory is its own; for a view, an array of all of it."""
+        memory = self._memory
+        return None if self._host is memory.host else ndarray(memory.host, memory)
+
+    @property
     def T(self) -> ndarray:
         return self._view(self._host.T)
 
@@ -310,9 +375,9 @@ class ndarray(NDArrayOperatorsMixin):
             raise ValueError(f"out is {out.dtype}{out.shape}, not {self.dtype}{self.shape}")
         if self.device.lazy and not blocking:
             _poison(out)
-            self.device._under_way.append(partial(np.copyto, out, self._host.copy()))
+            self.device._later(partial(np.copyto, out, self._host.copy()))
         else:
-            self.device._end_copies()
+            self.device._end_copies(Stream.current())
             out[...] = self._host
         return out
 
@@ -323,13 +388,19 @@ class ndarray(NDArrayOperatorsMixin):
         self.device.tally("put")
         self._host[...] = host
         if self.device.lazy:
-            self.device._under_way.append(partial(_unchanged, host, host.tobytes()))
+            self.device._later(partial(_unchanged, host, host.tobytes()))
 
     def __array__(self, *args: object, **kwargs: object) -> Any:
         raise TypeError(
             "Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct "
             "a NumPy array explicitly."
         )
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return DLPACK, self.device.id
+
+    def __dlpack__(self, **options: object) -> Any:
+        return self._host.__dlpack__()
 
     def _scalar(self) -> Any:
         self.device.tally("implicit")
@@ -465,6 +536,25 @@ def asarray(x: Any, dtype: Any = None) -> ndarray:
 
 
 array = asarray
+
+
+class _HostSide:
+    """A foreign array of the device, as NumPy may take it."""
+
+    def __init__(self, x: Any) -> None:
+        self.__dlpack__ = x.__dlpack__
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+def from_dlpack(x: Any) -> ndarray:
+    """Another library's array on a simulated device, as one of ours, sharing its memory."""
+    kind, index = x.__dlpack_device__()
+    if kind != DLPACK:
+        raise ValueError(f"DLPack device {kind} is not a simulated one")
+    host = np.from_dlpack(_HostSide(x))
+    return ndarray(host, _Memory.of(x, host, Device(index)))
 
 
 def asnumpy(x: ndarray) -> HostArray:

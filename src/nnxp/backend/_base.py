@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape, is_numeric
 from nnxp._errors import BackendUnavailable, DtypeMismatch, OutOfMemory, ShapeError
+
+if TYPE_CHECKING:
+    from nnxp.backend._lanes import Kept
 
 
 class Source(Protocol):
@@ -52,7 +57,7 @@ class Budget:
     `row_bytes` is what a row takes on the device at the widest point, `fixed_bytes` what each
     worker takes besides, `row_work` about how many multiply-adds a row is. `limit` bounds the bytes
     in use, `workers` the threads on the CPU, and `most_rows` the rows that go together, where a
-    device was found to hold no more.
+    device was found to hold no more. `held` is what is set aside on the device already, unused.
     """
 
     row_bytes: int
@@ -61,11 +66,14 @@ class Budget:
     limit: int | None = None
     workers: int | None = None
     most_rows: int | None = None
+    held: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a sweep is cut: `rows` go through the model together, on each of `workers`.
+
+    Workers are threads on the CPU and lanes on a device.
 
     `working_set` is the bytes of the rows at work, parameters and result aside.
     """
@@ -75,13 +83,32 @@ class Plan:
     working_set: int
 
 
+class Cursor:
+    """Hands out rows from the first to the last, to whoever asks: tiles and blocks of any size."""
+
+    def __init__(self, rows: int) -> None:
+        self._next, self._end, self._lock = 0, rows, threading.Lock()
+
+    def take(self, most: int) -> slice | None:
+        """The next rows, at most so many; None when there are no more."""
+        with self._lock:
+            start, self._next = self._next, min(self._next + most, self._end)
+            return slice(start, self._next) if start < self._next else None
+
+    def stop(self) -> None:
+        """There are no more rows, for anybody."""
+        with self._lock:
+            self._end = self._next
+
+
 @dataclass(frozen=True)
 class Sweep:
     """One sweep of rows through a function: what an engine asks of a backend.
 
     fn takes rows on the device and answers with as many rows on the device; `rows` holds host
     rows, `out` is a host array to fill, `dtype` what the rows become, and `done` hears how many
-    rows were finished.
+    rows were finished. Several backends may share the `cursor` of one sweep. `kept` is what an
+    engine keeps on its device between sweeps.
     """
 
     fn: Callable[[Array], Array]
@@ -90,16 +117,14 @@ class Sweep:
     dtype: np.dtype[Any]
     plan: Plan
     done: Callable[[int], None]
+    cursor: Cursor
+    kept: Kept | None = None
 
     def __len__(self) -> int:
         return self.rows.shape[0]
 
     def read(self, rows: slice) -> HostArray:
-        """These rows as a host array, whatever holds them.
-
-        Small types travel as they are and are converted where the model is. Types that are wider
-        than the model's are converted here, and so are those that only NumPy knows.
-        """
+        """These rows as a host array, whatever holds them."""
         block = np.asarray(self.rows[rows])
         if len(block) != rows.stop - rows.start:
             raise ShapeError(
@@ -108,9 +133,15 @@ class Sweep:
             )
         if not is_numeric(block.dtype):
             raise DtypeMismatch(f"rows are real numbers, not {block.dtype}")
-        if block.dtype.itemsize > self.dtype.itemsize or not block.dtype.isnative:
-            block = block.astype(self.dtype)
         return block
+
+    def travels_as(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """The type in which rows of this type travel to a device.
+
+        Small types travel as they are and are converted where the model is. Types that are wider
+        than the model's are converted on the way, and so are those that only NumPy knows.
+        """
+        return self.dtype if dtype.itemsize > self.dtype.itemsize or not dtype.isnative else dtype
 
 
 @dataclass(frozen=True)
@@ -205,3 +236,26 @@ def rows_within(budget: Budget, workers: int = 1) -> int | None:
         f"memory_limit={budget.limit:,} bytes does not hold one row, which needs "
         f"{budget.row_bytes + budget.fixed_bytes:,}; raise the limit"
     )
+
+
+def together(works: list[Callable[[], object]], stop: Callable[[], object]) -> None:
+    """Run all at once, the first in this thread; when one fails, `stop` takes the others' work."""
+
+    def guarded(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException:
+            stop()
+            raise
+
+    if len(works) == 1:
+        works[0]()
+        return
+    from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
+
+    with ThreadPoolExecutor(len(works) - 1, "nnxp") as pool:
+        # Each in a copy of the caller's context, so that its np.errstate holds in the workers too.
+        others = [pool.submit(copy_context().run, guarded, work) for work in works[1:]]
+        guarded(works[0])
+        for other in others:
+            other.result()

@@ -1,14 +1,27 @@
-"""What every device with a memory of its own shares: the sweep over blocks, in, through and out."""
+"""What every device with a memory of its own shares: the sweep over blocks, lane by lane."""
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from nnxp._arrays import Array, HostArray, Shape
 from nnxp._errors import OutOfMemory
 from nnxp.backend._base import Backend, Budget, ForkGuard, Plan, Sweep, rows_within
+from nnxp.backend._lanes import Kept, Lane, Lanes, Pool, Stream
 
-MOST_ROWS = 65536
+LANES = 3  # one travels in, one computes, one travels out
+BLOCK_ROWS = 4096, 16384  # at least, where there are so many; at most
+LANE_ROWS = 256  # a block that a limit makes smaller than this is not worth another lane
+BLOCKS = 12  # so that what nothing overlaps, the first way in and the last way out, is little
+BLOCK_BYTES = 1 << 30  # at most, for rows that are very wide
 MARGIN = 0.8  # of the free memory: allocators round up, and others use the device too
 
 # Not every library says with a MemoryError that the device's memory is full.
@@ -19,6 +32,7 @@ class BlockBackend(Backend):
     """A device that takes blocks of rows: one copy in, one copy out for each."""
 
     guard: ForkGuard
+    dlpack: int  # what DLPack calls this kind of device
 
     @property
     def index(self) -> int:
@@ -28,42 +42,130 @@ class BlockBackend(Backend):
     @abstractmethod
     def current(self) -> Any: ...
 
+    @abstractmethod
+    def stream(self) -> Stream:
+        """A new stream, which waits for no other."""
+
+    @abstractmethod
+    def current_stream(self) -> Stream:
+        """The stream that the caller works on."""
+
+    @abstractmethod
+    def order(self, before: Stream, after: Stream) -> None:
+        """What `after` is given from now on waits for what `before` was given until now."""
+
+    @abstractmethod
+    def pool(self, limit: int | None) -> Pool:
+        """New memory, set aside, that never grows beyond the limit."""
+
+    @abstractmethod
+    def pinned(self, size: int) -> HostArray:
+        """So many bytes of host memory, to and from which copies need not be waited for."""
+
+    @abstractmethod
+    def record(self, fn: Callable[[], Array], stream: Stream) -> Callable[[], Array]:
+        """fn(), to be repeated on the current stream at less cost than by calling it."""
+
     def plan(self, rows: int, budget: Budget) -> Plan:
-        """What fits into the limit, and into a fair part of what is free."""
-        free = int(self.memory().free * MARGIN) - budget.fixed_bytes
-        fits = free // max(budget.row_bytes, 1)
-        bounds = [rows, fits, rows_within(budget), budget.most_rows, MOST_ROWS]
-        block = max(1, min(bound for bound in bounds if bound is not None))
-        return Plan(block, 1, block * budget.row_bytes + budget.fixed_bytes)
+        """Blocks that fit into the limit, and into a fair part of what is free."""
+        least, most = BLOCK_ROWS
+        worth = max(least, -(-rows // BLOCKS))
+        wide = max(1, BLOCK_BYTES // max(budget.row_bytes, 1))
+        ceiling = budget.most_rows or rows
+        block = min(rows, worth, most, wide, ceiling)
+        rows_within(budget)  # raises if the limit holds not one row
+        free = int((self.memory().free + budget.held) * MARGIN)
+        room = replace(budget, limit=min(free, budget.limit or free))
+        lanes = min(LANES, -(-rows // block))
+        while lanes > 1 and _each(room, lanes) < min(block, LANE_ROWS):
+            lanes -= 1
+        block = max(1, min(block, _each(room, lanes)))
+        lanes = min(lanes, -(-rows // block))
+        return Plan(block, lanes, lanes * (block * budget.row_bytes + budget.fixed_bytes))
 
     def sweep(self, sweep: Sweep) -> int | None:
-        """Block by block; halves the block when the device is full."""
+        """Block by block, each in the next lane; halves the block when the device is full."""
         self.guard.check()
-        block, start = sweep.plan.rows, 0
-        with self.current():
-            while start < len(sweep):
-                rows = slice(start, min(start + block, len(sweep)))
-                if self._one_block(sweep, rows):
-                    sweep.done(rows.stop - rows.start)
-                    start = rows.stop
-                elif block == 1:
-                    raise OutOfMemory(
-                        f"{self.device} has no memory for even one row: "
-                        f"{self.memory().free:,} bytes are free"
-                    )
-                else:
-                    block = max(1, block // 2)
+        block = sweep.plan.rows
+        with ExitStack() as stack:
+            stack.enter_context(self.current())
+            kept = sweep.kept or stack.enter_context(closing(Kept()))
+            lanes = stack.enter_context(kept.lanes(self))
+            stack.enter_context(lanes.pool.use())
+            turns = deque(lanes.first(sweep.plan.workers))
+            stack.callback(_abandon, turns)
+            for lane in turns:
+                self.order(self.current_stream(), lane.stream)
+            while (rows := sweep.cursor.take(block)) is not None:
+                block = self._through(sweep, rows, block, turns, lanes)
+            for lane in turns:
+                lane.finish()
         return block if block < sweep.plan.rows else None
 
-    def _one_block(self, sweep: Sweep, rows: slice) -> bool:
-        """Whether the block went through. The except clause is left before anything else is tried:
-        while an exception is alive, its traceback keeps the arrays of the failed attempt alive."""
-        host = sweep.read(rows)
+    def _through(
+        self, sweep: Sweep, rows: slice, block: int, turns: deque[Lane], lanes: Lanes
+    ) -> int:
+        """These rows on their way, in blocks that fit; answers with what was found to fit."""
+        start = rows.start
+        while start < rows.stop:
+            part = slice(start, min(start + block, rows.stop))
+            turns[0].finish()
+            if self._started(turns[0], sweep, part):
+                turns.rotate(-1)
+                start = part.stop
+                continue
+            for lane in turns:
+                lane.finish()  # the first one waits for what it was given before memory ran out
+            lanes.pool.release()
+            if block == 1:
+                raise OutOfMemory(
+                    f"{self.device} has no memory for even one row: "
+                    f"{self.memory().free:,} bytes are free"
+                )
+            block = max(1, block // 2)
+        return block
+
+    def _started(self, lane: Lane, sweep: Sweep, rows: slice) -> bool:
+        """Whether there was memory for the block. The except clause is left before anything else is
+        tried: while an exception is alive, its traceback keeps the arrays of the failed attempt."""
+        block = sweep.read(rows)
         try:
-            sweep.out[rows] = self.get(sweep.fn(self.put(host)))
+            lane.start(sweep, rows, block)
         except Exception as error:
             full = isinstance(error, MemoryError) or any(word in str(error) for word in _FULL)
             if isinstance(error, OutOfMemory) or not full:
                 raise
             return False
         return True
+
+    def through(
+        self,
+        fn: Callable[[Array], Array],
+        x: Array,
+        out: Array | None,
+        shape: Shape,
+        dtype: np.dtype[Any],
+        plan: Plan,
+    ) -> Array:
+        """fn of rows that are on this device already, block by block, on the current stream."""
+        block = plan.rows * plan.workers  # nothing is under way beside it
+        if out is None and len(x) <= block:
+            y = fn(x)
+            own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
+            return y if own else y.copy()
+        if out is None:
+            out = self.xp.empty(shape, dtype)
+        for start in range(0, len(x), block):
+            out[start : start + block] = fn(x[start : start + block])
+        return out
+
+
+def _each(room: Budget, lanes: int) -> int:
+    """The rows that fit into each of so many lanes; none, where not even one does."""
+    assert room.limit is not None
+    return max(0, room.limit // lanes - room.fixed_bytes) // max(room.row_bytes, 1)
+
+
+def _abandon(lanes: deque[Lane]) -> None:
+    for lane in lanes:
+        lane.abandon()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import copy_context
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -28,6 +27,7 @@ from nnxp.backend._base import (
     Plan,
     Sweep,
     rows_within,
+    together,
 )
 
 TILE_WORK = 50_000_000  # multiply-adds: about a millisecond on one core
@@ -90,11 +90,9 @@ class CpuBackend(Backend):
     def sweep(self, sweep: Sweep) -> None:
         plan = sweep.plan
         _keep_freed_memory()
-        starts = iter(range(0, len(sweep), plan.rows))
 
-        def work() -> None:
-            for start in starts:  # shared: whoever is free takes the next tile
-                rows = slice(start, min(start + plan.rows, len(sweep)))
+        def work() -> None:  # whoever is free takes the next tile
+            while (rows := sweep.cursor.take(plan.rows)) is not None:
                 sweep.out[rows] = sweep.fn(sweep.read(rows))
                 sweep.done(rows.stop - rows.start)
 
@@ -102,7 +100,7 @@ class CpuBackend(Backend):
             work()  # too few rows to share out: BLAS may have the cores
         else:
             with one_blas_thread():
-                _run(work, plan.workers, stop=lambda: list(starts))
+                together([work] * plan.workers, sweep.cursor.stop)
 
 
 @cache
@@ -148,25 +146,6 @@ def asked_workers() -> int | None:
             "Set it to 1 or more, or unset it",
         )
     return int(asked) if asked else None
-
-
-def _run(work: Callable[[], None], workers: int, stop: Callable[[], object]) -> None:
-    """work() in this thread and in workers - 1 others; the first error stops them all."""
-    from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
-
-    def guarded() -> None:
-        try:
-            work()
-        except BaseException:
-            stop()  # takes the remaining tiles away from the others
-            raise
-
-    with ThreadPoolExecutor(max(1, workers - 1), "nnxp") as pool:
-        # Each in a copy of the caller's context, so that its np.errstate holds in the workers too.
-        others = [pool.submit(copy_context().run, guarded) for _ in range(workers - 1)]
-        guarded()
-        for other in others:
-            other.result()
 
 
 class _OneThread:

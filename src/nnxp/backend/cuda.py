@@ -1,19 +1,24 @@
 """CuPy on a CUDA device: "cupy", "cuda" or "cuda:1".
 
-Importing this module needs no CuPy: it is imported when a device is asked for. Everything runs on
-the caller's current stream, so copies and kernels are in order, and that stream stays the current
-one.
+Importing this module needs no CuPy: it is imported when a device is asked for. `put` and `get`
+work on the caller's current stream, a sweep on streams of its own; the caller's device and stream
+are the current ones afterwards.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+
+import numpy as np
 
 from nnxp._arrays import Array, HostArray
 from nnxp._errors import BackendUnavailable, DtypeMismatch
-from nnxp.backend._base import Backend, Memory, Sweep
+from nnxp.backend._base import Backend, Memory
 from nnxp.backend._blocks import BlockBackend
+from nnxp.backend._lanes import Stream
 from nnxp.backend._probe import guard
 from nnxp.backend._probe import probe as availability
 
@@ -37,6 +42,7 @@ class CudaBackend(BlockBackend):
     """CuPy arrays in the memory of one CUDA device."""
 
     guard = guard
+    dlpack = 2  # kDLCUDA
 
     @property
     def xp(self) -> Any:
@@ -72,10 +78,64 @@ class CudaBackend(BlockBackend):
     def current(self) -> Any:
         return self.xp.cuda.Device(self.index)
 
-    def sweep(self, sweep: Sweep) -> int | None:
-        """Block by block; afterwards CuPy's pool gives back what it holds unused."""
+    def stream(self) -> Stream:
+        made: Stream = self.xp.cuda.Stream(non_blocking=True)
+        return made
+
+    def current_stream(self) -> Stream:
+        stream: Stream = self.xp.cuda.get_current_stream()
+        return stream
+
+    def order(self, before: Any, after: Any) -> None:
+        after.wait_event(before.record(self.xp.cuda.Event(disable_timing=True)))
+
+    def pool(self, limit: int | None) -> _Pool:
+        return _Pool(self.xp.cuda, limit)
+
+    def pinned(self, size: int) -> HostArray:
+        """Exactly so many bytes: cupyx.empty_pinned takes up to twice as many, and keeps them."""
+        if size == 0:
+            return np.empty(0, "uint8")
+        memory = self.xp.cuda.PinnedMemoryPointer(self.xp.cuda.PinnedMemory(size), 0)
+        return np.frombuffer(memory, "uint8", size)
+
+    def record(self, fn: Callable[[], Array], stream: Any) -> Callable[[], Array]:
+        """As a CUDA graph.
+
+        Run once more before it is captured, so that all is compiled and the pool holds all the
+        memory that the graph will need: during capture none can be taken from the device.
+        """
+        fn()
+        stream.begin_capture()
         try:
-            return super().sweep(sweep)
+            y = fn()
         finally:
-            with self.current():
-                self.xp.get_default_memory_pool().free_all_blocks()
+            graph = stream.end_capture()
+
+        def replay() -> Array:
+            graph.launch()
+            return y
+
+        return replay
+
+
+class _Pool:
+    """A memory pool of CuPy's beside its default one; a chunk is used again on its own stream only.
+
+    The default pool is the caller's, and what a graph uses must go to nobody else.
+    """
+
+    def __init__(self, cuda: Any, limit: int | None) -> None:
+        self._pool, self._allocator = cuda.MemoryPool(), cuda.using_allocator
+        if limit is not None:
+            self._pool.set_limit(size=limit)
+
+    def use(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self._allocator(self._pool.malloc)
+        return context
+
+    def release(self) -> None:
+        self._pool.free_all_blocks()
+
+    def unused(self) -> int:
+        return int(self._pool.free_bytes())

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
+
+import numpy as np
 
 import nnxp.sim
 from nnxp._arrays import Array, HostArray
 from nnxp.backend._base import Availability, Backend, ForkGuard, Memory
 from nnxp.backend._blocks import BlockBackend
+from nnxp.backend._lanes import Stream
 
 _guard = ForkGuard("a simulated device")
 _TOTAL = 1 << 34  # what a device without a limit says it has
@@ -34,6 +40,7 @@ class SimBackend(BlockBackend):
     """Host memory that behaves like a GPU's, to test the rules on any machine."""
 
     guard = _guard
+    dlpack = nnxp.sim.DLPACK
 
     @property
     def xp(self) -> ModuleType:
@@ -59,3 +66,34 @@ class SimBackend(BlockBackend):
 
     def current(self) -> nnxp.sim.Device:
         return nnxp.sim.Device(self.index)
+
+    def stream(self) -> Stream:
+        return nnxp.sim.Stream()
+
+    def current_stream(self) -> Stream:
+        return nnxp.sim.Stream.current()
+
+    def order(self, before: Stream, after: Stream) -> None:
+        """All but copies is done at once here."""
+
+    def pool(self, limit: int | None) -> _Pool:
+        return _Pool()
+
+    def pinned(self, size: int) -> HostArray:
+        return np.empty(size, "uint8")
+
+    def record(self, fn: Callable[[], Array], stream: Stream) -> Callable[[], Array]:
+        return fn
+
+
+class _Pool:
+    """Nothing is set aside: arrays are made and given back at once."""
+
+    def use(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def release(self) -> None:
+        pass
+
+    def unused(self) -> int:
+        return 0

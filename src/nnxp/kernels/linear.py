@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from math import prod
 
 from nnxp._arrays import Array, xp_of
 from nnxp.kernels._dispatch import Kernel, kernel
 from nnxp.kernels.activations import identity
+
+precision: ContextVar[str | None] = ContextVar("nnxp_precision", default=None)
+"""How exact products of float32 arrays are, for the thread or task that sets it.
+
+None: float32 is float32. "tf32": on CUDA the factors may first be rounded to TF32, 11 significant
+bits instead of 24, with sums in float32 as before. Other types and the CPU take no notice.
+"""
 
 
 @kernel

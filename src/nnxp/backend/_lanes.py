@@ -1,0 +1,226 @@
+"""How rows travel through a device: in lanes, each a stream with host buffers of its own.
+
+While one lane computes, the rows of the next travel in and the results of the last travel out. In
+a lane all is in order, so that nothing has to wait for another lane; only the host waits, before it
+touches a lane's buffers again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import copy_context
+from functools import cache
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from nnxp._arrays import Array, HostArray, Shape
+from nnxp.backend._base import Sweep
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from nnxp.backend._blocks import BlockBackend
+
+COPY_BYTES = 4 << 20  # what is worth a thread of its own to be copied by
+COPY_THREADS = 8  # about as many as fill the way to a GPU: one moves some 10 GB/s
+
+
+class Stream(Protocol):
+    """A queue of work on a device; within `with stream:` it is the current one."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> Any: ...
+    def synchronize(self) -> None: ...
+
+
+class Pool(Protocol):
+    """Memory of a device that is set aside: within `with pool.use():` arrays are made in it."""
+
+    def use(self) -> AbstractContextManager[Any]: ...
+    def release(self) -> None: ...
+    def unused(self) -> int: ...
+
+
+class Lane:
+    """Takes one block at a time: in, through the model and out."""
+
+    def __init__(self, backend: BlockBackend) -> None:
+        self._backend = backend
+        self.stream = backend.stream()
+        self._staged = self._result = np.empty(0, "uint8")
+        self._busy = False
+        self._under_way: tuple[Sweep, slice, HostArray] | None = None
+
+    def start(self, sweep: Sweep, rows: slice, block: HostArray) -> None:
+        """Send a block on its way: these rows of the sweep."""
+        self._busy = True
+        kind = sweep.travels_as(block.dtype)
+        self._staged = self._room(self._staged, block.shape, kind)
+        staged = _view(self._staged, block.shape, kind)
+        copy(staged, block)
+        with self.stream:
+            x = self._backend.xp.empty(block.shape, kind)
+            x.set(staged)
+            y = sweep.fn(x)
+            self._result = self._room(self._result, y.shape, y.dtype)
+            result = _view(self._result, y.shape, y.dtype)
+            y.get(out=result, blocking=False)
+        self._under_way = sweep, rows, result
+
+    def finish(self) -> None:
+        """Wait for the block under way, if there is one, and deliver its results."""
+        under_way = self._under_way
+        self.abandon()
+        if under_way is not None:
+            sweep, rows, result = under_way
+            copy(sweep.out[rows], result)
+            sweep.done(rows.stop - rows.start)
+
+    def abandon(self) -> None:
+        """Wait for whatever the lane was given, and forget it."""
+        self._under_way = None
+        if self._busy:
+            self._busy = False
+            self.stream.synchronize()
+
+    def _room(self, buffer: HostArray, shape: Shape, dtype: np.dtype[Any]) -> HostArray:
+        """The buffer, or a larger one if it is too small."""
+        size = prod(shape) * dtype.itemsize
+        return buffer if buffer.nbytes >= size else self._backend.pinned(size)
+
+
+class Lanes:
+    """The lanes of one sweep at a time, with the device memory that they use."""
+
+    def __init__(self, backend: BlockBackend, limit: int | None) -> None:
+        self._backend = backend
+        self.pool = backend.pool(limit)
+        self._lanes: list[Lane] = []
+
+    def first(self, count: int) -> list[Lane]:
+        while len(self._lanes) < count:
+            self._lanes.append(Lane(self._backend))
+        return self._lanes[:count]
+
+
+class Kept:
+    """What an engine keeps on a device from one sweep to the next; any number may go on at once."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+        self._idle: list[Lanes] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @contextmanager
+    def lanes(self, backend: BlockBackend) -> Iterator[Lanes]:
+        """Lanes for one sweep."""
+        with self._lock:
+            lanes = self._idle.pop() if self._idle else None
+        if lanes is None:
+            lanes = Lanes(backend, self._limit)
+        try:
+            yield lanes
+        finally:
+            with self._lock:
+                if not self._closed:
+                    self._idle.append(lanes)
+            if self._closed:
+                lanes.pool.release()
+
+    def unused(self) -> int:
+        """The bytes of the device that are held and not in use."""
+        with self._lock:
+            return sum(lanes.pool.unused() for lanes in self._idle)
+
+    def close(self) -> None:
+        """Give everything back; what is under way elsewhere is given back when it ends."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for lanes in idle:
+            lanes.pool.release()
+
+
+class Recorded:
+    """Few rows of one shape and type: the same buffers and the same recorded work at each call.
+
+    Calls may come from any thread and stream; they follow each other. The pool is only ever used
+    while recording: afterwards what it holds belongs to what was recorded.
+    """
+
+    def __init__(
+        self,
+        backend: BlockBackend,
+        fn: Callable[[Array], Array],
+        shape: Shape,
+        dtype: np.dtype[Any],
+    ) -> None:
+        self._backend, self._lock = backend, threading.Lock()
+        with backend.current():
+            self._stream, self._pool = backend.stream(), backend.pool(None)
+            with self._stream, self._pool.use():
+                self._x = x = backend.xp.zeros(shape, dtype)
+
+                def answer() -> Array:
+                    y = fn(x)
+                    return y if y.flags.c_contiguous else y.copy()
+
+                y = answer()
+                self._replay = backend.record(answer, self._stream)
+            self._stream.synchronize()
+            self._staged = _view(backend.pinned(x.nbytes), shape, dtype)
+            self._result = _view(backend.pinned(y.nbytes), y.shape, y.dtype)
+
+    def host(self, rows: HostArray) -> HostArray:
+        """Host rows in, host results out."""
+        with self._lock, self._backend.current(), self._stream:
+            self._staged[...] = rows
+            self._x.set(self._staged)
+            self._replay().get(out=self._result, blocking=False)
+            self._stream.synchronize()
+            return self._result.copy()
+
+    def device(self, rows: Array) -> Array:
+        """Rows on the device in, results on the device out, on the caller's current stream."""
+        with self._lock, self._backend.current():
+            caller = self._backend.current_stream()
+            self._backend.order(self._stream, caller)
+            self._x[...] = rows
+            y = self._replay().copy()
+            self._backend.order(caller, self._stream)
+            return y
+
+
+def copy(into: HostArray, rows: HostArray) -> None:
+    """into[...] = rows, by several threads where there is much of it; other types are converted."""
+    parts = min(COPY_THREADS, rows.nbytes // COPY_BYTES, len(rows))
+    if parts < 2:
+        np.copyto(into, rows, casting="unsafe")
+        return
+    bounds = [len(rows) * i // parts for i in range(parts + 1)]
+    copies = [
+        _threads().submit(copy_context().run, np.copyto, into[a:b], rows[a:b], casting="unsafe")
+        for a, b in pairwise(bounds)
+    ]
+    for each in copies:
+        each.result()
+
+
+def _view(buffer: HostArray, shape: Shape, dtype: np.dtype[Any]) -> HostArray:
+    """The beginning of the buffer, as an array."""
+    return buffer[: prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
+
+    from nnxp.backend._share import usable_cores
+
+    return ThreadPoolExecutor(min(COPY_THREADS, usable_cores()), "nnxp-copy")
