@@ -240,7 +240,7 @@ def test_a_device_that_is_fuller_than_planned_is_recovered_from(sim):
     engine = nnxp.Engine(Greedy(), "sim")
     np.testing.assert_array_equal(engine(rows), x.astype("float32"))
     failed = len(rows.asked) - len({each.start for each in rows.asked})
-    assert failed > 0
+    assert 0 < failed < 8  # halved, not nibbled at
     again = Rows(x)
     engine(again)
     assert len(again.asked) == len({each.start for each in again.asked})  # the ceiling was kept

@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 import types
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -83,22 +84,51 @@ def test_what_a_failed_attempt_was_given_is_waited_for(devices):
     assert engine._places[0].known[20,].most_rows is not None
 
 
-def test_an_error_in_one_block_leaves_lanes_that_work(devices):
+def test_an_error_in_one_block_leaves_nothing_under_way_and_lanes_that_work(devices):
     devices[0].lazy = True
-    fail = [False]
+    left = []
 
     def tell(x):
-        if fail[0]:
+        if left and not left.pop():
             raise ArithmeticError("on purpose")
 
-    engine = nnxp.Engine(nnxp.Sequential(Noted(tell), NET), "sim", memory_limit=SMALL)
-    for fail[0] in (False, True, False):
-        if fail[0]:
+    engine = nnxp.Engine(nnxp.Sequential(Noted(tell), NET), "sim", memory_limit="600 KiB")
+    for fails in (False, True, False):
+        out = np.zeros_like(EXPECTED)
+        if fails:
+            left += [False, True, True, True, True, True]
             with pytest.raises(ArithmeticError):
-                engine(X)
+                engine(X, out)
+            assert not devices[0]._under_way
+            delivered = out.copy()
         else:
-            close(engine(X), EXPECTED)
-    assert not devices[0]._under_way
+            close(engine(X, out), EXPECTED)
+    np.testing.assert_array_equal(delivered[-1000:], 0)
+
+
+def test_memory_that_was_set_aside_is_given_back(devices, monkeypatch):
+    released = []
+
+    class Pool:
+        def use(self):
+            return nullcontext()
+
+        def release(self):
+            released.append(self)
+
+        def unused(self):
+            return 0
+
+    monkeypatch.setattr(type(nnxp.get_backend("sim")), "pool", lambda self, limit: Pool())
+    engine = nnxp.Engine(nnxp.Sequential(Noted(lambda x: [x + i for i in range(60)]), NET), "sim")
+    engine(X)
+    assert not released
+    devices[0].limit = devices[0].used + 2_000_000
+    engine(X)
+    assert len(released) == 1  # halved once
+    del engine
+    gc.collect()
+    assert len(released) == 2
 
 
 def test_engines_are_called_by_several_threads_at_once(devices):
@@ -329,6 +359,25 @@ def test_a_recording_sees_parameters_that_change_in_place():
     close(engine(X[:3]), before * 2)  # there is no bias yet
 
 
+def test_a_recording_serves_one_caller_at_a_time(devices):
+    devices[0].lazy = True
+    engine, wrong = nnxp.Engine(NET, "sim"), []
+    for _ in range(3):
+        engine(X[:400])
+
+    def work(i):
+        for _ in range(60):
+            y = engine(X[i : i + 400])
+            wrong.extend([] if np.allclose(y, EXPECTED[i : i + 400], atol=1e-6) else [i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(0, 8000, 1000)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong
+
+
 def test_layers_that_are_not_ours_are_not_recorded():
     seen = []
     engine = nnxp.Engine(nnxp.Sequential(Noted(seen.append), NET), "sim")
@@ -386,10 +435,10 @@ def test_tf32_is_a_permission_that_holds_within_the_engine(devices):
     net = nnxp.Sequential(Noted(lambda x: seen.append(precision.get())), NET)
     for device in ("cpu", "sim"):
         close(nnxp.Engine(net, device, precision="tf32")(X), EXPECTED)
+        assert precision.get() is None
     nnxp.Engine(net, "sim")(X)
     assert set(seen[:-1]) >= {"tf32"}
     assert seen[-1] is None
-    assert precision.get() is None
     with pytest.raises(nnxp.OptionError, match="float32 models"):
         nnxp.Engine(NET.astype("float16"), "cpu", precision="tf32")
 
