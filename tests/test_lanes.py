@@ -131,6 +131,19 @@ def test_memory_that_was_set_aside_is_given_back(devices, monkeypatch):
     assert len(released) == 2
 
 
+def test_an_engine_that_is_closed_during_a_sweep_gives_back_what_the_sweep_used(
+    devices, monkeypatch
+):
+    released = []
+    pool = types.SimpleNamespace(
+        use=nullcontext, release=lambda: released.append(1), unused=lambda: 0
+    )
+    monkeypatch.setattr(type(nnxp.get_backend("sim")), "pool", lambda self, limit: pool)
+    engine = nnxp.Engine(nnxp.Sequential(Noted(lambda x: engine.close()), NET), "sim")
+    close(engine(X), EXPECTED)
+    assert released == [1]
+
+
 def test_engines_are_called_by_several_threads_at_once(devices):
     devices[0].lazy = True
     engine, wrong = nnxp.Engine(NET, "sim", memory_limit=SMALL), []
@@ -261,6 +274,16 @@ def test_rows_on_the_device_stay_there(devices, limit):
         close(
             engine((x[:9] * 9).astype("uint8")).get(), NET((X[:9] * 9).astype("uint8").astype("f4"))
         )
+
+
+def test_rows_on_the_device_go_in_smaller_blocks_when_it_is_full(devices):
+    net = nnxp.Sequential(Noted(lambda x: [x + i for i in range(60)]), NET)
+    engine, x = nnxp.Engine(net, "sim"), nnxp.to_backend(X, "sim")
+    devices[0].limit = devices[0].used + 2_000_000
+    close(engine(x).get(), EXPECTED)
+    devices[0].limit = devices[0].used + 50
+    with pytest.raises(nnxp.OutOfMemory):
+        engine(x)
 
 
 def test_rows_on_the_device_must_fit_like_any_others(devices):

@@ -177,7 +177,8 @@ class Engine:
     def _remember(self, x: HostArray, dtype: np.dtype[Any], plan: Plan, output: Shape) -> None:
         """Make the next call with such rows a short one."""
         if self.backend.device != "cpu":
-            self._places[0].meet(x, partial(self._forward, dtype=dtype, output=output[1:]))
+            for place in self._places[:1]:  # none, if it was closed meanwhile
+                place.meet(x, partial(self._forward, dtype=dtype, output=output[1:]))
         elif self.memory_limit is None:
             if len(self._direct) >= MOST_KINDS:
                 self._direct.clear()

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -110,33 +112,16 @@ class BlockBackend(Backend):
         while start < rows.stop:
             part = slice(start, min(start + block, rows.stop))
             turns[0].finish()
-            if self._started(turns[0], sweep, part):
+            read = sweep.read(part)
+            if _fits(partial(turns[0].start, sweep, part, read)):
                 turns.rotate(-1)
                 start = part.stop
                 continue
             for lane in turns:
                 lane.finish()  # the first one waits for what it was given before memory ran out
             lanes.pool.release()
-            if block == 1:
-                raise OutOfMemory(
-                    f"{self.device} has no memory for even one row: "
-                    f"{self.memory().free:,} bytes are free"
-                )
-            block = max(1, block // 2)
+            block = self._half(block)
         return block
-
-    def _started(self, lane: Lane, sweep: Sweep, rows: slice) -> bool:
-        """Whether there was memory for the block. The except clause is left before anything else is
-        tried: while an exception is alive, its traceback keeps the arrays of the failed attempt."""
-        block = sweep.read(rows)
-        try:
-            lane.start(sweep, rows, block)
-        except Exception as error:
-            full = isinstance(error, MemoryError) or any(word in str(error) for word in _FULL)
-            if isinstance(error, OutOfMemory) or not full:
-                raise
-            return False
-        return True
 
     def through(
         self,
@@ -147,17 +132,56 @@ class BlockBackend(Backend):
         dtype: np.dtype[Any],
         plan: Plan,
     ) -> Array:
-        """fn of rows that are on this device already, block by block, on the current stream."""
-        block = plan.rows * plan.workers  # nothing is under way beside it
-        if out is None and len(x) <= block:
-            y = fn(x)
-            own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
-            return y if own else y.copy()
+        """fn of rows that are on this device already, block by block, on the current stream.
+
+        The result is `out`, or a new array of this shape and type.
+        """
+        block, start = min(len(x), plan.rows * plan.workers), 0  # nothing is under way beside it
+        made: list[Array] = []
+        if out is None and block == len(x):
+            if _fits(lambda: made.append(fn(x))):
+                y = made.pop()
+                own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
+                return y if own else y.copy()
+            block = self._half(block)
         if out is None:
-            out = self.xp.empty(shape, dtype)
-        for start in range(0, len(x), block):
-            out[start : start + block] = fn(x[start : start + block])
+            if not _fits(lambda: made.append(self.xp.empty(shape, dtype))):
+                size = prod(shape) * dtype.itemsize
+                raise OutOfMemory(f"{self.device} has no memory for the result, {size:,} bytes")
+            out = made.pop()
+        while start < len(x):
+            part = slice(start, min(start + block, len(x)))
+            if _fits(partial(_fill, out, part, fn, x)):
+                start = part.stop
+            else:
+                block = self._half(block)
         return out
+
+    def _half(self, block: int) -> int:
+        """Half of a block for which there was no memory. Raises OutOfMemory for a single row."""
+        if block == 1:
+            raise OutOfMemory(
+                f"{self.device} has no memory for even one row: "
+                f"{self.memory().free:,} bytes are free"
+            )
+        return block // 2
+
+
+def _fits(work: Callable[[], object]) -> bool:
+    """Whether there was memory for the work. The except clause is left before anything else is
+    tried: while an exception is alive, its traceback keeps the arrays of the failed attempt."""
+    try:
+        work()
+    except Exception as error:
+        full = isinstance(error, MemoryError) or any(word in str(error) for word in _FULL)
+        if isinstance(error, OutOfMemory) or not full:
+            raise
+        return False
+    return True
+
+
+def _fill(out: Array, rows: slice, fn: Callable[[Array], Array], x: Array) -> None:
+    out[rows] = fn(x[rows])
 
 
 def _each(room: Budget, lanes: int) -> int:

@@ -150,8 +150,9 @@ class Kept:
 class Recorded:
     """Few rows of one shape and type: the same buffers and the same recorded work at each call.
 
-    Calls may come from any thread and stream; they follow each other. The pool is only ever used
-    while recording: afterwards what it holds belongs to what was recorded.
+    Work goes to the caller's current stream. Calls may come from any thread and stream; they follow
+    each other. The pool is only ever used while recording: afterwards what it holds belongs to what
+    was recorded.
     """
 
     def __init__(
@@ -163,8 +164,8 @@ class Recorded:
     ) -> None:
         self._backend, self._lock = backend, threading.Lock()
         with backend.current():
-            self._stream, self._pool = backend.stream(), backend.pool(None)
-            with self._stream, self._pool.use():
+            stream, self._pool = backend.stream(), backend.pool(None)
+            with stream, self._pool.use():
                 self._x = x = backend.xp.zeros(shape, dtype)
 
                 def answer() -> Array:
@@ -172,29 +173,36 @@ class Recorded:
                     return y if y.flags.c_contiguous else y.copy()
 
                 y = answer()
-                self._replay = backend.record(answer, self._stream)
-            self._stream.synchronize()
+                self._replay = backend.record(answer, stream)
             self._staged = _view(backend.pinned(x.nbytes), shape, dtype)
             self._result = _view(backend.pinned(y.nbytes), y.shape, y.dtype)
+        self._last = threading.get_ident(), stream
 
     def host(self, rows: HostArray) -> HostArray:
         """Host rows in, host results out."""
-        with self._lock, self._backend.current(), self._stream:
+        with self._lock, self._backend.current():
+            stream = self._follow()
             self._staged[...] = rows
             self._x.set(self._staged)
             self._replay().get(out=self._result, blocking=False)
-            self._stream.synchronize()
+            stream.synchronize()
             return self._result.copy()
 
     def device(self, rows: Array) -> Array:
-        """Rows on the device in, results on the device out, on the caller's current stream."""
+        """Rows on the device in, results on the device out."""
         with self._lock, self._backend.current():
-            caller = self._backend.current_stream()
-            self._backend.order(self._stream, caller)
+            self._follow()
             self._x[...] = rows
-            y = self._replay().copy()
-            self._backend.order(caller, self._stream)
-            return y
+            return self._replay().copy()
+
+    def _follow(self) -> Stream:
+        """The caller's stream, made to wait for the call before if that was on another one."""
+        stream = self._backend.current_stream()
+        here = threading.get_ident(), stream  # a default stream may be another in each thread
+        if here != self._last:
+            self._backend.order(self._last[1], stream)
+            self._last = here
+        return stream
 
 
 def copy(into: HostArray, rows: HostArray) -> None:
