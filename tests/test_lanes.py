@@ -252,6 +252,20 @@ def test_several_backends_are_different_devices(several):
         nnxp.Engine(NET, several)
 
 
+def test_the_command_line_takes_several_devices_too(tmp_path, capsys):
+    from nnxp.cli import app
+
+    nnxp.save(NET, tmp_path / "net.safetensors")
+    np.save(tmp_path / "x.npy", X)
+    files = [str(tmp_path / name) for name in ("net.safetensors", "x.npy", "y.npy")]
+    options = ["--backend", "sim:0,sim:1", "--precision", "tf32"]
+    with pytest.raises(SystemExit) as end:
+        app(["predict", *files[:2], "-o", files[2], *options])
+    assert end.value.code == 0
+    assert "ran on sim:0 and sim:1" in capsys.readouterr().out
+    close(np.load(files[2]), EXPECTED)
+
+
 # rows that are on the device already
 
 
@@ -416,6 +430,18 @@ def test_recordings_are_bounded():
         for _ in range(3):
             close(engine(X[:rows]), EXPECTED[:rows])
     assert len(engine._places[0].recorded) == 32
+
+
+def test_the_caller_s_device_and_stream_are_as_they_were(devices):
+    engine, x = nnxp.Engine(NET, "sim:0", memory_limit=SMALL), nnxp.to_backend(X[:7], "sim:0")
+    with devices[1], sim.Stream() as mine:
+        for rows in (X, X[:7], X[:7], X[:7], x, x, x):
+            engine(rows)
+            assert sim.Device.current() is devices[1]
+            assert sim.Stream.current() is mine
+        with pytest.raises(nnxp.ShapeError):
+            engine(X[:, :3])
+        assert sim.Stream.current() is mine
 
 
 # what is kept, and given back

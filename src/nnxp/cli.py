@@ -25,6 +25,7 @@ from nnxp._errors import NnxpError, OptionError
 
 if TYPE_CHECKING:
     from nnxp._arrays import Shape
+    from nnxp.engine import Engine
     from nnxp.layers._layer import Layer
 
 
@@ -95,6 +96,19 @@ MemoryLimit = Annotated[
     typer.Option(metavar="SIZE", help='Bytes for the rows at work, such as "256 MiB".'),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads on the CPU.")]
+OnBackends = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar="NAMES",
+        help='Where to compute: "auto", "numpy", "cupy", "cuda:1", "sim", or several devices, '
+        '"cuda:0,cuda:1". What is named but cannot be used is an error.',
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help='"tf32": a GPU may round factors to ten bits for speed.'),
+]
 Model = Annotated[Path, typer.Argument(help="A model, as nnxp.save writes it.", metavar="MODEL")]
 
 
@@ -156,9 +170,10 @@ def predict(
         Path,
         typer.Option("--output", "-o", help="Where the model's outputs go: .npy, .npz or .csv."),
     ],
-    backend: OnBackend = "auto",
+    backend: OnBackends = "auto",
     memory_limit: MemoryLimit = None,
     workers: Workers = None,
+    precision: Precision = None,
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")
     ] = None,
@@ -177,7 +192,13 @@ def predict(
     for taken in (model, rows):
         if taken.exists() and output.exists() and output.samefile(taken):
             raise OptionError(f"{output}: the output would replace {taken}, which is read")
-    engine = Engine(load(model), backend, memory_limit=memory_limit, workers=workers)
+    engine = Engine(
+        load(model),
+        _listed(backend),
+        memory_limit=memory_limit,
+        workers=workers,
+        precision=precision,
+    )
     start = perf_counter()
     x = read_rows(rows, key)
     shape = engine.model.output_shape(x.shape)
@@ -188,12 +209,12 @@ def predict(
     where = engine.backend
     if as_json:
         made = {"output": str(output), "rows": shape[0], "shape": shape, "dtype": dtype}
-        ran = {"backend": where.name, "device": where.device, "why": where.why}
+        ran = {"backend": where.name, "device": _names(engine), "why": where.why}
         _print_json({**made, "seconds": seconds, **ran})
     else:
         name = typer.format_filename(output)
         typer.echo(f"{name}: {shape[0]:,} rows, {dtype} {shape}, in {seconds:.3g} s")
-        typer.echo(f"ran on {where.device}: {where.why}")
+        typer.echo(f"ran on {_names(engine)}: {where.why}")
 
 
 @app.command()
@@ -204,7 +225,7 @@ def summary(
         str | None,
         typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),
     ] = None,
-    backend: OnBackend = "auto",
+    backend: OnBackends = "auto",
     memory_limit: MemoryLimit = None,
     workers: Workers = None,
     as_json: AsJson = False,
@@ -217,16 +238,16 @@ def summary(
     from nnxp.io.checkpoint import load
 
     row = None if shape is None else _parse_shape(shape)
-    engine = Engine(load(model), backend, memory_limit=memory_limit, workers=workers)
+    engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
     whole = (rows, *(_row_of(engine.model) if row is None else row))
     found, plan = engine.model.summary(whole), engine.plan(whole)
     if as_json:
-        device = {"device": engine.backend.device, "working_set": plan.working_set}
+        device = {"device": _names(engine), "working_set": plan.working_set}
         _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
     else:
         typer.echo(str(found))
         typer.echo(
-            f"{rows:,} rows on {engine.backend.device}: {plan.rows:,} at a time on {plan.workers} "
+            f"{rows:,} rows on {_names(engine)}: {plan.rows:,} at a time on {plan.workers} "
             f"workers, {plan.working_set:,} bytes of rows at work"
         )
 
@@ -355,6 +376,10 @@ def _status() -> Iterator[Callable[[str], None]]:
 
 def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _names(engine: Engine) -> str:
+    return " and ".join(each.device for each in engine.backends)
 
 
 def _parse_shape(text: str) -> Shape:

@@ -148,7 +148,10 @@ def diagnose(backend: str = "auto") -> Diagnosis:
 def problems_in(facts: Facts) -> tuple[Problem, ...]:
     """The problems that the facts show, the worst first."""
     found: list[Problem] = []
-    for find in (_asked_for, _about_cuda, _about_kernels, _about_threads, _about_tf32):
+    for find in (
+        *(_asked_for, _about_cuda, _about_products),
+        *(_about_kernels, _about_threads, _about_tf32),
+    ):
         try:
             found += find(facts)
         except Exception as error:  # a fact is missing
@@ -193,9 +196,12 @@ def _questions(backend: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "cupy": _cupy_version,
             "cupy_cuda": _cupy_cuda,
             "nvrtc": _nvrtc,
+            "cublas": _cublas,
+            "cublaslt": _cublaslt,
             "kernel_cache": _kernel_cache,
             "devices": _devices,
             "nvmath-python": partial(_version, "nvmath-python"),
+            "cuda-bindings": partial(_version, "cuda-bindings"),
         },
         "packages": {
             name: partial(_version, name)
@@ -348,6 +354,25 @@ def _nvrtc() -> Answer | None:
         return {"ok": True, "reason": ".".join(map(str, cupy.cuda.nvrtc.getVersion()))}
     except Exception as error:
         return {"ok": False, "reason": _one_line(error)}
+
+
+def _cublas() -> str | None:
+    """The version of cuBLAS; None without a device, for it tells only where it has been started."""
+    cupy = _cupy()
+    if cupy is None or not cupy.cuda.is_available():
+        return None
+    number = cupy.cuda.cublas.getVersion(cupy.cuda.device.get_cublas_handle())
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def _cublaslt() -> Answer | None:
+    """Whether products go through cuBLASLt, by NVIDIA's bindings, or through CuPy's matmul."""
+    if _cupy() is None:
+        return None
+    from nnxp.kernels.cuda._lt import why_not
+
+    why = why_not()
+    return {"ok": why is None, "reason": why or "products go through it"}
 
 
 def _kernel_cache() -> Answer:
@@ -508,6 +533,21 @@ def _no_driver(traces: list[str]) -> tuple[str, str]:
     return (
         "CuPy is installed, but there is no NVIDIA driver",
         "Where there is an NVIDIA GPU, install its driver (in a container: --gpus all)",
+    )
+
+
+def _about_products(facts: Facts) -> Iterator[Problem]:
+    """A GPU that works, without the bindings that make the most of it."""
+    cuda, found = facts["cuda"], facts["backends"]["cupy"]
+    if not (found and found["ok"]) or cuda["cublaslt"] is None or cuda["cublaslt"]["ok"]:
+        return
+    bindings = ">=12.9.2,<13" if _major(cuda["cupy_cuda"]) == 12 else ">=13.0.1,<14"
+    why = cuda["cublaslt"]["reason"].partition("; pip install")[0]
+    yield Problem(
+        "slow",
+        f"products on the GPU go through CuPy, which adds passes over memory and cannot replay few "
+        f"rows as a CUDA graph: {why}",
+        f'pip install nvmath-python "cuda-bindings{bindings}"',
     )
 
 

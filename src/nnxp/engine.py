@@ -98,6 +98,11 @@ class Engine:
         self._direct: dict[tuple[np.dtype[Any], Shape], _Direct] = {}
 
     @property
+    def backends(self) -> list[Backend]:
+        """Where the rows go: one backend, or all of several devices. None, once it is closed."""
+        return [place.backend for place in self._places]
+
+    @property
     def model(self) -> Layer:
         """The model, on the (first) backend."""
         if not self._places:
@@ -207,7 +212,7 @@ class Engine:
             device = f"device {index} of kind {kind.real} in DLPack's count"
         else:
             return None, x
-        places = " and ".join(place.backend.device for place in self._places)
+        places = " and ".join(each.device for each in self.backends)
         raise DeviceMismatch(
             f"an engine on {places} takes rows that are there or in host memory, but x is on "
             f"{device}; bring it to the host, with nnxp.asnumpy(x) if it is an array of CuPy"
@@ -300,14 +305,14 @@ class Engine:
         self.close()
 
     def __reduce__(self) -> Any:
-        devices = [place.backend.device for place in self._places]
+        devices = [each.device for each in self.backends]
         options = devices, self.memory_limit, self.workers, self.precision
         return _engine, (self.model.to("numpy"), *options)
 
     def __repr__(self) -> str:
         if not self._places:
             return "Engine(closed)"
-        devices = " and ".join(place.backend.device for place in self._places)
+        devices = " and ".join(each.device for each in self.backends)
         return f"Engine({self.model!r} on {devices})"
 
 
@@ -406,23 +411,29 @@ def _in_kind(y: Array, x: Any) -> Any:
 def predict(
     model: Layer,
     x: Any,
-    backend: str | Backend = "auto",
+    backend: str | Backend | Sequence[str | Backend] = "auto",
     *,
     out: HostArray | None = None,
     memory_limit: int | str | None = None,
     workers: int | None = None,
+    precision: str | None = None,
     progress: bool = False,
 ) -> HostArray:
     """The model's output for every row of x: host in, host out, on the best backend there is.
 
     `Engine(model, backend, ...)(x, out, ...)` in one call; keep an Engine to call it often.
     """
-    with Engine(model, backend, memory_limit=memory_limit, workers=workers) as engine:
+    with Engine(
+        model, backend, memory_limit=memory_limit, workers=workers, precision=precision
+    ) as engine:
         return engine(x, out, progress=progress)  # type: ignore[no-any-return]
 
 
 def predict_iter(
-    model: Layer, batches: Iterable[Any], backend: str | Backend = "auto", **options: Any
+    model: Layer,
+    batches: Iterable[Any],
+    backend: str | Backend | Sequence[str | Backend] = "auto",
+    **options: Any,
 ) -> Iterator[HostArray]:
     """The model's output for each batch of rows, one after the other, as each is asked for.
 

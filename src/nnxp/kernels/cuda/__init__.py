@@ -1,7 +1,8 @@
 """Fused bodies for CuPy, in files of the same names as the reference bodies.
 
-There are none yet: every kernel runs its reference body on CuPy, correct and unfused. Every module
-that is put here is loaded when the first CuPy array comes.
+A kernel without one here runs its reference body on CuPy, correct and unfused. Every module that
+is put here is loaded when the first CuPy array comes; the CUDA sources beside them are compiled
+when a kernel of theirs is first launched.
 """
 
 import importlib
