@@ -1,0 +1,204 @@
+// Over the rows of a matrix: y = op(x + before) * gain + after, any of the three left out.
+//
+// An op is written once, in folds over the row and one last map. Its row comes in two kinds: short
+// ones are held in the registers of a few lanes, long ones are streamed by a block, again for each
+// fold. Statistics are sums of one partial sum for each thread, so their error stays small.
+
+#include "device.cuh"
+
+// Every lane of a group of G neighbours gets op over all of them.
+template <int G, class Op> __device__ __forceinline__ float over_lanes(float v, Op op) {
+    #pragma unroll
+    for (int lane = G / 2; lane > 0; lane /= 2) v = op(v, __shfl_xor_sync(0xffffffffu, v, lane));
+    return v;
+}
+
+// Every thread of the block gets op over all of them; a block is whole warps.
+template <class Op> __device__ __forceinline__ float over_block(float v, Op op) {
+    __shared__ float part[32];
+    v = over_lanes<32>(v, op);
+    __syncthreads();  // nobody reads the parts of the fold before this one any more
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = part[0];
+    for (int warp = 1; warp < blockDim.x / 32; ++warp) v = op(v, part[warp]);
+    return v;
+}
+
+template <class T> struct Matrix {
+    const T *x, *before, *gain, *after;
+    T* y;
+    Index cols, x_stride, y_stride;
+
+    // V values of x + before, from column c of a row on.
+    template <int V> __device__ __forceinline__ void read(Index row, Index c, float* v) const {
+        const Pack<T, V> pack = load<V>(x + row * x_stride + c);
+        #pragma unroll
+        for (int k = 0; k < V; ++k) v[k] = wide(pack.at[k]);
+        if (before) {
+            const Pack<T, V> more = load<V>(before + c);
+            #pragma unroll
+            for (int k = 0; k < V; ++k) v[k] += wide(more.at[k]);
+        }
+    }
+
+    // Their results, times gain and plus after.
+    template <int V> __device__ __forceinline__ void write(Index row, Index c, float* v) const {
+        if (gain) {
+            const Pack<T, V> factor = load<V>(gain + c);
+            #pragma unroll
+            for (int k = 0; k < V; ++k) v[k] *= wide(factor.at[k]);
+        }
+        if (after) {
+            const Pack<T, V> more = load<V>(after + c);
+            #pragma unroll
+            for (int k = 0; k < V; ++k) v[k] += wide(more.at[k]);
+        }
+        Pack<T, V> pack;
+        #pragma unroll
+        for (int k = 0; k < V; ++k) pack.at[k] = narrow<T>(v[k]);
+        store(y + row * y_stride + c, pack);
+    }
+};
+
+// A row in the registers of G lanes, S packs of V in each. Lanes beyond the row take part in every
+// shuffle and hold nothing: `cols` is 0 for them.
+template <class T, int V, int G, int S> struct Held {
+    const Matrix<T>& matrix;
+    const Index row;
+    const int cols;
+    float v[S][V];
+
+    __device__ __forceinline__ int column(int s) const { return (s * G + threadIdx.x % G) * V; }
+
+    __device__ __forceinline__ Held(const Matrix<T>& matrix, Index row, Index rows)
+        : matrix(matrix), row(row), cols(row < rows ? int(matrix.cols) : 0) {
+        #pragma unroll
+        for (int s = 0; s < S; ++s)
+            if (column(s) < cols) matrix.template read<V>(row, column(s), v[s]);
+    }
+
+    template <class Op, class F> __device__ __forceinline__ float fold(float start, Op op, F f) const {
+        #pragma unroll
+        for (int s = 0; s < S; ++s)
+            if (column(s) < cols) {
+                #pragma unroll
+                for (int k = 0; k < V; ++k) start = op(start, f(v[s][k]));
+            }
+        return over_lanes<G>(start, op);
+    }
+
+    template <class F> __device__ __forceinline__ void map(F f) {
+        #pragma unroll
+        for (int s = 0; s < S; ++s)
+            if (column(s) < cols) {
+                #pragma unroll
+                for (int k = 0; k < V; ++k) v[s][k] = f(v[s][k]);
+                matrix.template write<V>(row, column(s), v[s]);
+            }
+    }
+};
+
+// A row of any length, read again from memory or its caches each time.
+template <class T, int V> struct Streamed {
+    const Matrix<T>& matrix;
+    const Index row, cols;
+
+    __device__ __forceinline__ Streamed(const Matrix<T>& matrix, Index row)
+        : matrix(matrix), row(row), cols(matrix.cols) {}
+
+    template <class Op, class F> __device__ __forceinline__ float fold(float start, Op op, F f) const {
+        float v[V];
+        #pragma unroll 4
+        for (Index c = Index(threadIdx.x) * V; c < cols; c += Index(blockDim.x) * V) {
+            matrix.template read<V>(row, c, v);
+            #pragma unroll
+            for (int k = 0; k < V; ++k) start = op(start, f(v[k]));
+        }
+        return over_block(start, op);
+    }
+
+    template <class F> __device__ __forceinline__ void map(F f) {
+        float v[V];
+        for (Index c = Index(threadIdx.x) * V; c < cols; c += Index(blockDim.x) * V) {
+            matrix.template read<V>(row, c, v);
+            #pragma unroll
+            for (int k = 0; k < V; ++k) v[k] = f(v[k]);
+            matrix.template write<V>(row, c, v);
+        }
+    }
+};
+
+namespace op {
+
+// Types of their own, not lambdas: so all sums of a kernel share the memory of over_block.
+struct Larger {
+    INLINE float operator()(float a, float b) const { return a != a || a > b ? a : b; }  // keeps NaN
+};
+struct Add {
+    INLINE float operator()(float a, float b) const { return a + b; }
+};
+
+template <class Row> __device__ __forceinline__ float largest(const Row& row) {
+    return row.fold(__int_as_float(0xff800000), Larger(), [](float v) { return v; });
+}
+
+template <class Row, class F> __device__ __forceinline__ float sum(const Row& row, F f) {
+    return row.fold(0.f, Add(), f);
+}
+
+struct softmax {
+    template <class Row> static __device__ __forceinline__ void run(Row& row, float) {
+        const float m = largest(row);
+        const float scale = 1.f / sum(row, [m](float v) { return expf(v - m); });
+        row.map([m, scale](float v) { return expf(v - m) * scale; });
+    }
+};
+
+struct log_softmax {
+    template <class Row> static __device__ __forceinline__ void run(Row& row, float) {
+        const float m = largest(row);
+        const float log_sum = logf(sum(row, [m](float v) { return expf(v - m); }));
+        row.map([m, log_sum](float v) { return v - m - log_sum; });
+    }
+};
+
+struct layer_norm {
+    template <class Row> static __device__ __forceinline__ void run(Row& row, float eps) {
+        const float n = row.matrix.cols;
+        const float mean = sum(row, [](float v) { return v; }) / n;
+        const float var = sum(row, [mean](float v) { return (v - mean) * (v - mean); }) / n;
+        const float scale = 1.f / sqrtf(var + eps);
+        row.map([mean, scale](float v) { return (v - mean) * scale; });
+    }
+};
+
+struct rms_norm {
+    template <class Row> static __device__ __forceinline__ void run(Row& row, float eps) {
+        const float n = row.matrix.cols;
+        const float scale = 1.f / sqrtf(sum(row, [](float v) { return v * v; }) / n + eps);
+        row.map([scale](float v) { return v * scale; });
+    }
+};
+
+}  // namespace op
+
+// G lanes for a row of at most G * S * V columns.
+template <class T, class Op, int V, int G, int S>
+__global__ void __launch_bounds__(128)
+held(const T* x, const T* before, const T* gain, const T* after, T* y, Index rows, Index cols,
+     Index x_stride, Index y_stride, float eps) {
+    const Matrix<T> matrix = {x, before, gain, after, y, cols, x_stride, y_stride};
+    Held<T, V, G, S> row(matrix, (Index(blockIdx.x) * blockDim.x + threadIdx.x) / G, rows);
+    Op::run(row, eps);
+}
+
+// A block for a row.
+template <class T, class Op, int V>
+__global__ void __launch_bounds__(1024)
+streamed(const T* x, const T* before, const T* gain, const T* after, T* y, Index rows, Index cols,
+         Index x_stride, Index y_stride, float eps) {
+    const Matrix<T> matrix = {x, before, gain, after, y, cols, x_stride, y_stride};
+    Streamed<T, V> row(matrix, blockIdx.x);
+    Op::run(row, eps);
+}

@@ -1,0 +1,681 @@
+"""The fused CUDA bodies, without a GPU: they compile, and compute what they should on the host.
+
+The CUDA sources are compiled twice. Once for GPUs, by the compiler that CuPy uses, to see that they
+compile and keep to registers. And once for the host, by g++ with cuda_on_host.h, which runs the
+same kernels thread by thread: CuPy arrays are made on host memory, and the fused bodies launch
+there what they would launch on a GPU. What stays for the hardware is that the GPU does as it is
+told, and how fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import inspect
+import io
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnxp import kernels
+from nnxp._arrays import float_dtype
+from nnxp.testing import LIMIT, error_bound
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches the CUDA kernels")
+
+from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy)
+from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, source  # noqa: E402
+from nnxp.kernels.cuda._rows import over_rows  # noqa: E402
+from nnxp.kernels.cuda.activations import bias_act  # noqa: E402
+
+SOURCES = "activations.cu", "rows.cu"
+SOFTMAXES = "softmax", "log_softmax"
+NORMS = "layer_norm", "rms_norm"
+ELEMENTWISE = sorted(set(kernels.ACTIVATIONS) - set(SOFTMAXES))
+
+FUSED = [name for name, each in kernels.KERNELS.items() if "cupy" in each._fused]
+OURS = [*ELEMENTWISE, *SOFTMAXES, *NORMS]
+
+every_type = pytest.mark.parametrize("dtype", TYPES)
+
+
+# CuPy arrays on host memory
+
+
+def memory(size, shift=0):
+    """Bytes from 16 bytes' boundary plus `shift` on, all 0xff: in every type that is NaN.
+
+    Right behind them is memory that ends the process of who reads it, kernel or test.
+    """
+    room = -(-(size + 80) // mmap.PAGESIZE) * mmap.PAGESIZE
+    raw = np.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), "uint8")
+    ctypes.CDLL(None).mprotect(ctypes.c_void_p(raw.ctypes.data + room), mmap.PAGESIZE, 0)
+    raw = raw[:room]
+    raw[:] = 255
+    start = room - -(-(size + shift) // 16) * 16 + shift
+    return raw[start : start + size]
+
+
+def fences(part):
+    """What lies before and behind some memory."""
+    room = -(-(part.nbytes + 80) // mmap.PAGESIZE) * mmap.PAGESIZE
+    start = part.ctypes.data - part.base.ctypes.data
+    return np.concatenate([part.base[:start], part.base[start + part.nbytes : room]])
+
+
+def pointer(address, size, owner=None):
+    return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(address, size, owner, 0), 0)
+
+
+class Place:
+    """Host memory for a matrix: rows `width` apart, of which cols are used, between fences."""
+
+    def __init__(self, rows, cols, dtype, width=None, shift=0):
+        width, kind = width or cols, float_dtype(dtype)
+        self.bytes = memory(rows * width * kind.itemsize, shift * kind.itemsize)
+        self.host = self.bytes.view(kind).reshape(rows, width)[:, :cols]
+        self.gaps = self.bytes.view(kind).reshape(rows, width)[:, cols:]
+        self.device = cupy.ndarray(
+            self.host.shape,
+            kind,
+            pointer(self.bytes.ctypes.data, self.bytes.nbytes, self.bytes),
+            strides=self.host.strides,
+        )
+
+    def filled(self, values):
+        self.host[...] = values
+        return self
+
+    def untouched_around(self):
+        outside = [self.gaps.tobytes(), fences(self.bytes).tobytes()]
+        return all(set(each) <= {255} for each in outside)
+
+
+def on_device(host):
+    """A CuPy array with the values of a NumPy array, in host memory."""
+    flat = Place(1, host.size, host.dtype.name).filled(host.reshape(1, -1))
+    return flat.device.reshape(host.shape)
+
+
+def on_host(x):
+    """A copy of a CuPy array that has no gaps."""
+    raw = (ctypes.c_uint8 * x.nbytes).from_address(x.data.ptr)
+    return np.frombuffer(raw, x.dtype).reshape(x.shape).copy()
+
+
+@pytest.fixture
+def host_allocator(monkeypatch):
+    """CuPy takes its memory from the host."""
+    before = cupy.cuda.get_allocator()
+    taken = []
+
+    def allocate(size):
+        taken.append(memory(size))
+        return pointer(taken[-1].ctypes.data, size, taken[-1])
+
+    cupy.cuda.set_allocator(allocate)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+    yield taken
+    cupy.cuda.set_allocator(before)
+    for each in taken:
+        assert set(fences(each).tolist()) == {255}, "something was written outside of a result"
+
+
+# What Python can ask for
+
+
+class Launches(list):
+    """Records launches as (file, name, grid, block, args) instead of making them."""
+
+    def kernel(self, file, name):
+        return lambda grid, block, args: self.append((file, name, grid, block, args))
+
+
+@pytest.fixture
+def launches(monkeypatch, host_allocator):
+    made = Launches()
+    monkeypatch.setattr(_compiled, "kernel", made.kernel)
+    return made
+
+
+def nowhere(rows, cols, dtype, shift=0, width=None):
+    """A CuPy array on no memory at all: good for being launched with."""
+    kind = float_dtype(dtype)
+    width = width or cols
+    return cupy.ndarray(
+        (rows, cols),
+        kind,
+        pointer((1 << 40) + shift * kind.itemsize, 1 << 50),
+        strides=(width * kind.itemsize, kind.itemsize),
+    )
+
+
+@cache
+def instances():
+    """Every instance of a template that Python can ask for, by source: what it asks is recorded."""
+    asked = Launches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_compiled, "kernel", asked.kernel)
+        patch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+        for dtype, shift, width in product(TYPES, (0, 1), (4096, 4104)):
+            x, bias = nowhere(8, 4096, dtype, shift, width), nowhere(1, 4096, dtype)[0]
+            for each in map(kernels.ACTIVATIONS.get, ELEMENTWISE):
+                bias_act(x, None, each, x)
+                bias_act(x, bias, each, x)
+            for op, cols in product((*SOFTMAXES, *NORMS), [*range(1, 1100), 5000]):
+                over_rows(op, *[nowhere(8, cols, dtype, shift)] * 2)
+    return {file: sorted({name for f, name, *_ in asked if f == file}) for file in SOURCES}
+
+
+# For the GPU
+
+
+def compiled(code, names=(), method="cubin", arch="sm_90"):
+    """What NVRTC makes of a source with CuPy's options, and what the assembler says about it."""
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="CuPy brings it since version 14")
+    include = pathfinder.find_nvidia_header_directory("cudart")
+    if include is None:
+        pytest.skip("CUDA's headers are not installed: pip install nvidia-cuda-runtime")
+    try:
+        program = cupy.cuda.compiler._NVRTCProgram(
+            code, "a.cu", name_expressions=names, method=method
+        )
+    except RuntimeError as error:
+        pytest.skip(f"NVRTC is not installed, pip install nvidia-cuda-nvrtc brings it: {error}")
+    options = f"-arch={arch}", "-I" + include, "-ftz=true", "--device-as-default-execution-space"
+    said = io.StringIO()
+    if method == "cubin":
+        options += ("--ptxas-options=-v",)
+    binary, _ = program.compile((*OPTIONS, *options), said)
+    return binary, said.getvalue()
+
+
+def outside_registers(log):
+    """Of every kernel that the assembler speaks of, the bytes on the stack and spilled."""
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
+    return [sum(map(int, each)) for each in found]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("file", SOURCES)
+def test_every_instance_compiles_and_keeps_to_registers(file, arch):
+    names = instances()[file]
+    binary, log = compiled(source(file), names, arch=arch)
+    assert binary.startswith(b"\x7fELF")
+    assert outside_registers(log) == [0] * len(names)
+
+
+def test_an_array_that_leaves_the_registers_is_seen():
+    code = """extern "C" __global__ void at(float* x, int i) {
+        float v[64];
+        for (int k = 0; k < 64; ++k) v[k] = x[k];
+        for (int k = 0; k < 64; ++k) v[(k * i) & 63] += v[k];
+        x[0] = v[i];
+    }"""
+    _, log = compiled(code)
+    assert outside_registers(log) == [256]
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_packs_move_by_16_bytes_and_only_they(file):
+    names = [name for name in instances()[file] if "relu" in name or "softmax" in name]
+    ptx, _ = compiled(source(file), names, "ptx", "compute_90")
+    bodies = ptx.decode().split(".entry ")[1:]
+    assert len(bodies) == len(names)
+    for body in bodies:
+        pack = re.search(r"Li(\d+)E", body[: body.index("(")])  # the first number of a template
+        wide = pack is None or pack[1] != "1"  # activate<> has none: it moves packs alone
+        assert ("ld.global.v4" in body) == wide
+        assert ("st.global.v4" in body) == wide
+
+
+# On the host
+
+
+def built(file, folder):
+    """The path of a library with every instance of a source for the host."""
+    header = (Path(__file__).parent / "cuda_on_host.h").read_text()
+    lines = [f"KERNEL(kernel_{i}, {name})" for i, name in enumerate(instances()[file])]
+    code = "\n".join([header, source(file), *lines])
+    library = folder / f"{file}-{hashlib.sha256(code.encode()).hexdigest()}.so"
+    if not library.exists():
+        for outdated in set(folder.glob(f"{file}-*.so")) - {library}:
+            outdated.unlink(missing_ok=True)
+        # Another worker may be at it, too: so the name is given at the end.
+        compile_for_host(code, library.with_suffix(f".{os.getpid()}")).rename(library)
+    return library
+
+
+def compile_for_host(code, library):
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
+    command += ["-x", "c++", "-", "-o", str(library)]
+    run = subprocess.run(command, input=code, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[:3000]
+    return library
+
+
+def understands_half():
+    """Whether there is a g++, and it has 16-bit floats: since version 12."""
+    if shutil.which("g++") is None:
+        return False
+    code = "_Float16 half; int main() {}"
+    command = ["g++", "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def libraries(request):
+    if not understands_half():
+        pytest.skip("there is no g++ of version 12 or newer to compile the kernels for the host")
+    folder = request.config.cache.mkdir("cuda_on_host")
+    return {file: ctypes.CDLL(str(built(file, folder))) for file in SOURCES}
+
+
+def c_argument(value):
+    if value is None or isinstance(value, cupy.ndarray):
+        return ctypes.c_void_p(value.data.ptr if value is not None else None)
+    return {np.int64: ctypes.c_int64, np.float32: ctypes.c_float}[type(value)](value)
+
+
+class HostGpu:
+    """Runs what is launched; `backwards`, the last block, warp and lane come first."""
+
+    def __init__(self, libraries, backwards=False, most_blocks=None):
+        self.libraries, self.backwards, self.most_blocks = libraries, backwards, most_blocks
+
+    def kernel(self, file, name):
+        run = self.libraries[file][f"kernel_{instances()[file].index(name)}"]
+        run.restype = ctypes.c_char_p
+
+        def launch(grid, block, args):
+            x, y, z = (*grid, 1, 1)[:3]
+            shape = (ctypes.c_uint32 * 6)(x, min(y, self.most_blocks or y), z, *(*block, 1, 1)[:3])
+            values = [c_argument(each) for each in args]
+            places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+            error = run(shape, places, int(self.backwards))
+            assert error is None, error.decode()
+
+        return launch
+
+
+@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
+def gpu(request, libraries, monkeypatch, host_allocator):
+    """CuPy arrays live in host memory, and launches run on the host."""
+    made = HostGpu(libraries, request.param)
+    monkeypatch.setattr(_compiled, "kernel", made.kernel)
+    return made
+
+
+def every_number(dtype):
+    """All numbers of a 16-bit type; of float32 one in 40009, and those that are special."""
+    if dtype != "float32":
+        return np.arange(1 << 16, dtype="uint16").view(float_dtype(dtype))
+    points = np.arange(0, 1 << 32, 40009, dtype="uint64").astype("uint32").view("float32")
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1e-38, -1e-38, -88.8, -104]
+    return np.concatenate([points, np.array([*special, *np.linspace(-30, 30, 40001)], "float32")])
+
+
+def unit(dtype):
+    """Half the distance between 1 and the next number."""
+    return {"float32": 2**-24, "float16": 2**-11, "bfloat16": 2**-8}[dtype]
+
+
+def least(dtype):
+    """What a result may be off because it is small: halves are rounded, the others flushed to 0."""
+    return {"float32": 2**-126, "float16": 2**-25, "bfloat16": 2**-126}[dtype]
+
+
+# By how many units of float32 an activation may be off, relative to y. Measured: at most 4.2, where
+# the argument of an exponential is rounded 53. hard_sigmoid crosses 0 with the error of 1/2.
+UNITS = {"gelu": 60, "gelu_tanh": 80}
+ABSOLUTE = {"hard_sigmoid": 1}
+
+
+@every_type
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_activations_are_right_for_every_kind_of_number(name, dtype, gpu):
+    activation, x = kernels.ACTIVATIONS[name], every_number(dtype)
+    with np.errstate(all="ignore"):  # among the numbers are all that overflow, and NaN that signal
+        wide = x.astype("float64")
+        truth = activation.reference(wide)
+        y = on_host(activation(on_device(x))).astype("float64")
+        stored = truth.astype(x.dtype).astype("float64")
+        off = np.abs(y - truth)
+        units = UNITS.get(name, 5) * np.abs(truth) + ABSOLUTE.get(name, 0)
+        allowed = (
+            unit("float32") * units
+            + (dtype != "float32") * unit(dtype) * np.abs(truth)
+            + 2 * least(dtype) * np.maximum(1, np.abs(wide))
+            + 1e-15 * np.abs(wide)  # of the truth itself: 1 + erf(x) cancels
+        )
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(truth))
+    right = (off <= allowed) | np.isnan(truth) | (y == stored)  # both infinite
+    assert right.all(), (wide[~right][:5], y[~right][:5], truth[~right][:5])
+
+
+def near(y, function, *arrays, dtype):
+    """y is function(*arrays), computed in float32 within the bound, and rounded once."""
+    value, error = error_bound(function, *(each.astype("float32") for each in arrays))
+    allowed = LIMIT * error + 1.01 * unit(dtype) * np.abs(value) + least(dtype)
+    off = np.abs(y.astype("float64") - value)
+    assert (off <= allowed).all(), f"{np.nanmax(off / allowed)} of what is allowed"
+
+
+def drawn(shape, dtype, seed=0):
+    return (3 * np.random.default_rng(seed).normal(size=shape)).astype(float_dtype(dtype))
+
+
+# rows, cols, width, shift of x and shift of out: packs, tails, gaps, a start off the 16 bytes
+MATRICES = [
+    (1, 1, 1, 0, 0),
+    (3, 16, 16, 0, 0),
+    (37, 10, 16, 0, 0),
+    (37, 24, 40, 0, 0),
+    (300, 8, 8, 0, 0),
+    (9, 100, 100, 0, 0),
+    (9, 104, 104, 1, 0),
+    (9, 104, 104, 0, 1),
+    (9, 104, 107, 0, 0),
+    (2, 5000, 5000, 0, 0),
+]
+
+
+@every_type
+@pytest.mark.parametrize(("rows", "cols", "width", "shift", "out_shift"), MATRICES)
+@pytest.mark.parametrize("name", ["identity", "sigmoid", *SOFTMAXES])
+def test_bias_and_activation_in_one_pass(name, rows, cols, width, shift, out_shift, dtype, gpu):
+    activation = kernels.ACTIVATIONS[name]
+    values, bias = drawn((rows, cols), dtype), drawn(cols, dtype, 1)
+    x = Place(rows, cols, dtype, width, shift).filled(values)
+    out = Place(rows, cols, dtype, None, out_shift)
+    assert bias_act(x.device, on_device(bias), activation, out.device) is out.device
+    near(out.host, lambda x, b: activation(x + b), values, bias, dtype=dtype)
+    np.testing.assert_array_equal(x.host, values)
+    assert bias_act(x.device, None, activation, x.device) is x.device
+    near(x.host, activation, values, dtype=dtype)
+    assert x.untouched_around()
+    assert out.untouched_around()
+
+
+def test_a_grid_shorter_than_the_rows_goes_on_until_all_are_done(gpu):
+    gpu.most_blocks = 2
+    values, bias = drawn((5000, 20), "float32"), drawn(20, "float32", 1)
+    x = Place(5000, 20, "float32").filled(values)
+    bias_act(x.device, on_device(bias), kernels.identity, x.device)
+    np.testing.assert_array_equal(x.host, values + bias)
+
+
+@pytest.mark.skipif(os.name != "posix" or sys.maxsize < 1 << 40, reason="needs sparse memory")
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_rows_may_lie_further_apart_than_32_bits_can_say(name, gpu):
+    apart = (1 << 31) + 8
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE: 9 GB of addresses
+    raw = np.frombuffer(mmap.mmap(-1, 5 * apart, flags=flags), "float16")
+    strides = 2 * apart, 2
+    x = cupy.ndarray((3, 16), "float16", pointer(raw.ctypes.data, raw.nbytes, raw), strides=strides)
+    host = np.lib.stride_tricks.as_strided(raw, (3, 16), strides)
+    values, bias = drawn((3, 16), "float16"), drawn(16, "float16", 1)
+    host[...] = values
+    activation = kernels.ACTIVATIONS[name]
+    bias_act(x, on_device(bias), activation, x)
+    near(host, lambda x, b: activation(x + b), values, bias, dtype="float16")
+
+
+COLUMNS = (
+    1,
+    7,
+    8,
+    10,
+    16,
+    31,
+    32,
+    33,
+    64,
+    100,
+    128,
+    256,
+    500,
+    512,
+    513,
+    1000,
+    1024,
+    1032,
+    3001,
+    20000,
+)
+
+
+@every_type
+@pytest.mark.parametrize("cols", COLUMNS)
+@pytest.mark.parametrize("name", [*SOFTMAXES, *NORMS])
+def test_rows_of_every_length(name, cols, dtype, gpu):
+    kernel, rows = kernels.KERNELS[name], 21 if cols < 2000 else 2
+    x = drawn((rows, cols), dtype)
+    y = kernel(on_device(x))
+    assert y.dtype == x.dtype
+    near(on_host(y), kernel, x, dtype=dtype)
+    if name in NORMS:
+        more = [drawn(cols, dtype, 1), drawn(cols, dtype, 2)][: 1 + (name == "layer_norm")]
+        y = kernel(on_device(x), *map(on_device, more), eps=0.5)
+        near(on_host(y), lambda *arrays: kernel(*arrays, eps=0.5), x, *more, dtype=dtype)
+
+
+SPECIAL = {
+    "nan": [(3, np.nan)],
+    "infinity": [(3, np.inf)],
+    "one masked": [(3, -np.inf)],
+    "all masked": [(slice(None), -np.inf)],
+    "both infinities": [(3, np.inf), (5, -np.inf)],
+    "huge": [(3, 3e38), (5, -3e38)],
+    "squares overflow": [(3, 1e25), (5, -1e20)],
+    "constant": [(slice(None), 0.5)],
+    "nothing": [(slice(None), 0.0)],
+}
+
+
+@pytest.mark.parametrize("cols", [9, 64, 400, 1000, 5000])
+@pytest.mark.parametrize("case", SPECIAL)
+@pytest.mark.parametrize("name", [*SOFTMAXES, *NORMS])
+def test_nan_and_infinity_in_a_row_are_what_they_are_on_numpy(name, case, cols, gpu):
+    x = drawn((3, cols), "float32")
+    for where, value in SPECIAL[case]:
+        x[1, where] = value
+    kernel = kernels.KERNELS[name]
+    options = {"eps": 0.0} if name in NORMS else {}
+    with np.errstate(all="ignore"):
+        expected = kernel(x, **options)
+    np.testing.assert_allclose(
+        on_host(kernel(on_device(x), **options)), expected, rtol=2e-5, atol=1e-6
+    )
+
+
+def test_any_number_of_axes_and_an_array_to_fill(gpu):
+    x = drawn((2, 3, 4), "float32")
+    for kernel in (kernels.tanh, kernels.softmax, kernels.layer_norm):
+        y = kernel(on_device(x))
+        assert y.shape == x.shape
+        near(on_host(y), kernel, x, dtype="float32")
+    for name in set(OURS) - {"identity", *NORMS}:  # identity is a copy, CuPy's own
+        activation = kernels.ACTIVATIONS[name]
+        filled, given = on_device(np.zeros_like(x)), on_device(x)
+        assert activation(given, out=filled) is filled
+        np.testing.assert_array_equal(on_host(filled), on_host(activation(given)))
+        np.testing.assert_array_equal(on_host(given), x)
+        assert activation(given, out=given) is given
+        np.testing.assert_array_equal(on_host(given), on_host(filled))
+    assert kernels.tanh(on_device(np.float32(0.5).reshape(()))).shape == ()
+    near(on_host(kernels.softmax(on_device(x[0, 0]))), kernels.softmax, x[0, 0], dtype="float32")
+
+
+def test_options_reach_the_kernels(gpu):
+    x = np.array([-2.0, 3.0], "float32")
+    for slope in (0.25, np.float64(0.25), np.float32(0.25)):
+        y = kernels.leaky_relu(on_device(x), negative_slope=slope)
+        np.testing.assert_array_equal(on_host(y), [-0.5, 3])
+    y = kernels.elu(on_device(x), alpha=2)
+    np.testing.assert_allclose(on_host(y), [2 * np.expm1(-2), 3], rtol=1e-6)
+    y = Place(1, 2, "float32")
+    bias_act(on_device(x).reshape(1, 2), None, kernels.leaky_relu, y.device)
+    np.testing.assert_allclose(y.host, [[-0.02, 3]], rtol=1e-6)
+    bias_act(on_device(x).reshape(1, 2), None, kernels.elu, y.device)
+    np.testing.assert_allclose(y.host, [[np.expm1(-2), 3]], rtol=1e-6)
+
+
+BROKEN = {
+    "lanes": ("if (threadIdx.x == 3) return; __syncthreads();", b"the lanes of a warp parted"),
+    "warps": ("if (threadIdx.x < 32) return; __syncthreads();", b"warps parted at a barrier"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_threads_that_miss_a_barrier_are_seen(kind, tmp_path, libraries):
+    code, complaint = BROKEN[kind]
+    header = (Path(__file__).parent / "cuda_on_host.h").read_text()
+    code = header + "__global__ void broken() { " + code + " }\nKERNEL(kernel_0, broken)\n"
+    library = compile_for_host(code, tmp_path / "broken.so")
+    run = ctypes.CDLL(str(library)).kernel_0
+    run.restype = ctypes.c_char_p
+    assert run((ctypes.c_uint32 * 6)(1, 1, 1, 64, 1, 1), None, 0).startswith(complaint)
+
+
+# What Python asks for
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_bodies_have_the_signature_of_their_reference(name):
+    def plain(body):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(body).parameters.values()]
+
+    kernel = kernels.KERNELS[name]
+    assert plain(kernel._fused["cupy"]) == plain(kernel.reference)
+
+
+def test_these_kernels_have_fused_bodies():
+    assert sorted(set(OURS) - set(FUSED)) == []
+
+
+@every_type
+def test_packs_are_asked_for_only_where_every_row_allows_them(dtype, launches):
+    full = 16 // float_dtype(dtype).itemsize
+    bias, askew = nowhere(1, 64, dtype)[0], nowhere(1, 64, dtype, shift=1)[0]
+    for x, out, b, wanted in [
+        (nowhere(9, 64, dtype), nowhere(9, 64, dtype), bias, full),
+        (nowhere(9, 64, dtype, width=72), nowhere(9, 64, dtype), bias, full),
+        (nowhere(9, 64, dtype, width=72), nowhere(9, 64, dtype), None, full),
+        (nowhere(9, 64, dtype, shift=full), nowhere(9, 64, dtype), bias, full),
+        (nowhere(1, 64, dtype, width=65), nowhere(1, 64, dtype), bias, full),
+        (nowhere(9, 64, dtype, width=65), nowhere(9, 64, dtype), bias, 1),
+        (nowhere(9, 64, dtype), nowhere(9, 64, dtype, width=65), bias, 1),
+        (nowhere(9, 64, dtype, shift=1), nowhere(9, 64, dtype), bias, 1),
+        (nowhere(9, 64, dtype), nowhere(9, 64, dtype, shift=1), bias, 1),
+        (nowhere(9, 64, dtype), nowhere(9, 64, dtype), askew, 1),
+        (nowhere(9, 62, dtype, width=64), nowhere(9, 62, dtype, width=64), bias[:62], 1),
+    ]:
+        for activation in (kernels.relu, kernels.softmax):
+            launches.clear()
+            bias_act(x, b, activation, out)
+            name = launches[0][1]
+            assert re.split("[,>] ?", name)[2] == str(wanted), name
+
+
+def test_one_long_row_when_nothing_stands_between_the_rows(launches):
+    x = nowhere(1000, 50, "float32")
+    bias_act(x, None, kernels.relu, x)
+    [(file, name, grid, block, args)] = launches
+    assert (file, name) == ("activations.cu", "activate<float, act::relu>")
+    assert (grid, block) == ((13,), (256,))
+    assert args[:2] == (x, x)
+    assert args[2:] == (50000, 0.0)
+    assert [type(each) for each in args[2:]] == [np.int64, np.float32]
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "width", "grid", "block"),
+    [
+        (1000, 50, 50, (1, 63), (64, 4)),
+        (1000, 10, 16, (1, 16), (16, 16)),
+        (1000, 64, 64, (1, 16), (16, 16)),
+        (1000, 4096, 4096, (4, 250), (256, 1)),
+        (10_000_000, 4096, 4096, (4, 65535), (256, 1)),
+        (3, 1, 1, (1, 1), (1, 256)),
+    ],
+)
+def test_what_a_launch_is_given(rows, cols, width, grid, block, launches):
+    x, y = nowhere(rows, cols, "float32", width=width), nowhere(rows, cols, "float32")
+    bias = nowhere(1, cols, "float32")[0]
+    bias_act(x, bias, kernels.elu, y)
+    [(_, _, made_grid, made_block, args)] = launches
+    assert (made_grid, made_block) == (grid, block)
+    assert [each.data.ptr for each in args[:3]] == [x.data.ptr, bias.data.ptr, y.data.ptr]
+    assert args[3:] == (rows, cols, width, cols, 1.0)
+    assert [type(each) for each in args[3:]] == [np.int64] * 4 + [np.float32]
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "shift", "name", "grid", "block"),
+    [
+        (1000, 10, 0, "held<float, op::softmax, 1, 16, 1>", (125,), (128,)),
+        (1000, 32, 0, "held<float, op::softmax, 4, 8, 1>", (63,), (128,)),
+        (1000, 1000, 0, "held<float, op::softmax, 4, 32, 8>", (250,), (128,)),
+        (1000, 500, 1, "held<float, op::softmax, 1, 32, 16>", (250,), (128,)),
+        (1000, 1028, 0, "streamed<float, op::softmax, 4>", (1000,), (256,)),
+        (70000, 100000, 0, "streamed<float, op::softmax, 4>", (70000,), (1024,)),
+    ],
+)
+def test_what_a_launch_over_rows_is_given(rows, cols, shift, name, grid, block, launches):
+    x = nowhere(rows, cols, "float32", shift)
+    over_rows("softmax", x, x, eps=0)
+    [(file, made_name, made_grid, made_block, args)] = launches
+    assert (file, made_name, made_grid, made_block) == ("rows.cu", name, grid, block)
+    assert args[1:4] == (None, None, None)
+    assert args[5:] == (rows, cols, cols, cols, 0.0)
+    assert [type(each) for each in args[5:]] == [np.int64] * 4 + [np.float32]
+
+
+def test_nothing_is_launched_for_an_array_of_another_device(launches, monkeypatch):
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 1)
+    x = nowhere(3, 4, "float32")
+    with pytest.raises(ValueError, match="array device = 0 while current = 1"):
+        bias_act(x, None, kernels.relu, x)
+    assert not launches
+
+
+def handed_back(monkeypatch, kernel):
+    """What arrives at the reference body of a kernel."""
+    arrived = []
+
+    def reference(*arrays, **options):
+        arrived.append((arrays, options))
+        return "the reference"
+
+    monkeypatch.setattr(kernel, "reference", reference)
+    return arrived
+
+
+@pytest.mark.parametrize("name", sorted(set(OURS) - {"identity"}))
+def test_what_is_not_fused_goes_to_the_reference_body(name, launches, monkeypatch):
+    kernel = kernels.KERNELS[name]
+    arrived = handed_back(monkeypatch, kernel)
+    empty, double = nowhere(0, 4, "float32"), nowhere(3, 4, "float64")
+    assert [kernel(each) for each in (empty, double)] == ["the reference"] * 2
+    if name in kernels.ACTIVATIONS:
+        x, gaps = nowhere(3, 4, "float32"), nowhere(3, 4, "float32", width=8)
+        kernel(x, out=gaps)
+        kernel(x, out=nowhere(3, 4, "float64"))
+        assert arrived[2][1]["out"] is gaps
+    else:
+        x, gain = nowhere(3, 4, "float32"), nowhere(1, 4, "float64")[0]
+        kernel(x, gain, eps=0.5)
+        kernel(x, nowhere(1, 1, "float32")[0])
+        assert arrived[2] == ((x, gain, None)[: 2 + (name == "layer_norm")], {"eps": 0.5})
+    assert len(arrived) == 4
+    assert not launches

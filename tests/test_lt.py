@@ -1,0 +1,907 @@
+"""Products on CUDA without a GPU: a stand-in for cuBLASLt carries out what it is told, on the host.
+
+The arrays are CuPy's own, laid over memory of the host, and the stand-in reads and writes that
+memory as NVIDIA's documents say cuBLASLt would: by columns, with leading dimensions, operations,
+epilogue and bias from the descriptors. A wrong number anywhere gives wrong results, reads outside
+an array, or needs an alignment that is not there. Everything that CuPy itself would have to launch
+on a GPU raises here, so a hidden copy cannot pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conftest import draw
+from nnxp import kernels
+from nnxp._arrays import float_dtype
+from nnxp.kernels.linear import precision
+from nnxp.testing import LIMIT, error_bound
+from nnxp.testing.parity import compare
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed: there are no arrays of CUDA")
+from nnxp.kernels.cuda import _lt  # noqa: E402
+from nnxp.kernels.cuda import linear as cuda_linear  # noqa: E402
+
+TYPES = {number: float_dtype(name) for name, number in _lt.DATA_TYPES.items()}
+STREAM = 77
+
+
+class CublasLtError(Exception):
+    def __init__(self, status):
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+class Memory:
+    """Memory of the host that CuPy takes for memory of a device."""
+
+    def __init__(self, size=1 << 24):
+        self.bytes = np.zeros(size + 512, np.uint8)
+        self.start = self.end = -(-self.bytes.ctypes.data // 512) * 512
+        self.blocks = {}
+        self.room = size
+
+    def alloc(self, size):
+        size = -(-size // 512) * 512
+        if size > self.room:
+            raise cupy.cuda.memory.OutOfMemoryError(size, 0, 0)
+        self.room -= size
+        at, self.end = self.end, self.end + size
+        self.blocks[at] = size
+        ctypes.memset(at, 0xFF, size)  # NaN in every type: what is read must have been written
+        return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(at, size, self, 0), 0)
+
+    def empty(self, shape, dtype):
+        shape = tuple(map(int, shape)) if isinstance(shape, tuple) else (shape,)
+        dtype = np.dtype(dtype)
+        size = max(1, int(np.prod(shape)) * dtype.itemsize)
+        return cupy.ndarray(shape, dtype, memptr=self.alloc(size))
+
+    def put(self, values):
+        x = self.empty(values.shape, values.dtype)
+        host(x)[...] = values
+        return x
+
+    def span(self, at, size):
+        """Asserts that the bytes lie within one block."""
+        inside = [a for a, n in self.blocks.items() if a <= at and at + size <= a + n]
+        assert inside, f"{size} bytes at {at} belong to no array"
+
+
+def host(x):
+    """NumPy's view of an array."""
+    if x.size == 0:
+        return np.zeros(x.shape, x.dtype)
+    low = sum(min(0, (n - 1) * s) for n, s in zip(x.shape, x.strides, strict=True))
+    high = sum(max(0, (n - 1) * s) for n, s in zip(x.shape, x.strides, strict=True)) + x.itemsize
+    memory = (ctypes.c_char * (high - low)).from_address(x.data.ptr + low)
+    return np.ndarray(x.shape, x.dtype, buffer=memory, offset=-low, strides=x.strides)
+
+
+class Lt:
+    """cuBLASLt, on the host. Keeps what it was told in `calls`."""
+
+    cuBLASLtError = CublasLtError
+
+    def __init__(self, memory):
+        self.memory, self.things, self.serial, self.calls = memory, {}, 1000, []
+        self.clock = 0.0
+        self.algorithms = [(1, 0), (2, 4096), (3, 0)]  # number, bytes of workspace
+        self.cost = lambda algorithm, epilogue, rows: 0.1
+        self.offers = {_lt.DEFAULT, _lt.BIAS, _lt.RELU_BIAS}
+        self.relu = np.maximum
+        self.fails = {}  # status for an algorithm
+        self.check_refuses = False
+        self.preferences = []
+        self.made = self.pause = 0
+
+    def _new(self, **what):
+        self.serial += 1
+        self.things[self.serial] = SimpleNamespace(**what)
+        return self.serial
+
+    def create(self):
+        return self._new(kind="handle")
+
+    def matmul_desc_create(self, compute, scale):
+        self.made += 1
+        return self._new(kind="product", compute=compute, scale=scale, settings={})
+
+    def matmul_desc_set_attribute(self, product, attribute, at, size):
+        sizes = {_lt.TRANSPOSE_A: 4, _lt.EPILOGUE: 4, _lt.BIAS_POINTER: 8}
+        assert size == sizes[attribute]
+        settings = self.things[product].settings
+        settings[attribute] = int.from_bytes(ctypes.string_at(at, size), "little")
+        assert attribute != _lt.BIAS_POINTER or settings[_lt.EPILOGUE] & _lt.BIAS
+        time.sleep(self.pause)
+
+    def matrix_layout_create(self, kind, rows, cols, ld):
+        assert ld >= rows > 0
+        assert cols > 0
+        return self._new(kind="layout", type=TYPES[kind], rows=rows, cols=cols, ld=ld)
+
+    def matmul_preference_create(self):
+        return self._new(kind="preference", settings={})
+
+    def matmul_preference_set_attribute(self, preference, attribute, at, size):
+        assert size == (8 if attribute == _lt.MAX_WORKSPACE else 4)
+        value = int.from_bytes(ctypes.string_at(at, size), "little")
+        self.things[preference].settings[attribute] = value
+
+    def _destroy(self, thing, kind):
+        assert self.things.pop(thing).kind == kind
+
+    def matmul_desc_destroy(self, product):
+        self._destroy(product, "product")
+
+    def matrix_layout_destroy(self, layout):
+        self._destroy(layout, "layout")
+
+    def matmul_preference_destroy(self, preference):
+        self._destroy(preference, "preference")
+
+    def matmul_algo_get_heuristic(
+        self, handle, product, a, b, c, d, preference, most, results, count
+    ):
+        assert self.things[handle].kind == "handle"
+        assert c == d
+        settings, wishes = self.things[product].settings, self.things[preference].settings
+        self.preferences.append(wishes)
+        if settings[_lt.EPILOGUE] not in self.offers:
+            raise CublasLtError(15)
+        alignment = wishes[_lt.MIN_ALIGNMENTS[0]]
+        found = (_lt._Algorithm * most).from_address(results)
+        fitting = [each for each in self.algorithms if each[1] <= wishes[_lt.MAX_WORKSPACE]]
+        for result, (number, workspace) in zip(found, fitting, strict=False):
+            result.algorithm[0], result.algorithm[1] = number, alignment
+            result.workspace = workspace
+        ctypes.c_int32.from_address(count).value = len(fitting)
+
+    def matmul_algo_check(self, handle, product, a, b, c, d, algorithm, result):
+        number = ctypes.c_uint64.from_address(algorithm).value
+        if self.check_refuses:
+            raise CublasLtError(15)
+        _lt._Algorithm.from_address(result).workspace = dict(self.algorithms)[number]
+
+    def _matrix(self, at, layout, alignment):
+        assert at % alignment == 0, f"{at} is not on {alignment} bytes"
+        size = layout.type.itemsize
+        span = ((layout.cols - 1) * layout.ld + layout.rows) * size
+        self.memory.span(at, span)
+        memory = (ctypes.c_char * span).from_address(at)
+        shape, strides = (layout.rows, layout.cols), (size, layout.ld * size)
+        return np.ndarray(shape, layout.type, buffer=memory, strides=strides)
+
+    def matmul(self, *told):
+        """D = epilogue(alpha op(A) op(B) + beta C + bias), all by columns."""
+        handle, product, alpha, a, a_like, b, b_like, beta, c, c_like, d, d_like = told[:12]
+        algorithm, workspace, size, stream = told[12:]
+        number, alignment = (ctypes.c_uint64 * 2).from_address(algorithm)
+        settings = dict(self.things[product].settings)
+        epilogue, turned = settings[_lt.EPILOGUE], settings[_lt.TRANSPOSE_A]
+        likes = [self.things[each] for each in (a_like, b_like, d_like)]
+        call = SimpleNamespace(algorithm=number, epilogue=epilogue, turned=turned, size=size)
+        call.compute, call.alignment = self.things[product].compute, alignment
+        call.rows, call.lds = likes[2].cols, [each.ld for each in likes]
+        call.result = likes[2].type.name
+        self.calls.append(call)
+        if number in self.fails:
+            raise CublasLtError(self.fails[number])
+        assert self.things[handle].kind == "handle"
+        assert (c, c_like) == (d, d_like)
+        assert stream == STREAM
+        assert size == dict(self.algorithms)[number]
+        if size:
+            self.memory.span(workspace, size)
+        one, zero = (ctypes.c_float.from_address(each).value for each in (alpha, beta))
+        A, B, D = map(self._matrix, (a, b, d), likes, [alignment] * 3)
+        assert self.things[product].scale == 0
+        y = one * (A.T if turned else A).astype("f8") @ B.astype("f8")
+        assert zero == 0
+        if epilogue & _lt.BIAS:
+            at = settings[_lt.BIAS_POINTER]
+            assert at % alignment == 0
+            self.memory.span(at, len(D) * D.itemsize)
+            memory = (ctypes.c_char * (len(D) * D.itemsize)).from_address(at)
+            y += np.frombuffer(memory, D.dtype).astype("f8")[:, None]
+        if epilogue == _lt.RELU_BIAS:
+            y = self.relu(y, 0)
+        D[...] = y
+        self.clock += self.cost(number, epilogue, D.shape[1])
+
+
+class Cupy(SimpleNamespace):
+    """What the code takes from CuPy, on the host; `copies` counts what is copied."""
+
+    def __init__(self, memory, lt):
+        self.memory, self.lt, self.copies, self.capturing = memory, lt, [], False
+        self.products, self.events, self.passes, self.pass_cost = 0, 0, 0, 0.05
+        self.cuda = SimpleNamespace(
+            alloc=memory.alloc, Event=self._event, get_elapsed_time=lambda a, b: b.at - a.at
+        )
+
+    def _event(self):
+        assert not self.capturing, "no timing while a graph is captured"
+        self.events += 1
+        event = SimpleNamespace(synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.lt.clock)
+        return event
+
+    def stream(self):
+        return SimpleNamespace(ptr=STREAM, is_capturing=lambda: self.capturing)
+
+    def empty(self, shape, dtype):
+        return self.memory.empty(shape, dtype)
+
+    def zeros(self, shape, dtype):
+        return self.memory.put(np.zeros(shape, dtype))
+
+    def full(self, shape, value, dtype):
+        return self.memory.put(np.full(shape, value, dtype))
+
+    def copyto(self, to, x, casting="same_kind"):
+        if to.dtype == x.dtype:
+            self.copies.append("copyto")
+        host(to)[...] = host(x).astype(to.dtype)
+
+    def ascontiguousarray(self, x):
+        self.copies.append("ascontiguousarray")
+        return self.memory.put(np.ascontiguousarray(host(x)))
+
+    def asnumpy(self, x):
+        assert not self.capturing
+        return host(x).copy()
+
+    def matmul(self, x, weight, out):
+        self.products += 1
+        host(out)[...] = host(x).astype("f8") @ host(weight).astype("f8")
+
+    def bias_act(self, x, bias, activation, out):
+        """The kernel of nnxp.kernels.cuda.activations, on the host."""
+        assert x is out or x.data.ptr == out.data.ptr
+        assert x.shape[1] == 1 or x.strides[1] == x.itemsize
+        y = host(x).astype("f4")
+        if bias is not None:
+            assert bias.dtype == x.dtype
+            y = y + host(bias).astype("f4")
+        host(out)[...] = activation.reference(y)
+        self.passes += 1
+        self.lt.clock += self.pass_cost
+        return out
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    """CuPy and cuBLASLt on the host, and nothing remembered from before."""
+    memory = Memory()
+    lt = Lt(memory)
+    made = Cupy(memory, lt)
+    monkeypatch.setattr(_lt, "cupy", made)
+    monkeypatch.setattr(_lt, "get_device_id", lambda: 0)
+    monkeypatch.setattr(_lt, "get_current_stream", made.stream)
+    monkeypatch.setattr(_lt, "bias_act", made.bias_act)
+    monkeypatch.setattr(_lt, "_library", lambda: (lt, None))
+    for memory_of in ("_plans", "_choices", "_handles"):
+        monkeypatch.setattr(_lt, memory_of, {})
+    return made
+
+
+@contextmanager
+def tf32():
+    token = precision.set("tf32")
+    try:
+        yield
+    finally:
+        precision.reset(token)
+
+
+def whole(shape, dtype, seed):
+    """Small whole numbers: their products and sums are exact in every type."""
+    return np.random.default_rng(seed).integers(-3, 4, shape).astype(float_dtype(dtype))
+
+
+def inside(lab, values, above, left, right, below=0):
+    """An array laid within a wider one, whose other elements are NaN."""
+    rows, cols = values.shape
+    wide = lab.memory.empty((rows + above + below, left + cols + right), values.dtype)
+    x = wide[above : above + rows, left : left + cols]
+    host(x)[...] = values
+    return x
+
+
+def alternate(lab, values, axis):
+    """An array that takes every second row or column of another."""
+    shape = [n * (1 + (i == axis)) for i, n in enumerate(values.shape)]
+    twice = lab.memory.empty(tuple(shape), values.dtype)
+    x = twice[:, ::2] if axis else twice[::2]
+    host(x)[...] = values
+    return x
+
+
+LAYOUTS = {  # how an array may lie, and whether it must be copied when it is x, or the weight
+    "as it comes": (lambda lab, v: lab.memory.put(v), False, False),
+    "columns of a wider one": (lambda lab, v: inside(lab, v, 0, 3, 2), False, False),
+    "a part of a larger one": (lambda lab, v: inside(lab, v, 2, 4, 4, 1), False, False),
+    "every second row": (lambda lab, v: alternate(lab, v, 0), False, False),
+    "by columns": (lambda lab, v: lab.memory.put(np.ascontiguousarray(v.T)).T, True, False),
+    "by columns, a part": (lambda lab, v: inside(lab, v.T.copy(), 1, 1, 2).T, True, False),
+    "every second column": (lambda lab, v: alternate(lab, v, 1), True, True),
+    "upside down": (lambda lab, v: lab.memory.put(v[::-1].copy())[::-1], True, True),
+    "every row the same": (None, True, False),
+}
+BIASES = {
+    "none": lambda lab, v: None,
+    "bias": lambda lab, v: lab.memory.put(v),
+    "bias on an odd place": lambda lab, v: inside(lab, v[None], 0, 1, 0)[0],
+    "every second": lambda lab, v: alternate(lab, v, 0),
+}
+ACTIVATIONS = [kernels.identity, kernels.relu, kernels.tanh, kernels.softmax]
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def right(x, weight, bias, activation):
+    """The result by NumPy: rounded after the product, and at the end."""
+    y = host(x).astype("f8") @ host(weight).astype("f8")
+    if bias is not None:
+        y += host(bias).astype("f8")
+    return activation.reference(y.astype("f4")).astype(x.dtype)
+
+
+def check(x, weight, bias, activation):
+    arrays = [each for each in (x, weight, bias) if each is not None]
+    before = [host(each).tobytes() for each in arrays]
+    y = kernels.linear(x, weight, bias, activation=activation)
+    assert [host(each).tobytes() for each in arrays] == before
+    assert y.dtype == x.dtype
+    wanted = right(x, weight, bias, activation)
+    np.testing.assert_array_equal(host(y).astype("f8"), wanted.astype("f8"))
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 8, 16), (1, 8, 3), (3, 1, 4), (6, 7, 1), (1, 1, 1)], ids=str)
+def test_x_may_lie_in_any_way(lab, dtype, layout, shape):
+    m, k, n = shape
+    lay, copied, _ = LAYOUTS[layout]
+    values = whole((m, k), dtype, 0)
+    if lay is None:
+        row = lab.memory.put(values[:1])
+        x = cupy.lib.stride_tricks.as_strided(row, (m, k), (0, row.strides[1]))
+    else:
+        x = lay(lab, values)
+    weight = lab.memory.put(whole((k, n), dtype, 1))
+    bias = lab.memory.put(whole((n,), dtype, 2))
+    check(x, weight, bias, kernels.relu)
+    if min(shape) > 1:
+        assert bool(lab.copies) == copied
+        assert lab.products == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if LAYOUTS[name][0]])
+@pytest.mark.parametrize("shape", [(5, 8, 16), (1, 8, 3), (3, 1, 4), (6, 7, 1), (1, 1, 1)], ids=str)
+def test_the_weight_may_lie_in_any_way(lab, dtype, layout, shape):
+    m, k, n = shape
+    lay, _, copied = LAYOUTS[layout]
+    x, weight = lab.memory.put(whole((m, k), dtype, 0)), lay(lab, whole((k, n), dtype, 1))
+    check(x, weight, lab.memory.put(whole((n,), dtype, 2)), kernels.identity)
+    if min(shape) > 1:
+        assert bool(lab.copies) == copied
+        assert {bool(call.turned) for call in lab.lt.calls} == {layout.startswith("by columns")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize("fused_is_faster", [True, False])
+def test_bias_and_activation(lab, dtype, bias, activation, fused_is_faster):
+    lab.pass_cost = 0.05 if fused_is_faster else -0.05
+    x, weight = lab.memory.put(whole((6, 8), dtype, 0)), lab.memory.put(whole((8, 12), dtype, 1))
+    there = BIASES[bias](lab, whole((12,), dtype, 2))
+    for _ in range(2):
+        check(x, weight, there, activation)
+    fusable = there is not None and activation in (kernels.identity, kernels.relu)
+    fused = fusable and fused_is_faster
+    assert (lab.lt.calls[-1].epilogue != _lt.DEFAULT) == fused
+    assert lab.lt.calls[-1].result == (dtype if fused or not lab.passes else "float32")
+    assert bool(lab.copies) == (bias == "every second")
+    if bias == "bias on an odd place":
+        assert lab.lt.calls[-1].alignment == (x.itemsize if fusable else 256)
+
+
+def test_one_row_is_never_copied(lab):
+    wide, weight, bias = arrays(lab, 3, 8)
+    for x in (wide[1][None], wide[1:2], wide[::2][1:]):
+        check(x, weight, bias, kernels.relu)
+    assert lab.copies == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_leading_axes_are_rows(lab, dtype):
+    x = lab.memory.put(whole((4, 3, 8), dtype, 0))
+    weight = lab.memory.put(whole((8, 5), dtype, 1))
+    y = kernels.matmul(x, weight)
+    assert y.shape == (4, 3, 5)
+    np.testing.assert_array_equal(host(y), host(x).astype("f4") @ host(weight).astype("f4"))
+    assert kernels.linear(x[0, 0], weight).shape == (5,)
+    assert kernels.linear(x[:0], weight).shape == (0, 3, 5)
+    assert {call.rows for call in lab.lt.calls} == {12, 1}
+
+
+def test_sums_of_nothing(lab):
+    bias = lab.memory.put(whole((3,), "float32", 0))
+    for m, k, n in [(4, 0, 3), (0, 5, 3), (4, 5, 0), (0, 0, 0)]:
+        x, weight = lab.memory.empty((m, k), "f4"), lab.memory.empty((k, n), "f4")
+        y = kernels.linear(x, weight, bias if n else None, activation=kernels.sigmoid)
+        assert y.shape == (m, n)
+        if n:
+            wanted = np.tile(kernels.sigmoid(host(bias)), (m, 1))
+            np.testing.assert_array_equal(host(y), wanted)
+    assert lab.lt.calls == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize("layout", ["as it comes", "by columns", "every second row"])
+def test_a_narrow_head_is_padded_to_rows_of_16_bytes(lab, dtype, activation, layout):
+    x = lab.memory.put(whole((1024, 16), dtype, 0))
+    weight = LAYOUTS[layout][0](lab, whole((16, 10), dtype, 1))
+    bias = lab.memory.put(whole((10,), dtype, 2))
+    y = check(x, weight, bias, activation)
+    across = 16 if dtype == "float32" else 10  # rounded to 16 bits, it is an array of its own
+    assert (y.shape, y.strides) == ((1024, 10), (across * y.itemsize, y.itemsize))
+    assert lab.lt.calls[-1].lds == [16, 16, 16]
+    deep = kernels.linear(x.reshape(32, 32, 16), weight, bias, activation=activation)
+    np.testing.assert_array_equal(host(deep).reshape(1024, 10), host(y))
+    host(weight)[...] = -host(weight)  # no one keeps the padded weight
+    check(x, weight, bias, activation)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1023, 16, 10), (1024, 15, 10), (1024, 16, 12)], ids=str)
+def test_what_gains_nothing_is_not_padded(lab, m, k, n):
+    x, weight = lab.memory.put(whole((m, k), "f4", 0)), lab.memory.put(whole((k, n), "f4", 1))
+    assert check(x, weight, None, kernels.identity).flags.c_contiguous
+    assert lab.copies == []
+
+
+def test_float32_is_float32_unless_tf32_is_asked_for(lab):
+    def compute(dtype):
+        x, weight = lab.memory.put(whole((4, 8), dtype, 0)), lab.memory.put(whole((8, 8), dtype, 1))
+        check(x, weight, None, kernels.identity)
+        return lab.lt.calls[-1].compute
+
+    assert [compute(each) for each in DTYPES] == [68, 68, 68]
+    with tf32():
+        assert [compute(each) for each in DTYPES] == [77, 68, 68]
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(compute("float32")))
+        thread.start()
+        thread.join()
+        assert seen == [68]
+    assert compute("float32") == 68
+
+
+def arrays(lab, m=4, k=8, n=8, dtype="float32"):
+    x, weight = lab.memory.put(whole((m, k), dtype, 0)), lab.memory.put(whole((k, n), dtype, 1))
+    return x, weight, lab.memory.put(whole((n,), dtype, 2))
+
+
+def test_the_fastest_algorithm_is_taken_and_kept(lab):
+    lab.lt.cost = lambda algorithm, epilogue, rows: {1: 0.3, 2: 0.1, 3: 0.2}[algorithm]
+    x, weight, bias = arrays(lab)
+    check(x, weight, bias, kernels.identity)
+    last, events = lab.lt.calls[-1], lab.events
+    assert (last.algorithm, last.size) == (2, 4096)
+    assert events
+    lab.lt.calls.clear()
+    check(x, weight, bias, kernels.identity)
+    assert [(call.algorithm, call.size) for call in lab.lt.calls] == [(2, 4096)]
+    assert lab.events == events
+
+
+def test_of_equals_the_first_proposal_is_taken(lab):
+    lab.lt.cost = lambda algorithm, epilogue, rows: 0.1 - 0.001 * algorithm
+    check(*arrays(lab)[:2], None, kernels.identity)
+    assert lab.lt.calls[-1].algorithm == 1
+
+
+def test_the_fused_kernel_is_taken_only_where_it_is_faster_than_two(lab):
+    lab.lt.cost = lambda algorithm, epilogue, rows: 0.16 if epilogue == _lt.BIAS else 0.1
+    x, weight, bias = arrays(lab)
+    check(x, weight, bias, kernels.identity)
+    assert lab.lt.calls[-1].epilogue == _lt.DEFAULT
+    check(x, weight, bias, kernels.relu)
+    assert lab.lt.calls[-1].epilogue == _lt.RELU_BIAS
+
+
+def test_long_products_are_timed_once_and_no_more_rows_than_tell(lab):
+    lab.lt.cost = lambda algorithm, epilogue, rows: 5.0
+    x, weight, _ = arrays(lab, 10000, 4, 4)
+    check(x, weight, None, kernels.identity)
+    assert [call.rows for call in lab.lt.calls] == [8192] * 2 * 3 + [10000]
+
+
+def test_a_ragged_tail_is_not_timed_again(lab):
+    weight, bias = arrays(lab)[1:]
+    check(arrays(lab, 128)[0], weight, bias, kernels.relu)
+    events = lab.events
+    for m in (127, 100, 65):
+        lab.lt.calls.clear()
+        check(arrays(lab, m)[0], weight, bias, kernels.relu)
+        assert [call.rows for call in lab.lt.calls] == [m]
+    assert lab.events == events
+    check(arrays(lab, 64)[0], weight, bias, kernels.relu)
+    assert lab.events > events
+
+
+def test_an_algorithm_that_does_not_fit_other_rows_gives_way_to_a_proposal(lab):
+    lab.lt.cost = lambda algorithm, epilogue, rows: 1 / algorithm
+    weight = arrays(lab)[1]
+    check(arrays(lab, 128)[0], weight, None, kernels.identity)
+    assert lab.lt.calls[-1].algorithm == 3
+    lab.lt.check_refuses = True
+    check(arrays(lab, 127)[0], weight, None, kernels.identity)
+    assert lab.lt.calls[-1].algorithm == 1
+
+
+def test_nothing_is_timed_or_asked_during_capture(lab):
+    lab.capturing = True
+    lab.lt.cost = lambda algorithm, epilogue, rows: 1 / algorithm
+    x, weight, bias = arrays(lab)
+    check(x, weight, bias, kernels.relu)
+    assert [(call.algorithm, call.epilogue) for call in lab.lt.calls] == [(1, _lt.DEFAULT)]
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+@pytest.mark.parametrize("m", [4, 1024])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_alone_is_rounded_where_it_is_made(lab, dtype, m, capturing):
+    lab.capturing = capturing
+    check(*arrays(lab, m, 16, 10, dtype)[:2], None, kernels.identity)
+    assert {call.result for call in lab.lt.calls} == {dtype}
+
+
+def test_what_was_chosen_before_is_used_during_capture(lab):
+    lab.lt.cost = lambda algorithm, epilogue, rows: 1 / algorithm
+    x, weight, bias = arrays(lab)
+    check(x, weight, bias, kernels.relu)
+    lab.capturing = True
+    for m in (4, 3):  # the same rows, and another number of them
+        check(arrays(lab, m)[0], weight, bias, kernels.relu)
+        assert (lab.lt.calls[-1].algorithm, lab.lt.calls[-1].epilogue) == (3, _lt.RELU_BIAS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("drops", [True, False])
+def test_an_epilogue_that_drops_nan_is_not_used(lab, dtype, drops):
+    if drops:
+        lab.lt.relu = np.fmax
+    x, weight, bias = arrays(lab, dtype=dtype)
+    host(x)[2, 3] = np.nan
+    y = check(x, weight, bias, kernels.relu)
+    assert np.isnan(host(y)[2].astype("f4")).all()
+    assert (lab.lt.calls[-1].epilogue == _lt.DEFAULT) == drops
+
+
+def test_partial_sums_of_16_bits_are_not_rounded_to_16_bits(lab):
+    for dtype in DTYPES:
+        check(*arrays(lab, dtype=dtype)[:2], None, kernels.identity)
+    schemes = [each.get(_lt.REDUCTION_SCHEMES) for each in lab.lt.preferences]
+    assert schemes == [None, 2, 2]
+    assert {each[_lt.MAX_WORKSPACE] for each in lab.lt.preferences} == {32 << 20}
+
+
+def test_plans_are_bounded_and_what_they_hold_is_destroyed(lab, monkeypatch):
+    monkeypatch.setattr(_lt, "MOST_PLANS", 5)
+    monkeypatch.setattr(_lt, "MOST_CHOICES", 3)
+    weight, bias = arrays(lab)[1:]
+    for m in range(1, 40):
+        check(arrays(lab, m)[0], weight, bias, kernels.relu)
+    gc.collect()
+    assert (len(_lt._plans), len(_lt._choices)) == (5, 3)
+    kinds = [each.kind for each in lab.lt.things.values()]
+    assert (kinds.count("product"), kinds.count("layout")) == (5, 15)
+    assert (kinds.count("handle"), kinds.count("preference")) == (1, 0)
+    made = lab.lt.serial
+    for m in range(35, 40):  # it is the oldest that went
+        check(arrays(lab, m)[0], weight, bias, kernels.relu)
+    assert lab.lt.serial == made
+
+
+def test_a_thread_gets_its_own_bias_from_a_plan_that_two_share(lab):
+    x, weight, another = arrays(lab)
+    check(x, weight, another, kernels.identity)
+    assert lab.lt.calls[-1].epilogue == _lt.BIAS
+    biases = [lab.memory.put(np.full(8, 100.0 * i, "f4")) for i in range(2)]
+    ready, wrong = threading.Barrier(2), []
+    lab.lt.pause = 0.02  # between the step that sets the bias and the one that launches
+
+    def work(bias):
+        for _ in range(5):
+            ready.wait()
+            y = kernels.linear(x, weight, bias)
+            wrong.append(not np.array_equal(host(y), right(x, weight, bias, kernels.identity)))
+
+    threads = [threading.Thread(target=work, args=(each,)) for each in biases]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert wrong == [False] * 10
+    assert len(_lt._plans) == 1
+
+
+def test_threads_that_ask_at_once_make_one_plan(lab):
+    lab.lt.pause = 0.003
+    x, weight, bias = arrays(lab)
+    ready, failed = threading.Barrier(4), []
+
+    def work():
+        ready.wait()
+        try:
+            check(x, weight, bias, kernels.relu)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert failed == []
+    gc.collect()
+    assert [each.kind for each in lab.lt.things.values()].count("product") == 1
+    assert len(_lt._handles) == 1
+    assert lab.lt.made == 3  # the product alone, with its epilogue, and the one that stays
+
+
+def test_a_full_device_says_so_in_words_that_the_engine_knows(lab):
+    x, weight, _ = arrays(lab)
+    check(x, weight, None, kernels.identity)
+    lab.lt.fails = dict.fromkeys((1, 2, 3), 3)
+    with pytest.raises(_lt.LtError, match=r"CUBLAS_STATUS_ALLOC_FAILED for \(4, 8\) @ \(8, 8\)"):
+        kernels.linear(x, weight)
+
+
+@pytest.mark.parametrize("room", [0, 512])
+def test_no_memory_for_a_result_or_a_workspace_is_cupys_own_error(lab, room):
+    lab.lt.algorithms = [(2, 4096)]
+    x, weight, _ = arrays(lab)
+    lab.memory.room = room
+    with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+        kernels.linear(x, weight)
+
+
+def test_an_algorithm_whose_workspace_does_not_fit_is_passed_over(lab):
+    lab.lt.cost = lambda algorithm, epilogue, rows: {1: 0.3, 2: 0.1, 3: 0.2}[algorithm]
+    x, weight, _ = arrays(lab)
+    lab.memory.room = 4096
+    check(x, weight, None, kernels.identity)
+    assert lab.lt.calls[-1].algorithm == 3
+
+
+def test_an_algorithm_that_fails_is_passed_over(lab):
+    lab.lt.fails = {1: 13}
+    x, weight, bias = arrays(lab)
+    check(x, weight, bias, kernels.relu)
+    assert lab.lt.calls[-1].algorithm == 2
+
+
+def test_what_cublaslt_does_not_offer_goes_to_cupy_for_good(lab):
+    lab.lt.offers = set()
+    x, weight, bias = arrays(lab)
+    check(x, weight, bias, kernels.tanh)
+    asked = len(lab.lt.preferences)
+    check(x, weight, bias, kernels.tanh)
+    assert (lab.products, lab.lt.calls) == (2, [])
+    assert len(lab.lt.preferences) == asked
+
+
+def test_an_epilogue_that_cublaslt_does_not_offer_is_a_pass_of_its_own(lab):
+    lab.lt.offers = {_lt.DEFAULT}
+    check(*arrays(lab), kernels.relu)
+    assert (lab.products, lab.lt.calls[-1].epilogue) == (0, _lt.DEFAULT)
+
+
+def test_more_rows_than_cublaslt_counts_go_in_parts(lab, monkeypatch):
+    monkeypatch.setattr(_lt, "MOST_ELEMENTS", 1000)
+    monkeypatch.setattr(_lt, "PART", 400)
+    x, weight, bias = arrays(lab, 130)
+    check(x, weight, bias, kernels.relu)
+    assert {call.rows for call in lab.lt.calls} == {50, 30}
+    monkeypatch.setattr(_lt, "MOST_ELEMENTS", 1 << 31)
+    monkeypatch.setattr(_lt, "MOST_ROWS", 100)
+    lab.lt.calls.clear()
+    check(arrays(lab, 131)[0], weight, bias, kernels.relu)
+    assert {call.rows for call in lab.lt.calls} == {50, 31}
+
+
+@pytest.fixture
+def unfused(monkeypatch):
+    """What the reference body is given."""
+    given = []
+
+    def reference(*arrays, **options):
+        given.append((arrays, options))
+        return "unfused"
+
+    monkeypatch.setattr(_lt, "unfused", reference)
+    return given
+
+
+@pytest.fixture
+def without_nvmath(monkeypatch):
+    monkeypatch.setattr(_lt, "_library", lambda: (None, "nvmath-python is not installed"))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+def test_without_nvmath_cupy_multiplies(lab, activation, without_nvmath):
+    with tf32():
+        check(*arrays(lab), activation)
+    for dtype in DTYPES:
+        check(*arrays(lab, dtype=dtype)[:2], None, kernels.identity)
+    assert lab.products == 4
+    assert lab.lt.calls == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_without_nvmath_16_bits_are_widened_before_they_would_be_rounded_twice(
+    lab, dtype, unfused, without_nvmath
+):
+    x, weight, bias = arrays(lab, dtype=dtype)
+    assert kernels.linear(x, weight, bias) == "unfused"
+    assert kernels.linear(x, weight, activation=kernels.relu) == "unfused"
+    one = weight[:, :1]
+    assert kernels.matmul(x[:1], one) == "unfused"  # this one CuPy would sum in 16 bits
+    assert unfused[0] == ((kernels.linear, x, weight, bias), {"activation": kernels.identity})
+    assert lab.products == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("fused_is_faster", [True, False])
+@pytest.mark.parametrize("m", [64, 1024])
+def test_results_are_rounded_once(lab, dtype, activation, there, fused_is_faster, m):
+    lab.pass_cost = 0.05 if fused_is_faster else -0.05
+    x, weight, bias = (draw(shape, dtype, i) for i, shape in enumerate([(m, 64), (64, 10), (10,)]))
+    given = (x, weight, bias * 5) if there else (x, weight)
+    y = kernels.linear(*map(lab.memory.put, given), activation=activation)
+    value, error = error_bound(kernels.linear, *given, activation=activation)
+    assert compare("linear", "", "cpu", host(y), value, error).ratio < LIMIT / 2
+
+
+def test_what_has_no_fused_body_is_left_to_the_reference(lab, unfused, monkeypatch):
+    x, weight, bias = arrays(lab)
+    put = lab.memory.put
+    double = [put(np.ones(shape)) for shape in ((4, 8), (8, 8), (8,))]
+    cases = [
+        double,
+        [x, double[1], None],
+        [x, put(whole((8, 8), "float16", 0)), None],
+        [x, put(whole((7, 8), "float32", 0)), None],
+        [x, weight, put(whole((1,), "float32", 0))],
+        [x, weight, double[2]],
+        [x, host(weight), None],
+        [x, weight, host(bias)],
+    ]
+    for case in cases:
+        assert kernels.linear(*case) == "unfused"
+    check(x, weight, None, kernels.identity)  # a plan for these shapes is no plan for two devices
+    lab.lt.calls.clear()
+    other = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(x.data.ptr, x.nbytes, None, 1), 0)
+    assert kernels.linear(cupy.ndarray(x.shape, x.dtype, memptr=other), weight) == "unfused"
+    monkeypatch.setattr(_lt, "get_device_id", lambda: 1)
+    assert kernels.linear(x, weight) == "unfused"
+    assert len(unfused) == len(cases) + 2
+    assert lab.lt.calls == []
+
+
+def test_a_users_own_activation_is_called_on_the_product(lab, monkeypatch):
+    monkeypatch.setattr(kernels._dispatch, "KERNELS", dict(kernels.KERNELS))
+
+    @kernels.kernel
+    def doubled(y, *, out=None):
+        raise NotImplementedError
+
+    @doubled.on("cupy")
+    def doubled_on_the_host(y, *, out=None):
+        assert out is y
+        host(y)[...] *= 2
+        return y
+
+    x, weight, bias = arrays(lab)
+    y = kernels.linear(x, weight, bias, activation=doubled)
+    np.testing.assert_array_equal(host(y), 2 * right(x, weight, bias, kernels.identity))
+
+
+def test_fused_bodies_have_the_signatures_of_the_references():
+    for kernel, fused in [
+        (kernels.linear, cuda_linear.linear_lt),
+        (kernels.matmul, cuda_linear.matmul_lt),
+    ]:
+        assert inspect.signature(fused) == inspect.signature(kernel.reference)
+
+
+def test_why_not_says_what_is_missing(monkeypatch):
+    ask = _lt._library.__wrapped__
+    monkeypatch.setattr(_lt.importlib.util, "find_spec", lambda name: None)
+    library, why = ask()
+    assert library is None
+    assert why.startswith("nvmath-python is not installed; pip install nvmath-python")
+    monkeypatch.setattr(_lt, "_library", lambda: (None, why))
+    assert _lt.why_not() == why
+
+
+def test_a_library_that_does_not_load_is_told_of(monkeypatch):
+    pytest.importorskip("nvmath", reason="nvmath-python is not installed")
+    from nvmath.bindings import cublasLt
+
+    def broken():
+        raise OSError("libcublasLt.so.13:\n cannot open shared object file")
+
+    monkeypatch.setattr(cublasLt, "get_version", broken)
+    library, why = _lt._library.__wrapped__()
+    assert library is None
+    assert why.startswith(
+        "cuBLASLt cannot be loaded (OSError: libcublasLt.so.13: cannot open shared object file)"
+    )
+
+
+def test_the_numbers_are_those_of_nvidias_bindings():
+    pytest.importorskip("nvmath", reason="nvmath-python is not installed")
+    from nvmath import CudaDataType
+    from nvmath.bindings import cublas, cublasLt
+
+    names = {"float32": "CUDA_R_32F", "float16": "CUDA_R_16F", "bfloat16": "CUDA_R_16BF"}
+    assert {name: CudaDataType[names[name]] for name in names} == _lt.DATA_TYPES
+    assert _lt.COMPUTE_FLOAT32 == cublas.ComputeType.COMPUTE_32F
+    assert _lt.COMPUTE_TF32 == cublas.ComputeType.COMPUTE_32F_FAST_TF32
+    attribute = cublasLt.MatmulDescAttribute
+    assert _lt.TRANSPOSE_A == attribute.TRANSA
+    assert _lt.EPILOGUE == attribute.EPILOGUE
+    assert _lt.BIAS_POINTER == attribute.BIAS_POINTER
+    wish = cublasLt.MatmulPreferenceAttribute
+    assert _lt.MAX_WORKSPACE == wish.MAX_WORKSPACE_BYTES
+    assert _lt.REDUCTION_SCHEMES == wish.REDUCTION_SCHEME_MASK
+    assert tuple(wish[f"MIN_ALIGNMENT_{each}_BYTES"] for each in "ABCD") == _lt.MIN_ALIGNMENTS
+    assert _lt.REDUCE_IN_COMPUTE_TYPE == cublasLt.ReductionScheme.COMPUTE_TYPE
+    epilogue = cublasLt.Epilogue
+    assert (_lt.DEFAULT, _lt.BIAS, _lt.RELU_BIAS) == (
+        epilogue.DEFAULT,
+        epilogue.BIAS,
+        epilogue.RELU_BIAS,
+    )
+    assert {value: name for name, value in cublas.Status.__members__.items() if value} == _lt.STATUS
+    assert (cublas.Operation.N, cublas.Operation.T) == (False, True)
+    theirs = np.dtype(cublasLt.matmul_heuristic_result_dtype)
+    ours = _lt._Algorithm
+    assert theirs.itemsize == ctypes.sizeof(ours)
+    assert [theirs.fields[name][1] for name in ("algo", "workspace_size", "state")] == [
+        each.offset for each in (ours.algorithm, ours.workspace, ours.state)
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in vars(Lt) if not name.startswith("_") and name != "cuBLASLtError"]
+)
+def test_the_stand_in_takes_what_the_bindings_take(name):
+    pytest.importorskip("nvmath", reason="nvmath-python is not installed")
+    from nvmath.bindings import cublasLt
+
+    declared = getattr(cublasLt, name).__doc__.partition("(")[2].partition(")")[0]
+    count = len(declared.split(",")) if declared else 0
+    kinds = [each.kind for each in inspect.signature(getattr(Lt, name)).parameters.values()]
+    many = inspect.Parameter.VAR_POSITIONAL
+    assert len(kinds) - 1 == count or (many in kinds and count == 16)
+    assert hasattr(cublasLt, "cuBLASLtError")
