@@ -537,6 +537,33 @@ def test_a_capture_that_fails_is_ended(cuda):
     assert cuda.asked[-1] == "end"
 
 
+def test_a_pool_is_asked_on_its_own_device(cuda):
+    note = cuda.asked.append
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            note(f"on {self.index}")
+
+        def __exit__(self, *error):
+            note("off")
+
+    cuda.Device, cuda.using_allocator = Device, nullcontext
+    cuda.MemoryPool = lambda: types.SimpleNamespace(
+        set_limit=lambda size: note(size),
+        free_all_blocks=lambda: note("free"),
+        free_bytes=lambda: note("bytes") or 7,
+    )
+    pool = CudaBackend("cupy", "cuda:1", "").pool(1000)
+    pool.release()
+    pool.unused()
+    ons = [each for each in cuda.asked if each not in ("on 1", "off")]
+    assert ons == [1000, "free", "bytes"]
+    assert cuda.asked == [word for each in ons for word in ("on 1", each, "off")]
+
+
 def test_one_stream_waits_for_another_by_an_event_without_a_clock(cuda):
     CudaBackend("cupy", "cuda:0", "").order(cuda.stream(), cuda.stream())
     assert cuda.asked == ["record", "wait event True"]

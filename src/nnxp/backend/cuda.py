@@ -90,7 +90,7 @@ class CudaBackend(BlockBackend):
         after.wait_event(before.record(self.xp.cuda.Event(disable_timing=True)))
 
     def pool(self, limit: int | None) -> _Pool:
-        return _Pool(self.xp.cuda, limit)
+        return _Pool(self.xp.cuda, self.current(), limit)
 
     def pinned(self, size: int) -> HostArray:
         """Exactly so many bytes: cupyx.empty_pinned takes up to twice as many, and keeps them."""
@@ -122,20 +122,24 @@ class CudaBackend(BlockBackend):
 class _Pool:
     """A memory pool of CuPy's beside its default one; a chunk is used again on its own stream only.
 
-    The default pool is the caller's, and what a graph uses must go to nobody else.
+    The default pool is the caller's, and what a graph uses must go to nobody else. CuPy asks which
+    device is the current one whatever it is asked of a pool.
     """
 
-    def __init__(self, cuda: Any, limit: int | None) -> None:
-        self._pool, self._allocator = cuda.MemoryPool(), cuda.using_allocator
+    def __init__(self, cuda: Any, device: Any, limit: int | None) -> None:
+        self._pool, self._device, self._allocator = cuda.MemoryPool(), device, cuda.using_allocator
         if limit is not None:
-            self._pool.set_limit(size=limit)
+            with device:
+                self._pool.set_limit(size=limit)
 
     def use(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self._allocator(self._pool.malloc)
         return context
 
     def release(self) -> None:
-        self._pool.free_all_blocks()
+        with self._device:
+            self._pool.free_all_blocks()
 
     def unused(self) -> int:
-        return int(self._pool.free_bytes())
+        with self._device:
+            return int(self._pool.free_bytes())
