@@ -424,6 +424,14 @@ def test_layers_that_are_not_ours_are_not_recorded():
     assert not engine._places[0].recorded
 
 
+def test_nothing_is_recorded_beside_what_a_limit_allows(devices):
+    engine, x = nnxp.Engine(NET, "sim", memory_limit=SMALL), nnxp.to_backend(X[:3], "sim")
+    for _ in range(5):
+        engine(X[:3])
+        engine(x)
+    assert not engine._places[0].recorded
+
+
 def test_recordings_are_bounded():
     engine = nnxp.Engine(NET, "sim")
     for rows in range(1, 60):

@@ -152,7 +152,7 @@ class Engine:
                     place.known[shape[1:]].most_rows = found
 
             together([partial(sweep, *each) for each in zip(*plans, strict=True)], cursor.stop)
-        if type(rows) is np.ndarray and rows.dtype.isnative and not given:
+        if type(rows) is np.ndarray and rows.dtype.isnative and not given and not self.memory_limit:
             self._remember(rows, dtype, plans[1][0], output)
         return out
 
@@ -184,7 +184,7 @@ class Engine:
         if self.backend.device != "cpu":
             for place in self._places[:1]:  # none, if it was closed meanwhile
                 place.meet(x, partial(self._forward, dtype=dtype, output=output[1:]))
-        elif self.memory_limit is None:
+        else:
             if len(self._direct) >= MOST_KINDS:
                 self._direct.clear()
             self._direct[x.dtype, x.shape[1:]] = _Direct(dtype, plan.rows, output[1:])
@@ -241,7 +241,7 @@ class Engine:
                 return backend.xp.empty(output, dtype) if out is None else out
             plan = self._plan(place, x.shape)
             made = backend.through(partial(fn, model), x, out, output, dtype, plan)
-        if out is None:
+        if out is None and self.memory_limit is None:
             place.meet(x, fn)
         return made
 
