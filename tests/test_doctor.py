@@ -43,6 +43,7 @@ HEALTHY = {  # a machine with a GPU, and all in order
         "cupy": "14.2.0",
         "cupy_cuda": "13.2",
         "nvrtc": {"ok": True, "reason": "13.0"},
+        "cublaslt": {"ok": True, "reason": "products go through it"},
         "kernel_cache": {"ok": True, "reason": "/root/.cupy/kernel_cache"},
         "devices": {"cuda:0": {"ok": True, "reason": "NVIDIA H100", "hint": ""}},
     },
@@ -62,6 +63,7 @@ NO_CUPY = {
     "cuda.cupy": None,
     "cuda.cupy_cuda": None,
     "cuda.nvrtc": None,
+    "cuda.cublaslt": None,
     "cuda.devices": {},
 }
 NO_DRIVER = {"cuda.traces": [], "cuda.driver_cuda": None, "cuda.devices": {}}
@@ -195,6 +197,20 @@ def test_what_could_hurt_a_gpu_that_works_is_a_note():
     assert found({"cuda.kernel_cache": FAILED})[0][0] == "note"
     cards = {"cuda:0": HEALTHY["cuda"]["devices"]["cuda:0"], "cuda:1": FAILED}
     assert found({"cuda.devices": cards}) == [("note", "mend it")]
+
+
+@pytest.mark.parametrize(
+    ("cupy_cuda", "bindings"), [("12.9", ">=12.9.2,<13"), ("13.2", ">=13.0.1,<14")]
+)
+def test_bindings_that_are_missing_are_a_matter_of_speed_where_a_gpu_works(cupy_cuda, bindings):
+    reason = "nvmath-python is not installed; pip install nvmath-python brings it"
+    missing = {"cuda.cublaslt": {"ok": False, "reason": reason}, "cuda.cupy_cuda": cupy_cuda}
+    mend = f'pip install nvmath-python "cuda-bindings{bindings}"'
+    assert found(missing) == [("slow", mend)]
+    (problem,) = problems_in(machine(missing))
+    assert problem.what.endswith(": nvmath-python is not installed")
+    without = found(NO_GPU, NO_DRIVER, missing)
+    assert mend not in [each for _, each in without]
 
 
 def test_gpus_that_a_variable_hides_are_found(monkeypatch):
@@ -391,6 +407,37 @@ def test_a_cache_is_writable_if_a_file_can_be_made_there(monkeypatch, tmp_path):
     assert not doctor._kernel_cache()["ok"]  # a file cannot hold one: this holds for root too
     monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
     assert doctor._kernel_cache()["ok"]
+
+
+def started(number):
+    """CuPy on a machine where cuBLAS gives this number for its version."""
+    return SimpleNamespace(
+        cuda=SimpleNamespace(
+            is_available=lambda: number is not None,
+            device=SimpleNamespace(get_cublas_handle=lambda: 7),
+            cublas=SimpleNamespace(getVersion=lambda handle: number if handle == 7 else 0),
+        )
+    )
+
+
+def test_cublas_tells_its_version_where_it_can_be_started(monkeypatch):
+    for cupy, version in ((started(120103), "12.1.3"), (started(131000), "13.10.0")):
+        monkeypatch.setattr(doctor, "_cupy", lambda cupy=cupy: cupy)
+        assert doctor._cublas() == version
+    for cupy in (started(None), None):
+        monkeypatch.setattr(doctor, "_cupy", lambda cupy=cupy: cupy)
+        assert doctor._cublas() is None
+
+
+@pytest.mark.parametrize("why", [None, "nvmath-python is not installed; pip install it"])
+def test_whether_products_go_through_cublaslt_is_asked_of_the_products(monkeypatch, why):
+    lt = SimpleNamespace(why_not=lambda: why)
+    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda", SimpleNamespace(_lt=lt))
+    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda._lt", lt)
+    monkeypatch.setattr(doctor, "_cupy", lambda: started(None))
+    assert doctor._cublaslt() == {"ok": why is None, "reason": why or "products go through it"}
+    monkeypatch.setattr(doctor, "_cupy", lambda: None)
+    assert doctor._cublaslt() is None
 
 
 class Card:
