@@ -33,7 +33,7 @@ from nnxp.testing import LIMIT, error_bound
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches the CUDA kernels")
 
 from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy)
-from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, source  # noqa: E402
+from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa: E402
 from nnxp.kernels.cuda._rows import over_rows  # noqa: E402
 from nnxp.kernels.cuda.activations import bias_act  # noqa: E402
 
@@ -46,6 +46,10 @@ FUSED = [name for name, each in kernels.KERNELS.items() if "cupy" in each._fused
 OURS = [*ELEMENTWISE, *SOFTMAXES, *NORMS]
 
 every_type = pytest.mark.parametrize("dtype", TYPES)
+
+# Of x, and of what is computed from it: the same, or rounded from float32.
+PAIRS = [*zip(TYPES, TYPES, strict=True), ("float32", "float16"), ("float32", "bfloat16")]
+every_pair = pytest.mark.parametrize(("wide", "dtype"), PAIRS)
 
 
 # CuPy arrays on host memory
@@ -136,7 +140,8 @@ def host_allocator(monkeypatch):
 class Launches(list):
     """Records launches as (file, name, grid, block, args) instead of making them."""
 
-    def kernel(self, file, name):
+    def kernel(self, file, *instance):
+        name = cpp_name(*instance)
         return lambda grid, block, args: self.append((file, name, grid, block, args))
 
 
@@ -166,13 +171,14 @@ def instances():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compiled, "kernel", asked.kernel)
         patch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
-        for dtype, shift, width in product(TYPES, (0, 1), (4096, 4104)):
-            x, bias = nowhere(8, 4096, dtype, shift, width), nowhere(1, 4096, dtype)[0]
+        for (wide, dtype), shift in product(PAIRS, (0, 1)):
+            x, y = (nowhere(8, 4096, each, shift) for each in (wide, dtype))
             for each in map(kernels.ACTIVATIONS.get, ELEMENTWISE):
-                bias_act(x, None, each, x)
-                bias_act(x, bias, each, x)
-            for op, cols in product((*SOFTMAXES, *NORMS), [*range(1, 1100), 5000]):
-                over_rows(op, *[nowhere(8, cols, dtype, shift)] * 2)
+                bias_act(x, None, each, y)
+                bias_act(x, nowhere(1, 4096, dtype)[0], each, y)
+            ops = (*SOFTMAXES, *NORMS) if wide == dtype else SOFTMAXES
+            for op, cols in product(ops, [*range(1, 1100), 5000]):
+                over_rows(op, *(nowhere(8, cols, each, shift) for each in (wide, dtype)))
     return {file: sorted({name for f, name, *_ in asked if f == file}) for file in SOURCES}
 
 
@@ -283,7 +289,7 @@ def libraries(request):
 def c_argument(value):
     if value is None or isinstance(value, cupy.ndarray):
         return ctypes.c_void_p(value.data.ptr if value is not None else None)
-    return {np.int64: ctypes.c_int64, np.float32: ctypes.c_float}[type(value)](value)
+    return {int: ctypes.c_longlong, np.float32: ctypes.c_float}[type(value)](value)
 
 
 class HostGpu:
@@ -292,8 +298,8 @@ class HostGpu:
     def __init__(self, libraries, backwards=False, most_blocks=None):
         self.libraries, self.backwards, self.most_blocks = libraries, backwards, most_blocks
 
-    def kernel(self, file, name):
-        run = self.libraries[file][f"kernel_{instances()[file].index(name)}"]
+    def kernel(self, file, *instance):
+        run = self.libraries[file][f"kernel_{instances()[file].index(cpp_name(*instance))}"]
         run.restype = ctypes.c_char_p
 
         def launch(grid, block, args):
@@ -389,21 +395,40 @@ MATRICES = [
 ]
 
 
-@every_type
+@every_pair
 @pytest.mark.parametrize(("rows", "cols", "width", "shift", "out_shift"), MATRICES)
 @pytest.mark.parametrize("name", ["identity", "sigmoid", *SOFTMAXES])
-def test_bias_and_activation_in_one_pass(name, rows, cols, width, shift, out_shift, dtype, gpu):
+def test_bias_and_activation_in_one_pass(
+    name, rows, cols, width, shift, out_shift, wide, dtype, gpu
+):
     activation = kernels.ACTIVATIONS[name]
-    values, bias = drawn((rows, cols), dtype), drawn(cols, dtype, 1)
-    x = Place(rows, cols, dtype, width, shift).filled(values)
+    values, bias = drawn((rows, cols), wide), drawn(cols, dtype, 1)
+    x = Place(rows, cols, wide, width, shift).filled(values)
     out = Place(rows, cols, dtype, None, out_shift)
     assert bias_act(x.device, on_device(bias), activation, out.device) is out.device
     near(out.host, lambda x, b: activation(x + b), values, bias, dtype=dtype)
     np.testing.assert_array_equal(x.host, values)
-    assert bias_act(x.device, None, activation, x.device) is x.device
-    near(x.host, activation, values, dtype=dtype)
+    last = x if wide == dtype else Place(rows, cols, dtype, width, out_shift)
+    assert bias_act(x.device, None, activation, last.device) is last.device
+    near(last.host, activation, values, dtype=dtype)
     assert x.untouched_around()
     assert out.untouched_around()
+    assert last.untouched_around()
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float32_is_rounded_to_16_bits_once_and_with_nothing_lost_before(name, dtype, gpu):
+    activation, x = kernels.ACTIVATIONS[name], every_number("float32")[None]
+    exact, once = Place(*x.shape, "float32"), Place(*x.shape, dtype)
+    for bias in (None, drawn(x.size, dtype)):
+        given = on_device(x)
+        bias_act(given, bias if bias is None else on_device(bias), activation, once.device)
+        wider = bias if bias is None else on_device(bias.astype("float32"))
+        bias_act(given, wider, activation, exact.device)
+        with np.errstate(over="ignore"):
+            wanted = exact.host.astype(once.host.dtype).astype("float32")
+        np.testing.assert_array_equal(once.host.astype("float32"), wanted)
 
 
 def test_a_grid_shorter_than_the_rows_goes_on_until_all_are_done(gpu):
@@ -563,39 +588,56 @@ def test_these_kernels_have_fused_bodies():
     assert sorted(set(OURS) - set(FUSED)) == []
 
 
-@every_type
-def test_packs_are_asked_for_only_where_every_row_allows_them(dtype, launches):
-    full = 16 // float_dtype(dtype).itemsize
+@every_pair
+def test_packs_are_asked_for_only_where_every_row_allows_them(wide, dtype, launches):
+    full, fits = 16 // float_dtype(dtype).itemsize, wide == "float32"  # 68 of these
     bias, askew = nowhere(1, 64, dtype)[0], nowhere(1, 64, dtype, shift=1)[0]
     for x, out, b, wanted in [
-        (nowhere(9, 64, dtype), nowhere(9, 64, dtype), bias, full),
-        (nowhere(9, 64, dtype, width=72), nowhere(9, 64, dtype), bias, full),
-        (nowhere(9, 64, dtype, width=72), nowhere(9, 64, dtype), None, full),
-        (nowhere(9, 64, dtype, shift=full), nowhere(9, 64, dtype), bias, full),
-        (nowhere(1, 64, dtype, width=65), nowhere(1, 64, dtype), bias, full),
-        (nowhere(9, 64, dtype, width=65), nowhere(9, 64, dtype), bias, 1),
-        (nowhere(9, 64, dtype), nowhere(9, 64, dtype, width=65), bias, 1),
-        (nowhere(9, 64, dtype, shift=1), nowhere(9, 64, dtype), bias, 1),
-        (nowhere(9, 64, dtype), nowhere(9, 64, dtype, shift=1), bias, 1),
-        (nowhere(9, 64, dtype), nowhere(9, 64, dtype), askew, 1),
-        (nowhere(9, 62, dtype, width=64), nowhere(9, 62, dtype, width=64), bias[:62], 1),
+        (nowhere(9, 64, wide), nowhere(9, 64, dtype), bias, full),
+        (nowhere(9, 64, wide, width=72), nowhere(9, 64, dtype), bias, full),
+        (nowhere(9, 64, wide, width=72), nowhere(9, 64, dtype), None, full),
+        (nowhere(9, 64, wide, shift=full), nowhere(9, 64, dtype), bias, full),
+        (nowhere(1, 64, wide, width=65), nowhere(1, 64, dtype), bias, full),
+        (nowhere(9, 64, wide, width=65), nowhere(9, 64, dtype), bias, 1),
+        (nowhere(9, 64, wide), nowhere(9, 64, dtype, width=65), bias, 1),
+        (nowhere(9, 64, wide, width=68), nowhere(9, 64, dtype), bias, full if fits else 1),
+        (nowhere(9, 60, wide), nowhere(9, 60, dtype), bias[:60], 4 if full == 4 else 1),
+        (nowhere(9, 64, wide, shift=1), nowhere(9, 64, dtype), bias, 1),
+        (nowhere(9, 64, wide), nowhere(9, 64, dtype, shift=1), bias, 1),
+        (nowhere(9, 64, wide), nowhere(9, 64, dtype), askew, 1),
+        (nowhere(9, 62, wide, width=64), nowhere(9, 62, dtype, width=64), bias[:62], 1),
     ]:
         for activation in (kernels.relu, kernels.softmax):
             launches.clear()
             bias_act(x, b, activation, out)
             name = launches[0][1]
-            assert re.split("[,>] ?", name)[2] == str(wanted), name
+            assert re.split("[,>] ?", name)[3] == str(wanted), name
 
 
 def test_one_long_row_when_nothing_stands_between_the_rows(launches):
     x = nowhere(1000, 50, "float32")
     bias_act(x, None, kernels.relu, x)
     [(file, name, grid, block, args)] = launches
-    assert (file, name) == ("activations.cu", "activate<float, act::relu>")
+    assert (file, name) == ("activations.cu", "activate<float, float, act::relu>")
     assert (grid, block) == ((13,), (256,))
     assert args[:2] == (x, x)
     assert args[2:] == (50000, 0.0)
-    assert [type(each) for each in args[2:]] == [np.int64, np.float32]
+    assert [type(each) for each in args[2:]] == [int, np.float32]
+
+
+@every_pair
+@pytest.mark.parametrize("shift", [0, 1, 8])
+@pytest.mark.parametrize("out_shift", [0, 1, 8])
+def test_one_long_row_moves_in_packs_only_if_both_ends_allow_it(
+    wide, dtype, shift, out_shift, launches
+):
+    bias_act(nowhere(9, 24, wide, shift), None, kernels.relu, nowhere(9, 24, dtype, out_shift))
+    [(_, name, _, _, args)] = launches
+    if 1 in (shift, out_shift):
+        assert name == cpp_name("bias_act", wide, dtype, "act::relu", 1)
+        assert args[3:5] == (1, 216)
+    else:
+        assert name == cpp_name("activate", wide, dtype, "act::relu")
 
 
 @pytest.mark.parametrize(
@@ -617,28 +659,28 @@ def test_what_a_launch_is_given(rows, cols, width, grid, block, launches):
     assert (made_grid, made_block) == (grid, block)
     assert [each.data.ptr for each in args[:3]] == [x.data.ptr, bias.data.ptr, y.data.ptr]
     assert args[3:] == (rows, cols, width, cols, 1.0)
-    assert [type(each) for each in args[3:]] == [np.int64] * 4 + [np.float32]
+    assert [type(each) for each in args[3:]] == [int] * 4 + [np.float32]
 
 
 @pytest.mark.parametrize(
     ("rows", "cols", "shift", "name", "grid", "block"),
     [
-        (1000, 10, 0, "held<float, op::softmax, 1, 16, 1>", (125,), (128,)),
-        (1000, 32, 0, "held<float, op::softmax, 4, 8, 1>", (63,), (128,)),
-        (1000, 1000, 0, "held<float, op::softmax, 4, 32, 8>", (250,), (128,)),
-        (1000, 500, 1, "held<float, op::softmax, 1, 32, 16>", (250,), (128,)),
-        (1000, 1028, 0, "streamed<float, op::softmax, 4>", (1000,), (256,)),
-        (70000, 100000, 0, "streamed<float, op::softmax, 4>", (70000,), (1024,)),
+        (1000, 10, 0, "held<float, float, op::softmax, 1, 16, 1>", (125,), (128,)),
+        (1000, 32, 0, "held<float, float, op::softmax, 4, 8, 1>", (63,), (128,)),
+        (1000, 1000, 0, "held<float, float, op::softmax, 4, 32, 8>", (250,), (128,)),
+        (1000, 500, 1, "held<float, float, op::softmax, 1, 32, 16>", (250,), (128,)),
+        (1000, 1028, 0, "streamed<float, float, op::softmax, 4>", (1000,), (256,)),
+        (70000, 100000, 0, "streamed<float, float, op::softmax, 4>", (70000,), (1024,)),
     ],
 )
 def test_what_a_launch_over_rows_is_given(rows, cols, shift, name, grid, block, launches):
     x = nowhere(rows, cols, "float32", shift)
-    over_rows("softmax", x, x, eps=0)
+    over_rows("softmax", x, x)
     [(file, made_name, made_grid, made_block, args)] = launches
     assert (file, made_name, made_grid, made_block) == ("rows.cu", name, grid, block)
     assert args[1:4] == (None, None, None)
     assert args[5:] == (rows, cols, cols, cols, 0.0)
-    assert [type(each) for each in args[5:]] == [np.int64] * 4 + [np.float32]
+    assert [type(each) for each in args[5:]] == [int] * 4 + [np.float32]
 
 
 def test_nothing_is_launched_for_an_array_of_another_device(launches, monkeypatch):

@@ -249,8 +249,7 @@ class Cupy(SimpleNamespace):
         return self.memory.put(np.full(shape, value, dtype))
 
     def copyto(self, to, x, casting="same_kind"):
-        if to.dtype == x.dtype:
-            self.copies.append("copyto")
+        self.copies.append("copyto")
         host(to)[...] = host(x).astype(to.dtype)
 
     def ascontiguousarray(self, x):
@@ -267,11 +266,13 @@ class Cupy(SimpleNamespace):
 
     def bias_act(self, x, bias, activation, out):
         """The kernel of nnxp.kernels.cuda.activations, on the host."""
-        assert x is out or x.data.ptr == out.data.ptr
-        assert x.shape[1] == 1 or x.strides[1] == x.itemsize
+        assert (x.data.ptr == out.data.ptr) == (x.dtype == out.dtype)
+        assert x.dtype in (out.dtype, "float32")
+        assert x.shape == out.shape
+        assert all(each.shape[1] == 1 or each.strides[1] == each.itemsize for each in (x, out))
         y = host(x).astype("f4")
         if bias is not None:
-            assert bias.dtype == x.dtype
+            assert bias.dtype == out.dtype
             y = y + host(bias).astype("f4")
         host(out)[...] = activation.reference(y)
         self.passes += 1
@@ -807,7 +808,9 @@ def test_what_has_no_fused_body_is_left_to_the_reference(lab, unfused, monkeypat
     assert lab.lt.calls == []
 
 
-def test_a_users_own_activation_is_called_on_the_product(lab, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_users_own_activation_is_called_on_the_product(lab, dtype, there, monkeypatch):
     monkeypatch.setattr(kernels._dispatch, "KERNELS", dict(kernels.KERNELS))
 
     @kernels.kernel
@@ -817,11 +820,15 @@ def test_a_users_own_activation_is_called_on_the_product(lab, monkeypatch):
     @doubled.on("cupy")
     def doubled_on_the_host(y, *, out=None):
         assert out is y
+        assert y.dtype == "float32"
         host(y)[...] *= 2
         return y
 
-    x, weight, bias = arrays(lab)
+    x, weight, bias = arrays(lab, dtype=dtype)
+    bias = bias if there else None
     y = kernels.linear(x, weight, bias, activation=doubled)
+    assert y.dtype == dtype
+    assert len(lab.copies) == (0 if dtype == "float32" else 1 + there)  # conversions
     np.testing.assert_array_equal(host(y), 2 * right(x, weight, bias, kernels.identity))
 
 

@@ -34,51 +34,66 @@ def source(file: str) -> str:
 
 
 @cache
-def kernel(file: str, name: str) -> Any:
-    """The instance of a template by its C++ name, as `bias_act<float, act::relu, 4>`.
+def type_name(dtype: np.dtype[Any]) -> str | None:
+    """What CUDA calls a type that has fused bodies. NumPy takes 2 µs to say what it calls it."""
+    return TYPES.get(dtype.name)
+
+
+Part = str | int | np.dtype[Any]
+"""Of what says which kernel: a source, a template in it, then the arguments of the template."""
+
+
+def cpp_name(template: str, *arguments: Part) -> str:
+    """An instance of a template in C++: `bias_act<float, __half, act::relu, 8>`."""
+    return f"{template}<{', '.join(TYPES.get(str(each), str(each)) for each in arguments)}>"
+
+
+@cache
+def kernel(file: str, template: str, *arguments: Part) -> Any:
+    """An instance of a template in a source.
 
     A RawKernel looks up the binary of the current device, and loads it there at its first launch.
     Threads that ask at the same time may each compile it; CuPy keeps one of the results.
     """
+    name = cpp_name(template, *arguments)
     module = cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,))
     return module.get_function(name)
 
 
 def launch(
-    file: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], *args: Array | float | None
+    instance: tuple[Part, ...],
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    arrays: tuple[Array | None, ...],
+    *numbers: int | np.float32,
 ) -> None:
-    """Launch on the current stream. Integers go as long long, floats as float, None as nullptr."""
+    """Launch on the current stream. CuPy passes an int as long long, None as nullptr."""
     here = cupy.cuda.runtime.getDevice()
-    for each in args:
-        if isinstance(each, cupy.ndarray) and each.data.device_id != here:
+    for each in arrays:
+        if each is not None and each.data.device_id != here:
             raise ValueError(
                 "Array device must be same as the current device: "
                 f"array device = {each.data.device_id} while current = {here}"
             )
-    kernel(file, name)(grid, block, tuple(map(_argument, args)))
+    kernel(*instance)(grid, block, arrays + numbers)
 
 
-def _argument(value: Array | float | None) -> Any:
-    if isinstance(value, int):
-        return np.int64(value)
-    return np.float32(value) if isinstance(value, float) else value
+def pack(x: Array, out: Array, *vectors: Array | None) -> int:
+    """How many neighbours of a row move at once: 16 bytes of out, if every row allows it, else 1.
 
-
-def pack(cols: int, *arrays: Array | None) -> int:
-    """How many neighbours of a row move at once: 16 bytes of them, if every row allows it, else 1.
-
-    arrays: (rows, cols) or (cols,), of one type, each row without gaps.
+    x, out (rows, cols), vectors (cols,), each row without gaps, none narrower than out.
     """
-    given = [each for each in arrays if each is not None]
-    size = int(given[0].itemsize)
-    starts = [each.data.ptr for each in given]
-    strides = [each.strides[0] for each in given if each.ndim == 2 and len(each) > 1]
-    return 1 if any(n % 16 for n in (cols * size, *starts, *strides)) else 16 // size
-
-
-def stride(x: Array) -> int:
-    """From a row of x (rows, cols) to the next, in elements."""
-    return int(x.strides[0]) // int(x.itemsize)
+    rows, cols = x.shape
+    v: int = 16 // out.itemsize
+    if cols % v:
+        return 1
+    places = x.data.ptr | out.data.ptr
+    if rows > 1:
+        places |= x.strides[0] | out.strides[0]
+    for each in vectors:
+        if each is not None:
+            places |= each.data.ptr
+    return 1 if places % 16 else v
 
 
 def next_power(n: int) -> int:
@@ -89,7 +104,7 @@ def next_power(n: int) -> int:
 def fusable(x: Array, out: Array | None = None) -> bool:
     """Whether a kernel here can fill `out`, or a new array, from x."""
     return (
-        x.dtype.name in TYPES
+        type_name(x.dtype) is not None
         and x.size > 0
         and (
             out is None

@@ -234,20 +234,22 @@ _ONE_PASS = frozenset(ACTIVATIONS.values())  # those known when bias_act was: no
 
 
 def _finished(y: Array, bias: Array | None, activation: Kernel, dtype: np.dtype[Any]) -> Array:
-    """activation(y + bias) in the given type: in place, if that is the type of y."""
-    if y.dtype != dtype:  # y is float32 so as to be rounded once, which is now
-        wide = None if bias is None else _converted(bias, y.dtype)
-        return _converted(_finished(y, wide, activation, y.dtype), dtype)
+    """activation(y + bias) in the given type: in place, if that is the type of y.
+
+    Else y is float32 so as to be rounded once, which is when the result is stored.
+    """
+    if bias is None and activation is identity:
+        return y  # a product alone is made in its type
     if activation in _ONE_PASS:
-        if bias is not None or activation is not identity:
-            bias_act(y, bias, activation, y)
-        return y
+        return bias_act(y, bias, activation, y if y.dtype == dtype else cupy.empty(y.shape, dtype))
     if bias is not None:
-        bias_act(y, bias, identity, y)
-    return activation(y, out=y)
+        bias_act(y, _converted(bias, y.dtype), identity, y)
+    return _converted(activation(y, out=y), dtype)
 
 
 def _converted(x: Array, dtype: np.dtype[Any]) -> Array:
+    if x.dtype == dtype:
+        return x
     y = cupy.empty(x.shape, dtype)
     cupy.copyto(y, x, casting="unsafe")
     return y

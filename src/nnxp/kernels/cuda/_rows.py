@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from nnxp._arrays import Array
-from nnxp.kernels.cuda._compiled import TYPES, launch, next_power, pack, stride
+from nnxp.kernels.cuda._compiled import Part, launch, next_power, pack
 
 OPS = ("softmax", "log_softmax")  # of the ops of rows.cu, those that are activations
 
 # How many packs of V values a lane may hold, by V: up to 32 values, for more would be spilled.
 HELD = {1: (1, 4, 16), 4: (1, 4, 8), 8: (1, 4)}
 HELD_THREADS = 128  # a block
+ZERO = np.float32(0)
 
 
 def as_rows(x: Array) -> Array:
     """x as a matrix of its rows: a view if x has no gaps, else a copy; not empty."""
-    return (x if x.flags.c_contiguous else x.copy()).reshape(-1, x.shape[-1])
+    if not x.flags.c_contiguous:
+        x = x.copy()
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def over_rows(
@@ -25,39 +30,35 @@ def over_rows(
     before: Array | None = None,
     gain: Array | None = None,
     after: Array | None = None,
-    eps: float = 0.0,
+    eps: np.float32 = ZERO,
 ) -> Array:
     """out = op(x + before) * gain + after, any of the three left out
 
-    x, out (rows, cols) of one of TYPES, the others (cols,) of the same; rows have no gaps but may
-    have some between them; out may be x; not empty.
+    out (rows, cols) of one of TYPES, the others (cols,) of the same; x (rows, cols) of the same or
+    float32. Rows have no gaps but may have some between them; out may be x; not empty.
     """
     rows, cols = x.shape
-    v = pack(cols, x, out, before, gain, after)
-    kind = f"{TYPES[x.dtype.name]}, op::{op}, {v}"
+    v = pack(x, out, before, gain, after)
+    kind = x.dtype, out.dtype, f"op::{op}", v
     packs = -(-cols // v)
     lanes = min(32, max(8, next_power(packs)))
     each = next((n for n in HELD[v] if packs <= n * lanes), None)
+    instance: tuple[Part, ...]
     if each is not None:
-        name = f"held<{kind}, {lanes}, {each}>"
+        instance = "rows.cu", "held", *kind, lanes, each
         blocks, threads = -(-rows * lanes // HELD_THREADS), HELD_THREADS
     else:
-        name = f"streamed<{kind}>"
+        instance = "rows.cu", "streamed", *kind
         blocks, threads = rows, 256 if packs <= 4096 else 1024
     launch(
-        "rows.cu",
-        name,
+        instance,
         (blocks,),
         (threads,),
-        x,
-        before,
-        gain,
-        after,
-        out,
+        (x, before, gain, after, out),
         rows,
         cols,
-        stride(x),
-        stride(out),
-        float(eps),
+        x.strides[0] // x.itemsize,
+        out.strides[0] // out.itemsize,
+        eps,
     )
     return out

@@ -22,7 +22,8 @@ template <> INLINE float narrow<float>(float v) { return v; }
 template <> INLINE __half narrow<__half>(float v) { return __float2half_rn(v); }
 template <> INLINE __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
-// V neighbours, moved by one instruction: 16 bytes at once, or V = 1.
+// V neighbours: 16 bytes of what is stored, moved by one instruction, or V = 1. What is loaded may be
+// wider, and takes an instruction for each of its 16 bytes.
 template <class T, int V> struct alignas(V * sizeof(T)) Pack {
     T at[V];
 };
@@ -30,7 +31,11 @@ template <class T, int V> struct alignas(V * sizeof(T)) Pack {
 template <int V, class T> INLINE Pack<T, V> load(const T* from) {
     Pack<T, V> pack;
     if constexpr (V == 1) pack.at[0] = *from;
-    else *reinterpret_cast<uint4*>(pack.at) = *reinterpret_cast<const uint4*>(from);
+    else {
+        #pragma unroll
+        for (int i = 0; i < int(sizeof(pack) / 16); ++i)
+            reinterpret_cast<uint4*>(pack.at)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
     return pack;
 }
 

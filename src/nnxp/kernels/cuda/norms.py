@@ -7,6 +7,7 @@ wait for.
 from __future__ import annotations
 
 import cupy
+import numpy as np
 
 from nnxp import kernels
 from nnxp._arrays import Array
@@ -40,5 +41,6 @@ def _normalized(
     y = cupy.empty(x.shape, x.dtype)
     gain = gain if gain is None else cupy.ascontiguousarray(gain)
     bias = bias if bias is None else cupy.ascontiguousarray(bias)
-    over_rows(kernel.__name__, as_rows(x), as_rows(y), gain=gain, after=bias, eps=eps)
+    small = np.float32(eps)
+    over_rows(kernel.__name__, as_rows(x), as_rows(y), gain=gain, after=bias, eps=small)
     return y

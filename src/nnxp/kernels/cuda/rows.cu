@@ -1,4 +1,5 @@
-// Over the rows of a matrix: y = op(x + before) * gain + after, any of the three left out.
+// Over the rows of a matrix: y = op(x + before) * gain + after, any of the three left out. They and
+// y are of type T, x of type X: the same, or float where T has 16 bits.
 //
 // An op is written once, in folds over the row and one last map. Its row comes in two kinds: short
 // ones are held in the registers of a few lanes, long ones are streamed by a block, again for each
@@ -25,14 +26,15 @@ template <class Op> __device__ __forceinline__ float over_block(float v, Op op) 
     return v;
 }
 
-template <class T> struct Matrix {
-    const T *x, *before, *gain, *after;
+template <class X, class T> struct Matrix {
+    const X* x;
+    const T *before, *gain, *after;
     T* y;
     Index cols, x_stride, y_stride;
 
     // V values of x + before, from column c of a row on.
     template <int V> __device__ __forceinline__ void read(Index row, Index c, float* v) const {
-        const Pack<T, V> pack = load<V>(x + row * x_stride + c);
+        const Pack<X, V> pack = load<V>(x + row * x_stride + c);
         #pragma unroll
         for (int k = 0; k < V; ++k) v[k] = wide(pack.at[k]);
         if (before) {
@@ -63,15 +65,15 @@ template <class T> struct Matrix {
 
 // A row in the registers of G lanes, S packs of V in each. Lanes beyond the row take part in every
 // shuffle and hold nothing: `cols` is 0 for them.
-template <class T, int V, int G, int S> struct Held {
-    const Matrix<T>& matrix;
+template <class M, int V, int G, int S> struct Held {
+    const M& matrix;
     const Index row;
     const int cols;
     float v[S][V];
 
     __device__ __forceinline__ int column(int s) const { return (s * G + threadIdx.x % G) * V; }
 
-    __device__ __forceinline__ Held(const Matrix<T>& matrix, Index row, Index rows)
+    __device__ __forceinline__ Held(const M& matrix, Index row, Index rows)
         : matrix(matrix), row(row), cols(row < rows ? int(matrix.cols) : 0) {
         #pragma unroll
         for (int s = 0; s < S; ++s)
@@ -100,11 +102,11 @@ template <class T, int V, int G, int S> struct Held {
 };
 
 // A row of any length, read again from memory or its caches each time.
-template <class T, int V> struct Streamed {
-    const Matrix<T>& matrix;
+template <class M, int V> struct Streamed {
+    const M& matrix;
     const Index row, cols;
 
-    __device__ __forceinline__ Streamed(const Matrix<T>& matrix, Index row)
+    __device__ __forceinline__ Streamed(const M& matrix, Index row)
         : matrix(matrix), row(row), cols(matrix.cols) {}
 
     template <class Op, class F> __device__ __forceinline__ float fold(float start, Op op, F f) const {
@@ -184,21 +186,22 @@ struct rms_norm {
 }  // namespace op
 
 // G lanes for a row of at most G * S * V columns.
-template <class T, class Op, int V, int G, int S>
+template <class X, class T, class Op, int V, int G, int S>
 __global__ void __launch_bounds__(128)
-held(const T* x, const T* before, const T* gain, const T* after, T* y, Index rows, Index cols,
+held(const X* x, const T* before, const T* gain, const T* after, T* y, Index rows, Index cols,
      Index x_stride, Index y_stride, float eps) {
-    const Matrix<T> matrix = {x, before, gain, after, y, cols, x_stride, y_stride};
-    Held<T, V, G, S> row(matrix, (Index(blockIdx.x) * blockDim.x + threadIdx.x) / G, rows);
+    const Matrix<X, T> matrix = {x, before, gain, after, y, cols, x_stride, y_stride};
+    const Index at = (Index(blockIdx.x) * blockDim.x + threadIdx.x) / G;
+    Held<Matrix<X, T>, V, G, S> row(matrix, at, rows);
     Op::run(row, eps);
 }
 
 // A block for a row.
-template <class T, class Op, int V>
+template <class X, class T, class Op, int V>
 __global__ void __launch_bounds__(1024)
-streamed(const T* x, const T* before, const T* gain, const T* after, T* y, Index rows, Index cols,
+streamed(const X* x, const T* before, const T* gain, const T* after, T* y, Index rows, Index cols,
          Index x_stride, Index y_stride, float eps) {
-    const Matrix<T> matrix = {x, before, gain, after, y, cols, x_stride, y_stride};
-    Streamed<T, V> row(matrix, blockIdx.x);
+    const Matrix<X, T> matrix = {x, before, gain, after, y, cols, x_stride, y_stride};
+    Streamed<Matrix<X, T>, V> row(matrix, blockIdx.x);
     Op::run(row, eps);
 }
