@@ -6,9 +6,9 @@ y' (N, M) = weight' (N, K) x' (K, M), of which nothing has to be moved; the bias
 the rows of y', which is how cuBLASLt adds one.
 
 How a product is done is settled when it is first asked for: the algorithms that cuBLASLt proposes
-are timed, and its epilogue against a pass of our own. One choice serves all products that differ
-only in the number of rows, within a factor of two, so that a ragged last block costs no new
-timing, and the same product gives the same bits for as long as the process remembers it.
+are timed, and its epilogues against a pass of our own. One choice serves all products that differ
+only in the number of rows, within a factor of two, so that few ragged blocks cost a new timing,
+and the same product gives the same bits for as long as the process remembers it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -56,6 +57,12 @@ PASS = 0  # of our own: the product alone, and a pass over it
 
 # GELU_BIAS is left out: it is the tanh form, and NVIDIA does not say how exact its tanh is.
 _EPILOGUES = {identity: BIAS, relu: RELU_BIAS}
+_WAYS = {  # by what is wished for, the ways that are tried
+    DEFAULT: (DEFAULT,),
+    PASS: (PASS,),
+    BIAS: (PASS, BIAS),
+    RELU_BIAS: (PASS, BIAS, RELU_BIAS),
+}
 _FLOAT32 = np.dtype(np.float32)
 _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 _ONE_AT, _ZERO_AT = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
@@ -92,9 +99,11 @@ def _library() -> tuple[Any, str | None]:
     if importlib.util.find_spec("nvmath") is None:
         return None, f"nvmath-python is not installed; {install} brings it"
     try:
-        from nvmath.bindings import cublasLt
+        with warnings.catch_warnings():  # of others' code, which may be errors here
+            warnings.simplefilter("ignore")
+            from nvmath.bindings import cublasLt
 
-        cublasLt.get_version()  # loads the library itself
+            cublasLt.get_version()  # loads the library itself
     except Exception as error:  # whatever it is, CuPy's products are still there
         said = " ".join(str(error).split())[:300]
         return None, f"cuBLASLt cannot be loaded ({type(error).__name__}: {said}); {install}"
@@ -247,6 +256,17 @@ def _finished(y: Array, bias: Array | None, activation: Kernel, dtype: np.dtype[
     return _converted(activation(y, out=y), dtype)
 
 
+def _rest(
+    way: int, y: Array, bias: Array | None, activation: Kernel, dtype: np.dtype[Any]
+) -> Array:
+    """What a product made in this way leaves to do."""
+    if way == PASS:
+        return _finished(y, bias, activation, dtype)
+    if way == BIAS:  # of a relu: it may come after the rounding, for it rounds nothing
+        return _finished(y, None, activation, dtype)
+    return y
+
+
 def _converted(x: Array, dtype: np.dtype[Any]) -> Array:
     if x.dtype == dtype:
         return x
@@ -299,7 +319,7 @@ class _Algorithm(ctypes.Structure):
 
 
 class _Choice(NamedTuple):
-    """What was found best for a form and a wish: that epilogue, or PASS."""
+    """What was found best for a form and a wish: one of its ways."""
 
     way: int
     algorithm: _Algorithm
@@ -448,7 +468,7 @@ class _Plan:
         self.product.launch(self.algorithm, x.data.ptr, weight.data.ptr, fused_bias, y.data.ptr)
         if cols != self.cols:
             y = y[:, : self.cols]
-        return _finished(y, bias, activation, x.dtype) if self.way == PASS else y
+        return _rest(self.way, y, bias, activation, x.dtype)
 
 
 def _widened(weight: Array, cols: int) -> Array:
@@ -531,33 +551,30 @@ def _chosen(
     activation: Kernel,
 ) -> _Choice | None:
     """The fastest way for the first rows of x; None if nothing ran, and so nothing is known."""
-    first = PASS if wish > DEFAULT else wish
-    plain = _Product(lt, form, rows, first)
-    # As large as the result will be: the pool then has a place for it.
-    y = cupy.empty((x.shape[0], form.cols), plain.dtype)[:rows]
-    x_at, weight_at, y_at = x.data.ptr, weight.data.ptr, y.data.ptr
-    best, _ = _fastest(plain, x_at, weight_at, 0, y_at)
-    if best is None or bias is None or wish == first:
-        return None if best is None else _Choice(first, best)
-    alone = best
+    best, shortest = None, float("inf")
+    for way in _WAYS[wish]:
+        product = _Product(lt, form, rows, way)
+        # As large as the result will be: the pool then has a place for it.
+        y = cupy.empty((x.shape[0], form.cols), product.dtype)[:rows]
+        bias_at = bias.data.ptr if way > DEFAULT and bias is not None else 0
+        pointers = x.data.ptr, weight.data.ptr, bias_at, y.data.ptr
+        algorithm = _fastest(product, *pointers)
+        if algorithm is None or (
+            way == RELU_BIAS and not _keeps_nan(product, algorithm, x, weight, y)
+        ):
+            continue
 
-    def in_two_steps() -> None:
-        plain.launch(alone, x_at, weight_at, 0, y_at)
-        _finished(y, bias, activation, form.dtype)
-
-    fused = _Product(lt, form, rows, wish)
-    narrow = y if fused.dtype == y.dtype else cupy.empty(y.shape, fused.dtype)
-    together, took = _fastest(fused, x_at, weight_at, bias.data.ptr, narrow.data.ptr)
-    if together is None or took >= _milliseconds(in_two_steps):
-        return _Choice(PASS, alone)
-    if wish == RELU_BIAS and not _keeps_nan(fused, together, x, weight, narrow):
-        return _Choice(PASS, alone)
-    return _Choice(wish, together)
+        steps = (
+            partial(product.launch, algorithm, *pointers),
+            partial(_rest, way, y, bias, activation, form.dtype),
+        )
+        took = _milliseconds(*steps) if len(_WAYS[wish]) > 1 else 0.0
+        if took < shortest:
+            best, shortest = _Choice(way, algorithm), took
+    return best
 
 
-def _fastest(
-    product: _Product, x: int, weight: int, bias: int, y: int
-) -> tuple[_Algorithm | None, float]:
+def _fastest(product: _Product, x: int, weight: int, bias: int, y: int) -> _Algorithm | None:
     """The fastest of the algorithms that cuBLASLt proposes; of equals the one it likes better."""
     best, shortest = None, float("inf")
     for each in product.proposals():
@@ -567,24 +584,25 @@ def _fastest(
             continue
         if took < 0.97 * shortest:
             best, shortest = each, took
-    return best, shortest
+    return best
 
 
-def _milliseconds(run: Callable[[], None]) -> float:
-    """What one run takes on the device: the mean of 5 after 3, or of 1 after 1 if it is long."""
-    run()
-    once = _timed(run, 1)
+def _milliseconds(*steps: Callable[[], object]) -> float:
+    """What the steps take on the device: the mean of 5 after 3, or of 1 after 1 if it is long."""
+    _timed(steps, 1)
+    once = _timed(steps, 1)
     if once > 1:
         return once
-    run()
-    return _timed(run, 5)
+    _timed(steps, 1)
+    return _timed(steps, 5)
 
 
-def _timed(run: Callable[[], None], times: int) -> float:
+def _timed(steps: Sequence[Callable[[], object]], times: int) -> float:
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
     start.record()
     for _ in range(times):
-        run()
+        for step in steps:
+            step()
     stop.record()
     stop.synchronize()
     return float(cupy.cuda.get_elapsed_time(start, stop)) / times
