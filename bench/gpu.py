@@ -38,11 +38,11 @@ STEPS = {
     "parity": 170,
     "goldens": 30,
     "products": 60,
-    "network": 210,
-    "host": 60,
+    "network": 300,
+    "host": 120,
     "nan": 70,
     "fused": 40,
-    "graphs": 100,
+    "graphs": 150,
     "memory": 45,
     "blocks": 60,
     "autotune": 150,
@@ -64,7 +64,7 @@ ASK = (
 
 @dataclass
 class Step:
-    """How a step went: "ok", "failed" or "skipped", and what it found."""
+    """How a step went, and what it found: "ok", "failed", "cut" short by its time, "skipped"."""
 
     name: str
     state: str = "skipped"
@@ -105,7 +105,7 @@ def no_gpu() -> str:
 
 def run(name: str, out: Path, backend: str, seconds: float) -> Step:
     """One step, ended when its time is up."""
-    step, start = Step(name), time.monotonic()
+    step, start, late = Step(name), time.monotonic(), False
     with tempfile.TemporaryDirectory(prefix="nnxp-gpu-") as folder:
         figures, output = Path(folder) / "figures.json", Path(folder) / "output"
         with open(output, "wb") as file:
@@ -122,6 +122,7 @@ def run(name: str, out: Path, backend: str, seconds: float) -> Step:
                 code = process.wait(seconds)
                 step.problem = f"its process ended with code {code}" if code else ""
             except subprocess.TimeoutExpired:
+                late = True
                 step.problem = f"it took longer than the {seconds:.0f} s that it had"
             finally:
                 _end(process)
@@ -130,7 +131,7 @@ def run(name: str, out: Path, backend: str, seconds: float) -> Step:
             step.figures = plain(json.loads(figures.read_text()))
         said = list(problems(step.figures))
         step.problem = "; ".join(filter(None, [step.problem, *said]))[:2000]
-        step.state = "failed" if step.problem else "ok"
+        step.state = "failed" if said or (step.problem and not late) else "cut" if late else "ok"
         if step.problem:
             step.output = output.read_text(errors="replace")[-TAIL:]
     return step

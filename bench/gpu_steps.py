@@ -171,6 +171,14 @@ def verified(here: Here) -> Figures:
             print(line)
 
 
+def _lt_in_use(here: Here) -> str:
+    if not here.on_gpu:
+        return "only on CUDA"
+    from nnxp.kernels.cuda._lt import why_not
+
+    return why_not() or "in use"
+
+
 def parity(here: Here) -> Figures:
     """The tests that run on a GPU, with the GPU required."""
     command = [sys.executable, "-m", "pytest", "-p", "nnxp_pytest", "-p", "no:cacheprovider"]
@@ -197,7 +205,7 @@ def parity(here: Here) -> Figures:
             if match := re.match(r"nnxp: (\w+): (.*)", line):
                 ran[match[1]] = match[2]
     code = process.returncode
-    figures: Values = {"summary": last, **ran}
+    figures: Values = {"summary": last, **ran, "cuBLASLt": _lt_in_use(here)}
     if code != 0:
         figures["problem"] = f"pytest ended with {code}"
     yield "pytest", figures
@@ -626,7 +634,7 @@ def memory(here: Here) -> Figures:
         limit = here.sized(20.0, 5.0)
         plan = engine.plan((rows, width))
         source = Endless(rows, width, plan.rows, time.perf_counter() + limit)
-        engine(source.rows[: 2 * plan.rows])  # compiles and tries, and takes the memory it needs
+        engine(source.rows[: 2 * plan.rows])  # compiles and tries
         source.until = time.perf_counter() + limit
         out = np.full((rows, 10), np.nan, "float32")
         start = time.perf_counter()

@@ -93,7 +93,7 @@ def test_a_step_that_fails_or_hangs_leaves_the_others_and_what_it_found(command,
         "crash": "failed",
         "wrong": "failed",
         "killed": "failed",
-        "hang": "failed",
+        "hang": "cut",
         "last": "ok",
     }
     by_name = {each["name"]: each for each in found["steps"]}
@@ -106,7 +106,7 @@ def test_a_step_that_fails_or_hangs_leaves_the_others_and_what_it_found(command,
     assert by_name["killed"]["problem"] == "its process ended with code -9"
     assert "longer than the 2 s" in by_name["hang"]["problem"]
     assert by_name["last"]["output"] == ""
-    assert "hang: failed" in said
+    assert "hang: cut" in said
     child = int((tmp_path / "out/pid").read_text())
     until = time.monotonic() + 10
     while Path(f"/proc/{child}").exists() and "\nState:\tZ" not in status(child):
@@ -131,7 +131,7 @@ def test_all_steps_right_is_zero_and_only_what_is_spare_may_be_missing(command, 
 def test_when_time_is_up_the_rest_is_skipped_and_that_is_told(command):
     code, found, table, _ = command({"hang": 60, "one": 60}, "--minutes", "0.05")
     assert code == 1
-    assert states(found) == {"hang": "failed", "one": "skipped"}
+    assert states(found) == {"hang": "cut", "one": "skipped"}
     assert "| one | skipped | 0 | no time was left |" in table
     assert found["steps"][0]["seconds"] < 10
 

@@ -70,6 +70,8 @@ def project(tmp_path, monkeypatch):
         (tmp_path / "test_it.py").write_text(re.sub(r"^    ", "", tests, flags=re.MULTILINE))
         (tmp_path / "conftest.py").write_text(re.sub(r"^    ", "", conftest, flags=re.MULTILINE))
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", *options]
+        if "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in os.environ:  # as ci/gpu does
+            command += ["-p", "nnxp_pytest", *["-p", "xdist.plugin"] * ("-n2" in options)]
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         return ran.returncode, ran.stdout + ran.stderr
 
