@@ -119,16 +119,16 @@ def test_memory_that_was_set_aside_is_given_back(devices, monkeypatch):
         def unused(self):
             return 0
 
-    monkeypatch.setattr(type(nnxp.get_backend("sim")), "pool", lambda self, limit: Pool())
+    monkeypatch.setattr(type(nnxp.get_backend("sim")), "pool", lambda self: Pool())
     engine = nnxp.Engine(nnxp.Sequential(Noted(lambda x: [x + i for i in range(60)]), NET), "sim")
     engine(X)
     assert not released
     devices[0].limit = devices[0].used + 2_000_000
     engine(X)
-    assert len(released) == 1  # halved once
+    assert len(released) == 2  # once the same again, and halved once
     del engine
     gc.collect()
-    assert len(released) == 2
+    assert len(released) == 3
 
 
 def test_an_engine_that_is_closed_during_a_sweep_gives_back_what_the_sweep_used(
@@ -138,7 +138,7 @@ def test_an_engine_that_is_closed_during_a_sweep_gives_back_what_the_sweep_used(
     pool = types.SimpleNamespace(
         use=nullcontext, release=lambda: released.append(1), unused=lambda: 0
     )
-    monkeypatch.setattr(type(nnxp.get_backend("sim")), "pool", lambda self, limit: pool)
+    monkeypatch.setattr(type(nnxp.get_backend("sim")), "pool", lambda self: pool)
     engine = nnxp.Engine(nnxp.Sequential(Noted(lambda x: engine.close()), NET), "sim")
     close(engine(X), EXPECTED)
     assert released == [1]
@@ -355,6 +355,47 @@ def test_tensors_of_other_libraries_are_answered_in_kind(devices, monkeypatch):
         close(y.x.get(), EXPECTED[:50])
 
 
+def test_tensors_that_cannot_be_lent_or_answered_in_kind_are_refused(devices, monkeypatch):
+    engine, x = nnxp.Engine(NET, "sim"), Tensor(nnxp.to_backend(X[:5], "sim"))
+    with pytest.raises(nnxp.DtypeMismatch, match="in kind"):  # this module has no from_dlpack
+        engine(x)
+    space = types.SimpleNamespace(from_dlpack=lambda y: ("theirs", y))
+    monkeypatch.setattr(Tensor, "__array_namespace__", lambda self: space, raising=False)
+    assert engine(x)[0] == "theirs"
+
+    def refuse(self, **options):
+        raise BufferError("it requires grad")
+
+    monkeypatch.setattr(Tensor, "__dlpack__", refuse)
+    with pytest.raises(nnxp.DtypeMismatch, match=r"requires grad\); x\.detach"):
+        engine(x)
+
+
+def test_a_recording_keeps_the_parameters_that_it_reads(devices):
+    engine = nnxp.Engine(nnxp.Dense(20, 4, rng=0), "sim")
+    for _ in range(3):
+        expected = engine(X[:3])
+    (recorded,) = engine._places[0].recorded.values()
+    engine.close()
+    gc.collect()
+    np.testing.assert_array_equal(recorded.host(X[:3]), expected)
+    assert recorded.model is not None
+
+
+def test_a_recording_that_failed_is_tried_again_but_not_at_every_call(devices, monkeypatch):
+    tried = []
+
+    def fails(self, fn, stream):
+        tried.append(1)
+        raise MemoryError
+
+    monkeypatch.setattr(type(nnxp.get_backend("sim")), "record", fails)
+    engine = nnxp.Engine(NET, "sim")
+    for _ in range(64):
+        close(engine(X[:3]), EXPECTED[:3])
+    assert len(tried) == 6  # at 2, 4, 8, 16, 32, 64
+
+
 def test_tensors_elsewhere_are_refused_and_those_on_the_host_are_rows(devices):
     class Host(Tensor):
         def __getitem__(self, rows):
@@ -523,7 +564,16 @@ class Cuda:
 def cuda(monkeypatch):
     fake = Cuda()
     fake.Event = lambda disable_timing: f"event {disable_timing}"
-    monkeypatch.setattr(CudaBackend, "xp", types.SimpleNamespace(cuda=fake))
+    monkeypatch.setattr(
+        CudaBackend,
+        "xp",
+        types.SimpleNamespace(
+            cuda=fake,
+            get_default_memory_pool=lambda: types.SimpleNamespace(
+                free_all_blocks=lambda: fake.asked.append("free default")
+            ),
+        ),
+    )
     return fake
 
 
@@ -560,18 +610,15 @@ def test_a_pool_is_asked_on_its_own_device(cuda):
 
     cuda.Device, cuda.using_allocator = Device, nullcontext
     cuda.MemoryPool = lambda: types.SimpleNamespace(
-        set_limit=lambda size: note(size),
-        free_all_blocks=lambda: note("free"),
-        free_bytes=lambda: note("bytes") or 7,
+        free_all_blocks=lambda: note("free"), free_bytes=lambda: note("bytes") or 7
     )
-    pool = CudaBackend("cupy", "cuda:1", "").pool(1000)
+    pool = CudaBackend("cupy", "cuda:1", "").pool()
     pool.release()
     pool.unused()
-    ons = [each for each in cuda.asked if each not in ("on 1", "off")]
-    assert ons == [1000, "free", "bytes"]
-    assert cuda.asked == [word for each in ons for word in ("on 1", each, "off")]
+    assert cuda.asked == ["on 1", "free", "free default", "off", "on 1", "bytes", "off"]
 
 
 def test_one_stream_waits_for_another_by_an_event_without_a_clock(cuda):
-    CudaBackend("cupy", "cuda:0", "").order(cuda.stream(), cuda.stream())
+    backend = CudaBackend("cupy", "cuda:0", "")
+    backend.wait(cuda.stream(), backend.mark(cuda.stream()))
     assert cuda.asked == ["record", "wait event True"]

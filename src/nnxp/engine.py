@@ -20,7 +20,7 @@ from nnxp._arrays import Array, HostArray, Shape, is_array, is_floating, is_nume
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
 from nnxp.backend._base import Cursor, Source, together
-from nnxp.backend._blocks import BlockBackend
+from nnxp.backend._blocks import BLOCK_ROWS, BlockBackend
 from nnxp.backend._lanes import Kept, Recorded
 from nnxp.kernels.linear import precision as _precision
 from nnxp.layers._layer import Layer
@@ -59,10 +59,13 @@ class Engine:
     `backend` is a name as for `nnxp.get_backend`; `engine.backend.why` says how it was chosen. A
     list of devices, such as `["cuda:0", "cuda:1"]`, shares the rows out among them.
 
-    `memory_limit` bounds the bytes of the rows at work, parameters and result aside: a number, or a
-    string such as "256 MiB". `workers` is the number of threads on the CPU. `precision="tf32"`
-    allows a GPU to round the factors of float32 products to ten bits, which is several times as
-    fast; a CPU has no use for the permission. Without it float32 is float32.
+    `memory_limit` bounds the bytes of the rows at work in one call, parameters and result aside: a
+    number, or a string such as "256 MiB". On CUDA, cuBLASLt may take 32 MiB for each of three lanes
+    beside it, and a first product some for trying out how it is done best.
+
+    `workers` is the number of threads on the CPU. `precision="tf32"` allows a GPU to round the
+    factors of float32 products to ten bits, which is several times as fast; a CPU has no use for
+    the permission. Without it float32 is float32.
 
     What an engine holds on a device between two calls, `engine.close()` gives back, and so does
     the end of a `with` block or of the engine's life.
@@ -92,7 +95,7 @@ class Engine:
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers = None if workers is None else int(workers)
         self.precision = precision
-        self._places = [_Place(model, each, self.memory_limit) for each in _backends(backend)]
+        self._places = [_Place(model, each) for each in _backends(backend)]
         self.backend = self._places[0].backend
         self._known: dict[Shape, _Known] = {}
         self._direct: dict[tuple[np.dtype[Any], Shape], _Direct] = {}
@@ -118,8 +121,8 @@ class Engine:
         map of the output's shape. `progress` shows a bar on a terminal.
 
         Rows that are on the engine's device already, in a CuPy array or in a tensor of any library
-        that speaks DLPack, stay there: the answer is an array of the same library, computed on the
-        current stream, in blocks that fit.
+        that speaks DLPack, stay there: the answer is an array of the same library, computed in
+        blocks that fit, on CuPy's current stream; who reads it on another stream orders the two.
 
         Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
         are on another device, and OutOfMemory if not even one row fits.
@@ -131,7 +134,8 @@ class Engine:
                 return few
         place, there = self._at_home(x)
         if place is not None:
-            return _in_kind(self._resident(place, there, out), x)
+            in_kind = _in_kind(x)
+            return in_kind(self._resident(place, there, out))
         rows = _source(x)
         shape = tuple(rows.shape)
         output = model.output_shape(shape)
@@ -208,7 +212,7 @@ class Engine:
             for place in self._places:
                 at = place.backend
                 if isinstance(at, BlockBackend) and (at.dlpack, at.index) == (kind, index):
-                    return place, at.xp.from_dlpack(x)
+                    return place, _taken(at.xp, x)
             device = f"device {index} of kind {kind.real} in DLPack's count"
         else:
             return None, x
@@ -239,8 +243,9 @@ class Engine:
         with backend.current():
             if len(x) == 0:
                 return backend.xp.empty(output, dtype) if out is None else out
-            plan = self._plan(place, x.shape)
-            made = backend.through(partial(fn, model), x, out, output, dtype, plan)
+            few = self.memory_limit is None and len(x) <= BLOCK_ROWS[0]
+            plan = Plan(len(x), 1, 0) if few else self._plan(place, x.shape)  # to ask takes long
+            made = backend.through(partial(fn, model), x, out, output, dtype, plan, place.kept)
         if out is None and self.memory_limit is None:
             place.meet(x, fn)
         return made
@@ -330,17 +335,17 @@ def _engine(
 class _Place:
     """The model on one device, with what an engine keeps and knows there."""
 
-    def __init__(self, model: Layer, backend: Backend, memory_limit: int | None) -> None:
+    def __init__(self, model: Layer, backend: Backend) -> None:
         self.backend, self.model = backend, _shared(model, backend)
         self.known: dict[Shape, _Known] = {}
-        self.kept = Kept(memory_limit)
+        self.kept = Kept()
         self.recorded: dict[tuple[np.dtype[Any], Shape], Recorded] = {}
         self._met: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.kept.close)
         self._close.atexit = False
 
     def meet(self, x: Array, fn: Callable[[Layer, Array], Array]) -> None:
-        """Few rows of one shape and type that come a third time are recorded.
+        """Few rows of one shape and type are recorded when they have come twice.
 
         Only for models of our own layers: a recording repeats what the device did, and cannot know
         whether another layer would do something else the next time.
@@ -349,12 +354,15 @@ class _Place:
         if not 0 < len(x) <= FEW_ROWS or len(self._met) > MOST_KINDS:
             return
         count = self._met[kind] = self._met.get(kind, 0) + 1
-        if count != 2 or not isinstance(self.backend, BlockBackend) or not _ours(self.model):
+        if count < 2 or count & (count - 1) or not isinstance(self.backend, BlockBackend):
+            return
+        if not _ours(self.model):
             return
         try:
             made = Recorded(self.backend, partial(fn, self.model), x.shape, x.dtype)
         except Exception:
-            return  # it goes the long way, as it did so far
+            return  # it goes the long way, as it did so far; perhaps there was no memory just now
+        made.model = self.model  # whose parameters it reads where they lie
         while len(self.recorded) >= MOST_RECORDED:
             self.recorded.pop(next(iter(self.recorded)), None)
         self.recorded[kind] = made
@@ -399,13 +407,29 @@ def _ours(model: Layer) -> bool:
 _HOST = (1, 3, 13)  # DLPack's kDLCPU, kDLCUDAHost and kDLCUDAManaged: a slice becomes a NumPy array
 
 
-def _in_kind(y: Array, x: Any) -> Any:
-    """y as an array of the library of x, if that can take it, sharing its memory."""
+def _taken(xp: Any, x: Any) -> Array:
+    """Another library's array on our device, as one of ours, sharing its memory."""
+    try:
+        return xp.from_dlpack(x)
+    except BufferError as error:
+        raise DtypeMismatch(f"x cannot be lent ({error}); x.detach() may help") from None
+
+
+def _in_kind(x: Any) -> Callable[[Array], Any]:
+    """What makes an array of ours one of the library of x, sharing its memory."""
     if is_array(x):
-        return y
-    library = sys.modules.get(type(x).__module__.partition(".")[0])
-    take = getattr(library, "from_dlpack", None)
-    return y if take is None else take(y)
+        return lambda y: y
+    if hasattr(x, "__array_namespace__"):
+        library = x.__array_namespace__()
+    else:
+        library = sys.modules.get(type(x).__module__.partition(".")[0])
+    take: Callable[[Array], Any] | None = getattr(library, "from_dlpack", None)
+    if take is None:
+        raise DtypeMismatch(
+            f"{type(x).__module__}.{type(x).__qualname__} cannot be answered in kind, for its "
+            "library has no from_dlpack; cupy.from_dlpack(x) is taken, and answered"
+        )
+    return take
 
 
 def predict(

@@ -23,6 +23,7 @@ LANES = 3  # one travels in, one computes, one travels out
 BLOCK_ROWS = 4096, 16384  # at least, where there are so many; at most
 LANE_ROWS = 256  # a block that a limit makes smaller than this is not worth another lane
 BLOCKS = 12  # so that what nothing overlaps, the first way in and the last way out, is little
+ROUND = 2048  # rows: what cards work on at once then comes out even
 BLOCK_BYTES = 1 << 30  # at most, for rows that are very wide
 MARGIN = 0.8  # of the free memory: allocators round up, and others use the device too
 
@@ -53,12 +54,16 @@ class BlockBackend(Backend):
         """The stream that the caller works on."""
 
     @abstractmethod
-    def order(self, before: Stream, after: Stream) -> None:
-        """What `after` is given from now on waits for what `before` was given until now."""
+    def mark(self, stream: Stream) -> Any:
+        """A mark behind what this stream was given until now, to be waited for."""
 
     @abstractmethod
-    def pool(self, limit: int | None) -> Pool:
-        """New memory, set aside, that never grows beyond the limit."""
+    def wait(self, stream: Stream, mark: Any) -> None:
+        """What this stream is given from now on waits for the mark."""
+
+    @abstractmethod
+    def pool(self) -> Pool:
+        """New memory, set aside."""
 
     @abstractmethod
     def pinned(self, size: int) -> HostArray:
@@ -71,7 +76,7 @@ class BlockBackend(Backend):
     def plan(self, rows: int, budget: Budget) -> Plan:
         """Blocks that fit into the limit, and into a fair part of what is free."""
         least, most = BLOCK_ROWS
-        worth = max(least, -(-rows // BLOCKS))
+        worth = max(least, -(-rows // BLOCKS // ROUND) * ROUND)
         wide = max(1, BLOCK_BYTES // max(budget.row_bytes, 1))
         ceiling = budget.most_rows or rows
         block = min(rows, worth, most, wide, ceiling)
@@ -96,8 +101,9 @@ class BlockBackend(Backend):
             stack.enter_context(lanes.pool.use())
             turns = deque(lanes.first(sweep.plan.workers))
             stack.callback(_abandon, turns)
+            mark = self.mark(self.current_stream())
             for lane in turns:
-                self.order(self.current_stream(), lane.stream)
+                self.wait(lane.stream, mark)
             while (rows := sweep.cursor.take(block)) is not None:
                 block = self._through(sweep, rows, block, turns, lanes)
             for lane in turns:
@@ -108,7 +114,7 @@ class BlockBackend(Backend):
         self, sweep: Sweep, rows: slice, block: int, turns: deque[Lane], lanes: Lanes
     ) -> int:
         """These rows on their way, in blocks that fit; answers with what was found to fit."""
-        start = rows.start
+        start, released = rows.start, False
         while start < rows.stop:
             part = slice(start, min(start + block, rows.stop))
             turns[0].finish()
@@ -120,7 +126,9 @@ class BlockBackend(Backend):
             for lane in turns:
                 lane.finish()  # the first one waits for what it was given before memory ran out
             lanes.pool.release()
-            block = self._half(block)
+            if released:
+                block = self._half(block)
+            released = True  # once the same again: there may be room for it now
         return block
 
     def through(
@@ -131,6 +139,7 @@ class BlockBackend(Backend):
         shape: Shape,
         dtype: np.dtype[Any],
         plan: Plan,
+        kept: Kept,
     ) -> Array:
         """fn of rows that are on this device already, block by block, on the current stream.
 
@@ -143,7 +152,7 @@ class BlockBackend(Backend):
                 y = made.pop()
                 own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
                 return y if own else y.copy()
-            block = self._half(block)
+            kept.release()
         if out is None:
             if not _fits(lambda: made.append(self.xp.empty(shape, dtype))):
                 size = prod(shape) * dtype.itemsize
@@ -154,6 +163,7 @@ class BlockBackend(Backend):
             if _fits(partial(_fill, out, part, fn, x)):
                 start = part.stop
             else:
+                kept.release()
                 block = self._half(block)
         return out
 
@@ -191,5 +201,6 @@ def _each(room: Budget, lanes: int) -> int:
 
 
 def _abandon(lanes: deque[Lane]) -> None:
-    for lane in lanes:
-        lane.abandon()
+    with ExitStack() as stack:  # each, even if one of them fails
+        for lane in lanes:
+            stack.callback(lane.abandon)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nnxp.backend._blocks import BlockBackend
 
-COPY_BYTES = 4 << 20  # what is worth a thread of its own to be copied by
+COPY_BYTES = 1 << 20  # what is worth a thread of its own to be copied by
 COPY_THREADS = 8  # about as many as fill the way to a GPU: one moves some 10 GB/s
 
 
@@ -97,9 +97,9 @@ class Lane:
 class Lanes:
     """The lanes of one sweep at a time, with the device memory that they use."""
 
-    def __init__(self, backend: BlockBackend, limit: int | None) -> None:
+    def __init__(self, backend: BlockBackend) -> None:
         self._backend = backend
-        self.pool = backend.pool(limit)
+        self.pool = backend.pool()
         self._lanes: list[Lane] = []
 
     def first(self, count: int) -> list[Lane]:
@@ -111,8 +111,7 @@ class Lanes:
 class Kept:
     """What an engine keeps on a device from one sweep to the next; any number may go on at once."""
 
-    def __init__(self, limit: int | None = None) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._idle: list[Lanes] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -123,7 +122,7 @@ class Kept:
         with self._lock:
             lanes = self._idle.pop() if self._idle else None
         if lanes is None:
-            lanes = Lanes(backend, self._limit)
+            lanes = Lanes(backend)
         try:
             yield lanes
         finally:
@@ -137,6 +136,12 @@ class Kept:
         """The bytes of the device that are held and not in use."""
         with self._lock:
             return sum(lanes.pool.unused() for lanes in self._idle)
+
+    def release(self) -> None:
+        """Give back what no sweep uses just now, to be taken anew."""
+        with self._lock:
+            for lanes in self._idle:
+                lanes.pool.release()
 
     def close(self) -> None:
         """Give everything back; what is under way elsewhere is given back when it ends."""
@@ -152,8 +157,10 @@ class Recorded:
 
     Work goes to the caller's current stream. Calls may come from any thread and stream; they follow
     each other. The pool is only ever used while recording: afterwards what it holds belongs to what
-    was recorded.
+    was recorded. `model` is whatever must live as long.
     """
+
+    model: object = None
 
     def __init__(
         self,
@@ -164,19 +171,22 @@ class Recorded:
     ) -> None:
         self._backend, self._lock = backend, threading.Lock()
         with backend.current():
-            stream, self._pool = backend.stream(), backend.pool(None)
-            with stream, self._pool.use():
+            stream, self._pool = backend.stream(), backend.pool()
+            backend.wait(stream, backend.mark(backend.current_stream()))
+            with stream:
                 self._x = x = backend.xp.zeros(shape, dtype)
 
                 def answer() -> Array:
                     y = fn(x)
                     return y if y.flags.c_contiguous else y.copy()
 
-                y = answer()
-                self._replay = backend.record(answer, stream)
+                y = answer()  # what is compiled and tried out takes memory that need not be kept
+                with self._pool.use():
+                    self._replay = backend.record(answer, stream)
             self._staged = _view(backend.pinned(x.nbytes), shape, dtype)
             self._result = _view(backend.pinned(y.nbytes), y.shape, y.dtype)
-        self._last = threading.get_ident(), stream
+            self._mark = backend.mark(stream)
+        self._last: tuple[int, Stream] = threading.get_ident(), stream
 
     def host(self, rows: HostArray) -> HostArray:
         """Host rows in, host results out."""
@@ -191,16 +201,18 @@ class Recorded:
     def device(self, rows: Array) -> Array:
         """Rows on the device in, results on the device out."""
         with self._lock, self._backend.current():
-            self._follow()
+            stream = self._follow()
             self._x[...] = rows
-            return self._replay().copy()
+            y = self._replay().copy()
+            self._mark = self._backend.mark(stream)
+            return y
 
     def _follow(self) -> Stream:
         """The caller's stream, made to wait for the call before if that was on another one."""
         stream = self._backend.current_stream()
         here = threading.get_ident(), stream  # a default stream may be another in each thread
         if here != self._last:
-            self._backend.order(self._last[1], stream)
+            self._backend.wait(stream, self._mark)
             self._last = here
         return stream
 
@@ -212,10 +224,11 @@ def copy(into: HostArray, rows: HostArray) -> None:
         np.copyto(into, rows, casting="unsafe")
         return
     bounds = [len(rows) * i // parts for i in range(parts + 1)]
-    copies = [
-        _threads().submit(copy_context().run, np.copyto, into[a:b], rows[a:b], casting="unsafe")
-        for a, b in pairwise(bounds)
-    ]
+    first, *others = (
+        partial(np.copyto, into[a:b], rows[a:b], casting="unsafe") for a, b in pairwise(bounds)
+    )
+    copies = [_threads().submit(copy_context().run, each) for each in others]
+    first()
     for each in copies:
         each.result()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import numpy as np
@@ -86,11 +86,14 @@ class CudaBackend(BlockBackend):
         stream: Stream = self.xp.cuda.get_current_stream()
         return stream
 
-    def order(self, before: Any, after: Any) -> None:
-        after.wait_event(before.record(self.xp.cuda.Event(disable_timing=True)))
+    def mark(self, stream: Any) -> Any:
+        return stream.record(self.xp.cuda.Event(disable_timing=True))
 
-    def pool(self, limit: int | None) -> _Pool:
-        return _Pool(self.xp.cuda, self.current(), limit)
+    def wait(self, stream: Any, mark: Any) -> None:
+        stream.wait_event(mark)
+
+    def pool(self) -> _Pool:
+        return _Pool(self.xp, self.current())
 
     def pinned(self, size: int) -> HostArray:
         """Exactly so many bytes: cupyx.empty_pinned takes up to twice as many, and keeps them."""
@@ -109,8 +112,11 @@ class CudaBackend(BlockBackend):
         stream.begin_capture()
         try:
             y = fn()
-        finally:
-            graph = stream.end_capture()
+        except BaseException:
+            with suppress(Exception):  # it says that the capture failed, not why
+                stream.end_capture()
+            raise
+        graph = stream.end_capture()
 
         def replay() -> Array:
             graph.launch()
@@ -126,19 +132,18 @@ class _Pool:
     device is the current one whatever it is asked of a pool.
     """
 
-    def __init__(self, cuda: Any, device: Any, limit: int | None) -> None:
-        self._pool, self._device, self._allocator = cuda.MemoryPool(), device, cuda.using_allocator
-        if limit is not None:
-            with device:
-                self._pool.set_limit(size=limit)
+    def __init__(self, cupy: Any, device: Any) -> None:
+        self._cupy, self._pool, self._device = cupy, cupy.cuda.MemoryPool(), device
 
     def use(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self._allocator(self._pool.malloc)
+        context: AbstractContextManager[Any] = self._cupy.cuda.using_allocator(self._pool.malloc)
         return context
 
     def release(self) -> None:
+        """What this pool and the default one hold unused: a full device has no use for it there."""
         with self._device:
             self._pool.free_all_blocks()
+            self._cupy.get_default_memory_pool().free_all_blocks()
 
     def unused(self) -> int:
         with self._device:

@@ -73,10 +73,13 @@ class SimBackend(BlockBackend):
     def current_stream(self) -> Stream:
         return nnxp.sim.Stream.current()
 
-    def order(self, before: Stream, after: Stream) -> None:
-        """All but copies is done at once here."""
+    def mark(self, stream: Stream) -> None:
+        """Nothing: all but copies is done at once here."""
 
-    def pool(self, limit: int | None) -> _Pool:
+    def wait(self, stream: Stream, mark: Any) -> None:
+        pass
+
+    def pool(self) -> _Pool:
         return _Pool()
 
     def pinned(self, size: int) -> HostArray:
