@@ -1,0 +1,225 @@
+"""The whole way through CUDA without a GPU: engine, lanes, graphs, cuBLASLt and fused kernels.
+
+The device is a stand-in, in cuda_stand_ins.py; the kernels are ours, compiled for the host. What
+stays for the hardware is whether CUDA keeps the rules that the stand-in has, and all speed.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import draw
+from nnxp.testing.parity import compare, error_bound
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed: there are no arrays of CUDA")
+from cuda_stand_ins import Device, Nd, Stream, libraries, pretended_gpu  # noqa: E402, F401
+
+
+def network(dtype="float32", head="softmax"):
+    layers = nnxp.Dense(24, 24, "relu", rng=1), nnxp.LayerNorm(24), nnxp.Dense(24, 24, rng=2)
+    net = nnxp.Sequential(
+        nnxp.Dense(16, 24, "tanh", rng=0), nnxp.Residual(*layers), nnxp.Dense(24, 10, head, rng=3)
+    )
+    noisy = {name: x + draw(x.shape, seed=len(name)) / 4 for name, x in net.parameters().items()}
+    return net.with_parameters(noisy).astype(dtype)
+
+
+def check(y, net, x):
+    """y is net(x), within the bound of the parity kit."""
+    y = y.get() if isinstance(y, Nd) else y
+    assert y.dtype == net.dtype
+    value, error = error_bound(net, x.astype(net.dtype))
+    found = compare("engine", "", "cuda:0", y, value, error)
+    assert found.ok, found.problem
+
+
+def put(x):
+    return nnxp.to_backend(x, "cuda")
+
+
+every_type = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+every_head = pytest.mark.parametrize("head", ["softmax", "identity"])
+
+
+@every_type
+@every_head
+@pytest.mark.parametrize("rows", [1, 300, 3500])
+def test_host_rows(gpu, rows, dtype, head):
+    """3500 rows are four blocks; 10 columns are padded to 16, but not in the last block."""
+    net = network(dtype, head)
+    engine, x = nnxp.Engine(net, "cuda"), draw((rows, 16), dtype)
+    check(engine(x), net, x)
+    check(engine(x[1:]), net, x[1:]) if rows > 1 else None
+    assert {call.lds[2] for call in gpu.lt.calls} == ({24, 16, 10} if rows > 1024 else {24, 10})
+    assert {pointer for kind, pointer in gpu.done if kind in ("product", "kernel")} <= gpu.own()
+
+
+@pytest.mark.parametrize("rows", [9, 1100])
+@pytest.mark.parametrize("kind", ["uint8", "float64", ">f4", "float16"])
+def test_host_rows_of_another_type(gpu, kind, rows):
+    net = network()
+    engine, x = nnxp.Engine(net, "cuda"), (draw((rows, 16)) * 3).clip(0).astype(kind)
+    for _ in range(4 if rows == 9 else 1):
+        check(engine(x), net, x)
+
+
+@every_type
+@pytest.mark.parametrize("shape", [(3, 5, 16), (260, 4, 16), (600, 2, 16)])
+def test_rows_of_more_axes(gpu, shape, dtype):
+    net, x = network(dtype), draw(shape, dtype)
+    engine = nnxp.Engine(net, "cuda")
+    for _ in range(3 if len(x) < 512 else 1):  # 260 rows are recorded, with a padded product
+        y = engine(x)
+        assert engine(put(x)).get().tobytes() == y.tobytes()
+    check(y, net, x)
+
+
+@every_type
+@every_head
+@pytest.mark.parametrize("rows", [1, 300, 1500])
+def test_rows_on_the_device_stay_there(gpu, rows, dtype, head):
+    net = network(dtype, head)
+    engine, x = nnxp.Engine(net, "cuda"), draw((rows, 16), dtype)
+    there = put(x)
+    made = [engine(there)]  # which times the products, and tries them with NaN
+    copies = gpu.copies()
+    made += [engine(there) for _ in range(4 if rows == 1 else 1)]
+    assert gpu.copies() == copies
+    for y in made:
+        assert isinstance(y, Nd)
+        assert y.flags.c_contiguous
+        check(y, net, x)
+        y[...] = 0  # the caller's own
+    check(engine(there), net, x)
+    out = cupy.empty((rows, 10), dtype)
+    assert engine(there, out) is out
+    check(out, net, x)
+
+
+@every_type
+@every_head
+@pytest.mark.parametrize("rows", [1, 7, 130])
+def test_few_rows_replay_a_graph(gpu, rows, dtype, head):
+    net = network(dtype, head)
+    engine = nnxp.Engine(net, "cuda")
+    batches = [draw((rows, 16), dtype, seed) for seed in range(4)]
+    eager = [nnxp.Engine(net, "cuda")(x) for x in batches]
+    for x, expected in zip(batches, eager, strict=True):
+        y = engine(x)
+        check(y, net, x)
+        assert y.tobytes() == expected.tobytes()
+    assert len(engine._places[0].recorded) == 1
+    gpu.done.clear()
+    answers = [(engine(x), engine(put(x)).get()) for x in batches]
+    for made, expected in zip(answers, eager, strict=True):
+        assert [each.tobytes() for each in made] == 2 * [expected.tobytes()]
+    kinds = {kind for kind, _ in gpu.done}
+    assert "graph's product" in kinds
+    assert not kinds & {"product", "kernel"}
+
+
+def test_a_graph_sees_weights_that_change_in_place_and_nobody_elses_arrays(gpu):
+    net = network()
+    engine, x = nnxp.Engine(net, "cuda"), draw((5, 16))
+    for _ in range(4):
+        engine(x)
+    others = [nnxp.Engine(network(), "cuda") for _ in range(3)]
+    changed = {name: value * 1.5 for name, value in net.parameters().items()}
+    for name, value in engine.model.parameters().items():
+        value[...] = put(changed[name])
+    for each in others:  # their memory is not that of the graph
+        check(each(x), net, x)
+        check(each(put(np.tile(x, (300, 1)))), net, np.tile(x, (300, 1)))
+    check(engine(x), net.with_parameters(changed), x)
+
+
+def test_answers_that_nobody_waits_for_are_right(gpu):
+    net = network()
+    engine = nnxp.Engine(net, "cuda")
+    batches = [draw((5, 16), seed=seed) for seed in range(8)]
+    there = [put(x) for x in batches]
+    made = []
+    gpu.finish()
+    for x in there:  # each on a stream of its own, that has waited for nothing
+        with Stream(non_blocking=True):
+            made.append(engine(x))
+    gpu.finish()
+    for x, y in zip(batches, made, strict=True):
+        check(y, net, x)
+
+
+def test_what_the_caller_s_stream_has_yet_to_do_comes_first(gpu):
+    net = network()
+    engine, x = nnxp.Engine(net, "cuda"), draw((1100, 16))
+    check(engine(x), net, x)
+    doubled = {name: put(value * 2) for name, value in net.parameters().items()}
+    gpu.finish()
+    with Stream(non_blocking=True):
+        for name, value in engine.model.parameters().items():
+            value[...] = doubled[name]
+        y = engine(x)
+    check(y, net.with_parameters({name: value.get() for name, value in doubled.items()}), x)
+
+
+def test_an_engine_that_is_closed_gives_its_memory_back(gpu):
+    def free():
+        return gpu.room + cupy.get_default_memory_pool().free_bytes()
+
+    engine = nnxp.Engine(network(), "cuda")
+    before = free()
+    for rows in (5, 5, 5, 2000):
+        engine(draw((rows, 16)))
+    assert free() < before
+    engine.close()
+    gc.collect()
+    assert free() >= before  # and the parameters, too
+
+
+@pytest.mark.parametrize("room", [40_000, 200_000])
+def test_a_device_that_is_full_gets_smaller_blocks(gpu, room):
+    """What it says of its free memory is not so."""
+    net = network()
+    engine, x = nnxp.Engine(net, "cuda"), draw((2500, 16))
+    there = put(x)
+    gpu.room = room
+    check(engine(x), net, x)
+    assert engine._places[0].known[16,].most_rows < 1024
+    gpu.room = room + 2500 * 40
+    check(engine(there), net, x)
+    gpu.room = -(1 << 30)
+    for each in (x, there):
+        with pytest.raises(nnxp.OutOfMemory):
+            engine(each)
+
+
+def test_tf32_is_asked_for_in_this_engine_only(gpu):
+    net = network()
+    allowed, exact = (nnxp.Engine(net, "cuda", precision=each) for each in ("tf32", None))
+    for x in [draw((1100, 16))] + 3 * [draw((5, 16))]:
+        for given in (x, put(x)):
+            for engine, compute_type in ((allowed, 77), (exact, 68)):
+                gpu.lt.calls.clear()
+                check(engine(given), net, x)
+                gpu.finish()
+                assert {call.compute for call in gpu.lt.calls} == {compute_type}
+
+
+def test_the_caller_s_device_and_stream_are_as_they_were(gpu):
+    net = network()
+    engine, x = nnxp.Engine(net, "cuda"), draw((2100, 16))
+    there = put(x[:5])
+    with Device(1), Stream(non_blocking=True) as mine:
+        for rows in (x, x[:5], x[:5], x[:5], x[:5], there, there, there):
+            y = engine(rows)
+            assert gpu.devices[-1] == 1
+            assert gpu.stream() is mine
+            with Device(0):
+                check(y, net, x[: len(rows)])
+        with pytest.raises(nnxp.ShapeError):
+            engine(x[:, :3])
+        assert gpu.stream() is mine
+        assert not mine.queue
