@@ -47,6 +47,7 @@ class _Known:
 class _Direct(NamedTuple):
     """A kind of rows that need no planning: what they become, the most of them, what comes out."""
 
+    model: Layer
     dtype: np.dtype[Any]
     rows: int
     output: Shape
@@ -97,7 +98,6 @@ class Engine:
         self.precision = precision
         self._places = [_Place(model, each) for each in _backends(backend)]
         self.backend = self._places[0].backend
-        self._known: dict[Shape, _Known] = {}
         self._direct: dict[tuple[np.dtype[Any], Shape], _Direct] = {}
 
     @property
@@ -127,11 +127,11 @@ class Engine:
         Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
         are on another device, and OutOfMemory if not even one row fits.
         """
-        model = self.model
         if out is None and type(x) is np.ndarray:
             few = self._few(x)
             if few is not None:
                 return few
+        model = self.model
         place, there = self._at_home(x)
         if place is not None:
             in_kind = _in_kind(x)
@@ -166,19 +166,18 @@ class Engine:
         With so few rows the time goes to asking and planning, so it is done once for each kind: on
         the CPU for all numbers of rows up to a tile, on a device for each, with a recording.
         """
-        recorded = self._places[0].recorded.get((x.dtype, x.shape))
-        if recorded is not None:
-            return recorded.host(x)
-        if not self._direct or x.ndim == 0:
-            return None
-        known = self._direct.get((x.dtype, x.shape[1:]))
-        if known is None or not 0 < len(x) <= known.rows:
+        shape, dtype = x.shape, x.dtype
+        if not self._direct or not shape:
+            recorded = self._places and self._places[0].recorded.get((dtype, shape))
+            return recorded.host(x) if recorded else None
+        known = self._direct.get((dtype, shape[1:]))
+        if known is None or not 0 < shape[0] <= known.rows:
             return None
         try:  # without the door, for all that it asks is known
-            y: HostArray = self.model._bare(x if x.dtype == known.dtype else x.astype(known.dtype))
+            y: HostArray = known.model._bare(x if dtype == known.dtype else x.astype(known.dtype))
         except Exception:
             return None  # the long way says what is wrong, and where
-        if y.shape[1:] != known.output or len(y) != len(x):
+        if y.shape != (shape[0], *known.output):
             return None
         own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
         return y if own else y.copy()
@@ -191,7 +190,7 @@ class Engine:
         else:
             if len(self._direct) >= MOST_KINDS:
                 self._direct.clear()
-            self._direct[x.dtype, x.shape[1:]] = _Direct(dtype, plan.rows, output[1:])
+            self._direct[x.dtype, x.shape[1:]] = _Direct(self.model, dtype, plan.rows, output[1:])
 
     def _at_home(self, x: Any) -> tuple[_Place | None, Array]:
         """The place where x is already, and x as an array of ours; None if it is in host memory.
@@ -238,8 +237,10 @@ class Engine:
         fn = partial(self._forward, dtype=dtype, output=output[1:])
         if out is not None and not (is_array(out) and place_of(out) == backend.device):
             raise OptionError(f"x is on {backend.device}, so out is an array there, too")
-        if out is not None and (out.shape, out.dtype) != (output, dtype):
-            raise ShapeError(f"out is {out.dtype}{out.shape} but the output is {dtype}{output}")
+        if out is not None and out.shape != output:
+            raise ShapeError(f"out is {out.shape} but the output is {output}")
+        if out is not None and out.dtype != dtype:
+            raise DtypeMismatch(f"out is {out.dtype} but the output is {dtype}")
         with backend.current():
             if len(x) == 0:
                 return backend.xp.empty(output, dtype) if out is None else out

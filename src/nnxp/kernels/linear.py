@@ -42,4 +42,4 @@ def linear(
     y = matmul.reference(x, weight)  # the types are settled: no need to ask again
     if bias is not None:
         y += bias
-    return y if activation is identity else activation(y, out=y)
+    return y if activation is identity else activation.reference(y, out=y)
