@@ -252,6 +252,12 @@ def test_several_backends_are_different_devices(several):
         nnxp.Engine(NET, several)
 
 
+@pytest.mark.parametrize("backend", [None, 3, ["sim", 3]])
+def test_what_names_no_backend_is_refused_with_the_names(backend):
+    with pytest.raises(nnxp.BackendUnavailable, match="The names are auto"):
+        nnxp.Engine(NET, backend)
+
+
 def test_the_command_line_takes_several_devices_too(tmp_path, capsys):
     from nnxp.cli import app
 

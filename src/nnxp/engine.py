@@ -56,7 +56,9 @@ class _Direct(NamedTuple):
 class Engine:
     """A model on a backend, ready to take rows: `y = engine(x)`.
 
-    The parameters are moved there once, here, and engines of one model on one device share them.
+    The parameters are moved there once, here, and engines of one model on one device share them:
+    change them with `model.with_parameters`, not in place.
+
     `backend` is a name as for `nnxp.get_backend`; `engine.backend.why` says how it was chosen. A
     list of devices, such as `["cuda:0", "cuda:1"]`, shares the rows out among them.
 
@@ -373,9 +375,11 @@ class _Place:
         self.recorded.clear()
 
 
-def _backends(backend: str | Backend | Sequence[str | Backend]) -> list[Backend]:
+def _backends(
+    backend: str | Backend | Sequence[str | Backend],
+) -> list[Backend]:
     """The backend, or all of a list of devices. OptionError for a list that names none or two."""
-    if isinstance(backend, str | Backend):
+    if isinstance(backend, str) or not isinstance(backend, Sequence):
         return [get_backend(backend)]
     found = [get_backend(each) for each in backend]
     devices = [each.device for each in found]
@@ -405,7 +409,7 @@ def _ours(model: Layer) -> bool:
     return inner and type(model).__module__.startswith("nnxp.")
 
 
-_HOST = (1, 3, 13)  # DLPack's kDLCPU, kDLCUDAHost and kDLCUDAManaged: a slice becomes a NumPy array
+_HOST = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: a slice becomes a NumPy array
 
 
 def _taken(xp: Any, x: Any) -> Array:
