@@ -16,22 +16,23 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from nnxp._arrays import Array, Shape
+from nnxp._arrays import Array, Shape, float_dtype
 from nnxp._errors import UnsupportedFunction
 
-_REDUCE = "axis=None, dtype=None, keepdims=False"
-_PICK = "axis=None, keepdims=False"
+_REDUCE = "axis=None, dtype=None, *, keepdims=False"
+_PICK = "axis=None, *, keepdims=False"
 
-# Functions by what they do to shapes, with the call form that NumPy and CuPy share. Those that take
-# `out=` as well are in WITH_OUT. An array is an argument before the ";", an option one behind it.
+# Functions by what they do to shapes, with the call form that NumPy and CuPy share: what stands
+# before "/" has another name in each and is given by its place, what stands behind "*" by its name.
+# Those that take `out=` as well are in WITH_OUT. Arrays stand before the ";", options behind it.
 _TABLE = {
     "elementwise": {
-        "x;": """absolute arccos arccosh arcsin arcsinh arctan arctanh ceil cos cosh exp exp2 expm1
+        "x, /;": """absolute arccos arccosh arcsin arcsinh arctan arctanh ceil cos cosh exp exp2 expm1
             floor invert log log10 log1p log2 negative positive reciprocal rint sign sin sinh sqrt
             square tan tanh trunc""",
-        "x, y;": """add arctan2 bitwise_and bitwise_or bitwise_xor divide floor_divide fmax fmin fmod
+        "x, y, /;": """add arctan2 bitwise_and bitwise_or bitwise_xor divide floor_divide fmax fmin fmod
             hypot logaddexp maximum minimum multiply power remainder subtract""",
-        "condition, x, y;": "where",
+        "condition, x, y, /;": "where",
         "a, a_min, a_max;": "clip",
         "a; decimals=0": "round",
         "x; copy=True, nan=0.0, posinf=None, neginf=None": "nan_to_num",
@@ -41,8 +42,8 @@ _TABLE = {
         "x, value; key": "assign",
     },
     "comparison": {
-        "x;": "isfinite isinf isnan logical_not signbit",
-        "x, y;": """equal greater greater_equal less less_equal logical_and logical_or logical_xor
+        "x, /;": "isfinite isinf isnan logical_not signbit",
+        "x, y, /;": """equal greater greater_equal less less_equal logical_and logical_or logical_xor
             not_equal""",
         "a, b; rtol=1e-05, atol=1e-08, equal_nan=False": "isclose",
     },
@@ -50,7 +51,7 @@ _TABLE = {
         f"a; {_REDUCE}": "mean prod sum",
         f"a; {_REDUCE.replace('keep', 'ddof=0, keep')}": "std var",
         f"a; {_PICK}": "all any argmax argmin max min ptp",
-        "a; axis=None, overwrite_input=False, keepdims=False": "median",
+        "a; axis=None, *, overwrite_input=False, keepdims=False": "median",
         "a; axis=None": "count_nonzero",
         "x; ord=None, axis=None, keepdims=False": "norm",
     },
@@ -60,14 +61,14 @@ _TABLE = {
     },
     "movement": {
         "array; shape": "broadcast_to",
-        "*arrays; axis=0": "concatenate stack",
+        "*arrays, /; axis=0": "concatenate stack",
         "a; offset=0, axis1=0, axis2=1": "diagonal",
         "a; axis": "expand_dims",
-        "a; axis=None": "flip squeeze",
+        "a, /; axis=None": "flip squeeze",
         "a; source, destination": "moveaxis",
         "array; pad_width, mode='constant', constant_values=0": "pad",
         "a; repeats, axis=None": "repeat",
-        "a; shape": "reshape",
+        "a; shape, /": "reshape",
         "a; shift, axis=None": "roll",
         "x; window_shape, axis=None": "sliding_window_view",
         "ary; indices_or_sections, axis=0": "split",
@@ -76,21 +77,21 @@ _TABLE = {
         "a; axes=None": "transpose",
         "x; key": "getitem",
         "a, indices; axis=None": "take",
-        "a, indices; axis": "take_along_axis",
+        "a, indices, /; axis": "take_along_axis",
         "a; n=1, axis=-1": "diff",
     },
     "contraction": {
-        "a, b;": "dot matmul outer",
+        "a, b, /;": "dot matmul outer",
         "a, b; axes=2": "tensordot",
-        "*operands; subscripts": "einsum",
+        "*operands, /; subscripts": "einsum",
     },
     "creation": {
-        "; start, stop=None, step=1, dtype=None": "arange",
+        "; start, /, stop=None, step=1, *, dtype=None": "arange",
         "; shape, dtype=float": "empty ones zeros",
         "; shape, fill_value, dtype=None": "full",
         "; N, M=None, k=0, dtype=float": "eye",
-        "; start, stop, num=50, dtype=None": "linspace",
-        "a; dtype=None": "empty_like ones_like zeros_like",
+        "; start, stop, num=50, *, dtype=None": "linspace",
+        "a, /; dtype=None": "empty_like ones_like zeros_like",
         "a; fill_value, dtype=None": "full_like",
     },
 }
@@ -101,15 +102,25 @@ KINDS = {
 
 WITH_OUT = frozenset(
     [name for name, kind in KINDS.items() if kind in ("elementwise", "comparison")]
-    + "all any argmax argmin cumsum dot matmul max mean min prod std sum take var".split()
+    + """all any argmax argmin concatenate cumprod cumsum dot matmul max mean median min outer prod
+        ptp stack std sum take var""".split()
 ) - set("assign astype copy isclose nan_to_num tril triu where".split())
 """The functions that take `out=`, in both libraries."""
 
 OTHER_NAMES = {"abs": "absolute", "amax": "max", "amin": "min", "mod": "remainder"} | {
     "true_divide": "divide", "around": "round", "concat": "concatenate", "permute_dims": "transpose"
 }  # fmt: skip
-METHODS = """all any argmax argmin argsort clip cumprod cumsum diagonal dot max mean min prod ptp
-    repeat round squeeze std sum swapaxes take var""".split()
+VIEWS = frozenset(
+    """broadcast_to diagonal expand_dims flip getitem moveaxis reshape sliding_window_view split
+    squeeze swapaxes transpose""".split()
+)
+"""What may look at the memory of its array."""
+
+METHODS = """all any argmax argmin argsort cumprod cumsum diagonal dot max mean min prod repeat round
+    squeeze std sum swapaxes take var""".split()
+OTHER_METHODS = "astype clip copy fill flatten item ravel reshape sort tolist transpose".split()
+"""The methods that have a call form of their own, or none in the module."""
+
 CONSTANTS = frozenset(
     """bool_ e finfo float16 float32 float64 iinfo inf int8 int16 int32 int64 nan newaxis pi uint8
     uint16 uint32 uint64""".split()
@@ -126,7 +137,8 @@ def form(name: str) -> tuple[int | None, inspect.Signature]:
     arrays, options = (part.strip() for part in text.split(";"))
     parameters = ", ".join(filter(None, [arrays.removeprefix("*"), options]))
     signature = inspect.signature(eval(f"lambda {parameters}: 0"))  # noqa: S307 (the table above)
-    return None if arrays.startswith("*") else len([a for a in arrays.split(",") if a]), signature
+    count = len([each for each in arrays.split(",") if each.strip(" /")])
+    return None if arrays.startswith("*") else count, signature
 
 
 def compute(xp: Any, name: str, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -155,6 +167,9 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "reshape": lambda xp, x, shape: x.reshape(shape),
     "concatenate": lambda xp, *arrays, **options: xp.concatenate(arrays, **options),
     "stack": lambda xp, *arrays, **options: xp.stack(arrays, **options),
+    "arange": lambda xp, start, stop=None, step=1, dtype=None: xp.arange(
+        start, stop, step, dtype=dtype
+    ),
     "einsum": lambda xp, *arrays, subscripts: xp.einsum(subscripts, *arrays),
     "norm": lambda xp, x, **options: xp.linalg.norm(x, **options),
     "sliding_window_view": _windows,
@@ -166,6 +181,7 @@ class ndarray(NDArrayOperatorsMixin):
 
     __slots__ = ()
     library: ClassVar[str]
+    refusal: ClassVar[type[UnsupportedFunction]] = UnsupportedFunction
     shape: Shape
     dtype: np.dtype[Any]
 
@@ -210,7 +226,9 @@ class ndarray(NDArrayOperatorsMixin):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **options: Any) -> Any:
         if method != "__call__":
-            raise UnsupportedFunction(f"{self.library} has no {ufunc.__name__}.{method}")
+            raise self.refusal(f"{self.library} has no {ufunc.__name__}.{method}: {_SHARED}")
+        if any(_foreign(each, type(self)) for each in args):
+            return NotImplemented
         out = options.pop("out", None)
         (out,) = out if isinstance(out, tuple) else (out,)
         return function(type(self), ufunc.__name__)(*args, out=out, **options)
@@ -221,7 +239,7 @@ class ndarray(NDArrayOperatorsMixin):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise UnsupportedFunction(f"arrays of {self.library} have no {name}: {_SHARED}")
+        raise self.refusal(f"arrays of {self.library} have no {name}: {_SHARED}")
 
     def reshape(self, *shape: Any) -> Any:
         return self.apply("reshape", (self,), {"shape": _unpacked(shape)}, None)
@@ -231,9 +249,13 @@ class ndarray(NDArrayOperatorsMixin):
         return self.apply("transpose", (self,), {"axes": axes} if axes else {}, None)
 
     def astype(self, dtype: Any, copy: bool = True) -> Any:
-        if not copy and np.dtype(dtype) == self.dtype:
+        kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
+        if not copy and kind == self.dtype:
             return self
-        return self.apply("astype", (self,), {"dtype": np.dtype(dtype)}, None)
+        return self.apply("astype", (self,), {"dtype": kind}, None)
+
+    def clip(self, min: Any = None, max: Any = None, out: Any = None) -> Any:
+        return function(type(self), "clip")(self, min, max, out=out)
 
     def copy(self) -> Any:
         return self.apply("copy", (self,), {}, None)
@@ -249,6 +271,11 @@ class ndarray(NDArrayOperatorsMixin):
 
     def fill(self, value: Any) -> None:
         self[...] = value
+
+
+def _foreign(x: Any, own: type[ndarray]) -> bool:
+    """Whether x is an array of a library that may know ours, and ours does not know it."""
+    return hasattr(type(x), "__array_ufunc__") and not isinstance(x, own | np.ndarray | np.generic)
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -282,7 +309,7 @@ def function(array: type[ndarray], name: str) -> Callable[..., Any]:
     """
     name = OTHER_NAMES.get(name, name)
     if name not in KINDS:
-        raise UnsupportedFunction(f"{array.library} has no {name}: {_SHARED}")
+        raise array.refusal(f"{array.library} has no {name}: {_SHARED}")
     count, signature = form(name)
     with_out = name in WITH_OUT
 
@@ -319,7 +346,7 @@ def module_attribute(array: type[ndarray], name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
     if name in _NOT_IN_THE_MODULE:
-        raise UnsupportedFunction(f"{array.library} has no {name}: {_SHARED}")
+        raise array.refusal(f"{array.library} has no {name}: {_SHARED}")
     return function(array, name)
 
 
@@ -333,7 +360,7 @@ class _Namespace:
         if name.startswith("_"):
             raise AttributeError(name)
         if name not in self._names:
-            raise UnsupportedFunction(f"{self._array.library} has no {name}: {_SHARED}")
+            raise self._array.refusal(f"{self._array.library} has no {name}: {_SHARED}")
         return function(self._array, name)
 
 

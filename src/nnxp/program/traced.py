@@ -20,17 +20,11 @@ import numpy as np
 from nnxp import _library
 from nnxp._arrays import Array, Shape, float_dtype, is_array, xp_of
 from nnxp._errors import NnxpError
-from nnxp._library import KINDS, compute
+from nnxp._library import KINDS, VIEWS, compute
 from nnxp.kernels import Kernel
 
 ROWS = 1_000_003
 """A prime stands for the number of rows: a size that is a multiple of it counts rows."""
-
-VIEWS = frozenset(
-    """broadcast_to diagonal expand_dims flip getitem moveaxis reshape sliding_window_view split
-    squeeze swapaxes transpose""".split()
-)
-"""What may look at the memory of its input."""
 
 
 class Untraceable(NnxpError, TypeError):
@@ -577,7 +571,7 @@ def _einsum(step: Step) -> Any:
 def _creation(step: Step) -> Any:
     options = dict(step.options)
     if step.name == "arange":
-        made = np.arange(**options)
+        made = compute(np, "arange", (), options)
         return made.shape, made.dtype
     if step.name.endswith("_like"):
         return step.inputs[0].shape, options.get("dtype") or step.inputs[0].dtype
