@@ -24,7 +24,7 @@ from nnxp.backend._blocks import BLOCK_ROWS, BlockBackend
 from nnxp.backend._lanes import Kept, Recorded
 from nnxp.kernels.linear import precision as _precision
 from nnxp.layers._layer import Layer
-from nnxp.layers._summary import costs
+from nnxp.program.recording import costs
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
