@@ -1,0 +1,321 @@
+"""A model written out: the steps that make the outputs of the inputs, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nnxp._arrays import Array, Shape, is_array, xp_of
+from nnxp._errors import ShapeError
+from nnxp._library import KINDS, WITH_OUT
+from nnxp.program.traced import (
+    ROWS,
+    Step,
+    Tape,
+    Untraceable,
+    Value,
+    axes_of,
+    counts_rows,
+    einsum_terms,
+    lifted,
+    ndarray,
+    perform,
+    value_of,
+    writing,
+)
+
+
+class Outline(NamedTuple):
+    """The shape and type of an array."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
+
+
+class Call(NamedTuple):
+    """A layer at work in a program: its path in the model, the layer, what went in and came out."""
+
+    path: str
+    layer: Any
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+class Costs(NamedTuple):
+    """What a program takes: bytes for each row and besides, and multiply-adds for each row."""
+
+    row_bytes: int
+    fixed_bytes: int
+    row_work: int
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Steps from inputs to outputs; print it.
+
+    A program counts its rows: called on arrays, it runs for as many as they have. `calls` tells
+    which layers were at work, `structure` whether the formula answered one array or several.
+    """
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    steps: tuple[Step, ...]
+    calls: tuple[Call, ...] = ()
+    several: bool = False
+
+    def __call__(self, *arrays: Array) -> Any:
+        """The outputs for these inputs: an array, or a tuple where the formula answers several."""
+        made = self.run(arrays)
+        return tuple(made) if self.several else made[0]
+
+    def run(self, arrays: Sequence[Array], wanted: Sequence[Value] | None = None) -> list[Any]:
+        """The outputs, or the `wanted` values, as a list; what nobody needs any more is let go."""
+        xp = xp_of(arrays[0]) if arrays else np
+        rows = self._rows(arrays)
+        known: dict[Value, Any] = dict(zip(self.inputs, arrays, strict=True))
+        goals = self.outputs if wanted is None else tuple(wanted)
+        last = self._last_uses(goals)
+        for i, step in enumerate(self.steps):
+            given = [_known(each, known) for each in step.inputs]
+            made = perform(xp, step if rows is None else scaled(step, rows), given)
+            del given
+            known.update(zip(step.outputs, made if step.several else (made,), strict=True))
+            for value in last.get(i, ()):
+                known.pop(value, None)
+        return [_known(value, known) for value in goals]
+
+    def _rows(self, arrays: Sequence[Array]) -> int | None:
+        """How many rows the arrays have; None if this program does not count them."""
+        for value, array in zip(self.inputs, arrays, strict=True):
+            for size, real in zip(value.shape, array.shape, strict=True):
+                if counts_rows(size):
+                    return int(real) // (size // ROWS)
+        return None
+
+    def _last_uses(self, goals: Sequence[Value]) -> dict[int, list[Value]]:
+        """By the number of a step, the values that nobody looks at after it."""
+        last: dict[Value, int] = {}
+        for i, step in enumerate(self.steps):
+            for value in (*step.values, *step.outputs):
+                last[value] = i
+        kept = set(goals)
+        ends: dict[int, list[Value]] = {}
+        for value, i in last.items():
+            if value not in kept and value.numbers is None:
+                ends.setdefault(i, []).append(value)
+        return ends
+
+    def outline(self, rows: int) -> tuple[Outline, ...]:
+        """The shapes and types of the outputs for so many rows."""
+        return tuple(Outline(sized(v.shape, rows), v.dtype) for v in self.outputs)
+
+    @cached_property
+    def row_work(self) -> int:
+        """About how many multiply-adds a row takes, in products."""
+        return sum(map(multiply_adds, self.steps)) // ROWS
+
+    @cached_property
+    def mixing(self) -> str:
+        """What mixes rows, in words; empty if each row is treated on its own."""
+        for step in self.steps:
+            if _mixes(step):
+                return f"{step.path or 'the model'} mixes rows: {step.name} along the rows"
+        for value in self.outputs:
+            if not value.shape or value.shape[0] != ROWS:
+                shape = _shape_text(value.shape)
+                return f"the model answers {shape} for (rows, ...): not a row for a row"
+        return ""
+
+    @cached_property
+    def opaque(self) -> tuple[str, ...]:
+        """The paths of the layers that are run as Python."""
+        return tuple(step.path for step in self.steps if _is_opaque(step))
+
+    def __str__(self) -> str:
+        names: dict[Value, str] = {}
+        for i, value in enumerate(self.inputs):
+            names[value] = value.name or f"x{i}"
+        for i, value in enumerate(v for step in self.steps for v in step.outputs):
+            names[value] = f"v{i}"
+        lines = [f"{names[v]}: {v.dtype}{_shape_text(v.shape)}" for v in self.inputs]
+        for step in self.steps:
+            inputs = [_said(each, names) for each in step.inputs]
+            options = [f"{name}={_option(v)}" for name, v in step.options.items()]
+            made = ", ".join(names[value] for value in step.outputs)
+            shape = ", ".join(_shape_text(value.shape) for value in step.outputs)
+            text = f"{made} = {step.name}({', '.join(inputs + options)})"
+            lines.append(f"{text:<60}  # {shape} {step.path}".rstrip())
+        return "\n".join([*lines, "return " + ", ".join(_said(v, names) for v in self.outputs)])
+
+
+def trace(function: Callable[..., Any], *outlines: Any, paths: Mapping[int, str] = {}) -> Program:
+    """The program of a function of arrays, for inputs of these (shape, dtype).
+
+    Raises Untraceable if it looks at numbers, and what it itself raises for arrays that do not fit.
+    """
+    inputs = tuple(
+        each if isinstance(each, Value) else Value(tuple(each[0]), np.dtype(each[1]))
+        for each in outlines
+    )
+    with writing(Tape()) as tape:
+        made = function(*map(lifted, inputs))
+        several = isinstance(made, tuple | list)
+        outputs = tuple(map(value_of, made if several else (made,)))
+    for value in outputs:
+        if not isinstance(value, Value):
+            raise ShapeError(f"a formula answers arrays, not {value!r:.60}")
+    return Program(inputs, outputs, _needed(tape.steps, outputs), tuple(_calls(tape)), several)
+
+
+def _calls(tape: Tape) -> Iterator[Call]:
+    for path, layer, given, made in tape.calls:
+        results = made if isinstance(made, tuple | list) else (made,)
+        yield Call(path, layer, tuple(v for v in given if isinstance(v, Value)), tuple(results))
+
+
+def _needed(steps: Sequence[Step], outputs: Sequence[Value]) -> tuple[Step, ...]:
+    """Without the steps that nobody looks at."""
+    wanted, kept = set(outputs), []
+    for step in reversed(steps):
+        if wanted.intersection(step.outputs):
+            kept.append(step)
+            wanted.update(step.values)
+    return tuple(reversed(kept))
+
+
+def replay(program: Program, arrays: Sequence[Any], change: Callable[..., Any]) -> list[Any]:
+    """The program run anew on traced arrays; `change(step, arrays)` says what a step becomes."""
+    known = {value: lifted(array) for value, array in zip(program.inputs, arrays, strict=True)}
+
+    def now(each: Any) -> Any:
+        return known[each] if isinstance(each, Value) and each in known else lifted(each)
+
+    for step in program.steps:
+        made = change(step, tuple(map(now, step.inputs)))
+        several = isinstance(made, tuple | list)
+        known.update(zip(step.outputs, made if several else (made,), strict=True))
+    return [now(value) for value in program.outputs]
+
+
+def _known(x: Any, known: Mapping[Value, Any]) -> Any:
+    if isinstance(x, Value):
+        return known[x] if x in known else x.numbers
+    return x
+
+
+# rows
+
+
+def sized(shape: Shape, rows: int) -> Shape:
+    """A shape for so many rows."""
+    return tuple(size // ROWS * rows if counts_rows(size) else size for size in shape)
+
+
+def scaled(step: Step, rows: int) -> Step:
+    """The step for so many rows: what its options say of rows is said of so many."""
+    options = {name: _scaled(value, rows) for name, value in step.options.items()}
+    if options == step.options:
+        return step
+    return Step(step.function, step.inputs, options, step.path, step.outputs, step.several)
+
+
+def _scaled(option: Any, rows: int) -> Any:
+    if isinstance(option, tuple | list):
+        return type(option)(_scaled(each, rows) for each in option)
+    if isinstance(option, slice):
+        return slice(*(_scaled(each, rows) for each in (option.start, option.stop, option.step)))
+    return int(option) // ROWS * rows if counts_rows(option) else option
+
+
+def multiply_adds(step: Step) -> int:
+    """The multiply-adds of a step that is a product, 0 for others."""
+    if not step.values:
+        return 0
+    name, first = step.name, step.values[0]
+    if name in ("matmul", "dot", "linear"):
+        return prod(step.outputs[0].shape) * first.shape[-1]
+    if name == "outer":
+        return prod(step.outputs[0].shape)
+    if name == "tensordot":
+        kept = prod(step.outputs[0].shape)
+        met = prod(first.shape) * prod(step.values[1].shape) // max(1, kept)
+        return kept * int(met**0.5)
+    if name == "einsum":
+        ndims = [len(v.shape) for v in step.values]
+        terms, _ = einsum_terms(step.options["subscripts"], ndims)
+        sizes = {c: n for t, v in zip(terms, step.values, strict=True)
+                 for c, n in zip(t, v.shape, strict=True)}  # fmt: skip
+        return prod(sizes.values())
+    return 0
+
+
+def _mixes(step: Step) -> bool:
+    """Whether a step's results for one row may depend on another."""
+    kind, values = KINDS.get(step.name), step.values
+    if not isinstance(step.function, str) or not values:
+        return False
+    options, shape = step.options, values[0].shape
+    along: tuple[int, ...] = ()
+    if kind in ("reduction", "scan") or step.name in ("flip", "roll", "diff"):
+        default = -1 if kind == "scan" and not step.name.startswith("cum") else None
+        axis = options.get("axis", -1 if step.name == "diff" else default)
+        along = axes_of(axis, len(shape))
+    elif step.name in ("take", "take_along_axis", "concatenate"):
+        axis = options.get("axis", None if step.name == "take" else 0)
+        ids = values[1] if step.name == "take" and len(values) > 1 else None
+        if step.name == "concatenate" and any(counts_rows(v.shape[axis]) for v in values):
+            return True
+        along = () if step.name == "concatenate" else axes_of(axis, len(shape))
+        if ids is not None and values[0].numbers is not None:
+            return False
+    elif step.name in ("matmul", "dot"):
+        along = (len(shape) - 1,)
+    elif step.name == "einsum":
+        terms, result = einsum_terms(options["subscripts"], [len(v.shape) for v in values])
+        return any(counts_rows(n) and c not in result
+                   for t, v in zip(terms, values, strict=True)
+                   for c, n in zip(t, v.shape, strict=True))  # fmt: skip
+    return any(counts_rows(shape[axis]) for axis in along)
+
+
+def _is_opaque(step: Step) -> bool:
+    from nnxp.kernels import Kernel
+
+    return not isinstance(step.function, str | Kernel)
+
+
+# words
+
+
+def _shape_text(shape: Shape) -> str:
+    def size(n: int) -> str:
+        if not counts_rows(n):
+            return str(n)
+        return "rows" if n == ROWS else f"{n // ROWS}*rows"
+
+    return f"({', '.join(map(size, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def _said(x: Any, names: Mapping[Value, str]) -> str:
+    if not isinstance(x, Value):
+        return f"{x!r:.40}"
+    if x in names:
+        return names[x]
+    return x.name or f"{x.dtype}{_shape_text(x.shape)}"
+
+
+def _option(value: Any) -> str:
+    if is_array(value):
+        return f"{value.dtype}{list(value.shape)}"
+    return getattr(value, "__name__", None) or f"{value!r:.60}".replace(str(ROWS), "rows")
+
+
+__all__ = [
+    "WITH_OUT", "Call", "Costs", "Outline", "Program", "Untraceable", "multiply_adds", "ndarray",
+    "replay", "scaled", "sized", "trace",
+]  # fmt: skip

@@ -1,0 +1,620 @@
+"""Arrays that have a shape and a type but no numbers: a formula run on them is written down.
+
+A traced array stands for a `Value`: of an input, or of what a `Step` makes. What has numbers, such
+as a parameter, is a constant, and what follows from constants alone is computed at once. Arrays of
+the dialect all: what writes into one gives it another value, unless a view looks on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from nnxp import _library
+from nnxp._arrays import Array, Shape, float_dtype, is_array, xp_of
+from nnxp._errors import NnxpError
+from nnxp._library import KINDS, compute
+from nnxp.kernels import Kernel
+
+ROWS = 1_000_003
+"""A prime stands for the number of rows: a size that is a multiple of it counts rows."""
+
+VIEWS = frozenset(
+    """broadcast_to diagonal expand_dims flip getitem moveaxis reshape sliding_window_view split
+    squeeze swapaxes transpose""".split()
+)
+"""What may look at the memory of its input."""
+
+
+class Untraceable(NnxpError, TypeError):
+    """A formula cannot be written down; the message says what in it."""
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """What a program computes with: a shape and a type.
+
+    `numbers` is the array of a constant, `name` a parameter's or an input's. `step` made it.
+    `memory` is the value that it may be a view of.
+    """
+
+    shape: Shape
+    dtype: np.dtype[Any]
+    numbers: Array | None = None
+    name: str = ""
+    step: Step | None = None
+    memory: Value | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.name or 'value'} {self.dtype}{list(self.shape)}>"
+
+    @property
+    def root(self) -> Value:
+        """The value in whose memory this one lies: itself, mostly."""
+        value = self
+        while value.memory is not None:
+            value = value.memory
+        return value
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """A function of values: of the dialect, by its name, a kernel, or a layer run as Python.
+
+    `inputs` are values, or scalars and None; `options` are plain. `path` names the layer.
+    """
+
+    function: str | Kernel | Callable[..., Any]
+    inputs: tuple[Any, ...]
+    options: dict[str, Any]
+    path: str
+    outputs: tuple[Value, ...] = ()
+    several: bool = False  # whether the function answers a sequence
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.function, str):
+            return self.function
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The inputs that are values."""
+        return tuple(each for each in self.inputs if isinstance(each, Value))
+
+
+@dataclass(slots=True)
+class Tape:
+    """What is being written: steps, the path of the layer at work, and what layers were called."""
+
+    steps: list[Step] = field(default_factory=list)
+    path: str = ""
+    calls: list[tuple[str, Any, tuple[Any, ...], Any]] = field(default_factory=list)
+    expands: bool = False  # kernels into what their reference bodies do
+
+
+_tape: ContextVar[Tape | None] = ContextVar("nnxp_tape", default=None)
+
+
+@contextmanager
+def writing(tape: Tape) -> Iterator[Tape]:
+    """Within the block steps are noted on this tape."""
+    outer = _tape.get()
+    _tape.set(tape)
+    try:
+        yield tape
+    finally:
+        _tape.set(outer)
+
+
+def current_tape() -> Tape:
+    """The tape that is written on; Untraceable outside of `trace`."""
+    tape = _tape.get()
+    if tape is None:
+        raise Untraceable("an array without numbers is used after its formula has ended")
+    return tape
+
+
+class ndarray(_library.ndarray):
+    """An array that stands for a value."""
+
+    __slots__ = ("__weakref__", "_sharing", "value")
+    library = "traced"
+    device = "cpu"
+    __hash__ = object.__hash__
+
+    def __init__(self, value: Value, base: ndarray | None = None) -> None:
+        self.value = value  # _sharing: the arrays that look at the same memory
+        self._sharing: weakref.WeakSet[ndarray] = weakref.WeakSet() if base is None else base._sharing
+        self._sharing.add(self)
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.value.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:  # type: ignore[override]
+        return self.value.dtype
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        raise Untraceable("x.strides: the formula would depend on how x lies in memory")
+
+    @classmethod
+    def apply(cls, name: str, arrays: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
+        made = record(name, arrays, options)
+        return made if out is None else _into(out, made)
+
+    @classmethod
+    def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """A whole kernel is one step."""
+        out = options.pop("out", None)
+        if current_tape().expands:
+            made = kernel.widened(*arrays, **options)
+        else:
+            made = record(kernel, arrays, options)
+        return made if out is None else _into(out, made)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key is Ellipsis and _shape(value) == self.shape:
+            made = value if isinstance(value, ndarray) else lifted(value)
+            _into(self, made)
+            return
+        _into(self, record("assign", (self, value), {"key": key}))
+
+    def _become(self, other: ndarray) -> None:
+        """Stand for another value: what is left of writing in place."""
+        if len(self._sharing) > 1:
+            raise Untraceable("an array is written into while another one looks at its memory")
+        root = self.value.root
+        if root.name or (root.step is None and root.numbers is None):
+            raise Untraceable(f"{root.name or 'an input'} is written into")
+        self.value = other.value
+
+    def _number(self, what: str) -> Any:
+        if self.value.numbers is None:
+            raise Untraceable(f"{what}(x): the formula looks at the numbers in x")
+        return self.value.numbers
+
+    def __bool__(self) -> bool:
+        return bool(self._number("bool"))
+
+    def __float__(self) -> float:
+        return float(self._number("float"))
+
+    def __int__(self) -> int:
+        return int(self._number("int"))
+
+    def __index__(self) -> int:
+        return int(self._number("int"))
+
+    def item(self) -> Any:
+        return self._number("item").item()
+
+    def tolist(self) -> Any:
+        return self._number("tolist").tolist()
+
+    def __repr__(self) -> str:
+        return f"<traced {self.dtype}{list(self.shape)}>"
+
+
+def _shape(value: Any) -> Shape | None:
+    return getattr(value, "shape", None)
+
+
+def _into(out: ndarray, made: ndarray) -> ndarray:
+    if made.shape != out.shape:
+        made = record("broadcast_to", (made,), {"shape": out.shape})
+    if made.value is not out.value:
+        out._become(made if made.dtype == out.dtype else made.astype(out.dtype))
+    return out
+
+
+def lifted(x: Any, name: str = "") -> Any:
+    """x as a traced array: a value as it is, an array of numbers as a constant."""
+    if isinstance(x, ndarray):
+        return x
+    if isinstance(x, Value):
+        return ndarray(x)
+    if isinstance(x, np.generic):
+        x = np.asarray(x)
+    return ndarray(Value(x.shape, x.dtype, x, name)) if is_array(x) else x
+
+
+def value_of(x: Any) -> Any:
+    """The value that x stands for; scalars and None as they are."""
+    made = lifted(x)
+    return made.value if isinstance(made, ndarray) else made
+
+
+def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The result of a function of traced arrays, and a note of it; of constants, the numbers."""
+    inputs = tuple(map(value_of, arrays))
+    options = {name: _plain(value) for name, value in options.items()}
+    step = Step(function, inputs, options, "")
+    values = step.values
+    creates = KINDS.get(step.name) == "creation" and isinstance(function, str)
+    if all(each.numbers is not None for each in values) and not (creates and _counts_rows(options)):
+        xp = xp_of(values[0].numbers) if values else np
+        return constants(perform(xp, step, [numbers(each) for each in inputs]))
+    made = outline(step)
+    step.several = isinstance(made, list)
+    outlines = made if isinstance(made, list) else [made]
+    views = isinstance(function, str) and function in VIEWS
+    memory = inputs[0] if views and _is_view(step, outlines) else None
+    step.outputs = tuple(
+        Value(_sound(shape, step), np.dtype(dtype), step=step, memory=memory)
+        for shape, dtype in outlines
+    )
+    tape = current_tape()
+    step.path = tape.path
+    tape.steps.append(step)
+    base = arrays[0] if views and isinstance(arrays[0], ndarray) else None
+    results = [ndarray(each, base) for each in step.outputs]
+    return results if step.several else results[0]
+
+
+def constants(made: Any) -> Any:
+    """Numbers as constants."""
+    if isinstance(made, tuple | list):
+        return [lifted(each) for each in made]
+    return lifted(made if is_array(made) else np.asarray(made))
+
+
+def opaque(layer: Any, arrays: tuple[ndarray, ...], outlines: Any) -> Any:
+    """A layer that is run as Python, with results of these outlines: one step."""
+    tape = current_tape()
+    step = Step(layer, tuple(map(value_of, arrays)), {}, tape.path)
+    step.outputs = tuple(Value(shape, np.dtype(dtype), step=step) for shape, dtype in outlines)
+    step.several = len(step.outputs) > 1
+    tape.steps.append(step)
+    made = tuple(map(ndarray, step.outputs))
+    return made if step.several else made[0]
+
+
+def numbers(x: Any) -> Any:
+    """The numbers of a constant."""
+    return x.numbers if isinstance(x, Value) else x
+
+
+def perform(xp: Any, step: Step, arrays: Sequence[Any]) -> Any:
+    """A step on arrays of one library."""
+    if isinstance(step.function, str):
+        return compute(xp, step.function, tuple(arrays), step.options)
+    return step.function(*arrays, **step.options)
+
+
+def _plain(option: Any) -> Any:
+    if isinstance(option, ndarray):
+        if option.value.numbers is None:
+            raise Untraceable("an array of numbers that are not yet known is an index or an option")
+        return option.value.numbers
+    if isinstance(option, tuple | list):
+        return type(option)(map(_plain, option))
+    if isinstance(option, slice):
+        return slice(_plain(option.start), _plain(option.stop), _plain(option.step))
+    return option
+
+
+def counts_rows(size: object) -> bool:
+    """Whether a number counts rows."""
+    whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    return whole and size != 0 and size % ROWS == 0  # type: ignore[operator,no-any-return]
+
+
+def _counts_rows(option: Any) -> bool:
+    if isinstance(option, dict):
+        return any(map(_counts_rows, option.values()))
+    if isinstance(option, tuple | list):
+        return any(map(_counts_rows, option))
+    return counts_rows(option)
+
+
+def _sound(shape: Iterable[Any], step: Step) -> Shape:
+    sizes = tuple(map(int, shape))
+    for size in sizes:
+        if size > ROWS // 2 and size % ROWS and not any(size in each.shape for each in step.values):
+            raise Untraceable(
+                f"{step.name} makes an axis of a size that is no multiple of the rows: rows are "
+                "not treated each on its own"
+            )
+    return sizes
+
+
+def _is_view(step: Step, outlines: list[Any]) -> bool:
+    if step.name == "getitem":
+        key = step.options["key"]
+        keys = key if isinstance(key, tuple) else (key,)
+        return not any(is_array(each) or isinstance(each, list) for each in keys)
+    return True
+
+
+# The shapes and types of results
+
+
+def outline(step: Step) -> Any:
+    """(shape, dtype) of what a step makes, or a list of them."""
+    if isinstance(step.function, Kernel):
+        return _kernel(step.function, step)
+    rule = _OUTLINES.get(step.name) or _OUTLINES[KINDS[step.name]]
+    return rule(step)
+
+
+def _kernel(kernel: Kernel, step: Step) -> Any:
+    """A kernel's results are as its reference body makes them."""
+    with writing(Tape(expands=True)):
+        made = kernel.widened(*map(lifted, step.inputs), **step.options)
+    if isinstance(made, tuple | list):
+        return [(each.shape, each.dtype) for each in made]
+    return made.shape, made.dtype
+
+
+def _stand_in(x: Any, shape: Shape | None = None) -> Any:
+    """An array of this shape that takes no memory."""
+    if not isinstance(x, Value):
+        return x
+    return np.broadcast_to(np.zeros((), x.dtype), x.shape if shape is None else shape)
+
+
+def _elementwise(step: Step) -> Any:
+    shape = np.broadcast_shapes(*(each.shape for each in step.values))
+    one = [_stand_in(each, (1,) * len(each.shape)) if isinstance(each, Value) else each
+           for each in step.inputs]  # fmt: skip
+    with np.errstate(all="ignore"):
+        return shape, compute(np, step.name, tuple(one), step.options).dtype
+
+
+def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The axes of an `axis=` option, from the first to the last."""
+    if axis is None:
+        return tuple(range(ndim))
+    given = axis if isinstance(axis, tuple | list) else (axis,)
+    if any(not -ndim <= int(each) < ndim for each in given):
+        raise np.exceptions.AxisError(int(given[0]), ndim)
+    return tuple(sorted(int(each) % ndim for each in given))
+
+
+def _reduction(step: Step) -> Any:
+    (x,) = step.inputs
+    axes = axes_of(step.options.get("axis"), len(x.shape))
+    if any(x.shape[axis] == 0 for axis in axes):  # NumPy refuses some of these
+        compute(np, step.name, (np.empty(x.shape, x.dtype),), step.options)
+    keep = step.options.get("keepdims", False)
+    shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keep or i not in axes)
+    plain = {k: v for k, v in step.options.items() if k not in ("axis", "keepdims", "ord")}
+    one = np.ones(1, x.dtype)
+    return shape, (one if step.name == "norm" else compute(np, step.name, (one,), plain)).dtype
+
+
+def _scan(step: Step) -> Any:
+    (x,) = step.inputs
+    plain = {name: value for name, value in step.options.items() if name != "axis"}
+    dtype = compute(np, step.name, (np.ones(1, x.dtype),), plain).dtype
+    flat = "axis" in step.options and step.options["axis"] is None
+    flat = flat or (step.name.startswith("cum") and "axis" not in step.options)
+    if not flat:
+        axes_of(step.options.get("axis", -1), len(x.shape))
+    return ((prod(x.shape),) if flat else x.shape), dtype
+
+
+def _movement(step: Step) -> Any:
+    made = compute(np, step.name, tuple(map(_stand_in, step.inputs)), step.options)
+    if isinstance(made, tuple | list):
+        return [(each.shape, each.dtype) for each in made]
+    return made.shape, made.dtype
+
+
+def _reshape(step: Step) -> Any:
+    (x,) = step.inputs
+    sizes = [int(size) for size in np.atleast_1d(np.asarray(step.options["shape"], "int64"))]
+    known = prod(size for size in sizes if size != -1)
+    if -1 in sizes and known:
+        sizes[sizes.index(-1)] = prod(x.shape) // known
+    if prod(sizes) != prod(x.shape) or -1 in sizes:
+        raise ValueError(f"cannot reshape {x.shape} into {step.options['shape']}")
+    step.options["shape"] = tuple(sizes)
+    return tuple(sizes), x.dtype
+
+
+def _same(step: Step) -> Any:
+    return step.inputs[0].shape, step.inputs[0].dtype
+
+
+def _astype(step: Step) -> Any:
+    dtype = step.options["dtype"]
+    kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
+    return step.inputs[0].shape, kind
+
+
+def _concatenate(step: Step) -> Any:
+    parts = step.values
+    ndim = len(parts[0].shape)
+    axis = int(step.options.get("axis", 0))
+    (axis,) = axes_of(axis, ndim)
+    shape = list(parts[0].shape)
+    rest = {each.shape[:axis] + each.shape[axis + 1 :] for each in parts}
+    if len(rest) > 1:
+        raise ValueError(f"concatenate along {axis}: {', '.join(str(p.shape) for p in parts)}")
+    shape[axis] = sum(each.shape[axis] for each in parts)
+    return tuple(shape), np.result_type(*(each.dtype for each in parts))
+
+
+def _stack(step: Step) -> Any:
+    parts = step.values
+    if len({each.shape for each in parts}) > 1:
+        raise ValueError(f"stack takes equal shapes: {', '.join(str(p.shape) for p in parts)}")
+    shape = list(parts[0].shape)
+    (axis,) = axes_of(step.options.get("axis", 0), len(shape) + 1)
+    shape.insert(axis, len(parts))
+    return tuple(shape), np.result_type(*(each.dtype for each in parts))
+
+
+def _pad(step: Step) -> Any:
+    (x,) = step.inputs
+    pads = np.broadcast_to(np.asarray(step.options["pad_width"]), (len(x.shape), 2))
+    sizes = (n + before + after for n, (before, after) in zip(x.shape, pads, strict=True))
+    return tuple(map(int, sizes)), x.dtype
+
+
+def _repeat(step: Step) -> Any:
+    x, repeats, axis = step.inputs[0], step.options["repeats"], step.options.get("axis")
+    times = np.asarray(repeats)
+    shape = (prod(x.shape),) if axis is None else x.shape
+    (axis,) = axes_of(0 if axis is None else axis, len(shape))
+    total = shape[axis] * int(times) if times.size == 1 else int(times.sum())
+    return shape[:axis] + (total,) + shape[axis + 1 :], x.dtype
+
+
+def _tile(step: Step) -> Any:
+    (x,) = step.inputs
+    reps = tuple(np.atleast_1d(step.options["reps"]))
+    ndim = max(len(reps), len(x.shape))
+    shape = (1,) * (ndim - len(x.shape)) + x.shape
+    reps = (1,) * (ndim - len(reps)) + reps
+    return tuple(int(n * r) for n, r in zip(shape, reps, strict=True)), x.dtype
+
+
+def _take(step: Step) -> Any:
+    x, ids = step.inputs
+    axis = step.options.get("axis")
+    if axis is None:
+        return ids.shape, x.dtype
+    (axis,) = axes_of(axis, len(x.shape))
+    return x.shape[:axis] + ids.shape + x.shape[axis + 1 :], x.dtype
+
+
+def _take_along_axis(step: Step) -> Any:
+    x, ids = step.inputs
+    (axis,) = axes_of(step.options["axis"], len(x.shape))
+    shape = list(np.broadcast_shapes(x.shape[:axis] + (1,) + x.shape[axis + 1 :],
+                                     ids.shape[:axis] + (1,) + ids.shape[axis + 1 :]))  # fmt: skip
+    shape[axis] = ids.shape[axis]
+    return tuple(shape), x.dtype
+
+
+def _matmul(step: Step) -> Any:
+    a, b = step.inputs
+    if not (len(a.shape) and len(b.shape)):
+        raise ValueError("matmul takes arrays with axes")
+    left, right = a.shape, b.shape
+    if len(left) == 1:
+        left = (1, *left)
+    if len(right) == 1:
+        right = (*right, 1)
+    if left[-1] != right[-2]:
+        raise ValueError(f"matmul takes (..., n, k) and (..., k, m) but got {a.shape}, {b.shape}")
+    shape = np.broadcast_shapes(left[:-2], right[:-2])
+    shape += left[-2:-1] if len(a.shape) > 1 else ()
+    shape += right[-1:] if len(b.shape) > 1 else ()
+    return shape, np.result_type(a.dtype, b.dtype)
+
+
+def _dot(step: Step) -> Any:
+    a, b = step.inputs
+    if len(a.shape) > 2 or len(b.shape) > 2 or not (a.shape and b.shape):
+        raise Untraceable("dot of arrays with other than one or two axes: matmul says which meet")
+    return _matmul(step)
+
+
+def _outer(step: Step) -> Any:
+    a, b = step.inputs
+    return (prod(a.shape), prod(b.shape)), np.result_type(a.dtype, b.dtype)
+
+
+def _tensordot(step: Step) -> Any:
+    a, b = step.inputs
+    axes = step.options.get("axes", 2)
+    if isinstance(axes, int | np.integer):
+        axes = list(range(len(a.shape) - int(axes), len(a.shape))), list(range(int(axes)))
+    left, right = (
+        [int(each) % len(x.shape) for each in np.atleast_1d(given)]
+        for x, given in zip((a, b), axes, strict=True)
+    )
+    if [a.shape[i] for i in left] != [b.shape[i] for i in right]:
+        raise ValueError(f"tensordot of {a.shape} and {b.shape} along {axes}")
+    shape = [n for i, n in enumerate(a.shape) if i not in left]
+    shape += [n for i, n in enumerate(b.shape) if i not in right]
+    return tuple(shape), np.result_type(a.dtype, b.dtype)
+
+
+def einsum_terms(subscripts: str, ndims: Sequence[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result, ellipses and implicit results spelt out."""
+    terms, arrow, result = subscripts.replace(" ", "").partition("->")
+    letters = terms.split(",")
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in subscripts]
+    most = max((n - len(t) + 3 for t, n in zip(letters, ndims, strict=True) if "..." in t),
+               default=0)  # fmt: skip
+    lead = "".join(spare[:most])
+    spelt = [t.replace("...", lead[most - (n - len(t) + 3) :] if "..." in t else "")
+             for t, n in zip(letters, ndims, strict=True)]  # fmt: skip
+    if arrow:
+        return spelt, result.replace("...", lead)
+    once = sorted(c for c in set("".join(letters)) - {"."} if "".join(letters).count(c) == 1)
+    return spelt, lead + "".join(once)
+
+
+def _einsum(step: Step) -> Any:
+    parts = step.values
+    terms, result = einsum_terms(step.options["subscripts"], [len(p.shape) for p in parts])
+    sizes: dict[str, int] = {}
+    for letters, part in zip(terms, parts, strict=True):
+        if len(letters) != len(part.shape):
+            raise ValueError(f"einsum {step.options['subscripts']!r} of {part.shape}")
+        for letter, size in zip(letters, part.shape, strict=True):
+            if sizes.setdefault(letter, size) not in (size, 1) and size != 1:
+                raise ValueError(f"einsum: {letter} is {sizes[letter]} and {size}")
+            sizes[letter] = max(sizes[letter], size) if size != 1 else sizes[letter]
+    return tuple(sizes[c] for c in result), np.result_type(*(part.dtype for part in parts))
+
+
+def _creation(step: Step) -> Any:
+    options = dict(step.options)
+    if step.name == "arange":
+        made = np.arange(**options)
+        return made.shape, made.dtype
+    if step.name.endswith("_like"):
+        return step.inputs[0].shape, options.get("dtype") or step.inputs[0].dtype
+    if step.name in ("eye", "linspace"):
+        raise Untraceable(f"{step.name} of the number of rows: rows are not each on its own")
+    shape = options["shape"]
+    shape = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    default = np.asarray(options.get("fill_value", 0.0)).dtype
+    return shape, options.get("dtype") or default
+
+
+def _diff(step: Step) -> Any:
+    (x,) = step.inputs
+    (axis,) = axes_of(step.options.get("axis", -1), len(x.shape))
+    size = max(0, x.shape[axis] - int(step.options.get("n", 1)))
+    return x.shape[:axis] + (size,) + x.shape[axis + 1 :], x.dtype
+
+
+_OUTLINES: dict[str, Callable[[Step], Any]] = {
+    "elementwise": _elementwise, "comparison": _elementwise, "reduction": _reduction,
+    "scan": _scan, "movement": _movement, "creation": _creation, "contraction": _matmul,
+    "reshape": _reshape, "copy": _same, "tril": _same, "triu": _same, "assign": _same,
+    "astype": _astype, "concatenate": _concatenate, "stack": _stack, "pad": _pad,
+    "repeat": _repeat, "tile": _tile, "take": _take, "take_along_axis": _take_along_axis,
+    "dot": _dot, "outer": _outer, "tensordot": _tensordot, "einsum": _einsum, "diff": _diff,
+    "roll": _same, "flip": _same,
+}  # fmt: skip
+
+
+def asarray(x: Any, dtype: Any = None) -> Any:
+    """x as a traced array: arrays of numbers become constants."""
+    made = lifted(x if isinstance(x, ndarray) or is_array(x) else np.asarray(x))
+    return made if dtype is None else made.astype(dtype, copy=False)
+
+
+array = asarray
+
+
+def __getattr__(name: str) -> Any:
+    return _library.module_attribute(ndarray, name)
