@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from networks import Array, Network, parse
-from nnxp.backend._share import usable_cores
+from nnxp.backend._machine import usable_cores
 from nnxp.race import FLOOR, PAUSE, TILED, Run, _warm, entrant, serve
 
 Built = tuple[Run, str]

@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_info
 
 import nnxp
 from nnxp import doctor
-from nnxp.backend import _share
+from nnxp.backend import _machine
 from nnxp.doctor import diagnose, problems_in
 
 BLAS = next((each for each in threadpool_info() if each["user_api"] == "blas"), {})
@@ -309,8 +309,8 @@ def fake_proc(monkeypatch, tmp_path, **files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(doctor, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(_share, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(_share, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(_machine, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(_machine, "CGROUPS", tmp_path / "cgroup")
 
 
 @pytest.mark.parametrize(
@@ -333,16 +333,16 @@ def test_quota_and_limit_are_the_tightest_of_all_groups_around_us(monkeypatch, t
     fake_proc(monkeypatch, tmp_path, self__cgroup="0::/a/b\n")
     inner = tmp_path / "cgroup/a/b"
     inner.mkdir(parents=True)
-    assert (_share.core_quota(), doctor._memory_limit()) == (None, None)
+    assert (_machine.core_quota(), _machine.memory_limit()) == (None, None)
     (inner / "cpu.max").write_text("max 100000\n")
     (inner / "memory.max").write_text("max\n")
-    assert (_share.core_quota(), doctor._memory_limit()) == (None, None)
+    assert (_machine.core_quota(), _machine.memory_limit()) == (None, None)
     (inner / "cpu.max").write_text("300000 100000\n")
     (inner / "memory.max").write_text(f"{1 << 31}\n")
-    assert (_share.core_quota(), doctor._memory_limit()) == (3.0, 1 << 31)
+    assert (_machine.core_quota(), _machine.memory_limit()) == (3.0, 1 << 31)
     (inner.parent / "cpu.max").write_text("150000 100000\n")
     (inner.parent / "memory.max").write_text(f"{1 << 30}\n")
-    assert (_share.core_quota(), doctor._memory_limit()) == (1.5, 1 << 30)
+    assert (_machine.core_quota(), _machine.memory_limit()) == (1.5, 1 << 30)
 
 
 def test_quota_and_limit_of_the_older_control_groups_are_read_too(monkeypatch, tmp_path):
@@ -357,7 +357,7 @@ def test_quota_and_limit_of_the_older_control_groups_are_read_too(monkeypatch, t
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    assert (_share.core_quota(), doctor._memory_limit()) == (2.0, None)
+    assert (_machine.core_quota(), _machine.memory_limit()) == (2.0, None)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +610,7 @@ def test_a_pin_to_old_kernels_is_found_in_the_running_blas():
 
 @pytest.mark.skipif(not OPENBLAS, reason="NumPy's BLAS here is not OpenBLAS")
 def test_a_pin_of_threads_is_found_in_the_running_blas():
-    if _share.cores() == 1:
+    if _machine.cores() == 1:
         pytest.skip("with one core, one thread is all there should be")
     _, said = run(OPENBLAS_NUM_THREADS="1")
     assert said["numpy"]["threads"] == 1

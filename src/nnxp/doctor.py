@@ -30,8 +30,14 @@ from threadpoolctl import threadpool_info
 
 from nnxp._errors import BackendUnavailable
 from nnxp.backend import TABLE, available_backends, get_backend
+from nnxp.backend._machine import (
+    available_memory,
+    core_quota,
+    cores,
+    memory_limit,
+    physical_memory,
+)
 from nnxp.backend._probe import cupy_wheels, probe
-from nnxp.backend._share import core_quota, cores, memory_limit
 from nnxp.backend.cpu import worker_count
 
 PROC, DEV = Path("/proc"), Path("/dev")
@@ -174,9 +180,9 @@ def _questions(backend: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "simd": _simd,
             "cores": cores,
             "core_quota": core_quota,
-            "memory": lambda: Bytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
-            "free_memory": _free_memory,
-            "memory_limit": _memory_limit,
+            "memory": lambda: _bytes(physical_memory()),
+            "free_memory": lambda: _bytes(available_memory()),
+            "memory_limit": lambda: _bytes(memory_limit()),
         },
         "numpy": {
             "numpy": lambda: np.__version__,
@@ -255,16 +261,8 @@ def _simd() -> str | None:
     return next((name for name, (own, _) in reversed(SIMD.items()) if own <= flags), None)
 
 
-def _memory_limit() -> Bytes | None:
-    limit = memory_limit()
-    return None if limit is None else Bytes(limit)
-
-
-def _free_memory() -> Bytes:
-    available = _in_proc("meminfo", r"^MemAvailable:\s*(\d+) kB$")
-    if available:
-        return Bytes(int(available) * 1024)
-    return Bytes(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def _bytes(number: int | None) -> Bytes | None:
+    return None if number is None else Bytes(number)
 
 
 def _blas() -> dict[str, Any]:

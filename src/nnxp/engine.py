@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import re
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,10 +14,12 @@ import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape, is_array, is_floating, is_numeric, place_of
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
+from nnxp._progress import Progress, told
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
-from nnxp.backend._base import Cursor, Source, together
+from nnxp.backend._base import Cursor, Source
 from nnxp.backend._blocks import BLOCK_ROWS, BlockBackend
 from nnxp.backend._lanes import Kept, Recorded
+from nnxp.backend._threads import one_ahead, together
 from nnxp.kernels.linear import precision as _precision
 from nnxp.layers._layer import Layer
 from nnxp.program.recording import costs
@@ -114,13 +112,14 @@ class Engine:
             raise OptionError("this engine is closed")
         return self._places[0].model
 
-    def __call__(self, x: Any, out: Any = None, *, progress: bool = False) -> Any:
+    def __call__(self, x: Any, out: Any = None, *, progress: Progress = False) -> Any:
         """The model's output for every row of x, as a host array; into `out` if it is given.
 
         x (rows, ...) is an array, a memory map, a list, or anything with `shape` and slicing, of
         real numbers of any type. A block of it at a time is converted to the model's type; without
         parameters, to that of the rows, or float32 for whole numbers. `out` is an array or memory
-        map of the output's shape. `progress` shows a bar on a terminal.
+        map of the output's shape. `progress` shows a bar on a terminal
+        and in a notebook, or is called with the rows done and the rows in all.
 
         Rows that are on the engine's device already, in a CuPy array or in a tensor of any library
         that speaks DLPack, stay there: the answer is an array of the same library, computed in
@@ -148,7 +147,7 @@ class Engine:
             return out
         plans = self._plans(shape)
         cursor = Cursor(shape[0])
-        with _bar(shape[0], progress) as done:
+        with told(shape[0], progress) as done:
 
             def sweep(place: _Place, plan: Plan) -> None:
                 fn = partial(self._forward, place.model, dtype=dtype, output=output[1:])
@@ -446,7 +445,7 @@ def predict(
     memory_limit: int | str | None = None,
     workers: int | None = None,
     precision: str | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> HostArray:
     """The model's output for every row of x: host in, host out, on the best backend there is.
 
@@ -466,43 +465,12 @@ def predict_iter(
 ) -> Iterator[HostArray]:
     """The model's output for each batch of rows, one after the other, as each is asked for.
 
-    While one batch is computed, the next one is read in a thread, and no further ones: so every
-    batch is an array of its own, not a buffer that is filled anew. `options` are those of Engine.
+    While one batch is computed in a thread, the next one is read in the caller's, and no further
+    ones: so every batch is an array of its own, not a buffer that is filled anew, and none waits
+    for the answer to the one before it (for such a dialogue call an Engine). `options` are those
+    of Engine.
     """
-    return _one_ahead(Engine(model, backend, **options), iter(batches))
-
-
-def _one_ahead(engine: Engine, batches: Iterator[Any]) -> Iterator[HostArray]:
-    asked, read = threading.Semaphore(0), queue.SimpleQueue[Any]()
-    end = object()
-
-    def reader() -> None:
-        while asked.acquire():
-            if over:
-                return
-            try:
-                read.put((next(batches, end), None))
-            except BaseException as error:
-                read.put((end, error))
-
-    over: list[bool] = []
-    # A daemon: if the batches never come, whoever stops asking for them is not kept waiting.
-    thread = threading.Thread(target=copy_context().run, args=(reader,), daemon=True)
-    thread.start()
-    try:
-        asked.release()
-        while True:
-            batch, error = read.get()
-            if error is not None:
-                raise error
-            if batch is end:
-                return
-            asked.release()
-            yield engine(batch)
-    finally:
-        over.append(True)
-        asked.release()
-        thread.join(0.1)  # it ends at once, unless it is waiting for a batch
+    return one_ahead(Engine(model, backend, **options), iter(batches))
 
 
 def parse_bytes(size: int | str) -> int:
@@ -562,21 +530,3 @@ def _result(out: HostArray | None, shape: Shape, dtype: np.dtype[Any], rows: Sou
                 "out overlaps x, whose rows would be overwritten before they are read"
             )
     return out
-
-
-@contextmanager
-def _bar(rows: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """What hears of finished rows: a progress bar if one is wanted and stderr is a terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda done: None
-        return
-    import typer
-
-    lock = threading.Lock()
-    with typer.progressbar(length=rows, file=sys.stderr, width=0) as bar:
-
-        def done(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        yield done

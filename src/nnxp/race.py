@@ -44,8 +44,9 @@ from threadpoolctl import ThreadpoolController, threadpool_info
 from nnxp import kernels
 from nnxp._arrays import Array, HostArray, Shape
 from nnxp._errors import OptionError
-from nnxp.backend._share import core_quota, cores
-from nnxp.backend.cpu import one_blas_thread, worker_count
+from nnxp.backend._blas import one_blas_thread
+from nnxp.backend._machine import core_quota, cores
+from nnxp.backend.cpu import worker_count
 from nnxp.engine import Engine
 from nnxp.io.checkpoint import load
 from nnxp.layers._layer import Layer

@@ -7,7 +7,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -96,9 +95,11 @@ class Cursor:
             return slice(start, self._next) if start < self._next else None
 
     def stop(self) -> None:
-        """There are no more rows, for anybody."""
-        with self._lock:
-            self._end = self._next
+        """There are no more rows, for anybody.
+
+        Without the lock: the handler of a signal may call this while its thread holds it.
+        """
+        self._end = 0
 
 
 @dataclass(frozen=True)
@@ -236,26 +237,3 @@ def rows_within(budget: Budget, workers: int = 1) -> int | None:
         f"memory_limit={budget.limit:,} bytes does not hold one row, which needs "
         f"{budget.row_bytes + budget.fixed_bytes:,}; raise the limit"
     )
-
-
-def together(works: list[Callable[[], object]], stop: Callable[[], object]) -> None:
-    """Run all at once, the first in this thread; when one fails, `stop` takes the others' work."""
-
-    def guarded(work: Callable[[], object]) -> None:
-        try:
-            work()
-        except BaseException:
-            stop()
-            raise
-
-    if len(works) == 1:
-        works[0]()
-        return
-    from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
-
-    with ThreadPoolExecutor(len(works) - 1, "nnxp") as pool:
-        # Each in a copy of the caller's context, so that its np.errstate holds in the workers too.
-        others = [pool.submit(copy_context().run, guarded, work) for work in works[1:]]
-        guarded(works[0])
-        for other in others:
-            other.result()
