@@ -13,7 +13,7 @@ import nnxp
 
 ROOT = Path(nnxp.__file__).parent
 FLOORS = [  # from the ground up; a module may import its own floor and those below
-    {"_errors", "_arrays", "_progress", "sim"},
+    {"_errors", "_arrays", "_exchange", "_library", "_progress", "sim"},
     {"backend"},
     {"kernels"},
     {"layers"},
