@@ -437,11 +437,11 @@ def _environment(settings: Mapping[str, str]) -> tuple[dict[str, str], dict[str,
 
 
 def _place() -> dict[str, Any]:
-    from nnxp.doctor import _cpu
+    from nnxp.doctor.facts import cpu
 
     return {
         "device": "cpu",
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": cores(),
         "core_quota": core_quota(),
         "platform": platform.platform(),

@@ -95,9 +95,8 @@ def why_not() -> str | None:
 @cache
 def _library() -> tuple[Any, str | None]:
     """NVIDIA's bindings, or why there are none."""
-    install = 'pip install nvmath-python "cuda-bindings<14" (with CUDA 12: "cuda-bindings<13")'
     if importlib.util.find_spec("nvmath") is None:
-        return None, f"nvmath-python is not installed; {install} brings it"
+        return None, "nvmath-python is not installed"
     try:
         with warnings.catch_warnings():  # of others' code, which may be errors here
             warnings.simplefilter("ignore")
@@ -106,7 +105,7 @@ def _library() -> tuple[Any, str | None]:
             cublasLt.get_version()  # loads the library itself
     except Exception as error:  # whatever it is, CuPy's products are still there
         said = " ".join(str(error).split())[:300]
-        return None, f"cuBLASLt cannot be loaded ({type(error).__name__}: {said}); {install}"
+        return None, f"cuBLASLt cannot be loaded ({type(error).__name__}: {said})"
     return cublasLt, None
 
 
