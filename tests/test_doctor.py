@@ -471,8 +471,8 @@ def test_cublas_tells_its_version_where_it_can_be_started(monkeypatch):
 @pytest.mark.parametrize("why", [None, "nvmath-python is not installed"])
 def test_whether_products_go_through_cublaslt_is_asked_of_the_products(monkeypatch, why):
     lt = SimpleNamespace(why_not=lambda: why)
-    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda", SimpleNamespace(_lt=lt))
-    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda._lt", lt)
+    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda", SimpleNamespace(lt=lt))
+    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda.lt", lt)
     monkeypatch.setattr(looked_up, "_cupy", lambda: started(None))
     assert looked_up._cublaslt() == {"ok": why is None, "reason": why or "products go through it"}
     monkeypatch.setattr(looked_up, "_cupy", lambda: None)

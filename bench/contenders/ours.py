@@ -105,7 +105,7 @@ def _products(task: Task) -> str:
     """Whose products the floor is made of."""
     if task.backend != "cupy":
         return f"products of {task.backend}"
-    from nnxp.kernels.cuda._lt import why_not
+    from nnxp.kernels.cuda.lt import why_not
 
     why = why_not()
     return "cuBLASLt" if why is None else f"cupy.matmul, because {why}"

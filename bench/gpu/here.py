@@ -80,6 +80,6 @@ class Here:
 
 def why_no_lt() -> str | None:
     """Why products on the GPU do not go through cuBLASLt; None if they do."""
-    from nnxp.kernels.cuda._lt import why_not
+    from nnxp.kernels.cuda.lt import why_not
 
     return why_not()

@@ -132,7 +132,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float] | None:
 
 
 def pins() -> dict[str, str]:
-    """The variables of PINS that are set in this process, but for the one that threadpoolctl sets."""
+    """The variables of PINS that are set here, but for the one that threadpoolctl sets."""
     harmless = "KMP_DUPLICATE_LIB_OK"
     return {k: v for k, v in os.environ.items() if k.startswith(PINS) and k != harmless}
 

@@ -271,7 +271,7 @@ def _cublaslt() -> Answer | None:
     """Whether products go through cuBLASLt, by NVIDIA's bindings, or through CuPy's matmul."""
     if _cupy() is None:
         return None
-    from nnxp.kernels.cuda._lt import why_not
+    from nnxp.kernels.cuda.lt import why_not
 
     why = why_not()
     return {"ok": why is None, "reason": why or "products go through it"}
