@@ -44,9 +44,9 @@ def expanded(program: Program) -> Program:
             return step.function(*arrays, **step.options)
         return again(step, arrays)
 
-    return trace(
-        lambda *inputs: tuple(replay(program, inputs, change)), *program.inputs, expands=True
-    )
+    inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
+    made = trace(lambda *given: tuple(replay(program, given, change)), *inputs, expands=True)
+    return Program(made.inputs, made.outputs, made.steps, (), program.several)
 
 
 def again(step: Step, arrays: tuple[Any, ...]) -> Any:
