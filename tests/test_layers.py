@@ -243,7 +243,7 @@ def test_a_class_without_fields_of_its_own_is_made_as_its_base_is():
         def __call__(self, x):
             return x
 
-        def _validate(self):
+        def validate(self):
             if self.size < 1:
                 raise nnxp.OptionError("size")
 

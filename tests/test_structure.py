@@ -13,16 +13,18 @@ import nnxp
 
 ROOT = Path(nnxp.__file__).parent
 FLOORS = [  # from the ground up; a module may import its own floor and those below
-    {"_errors", "_arrays", "sim"},
+    {"_errors", "_arrays", "_exchange", "_library", "_progress", "sim"},
     {"backend"},
     {"kernels"},
+    {"program"},
     {"layers"},
     {"engine", "io"},
     {"testing"},
-    {"demo", "doctor", "race", "verify"},
+    {"demo", "doctor", "verify"},
+    {"_comparison", "floor"},
     {"cli", "__main__"},
 ]
-MAY_IMPORT_CUPY = {"backend/cuda.py", "backend/_probe.py", "kernels/cuda", "doctor.py"}
+MAY_IMPORT_CUPY = {"backend/cuda.py", "backend/_probe.py", "kernels/cuda"}
 
 
 def floor(module: str) -> int:
@@ -68,7 +70,17 @@ def test_cupy_is_imported_only_where_cuda_is(path):
 
 
 def test_importing_nnxp_loads_no_optional_library():
-    heavy = ["cupy", "typer", "rich", "safetensors", "sklearn", "scipy", "ml_dtypes", "asyncio"]
+    heavy = [
+        "cupy",
+        "typer",
+        "rich",
+        "safetensors",
+        "sklearn",
+        "scipy",
+        "ml_dtypes",
+        "asyncio",
+        "tqdm",
+    ]
     code = f"import sys, nnxp; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

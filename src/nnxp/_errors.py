@@ -14,8 +14,6 @@ NnxpError
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
@@ -89,14 +87,3 @@ class UnsupportedFunction(NnxpError, AttributeError):
 
 class OutOfMemory(NnxpError, MemoryError):
     """Not even one row fits into the memory that may be used."""
-
-
-def name_layer(error: Exception, name: str) -> None:
-    """Put `name` in front of the path of the layer that the error came from.
-
-    An error from deep inside a model passes here at every level, so it arrives with the whole
-    path: `layers.3.inner.layers.0`.
-    """
-    inner = getattr(error, "layer_path", "")
-    with suppress(AttributeError):  # an error of someone's own that cannot take it goes on bare
-        error.layer_path = f"{name}.{inner}" if inner else name  # type: ignore[attr-defined]

@@ -340,21 +340,22 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A model against its floor on this CPU: the bare matrix products of its own layers.
+    """A model against its own bare matrix products, and plain NumPy, on this CPU.
 
-    Each computes in a process of its own, which starts without variables that pin threads or BLAS
-    kernels, such as OMP_NUM_THREADS; they are checked against float64, and then timed in turns.
+    The bare products, without bias and activation, are the floor: what no way to compute the same
+    network can do without. All are checked against float64, and then timed in turns.
     """
     from nnxp.demo import _HERE
+    from nnxp.floor import against_floor
     from nnxp.io.checkpoint import load
-    from nnxp.race import against_floor
 
     path = _HERE / "digits.safetensors" if model is None else model
-    row = _row_of(load(path)) if shape is None else _parse_shape(shape)
+    net = load(path)
+    row = _row_of(net) if shape is None else _parse_shape(shape)
     with _status() as say:
-        found = against_floor(path, row, rows=rows, rounds=rounds, say=say)
+        found = against_floor(net, row, title=path.name, rows=rows, rounds=rounds, say=say)
     _print(found, as_json)
-    if any(each.problem for each in found.results):
+    if any(result.problem for result in found.results):
         raise typer.Exit(1)
 
 
@@ -390,23 +391,13 @@ def _parse_shape(text: str) -> Shape:
 
 
 def _row_of(model: Layer) -> Shape:
-    """The shape of a row that the model takes, if it is one size out of those of its parameters.
-
-    A model that also takes a size which is none of these takes any: its rows cannot be known.
-    """
-    sizes = {size for value in model.parameters().values() for size in value.shape}
-    taken = [(size,) for size in sizes if _takes(model, (1, size))]
-    if len(taken) != 1 or _takes(model, (1, max(sizes) + 1)):
-        raise OptionError("the model does not tell the shape of its rows: give it with --shape")
-    return taken[0]
-
-
-def _takes(model: Layer, shape: Shape) -> bool:
+    """The shape of a row that the model takes, if its parameters tell."""
     try:
-        model.output_shape(shape)
-    except (ValueError, IndexError):  # a ShapeError, or what unpacking a shape of other axes gives
-        return False
-    return True
+        return model.row_shape()
+    except OptionError:
+        raise OptionError(
+            "the model does not tell the shape of its rows: give it with --shape"
+        ) from None
 
 
 def _print(result: Any, as_json: bool) -> None:

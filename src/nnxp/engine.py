@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import queue
 import re
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape, is_array, is_floating, is_numeric, place_of
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
+from nnxp._exchange import shares_memory, source_of
+from nnxp._progress import Progress, told
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
-from nnxp.backend._base import Cursor, Source, together
+from nnxp.backend._base import Cursor, Source
 from nnxp.backend._blocks import BLOCK_ROWS, BlockBackend
 from nnxp.backend._lanes import Kept, Recorded
+from nnxp.backend._threads import one_ahead, together
 from nnxp.kernels.linear import precision as _precision
 from nnxp.layers._layer import Layer
-from nnxp.layers._summary import costs
+from nnxp.program.program import Costs, Outline, Program
+from nnxp.program.recording import Recording, costs, expanded
+from nnxp.program.rewrite import in_their_own_type
+from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -35,22 +38,13 @@ FEW_ROWS = 512  # at most, to be recorded: with more of them, starting the work 
 
 
 @dataclass
-class _Known:
-    """What rows of one shape cost, and how many fit where memory ran out."""
+class _Kind:
+    """Rows of one type and shape: the program for them, what it costs, and what fits together."""
 
-    row_bytes: int
-    fixed_bytes: int
-    row_work: int
+    program: Program
+    output: Outline
+    costs: Costs
     most_rows: int | None = None
-
-
-class _Direct(NamedTuple):
-    """A kind of rows that need no planning: what they become, the most of them, what comes out."""
-
-    model: Layer
-    dtype: np.dtype[Any]
-    rows: int
-    output: Shape
 
 
 class Engine:
@@ -98,9 +92,8 @@ class Engine:
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers = None if workers is None else int(workers)
         self.precision = precision
-        self._places = [_Place(model, each) for each in _backends(backend)]
+        self._places = [Replica(model, each) for each in _backends(backend)]
         self.backend = self._places[0].backend
-        self._direct: dict[tuple[np.dtype[Any], Shape], _Direct] = {}
 
     @property
     def backends(self) -> list[Backend]:
@@ -114,13 +107,14 @@ class Engine:
             raise OptionError("this engine is closed")
         return self._places[0].model
 
-    def __call__(self, x: Any, out: Any = None, *, progress: bool = False) -> Any:
+    def __call__(self, x: Any, out: Any = None, *, progress: Progress = False) -> Any:
         """The model's output for every row of x, as a host array; into `out` if it is given.
 
         x (rows, ...) is an array, a memory map, a list, or anything with `shape` and slicing, of
         real numbers of any type. A block of it at a time is converted to the model's type; without
         parameters, to that of the rows, or float32 for whole numbers. `out` is an array or memory
-        map of the output's shape. `progress` shows a bar on a terminal.
+        map of the output's shape. `progress` shows a bar on a terminal
+        and in a notebook, or is called with the rows done and the rows in all.
 
         Rows that are on the engine's device already, in a CuPy array or in a tensor of any library
         that speaks DLPack, stay there: the answer is an array of the same library, computed in
@@ -129,72 +123,47 @@ class Engine:
         Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
         are on another device, and OutOfMemory if not even one row fits.
         """
-        if out is None and type(x) is np.ndarray:
-            few = self._few(x)
-            if few is not None:
-                return few
+        if out is None and type(x) is np.ndarray and self._places:
+            idle = self._places[0].ready.get((x.dtype, x.shape))
+            if idle is not None:
+                return idle(x)
         model = self.model
         place, there = self._at_home(x)
         if place is not None:
             in_kind = _in_kind(x)
             return in_kind(self._resident(place, there, out))
-        rows = _source(x)
+        rows: Source = source_of(x)
         shape = tuple(rows.shape)
-        output = model.output_shape(shape)
         dtype = model.dtype or float_type(rows)
-        given = out is not None
+        given = getattr(rows, "dtype", None)
+        travels = given.newbyteorder("=") if isinstance(given, np.dtype) else dtype
+        kind = self._places[0].kind(shape, travels, dtype)
+        output, dtype = (shape[0], *kind.output.shape), kind.output.dtype
+        fresh = out is None
         out = _result(out, output, dtype, rows)
         if shape[0] == 0:
             return out
-        plans = self._plans(shape)
+        plans = self._plans(shape, travels, dtype)
         cursor = Cursor(shape[0])
-        with _bar(shape[0], progress) as done:
+        with told(shape[0], progress) as done:
 
-            def sweep(place: _Place, plan: Plan) -> None:
-                fn = partial(self._forward, place.model, dtype=dtype, output=output[1:])
-                sweep = Sweep(fn, rows, out, dtype, plan, done, cursor, place.kept)
+            def sweep(place: Replica, plan: Plan) -> None:
+                kind = place.kind(shape, travels, dtype)
+                fn = partial(place.forward, kind, self.precision)
+                fill = partial(place.fill, kind, dtype, self.memory_limit is not None)
+                sweep = Sweep(fn, fill, rows, out, dtype, plan, done, cursor, place.kept)
                 found = place.backend.sweep(sweep)
                 if found is not None:
-                    place.known[shape[1:]].most_rows = found
+                    kind.most_rows = found
 
             together([partial(sweep, *each) for each in zip(*plans, strict=True)], cursor.stop)
-        if type(rows) is np.ndarray and rows.dtype.isnative and not given and not self.memory_limit:
-            self._remember(rows, dtype, plans[1][0], output)
+        if type(rows) is np.ndarray and fresh and not self.memory_limit:
+            few = shape[0] <= plans[1][0].rows
+            for place in self._places[:1] if few else []:  # none, if it was closed meanwhile
+                place.meet(rows, kind, dtype, self.precision)
         return out
 
-    def _few(self, x: HostArray) -> HostArray | None:
-        """The output for few rows of a kind that was met before, None for others.
-
-        With so few rows the time goes to asking and planning, so it is done once for each kind: on
-        the CPU for all numbers of rows up to a tile, on a device for each, with a recording.
-        """
-        shape, dtype = x.shape, x.dtype
-        if not self._direct or not shape:
-            recorded = self._places and self._places[0].recorded.get((dtype, shape))
-            return recorded.host(x) if recorded else None
-        known = self._direct.get((dtype, shape[1:]))
-        if known is None or not 0 < shape[0] <= known.rows:
-            return None
-        try:  # without the door, for all that it asks is known
-            y: HostArray = known.model._bare(x if dtype == known.dtype else x.astype(known.dtype))
-        except Exception:
-            return None  # the long way says what is wrong, and where
-        if y.shape != (shape[0], *known.output):
-            return None
-        own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
-        return y if own else y.copy()
-
-    def _remember(self, x: HostArray, dtype: np.dtype[Any], plan: Plan, output: Shape) -> None:
-        """Make the next call with such rows a short one."""
-        if self.backend.device != "cpu":
-            for place in self._places[:1]:  # none, if it was closed meanwhile
-                place.meet(x, partial(self._forward, dtype=dtype, output=output[1:]))
-        else:
-            if len(self._direct) >= MOST_KINDS:
-                self._direct.clear()
-            self._direct[x.dtype, x.shape[1:]] = _Direct(self.model, dtype, plan.rows, output[1:])
-
-    def _at_home(self, x: Any) -> tuple[_Place | None, Array]:
+    def _at_home(self, x: Any) -> tuple[Replica | None, Array]:
         """The place where x is already, and x as an array of ours; None if it is in host memory.
 
         Raises DeviceMismatch for what is on a device that is not the engine's.
@@ -223,7 +192,7 @@ class Engine:
             f"{device}; bring it to the host, with nnxp.asnumpy(x) if it is an array of CuPy"
         )
 
-    def _resident(self, place: _Place, x: Array, out: Array | None) -> Array:
+    def _resident(self, place: Replica, x: Array, out: Array | None) -> Array:
         """Rows that are on the device, through the model, there."""
         recorded = place.recorded.get((x.dtype, x.shape)) if out is None else None
         if recorded is not None:
@@ -234,9 +203,9 @@ class Engine:
             raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
         if not is_numeric(x.dtype):
             raise DtypeMismatch(f"rows are real numbers, but x is {x.dtype}")
-        output = model.output_shape(x.shape)
-        dtype = model.dtype or float_type(x)
-        fn = partial(self._forward, dtype=dtype, output=output[1:])
+        kind = place.kind(x.shape, x.dtype, model.dtype or float_type(x))
+        output, dtype = (len(x), *kind.output.shape), kind.output.dtype
+        fn = partial(place.forward, kind, self.precision)
         if out is not None and not (is_array(out) and place_of(out) == backend.device):
             raise OptionError(f"x is on {backend.device}, so out is an array there, too")
         if out is not None and out.shape != output:
@@ -247,24 +216,11 @@ class Engine:
             if len(x) == 0:
                 return backend.xp.empty(output, dtype) if out is None else out
             few = self.memory_limit is None and len(x) <= BLOCK_ROWS[0]
-            plan = Plan(len(x), 1, 0) if few else self._plan(place, x.shape)  # to ask takes long
-            made = backend.through(partial(fn, model), x, out, output, dtype, plan, place.kept)
+            plan = Plan(len(x), 1, 0) if few else self._plan(place, kind, len(x))  # to ask takes long
+            made = backend.through(fn, x, out, output, dtype, plan, place.kept)
         if out is None and self.memory_limit is None:
-            place.meet(x, fn)
+            place.meet(x, kind, dtype, self.precision)
         return made
-
-    def _forward(self, model: Layer, rows: Array, dtype: np.dtype[Any], output: Shape) -> Array:
-        token = _precision.set(self.precision)
-        try:
-            y = model(rows if rows.dtype == dtype else rows.astype(dtype))
-        finally:
-            _precision.reset(token)
-        if y.shape[1:] != output or len(y) != len(rows):
-            raise ShapeError(
-                f"{model} answers {y.shape} for {len(rows)} rows, where its output_shape "
-                f"says {(len(rows), *output)}"
-            )
-        return y
 
     def plan(self, shape: Shape) -> Plan:
         """How an x of this shape would be cut: rows together, workers, and the working set.
@@ -272,39 +228,39 @@ class Engine:
         Several devices have the largest of their blocks, and all their workers and working sets.
         Raises ShapeError if such an x does not fit, OutOfMemory if the limit holds not one row.
         """
-        self.model.output_shape(shape)
-        plans = self._plans(shape)[1]
+        if not (isinstance(shape, tuple | list) and all(hasattr(n, "__index__") for n in shape)):
+            raise OptionError(f"plan takes the shape of x, such as (1000, 784), not {shape!r:.60}")
+        dtype = self.model.dtype or np.dtype("float32")
+        plans = self._plans(tuple(shape), dtype, dtype)[1]
         return Plan(
             max(each.rows for each in plans),
             sum(each.workers for each in plans),
             sum(each.working_set for each in plans),
         )
 
-    def _plans(self, shape: Shape) -> tuple[list[_Place], list[Plan]]:
+    def _plans(
+        self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]
+    ) -> tuple[list[Replica], list[Plan]]:
         """The places that have a part in so many rows, and how each would cut its part."""
-        first = self._plan(self._places[0], shape)
+        kinds = [place.kind(shape, travels, dtype) for place in self._places]
+        first = self._plan(self._places[0], kinds[0], shape[0])
         if len(self._places) == 1 or shape[0] <= first.rows:
             return self._places[:1], [first]
         part = -(-shape[0] // len(self._places))
-        return self._places, [self._plan(place, (part, *shape[1:])) for place in self._places]
+        return self._places, [
+            self._plan(place, kind, part) for place, kind in zip(self._places, kinds, strict=True)
+        ]
 
-    def _plan(self, place: _Place, shape: Shape) -> Plan:
-        known = place.known.get(shape[1:])
-        if known is None:
-            if len(place.known) >= MOST_KINDS:
-                place.known.clear()
-            known = place.known[shape[1:]] = _Known(*costs(place.model, shape[1:]))
-        costs_ = known.row_bytes, known.fixed_bytes, known.row_work
+    def _plan(self, place: Replica, kind: _Kind, rows: int) -> Plan:
         held = place.kept.unused()
-        budget = Budget(*costs_, self.memory_limit, self.workers, known.most_rows, held)
-        return place.backend.plan(shape[0], budget)
+        budget = Budget(*kind.costs, self.memory_limit, self.workers, kind.most_rows, held)
+        return place.backend.plan(rows, budget)
 
     def close(self) -> None:
         """Give back what is held on the device; the engine takes no more rows."""
         places, self._places = self._places, []
         for place in places:
             place.close()
-        self._direct.clear()
 
     def __enter__(self) -> Engine:
         return self
@@ -335,44 +291,142 @@ def _engine(
     return Engine(model, devices, memory_limit=memory_limit, workers=workers, precision=precision)
 
 
-class _Place:
+class Replica:
     """The model on one device, with what an engine keeps and knows there."""
 
     def __init__(self, model: Layer, backend: Backend) -> None:
         self.backend, self.model = backend, _shared(model, backend)
-        self.known: dict[Shape, _Known] = {}
         self.kept = Kept()
+        self.ready: dict[tuple[np.dtype[Any], Shape], Callable[[Array], Array]] = {}
         self.recorded: dict[tuple[np.dtype[Any], Shape], Recorded] = {}
+        self._kinds: dict[tuple[Shape, np.dtype[Any], np.dtype[Any]], _Kind] = {}
+        self._idle: dict[tuple[np.dtype[Any], Shape], list[Recording]] = {}
         self._met: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.kept.close)
         self._close.atexit = False
 
-    def meet(self, x: Array, fn: Callable[[Layer, Array], Array]) -> None:
-        """Few rows of one shape and type are recorded when they have come twice.
+    def kind(self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]) -> _Kind:
+        """What is known of rows like these, that come in one type and are computed in another.
 
-        Only for models of our own layers: a recording repeats what the device did, and cannot know
-        whether another layer would do something else the next time.
+        Raises ShapeError for rows that do not fit, and for a model that mixes rows.
         """
-        kind = x.dtype, x.shape
-        if not 0 < len(x) <= FEW_ROWS or len(self._met) > MOST_KINDS:
+        key = shape[1:], travels, dtype
+        kind = self._kinds.get(key)
+        if kind is None:
+            made = _Kind(*self._written(shape, travels, dtype))
+            if len(self._kinds) >= MOST_KINDS:
+                self._kinds.clear()
+            kind = self._kinds[key] = made
+        return kind
+
+    def _written(
+        self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]
+    ) -> tuple[Program, Outline, Costs]:
+        try:
+            program = self.model.program((shape, dtype))
+        except Untraceable as error:
+            raise ShapeError(f"{self.model!r:.200} does not go through an engine: {error}") from None
+        if program.mixing:
+            raise ShapeError(
+                f"an engine takes rows in blocks, but {program.mixing}; call the model on all of them"
+            )
+        if is_floating(travels) and travels.itemsize > dtype.itemsize:
+            program = in_their_own_type(program, travels)
+        if program.several:
+            raise ShapeError(f"{self.model!r:.200} answers several arrays: an engine takes one")
+        if self.backend.name != "cupy":
+            program = expanded(program)  # on CUDA kernels have bodies of their own
+        (output,) = program.outline(1)
+        counted = costs(program, travels)
+        row = prod(shape[1:]) * travels.itemsize  # a block of rows, as it is read
+        result = prod(output.shape) * output.dtype.itemsize
+        own = row if self.backend.name == "numpy" else row + result
+        return (
+            program,
+            Outline(output.shape[1:], output.dtype),
+            Costs(counted.row_bytes + own, counted.fixed_bytes, counted.row_work),
+        )
+
+    def forward(self, kind: _Kind, precision: str | None, rows: Array) -> Array:
+        """Rows on the device through the model, there."""
+        token = _precision.set(precision)
+        try:
+            dtype = kind.program.inputs[0].dtype
+            return kind.program(rows if rows.dtype == dtype else rows.astype(dtype))
+        finally:
+            _precision.reset(token)
+
+    def fill(
+        self, kind: _Kind, dtype: np.dtype[Any], sparing: bool, rows: HostArray, out: HostArray
+    ) -> None:
+        """Host rows through the model on the CPU, into `out`.
+
+        What is recorded for such a block is kept for the next one, unless memory is to be spared:
+        then only while blocks go on being of one size.
+        """
+        key = rows.dtype, rows.shape
+        idle = self._idle.get(key)
+        if idle is None:
+            if sparing or len(self._idle) >= MOST_RECORDED:
+                self._idle.clear()
+            idle = self._idle[key] = []
+        try:
+            recording = idle.pop()
+        except IndexError:
+            recording = Recording(kind.program, len(rows), [rows.dtype])
+        whole = out.flags.c_contiguous and out.dtype == dtype
+        into = out if whole else np.empty(out.shape, dtype)
+        with np.errstate(all="ignore"):
+            recording((rows,), (into,))
+            if not whole:
+                np.copyto(out, into, casting="same_kind")
+        idle.append(recording)
+
+    def meet(
+        self, x: Array, kind: _Kind, dtype: np.dtype[Any], precision: str | None
+    ) -> None:
+        """Make the next call with such rows a short one.
+
+        On a device few rows are recorded when they have come twice, unless layers are run as
+        Python: a recording cannot know whether these would do something else the next time.
+        """
+        key = x.dtype, x.shape
+        if len(self.ready) >= MOST_KINDS:
+            self.ready.clear()
+        if self.backend.device == "cpu":
+            if x.dtype.isnative:
+                output = kind.output.shape
+
+                def short(rows: HostArray) -> HostArray:
+                    y = np.empty((len(rows), *output), dtype)
+                    self.fill(kind, dtype, False, rows, y)
+                    return y
+
+                self.ready[key] = short
             return
-        count = self._met[kind] = self._met.get(kind, 0) + 1
+        if not 0 < len(x) <= FEW_ROWS or len(self._met) > MOST_KINDS or kind.program.opaque:
+            return
+        count = self._met[key] = self._met.get(key, 0) + 1
         if count < 2 or count & (count - 1) or not isinstance(self.backend, BlockBackend):
             return
-        if not _ours(self.model):
-            return
+        fn = partial(self.forward, kind, precision)
         try:
-            made = Recorded(self.backend, partial(fn, self.model), x.shape, x.dtype)
+            recorded = Recorded(self.backend, fn, x.shape, x.dtype)
         except Exception:
             return  # it goes the long way, as it did so far; perhaps there was no memory just now
-        made.model = self.model  # whose parameters it reads where they lie
+        recorded.model = self.model  # whose parameters it reads where they lie
         while len(self.recorded) >= MOST_RECORDED:
-            self.recorded.pop(next(iter(self.recorded)), None)
-        self.recorded[kind] = made
+            gone = next(iter(self.recorded), None)
+            self.recorded.pop(gone, None)  # type: ignore[arg-type]
+            self.ready.pop(gone, None)  # type: ignore[arg-type]
+        self.recorded[key] = recorded
+        self.ready[key] = recorded.host
 
     def close(self) -> None:
         self._close()
         self.recorded.clear()
+        self.ready.clear()
+        self._idle.clear()
 
 
 def _backends(
@@ -401,12 +455,6 @@ def _shared(model: Layer, backend: Backend) -> Layer:
         if there is not model:
             copies[backend.device] = there
     return there
-
-
-def _ours(model: Layer) -> bool:
-    """Whether all layers of the model are nnxp's own."""
-    inner = all(_ours(child) for _, child in model.children())
-    return inner and type(model).__module__.startswith("nnxp.")
 
 
 _HOST = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: a slice becomes a NumPy array
@@ -446,7 +494,7 @@ def predict(
     memory_limit: int | str | None = None,
     workers: int | None = None,
     precision: str | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> HostArray:
     """The model's output for every row of x: host in, host out, on the best backend there is.
 
@@ -466,43 +514,12 @@ def predict_iter(
 ) -> Iterator[HostArray]:
     """The model's output for each batch of rows, one after the other, as each is asked for.
 
-    While one batch is computed, the next one is read in a thread, and no further ones: so every
-    batch is an array of its own, not a buffer that is filled anew. `options` are those of Engine.
+    While one batch is computed in a thread, the next one is read in the caller's, and no further
+    ones: so every batch is an array of its own, not a buffer that is filled anew, and none waits
+    for the answer to the one before it (for such a dialogue call an Engine). `options` are those
+    of Engine.
     """
-    return _one_ahead(Engine(model, backend, **options), iter(batches))
-
-
-def _one_ahead(engine: Engine, batches: Iterator[Any]) -> Iterator[HostArray]:
-    asked, read = threading.Semaphore(0), queue.SimpleQueue[Any]()
-    end = object()
-
-    def reader() -> None:
-        while asked.acquire():
-            if over:
-                return
-            try:
-                read.put((next(batches, end), None))
-            except BaseException as error:
-                read.put((end, error))
-
-    over: list[bool] = []
-    # A daemon: if the batches never come, whoever stops asking for them is not kept waiting.
-    thread = threading.Thread(target=copy_context().run, args=(reader,), daemon=True)
-    thread.start()
-    try:
-        asked.release()
-        while True:
-            batch, error = read.get()
-            if error is not None:
-                raise error
-            if batch is end:
-                return
-            asked.release()
-            yield engine(batch)
-    finally:
-        over.append(True)
-        asked.release()
-        thread.join(0.1)  # it ends at once, unless it is waiting for a batch
+    return one_ahead(Engine(model, backend, **options), iter(batches))
 
 
 def parse_bytes(size: int | str) -> int:
@@ -517,22 +534,6 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
         raise OptionError(f"a size in bytes is a whole number above zero, not {size!r}")
     return int(size)
-
-
-def _source(x: Any) -> Source:
-    if isinstance(x, np.ma.MaskedArray):
-        raise DtypeMismatch("rows have no mask; x.filled(...) says what stands in its places")
-    if not (hasattr(x, "shape") and hasattr(x, "__getitem__")):
-        try:
-            x = np.asarray(x)
-        except ValueError as error:
-            raise ShapeError(f"x is no array of rows: {error}") from None
-    dtype = getattr(x, "dtype", None)
-    if isinstance(dtype, np.dtype) and not is_numeric(dtype):
-        raise DtypeMismatch(f"rows are real numbers, but x is {dtype}")
-    if len(x.shape) == 0:
-        raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
-    return x  # type: ignore[no-any-return]
 
 
 def float_type(rows: Source) -> np.dtype[Any]:
@@ -555,28 +556,6 @@ def _result(out: HostArray | None, shape: Shape, dtype: np.dtype[Any], rows: Sou
         raise DtypeMismatch(f"out is {out.dtype} but the output is {dtype}")
     if not out.flags.writeable:
         raise OptionError("out is read-only")
-    if isinstance(rows, np.ndarray) and np.may_share_memory(rows, out):
-        layout = (rows.ctypes.data, rows.strides, rows.dtype)
-        if layout != (out.ctypes.data, out.strides, out.dtype):
-            raise OptionError(
-                "out overlaps x, whose rows would be overwritten before they are read"
-            )
+    if shares_memory(rows, out):
+        raise OptionError("out overlaps x, whose rows would be overwritten before they are read")
     return out
-
-
-@contextmanager
-def _bar(rows: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """What hears of finished rows: a progress bar if one is wanted and stderr is a terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda done: None
-        return
-    import typer
-
-    lock = threading.Lock()
-    with typer.progressbar(length=rows, file=sys.stderr, width=0) as bar:
-
-        def done(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        yield done

@@ -46,6 +46,11 @@ TABLE = (
 )
 _AUTOMATIC = ("cupy", "numpy")  # in this order; the last one is always there
 
+
+class _Choice(str):
+    """The name that one use_backend block chose: equal to another's, and yet not the same."""
+
+
 _used: ContextVar[str] = ContextVar("nnxp_backend", default="auto")
 _set = "auto"
 
@@ -58,9 +63,10 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
     """
     if isinstance(backend, Backend):
         return backend
+    used = _used.get()
     for name, asked_by in (
         (_name(backend), f"backend={backend!r}"),
-        (_used.get(), f"use_backend({_used.get()!r})"),
+        (used, f"use_backend({used!r})"),
         (_set, f"set_backend({_set!r})"),
         (_environment(), f"NNXP_BACKEND={_environment()}"),
     ):
@@ -71,15 +77,21 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
 
 @contextmanager
 def use_backend(backend: str | Backend) -> Iterator[Backend]:
-    """Within the block, in this thread or asyncio task only, `backend` is the default."""
+    """Within the block, in this thread or asyncio task only, `backend` is the default.
+
+    A block that a generator entered in one context may be left in another: where this choice is in
+    force, the one before it is again, and a context that never knew of it stays as it is.
+    """
     name = _name(backend)
     if name != "auto":
         get_backend(backend)
-    token = _used.set(name)
+    before, own = _used.get(), _Choice(name)
+    _used.set(own)
     try:
         yield get_backend(backend)
     finally:
-        _used.reset(token)
+        if _used.get() is own:
+            _used.set(before)
 
 
 def set_backend(backend: str | Backend) -> Backend:
@@ -99,7 +111,7 @@ def available_backends() -> dict[str, Availability]:
     """
     found = {}
     for name, _, module in TABLE:
-        if name == "cupy" and _environment() in ("numpy", "cpu"):
+        if name == "cupy" and _device(_environment()) == "cpu":
             said = f"NNXP_BACKEND={_environment()} says not to touch CUDA"
             found[name] = Availability(False, said, "Unset NNXP_BACKEND to let it be tried")
             continue
@@ -148,11 +160,20 @@ def _environment() -> str:
     return _name(os.environ.get("NNXP_BACKEND", "").strip() or "auto")
 
 
+_NAME = re.compile(r"([a-z]+)(?::(\d+))?")
+
+
+def _device(name: str) -> str:
+    """What the devices of a backend of this name are called, in any spelling; "" for no backend."""
+    match = _NAME.fullmatch(name.lower())
+    return next((device for own, device, _ in TABLE if match and match[1] in (own, device)), "")
+
+
 def _connect(name: str, asked_by: str) -> Backend:
-    match = re.fullmatch(r"([a-z]+)(?::(\d+))?", str(name).lower())
+    match = _NAME.fullmatch(str(name).lower())
     row = next((row for row in TABLE if match and match[1] in row[:2]), None)
     if match is None or row is None:
-        names = ", ".join(dict.fromkeys(word for each in TABLE for word in each[:2]))
+        names = ", ".join(dict.fromkeys(word for row in TABLE for word in row[:2]))
         raise BackendUnavailable(
             f"{asked_by}: there is no backend {name!r}",
             f'The names are auto, {names}, and a device such as "cuda:1"',

@@ -7,14 +7,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, Shape, is_numeric
-from nnxp._errors import BackendUnavailable, DtypeMismatch, OutOfMemory, ShapeError
+from nnxp._arrays import Array, HostArray, Shape
+from nnxp._errors import BackendUnavailable, OutOfMemory, ShapeError
+from nnxp._exchange import host_rows
 
 if TYPE_CHECKING:
     from nnxp.backend._lanes import Kept
@@ -96,22 +96,25 @@ class Cursor:
             return slice(start, self._next) if start < self._next else None
 
     def stop(self) -> None:
-        """There are no more rows, for anybody."""
-        with self._lock:
-            self._end = self._next
+        """There are no more rows, for anybody.
+
+        Without the lock: the handler of a signal may call this while its thread holds it.
+        """
+        self._end = 0
 
 
 @dataclass(frozen=True)
 class Sweep:
     """One sweep of rows through a function: what an engine asks of a backend.
 
-    fn takes rows on the device and answers with as many rows on the device; `rows` holds host
-    rows, `out` is a host array to fill, `dtype` what the rows become, and `done` hears how many
+    fn takes rows on the device and answers with as many rows on the device; where host memory is
+    the device's, `fill(rows, out)` writes them where they are wanted. `rows` holds host rows, `out` is a host array to fill, `dtype` what the rows become, and `done` hears how many
     rows were finished. Several backends may share the `cursor` of one sweep. `kept` is what an
     engine keeps on its device between sweeps.
     """
 
     fn: Callable[[Array], Array]
+    fill: Callable[[HostArray, HostArray], None]
     rows: Source
     out: HostArray
     dtype: np.dtype[Any]
@@ -124,24 +127,22 @@ class Sweep:
         return self.rows.shape[0]
 
     def read(self, rows: slice) -> HostArray:
-        """These rows as a host array, whatever holds them."""
-        block = np.asarray(self.rows[rows])
-        if len(block) != rows.stop - rows.start:
+        """These rows as a host array of real numbers, whatever holds them."""
+        block = host_rows(self.rows[rows])
+        if block.shape[:1] != (rows.stop - rows.start,):
+            given = f"{len(block)} rows" if block.ndim else "a single number"
             raise ShapeError(
-                f"x gave {len(block)} rows for [{rows.start}:{rows.stop}]; its shape says "
-                f"{self.rows.shape}"
+                f"x gave {given} for [{rows.start}:{rows.stop}]; its shape says {self.rows.shape}"
             )
-        if not is_numeric(block.dtype):
-            raise DtypeMismatch(f"rows are real numbers, not {block.dtype}")
         return block
 
     def travels_as(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """The type in which rows of this type travel to a device.
 
         Small types travel as they are and are converted where the model is. Types that are wider
-        than the model's are converted on the way, and so are those that only NumPy knows.
+        than the model's are converted on the way.
         """
-        return self.dtype if dtype.itemsize > self.dtype.itemsize or not dtype.isnative else dtype
+        return self.dtype if dtype.itemsize > self.dtype.itemsize else dtype
 
 
 @dataclass(frozen=True)
@@ -236,26 +237,3 @@ def rows_within(budget: Budget, workers: int = 1) -> int | None:
         f"memory_limit={budget.limit:,} bytes does not hold one row, which needs "
         f"{budget.row_bytes + budget.fixed_bytes:,}; raise the limit"
     )
-
-
-def together(works: list[Callable[[], object]], stop: Callable[[], object]) -> None:
-    """Run all at once, the first in this thread; when one fails, `stop` takes the others' work."""
-
-    def guarded(work: Callable[[], object]) -> None:
-        try:
-            work()
-        except BaseException:
-            stop()
-            raise
-
-    if len(works) == 1:
-        works[0]()
-        return
-    from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
-
-    with ThreadPoolExecutor(len(works) - 1, "nnxp") as pool:
-        # Each in a copy of the caller's context, so that its np.errstate holds in the workers too.
-        others = [pool.submit(copy_context().run, guarded, work) for work in works[1:]]
-        guarded(works[0])
-        for other in others:
-            other.result()

@@ -242,6 +242,6 @@ def _view(buffer: HostArray, shape: Shape, dtype: np.dtype[Any]) -> HostArray:
 def _threads() -> ThreadPoolExecutor:
     from concurrent.futures import ThreadPoolExecutor  # brings logging: not for every import
 
-    from nnxp.backend._share import usable_cores
+    from nnxp.backend._machine import usable_cores
 
     return ThreadPoolExecutor(min(COPY_THREADS, usable_cores()), "nnxp-copy")

@@ -7,15 +7,12 @@ for each worker, so that every core has one owner; afterwards its threads are as
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from nnxp._arrays import Array, HostArray
 from nnxp._errors import BackendUnavailable
@@ -27,8 +24,10 @@ from nnxp.backend._base import (
     Plan,
     Sweep,
     rows_within,
-    together,
 )
+from nnxp.backend._blas import one_blas_thread
+from nnxp.backend._machine import available_memory, physical_memory, usable_cores
+from nnxp.backend._threads import together
 
 TILE_WORK = 50_000_000  # multiply-adds: about a millisecond on one core
 FEW_TILES = 8  # so much work goes to BLAS as one tile
@@ -67,10 +66,7 @@ class CpuBackend(Backend):
         pass
 
     def memory(self) -> Memory:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total = os.sysconf("SC_PHYS_PAGES") * page
-        known = "SC_AVPHYS_PAGES" in os.sysconf_names  # not on macOS
-        return Memory(os.sysconf("SC_AVPHYS_PAGES") * page if known else total, total, 0)
+        return Memory(available_memory() or 0, physical_memory() or 0, 0)
 
     def current(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -93,14 +89,13 @@ class CpuBackend(Backend):
 
         def work() -> None:  # whoever is free takes the next tile
             while (rows := sweep.cursor.take(plan.rows)) is not None:
-                sweep.out[rows] = sweep.fn(sweep.read(rows))
+                sweep.fill(sweep.read(rows), sweep.out[rows])
                 sweep.done(rows.stop - rows.start)
 
         if len(sweep) <= plan.rows:
             work()  # too few rows to share out: BLAS may have the cores
         else:
-            with one_blas_thread():
-                together([work] * plan.workers, sweep.cursor.stop)
+            together([work] * plan.workers, sweep.cursor.stop, one_blas_thread)
 
 
 @cache
@@ -132,8 +127,6 @@ def tile_rows(rows: int, budget: Budget) -> int:
 
 def worker_count() -> int:
     """The worker threads to use: NNXP_WORKERS if set, else the cores that may be used."""
-    from nnxp.backend._share import usable_cores  # brings pathlib: not for every import
-
     return asked_workers() or usable_cores()
 
 
@@ -146,49 +139,3 @@ def asked_workers() -> int | None:
             "Set it to 1 or more, or unset it",
         )
     return int(asked) if asked else None
-
-
-class _OneThread:
-    """Counts the sweeps that want BLAS at one thread: the first sets it, the last restores it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.sweeps = 0
-        self.blas: ThreadpoolController | None = None
-        self.limit: Any = None
-
-    def enter(self) -> None:
-        with self.lock:
-            if self.sweeps == 0:
-                if self.blas is None:
-                    self.blas = ThreadpoolController().select(user_api="blas")
-                self.limit = self.blas.limit(limits=1)
-            self.sweeps += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.sweeps -= 1
-            if self.sweeps == 0:
-                self.limit.restore_original_limits()
-
-    def forked(self) -> None:
-        """In a forked child none of the parent's sweeps goes on."""
-        self.lock = threading.Lock()
-        if self.sweeps:
-            self.sweeps = 0
-            self.limit.restore_original_limits()
-
-
-_one_thread = _OneThread()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_one_thread.forked)
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """BLAS at one thread per caller, in all threads, until the last such block is left."""
-    _one_thread.enter()
-    try:
-        yield
-    finally:
-        _one_thread.leave()

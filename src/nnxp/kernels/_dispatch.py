@@ -89,7 +89,10 @@ class Kernel:
             return self.reference(x, *arrays, **options)
         if not is_floating(x.dtype):
             raise DtypeMismatch(f"{self.__name__} takes floats, not {x.dtype}")
-        wide = [a if a is None else a.astype("float32") for a in (x, *arrays)]
+        wide = [
+            a.astype("float32") if a is not None and a.dtype.itemsize == 2 else a
+            for a in (x, *arrays)
+        ]
         out = options.pop("out", None)
         with np.errstate(over="ignore"):  # a result too large for the type is infinite, as it says
             made = self.reference(*wide, **options)

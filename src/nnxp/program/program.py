@@ -12,7 +12,8 @@ import numpy as np
 
 from nnxp._arrays import Array, Shape, is_array, xp_of
 from nnxp._errors import ShapeError
-from nnxp._library import KINDS, WITH_OUT
+from nnxp._library import KINDS, WITH_OUT, compute
+from nnxp.kernels import Kernel
 from nnxp.program.traced import (
     ROWS,
     Step,
@@ -79,15 +80,24 @@ class Program:
         rows = self._rows(arrays)
         known: dict[Value, Any] = dict(zip(self.inputs, arrays, strict=True))
         goals = self.outputs if wanted is None else tuple(wanted)
-        last = self._last_uses(goals)
-        for i, step in enumerate(self.steps):
+        lives = self.lives if wanted is None else Lives(self, goals)
+        for step, reused, ended in zip(self.steps, lives.reused, lives.ended, strict=True):
             given = [_known(each, known) for each in step.inputs]
-            made = perform(xp, step if rows is None else scaled(step, rows), given)
+            now = step if rows is None else scaled(step, rows)
+            if reused is not None:
+                made = compute(xp, step.name, tuple(given), now.options | {"out": known[reused]})
+            else:
+                made = perform(xp, now, given)
             del given
             known.update(zip(step.outputs, made if step.several else (made,), strict=True))
-            for value in last.get(i, ()):
+            for value in ended:
                 known.pop(value, None)
         return [_known(value, known) for value in goals]
+
+    @cached_property
+    def lives(self) -> Lives:
+        """How long each value is needed."""
+        return Lives(self, self.outputs)
 
     def _rows(self, arrays: Sequence[Array]) -> int | None:
         """How many rows the arrays have; None if this program does not count them."""
@@ -96,19 +106,6 @@ class Program:
                 if counts_rows(size):
                     return int(real) // (size // ROWS)
         return None
-
-    def _last_uses(self, goals: Sequence[Value]) -> dict[int, list[Value]]:
-        """By the number of a step, the values that nobody looks at after it."""
-        last: dict[Value, int] = {}
-        for i, step in enumerate(self.steps):
-            for value in (*step.values, *step.outputs):
-                last[value] = i
-        kept = set(goals)
-        ends: dict[int, list[Value]] = {}
-        for value, i in last.items():
-            if value not in kept and value.numbers is None:
-                ends.setdefault(i, []).append(value)
-        return ends
 
     def outline(self, rows: int) -> tuple[Outline, ...]:
         """The shapes and types of the outputs for so many rows."""
@@ -153,16 +150,57 @@ class Program:
         return "\n".join([*lines, "return " + ", ".join(_said(v, names) for v in self.outputs)])
 
 
-def trace(function: Callable[..., Any], *outlines: Any, paths: Mapping[int, str] = {}) -> Program:
+class Lives:
+    """How long the values of a program are needed, until it has these `goals`.
+
+    `ended` has, for each step, the values that nobody looks at after it, and `reused` the value
+    in whose memory its result may be written, because it ends there.
+    """
+
+    def __init__(self, program: Program, goals: Sequence[Value]) -> None:
+        steps = program.steps
+        last: dict[Value, int] = {}  # of the memory: a view keeps what it looks at
+        for i, step in enumerate(steps):
+            for value in (*step.values, *step.outputs):
+                last[value.root] = i
+        for value in goals:
+            last[value.root] = len(steps)
+        self.ended: list[list[Value]] = [[] for _ in steps]
+        for value in dict.fromkeys(v for step in steps for v in (*step.values, *step.outputs)):
+            if value.numbers is None and last[value.root] < len(steps):
+                self.ended[last[value.root]].append(value)
+        self.reused = [_reused(step, i, last) for i, step in enumerate(steps)]
+
+
+def _reused(step: Step, i: int, last: Mapping[Value, int]) -> Value | None:
+    """The input in whose memory the result of step i may be written."""
+    if KINDS.get(step.name) != "elementwise" or step.name not in WITH_OUT or _is_opaque(step):
+        return None
+    for value in step.values:
+        own = value.step is not None and value.root is value and isinstance(value.step.function, str)
+        like = (value.shape, value.dtype) == (step.outputs[0].shape, step.outputs[0].dtype)
+        if own and like and last[value] == i:
+            return value
+    return None
+
+
+def trace(
+    function: Callable[..., Any],
+    *outlines: Any,
+    layers: Mapping[int, tuple[str, Any]] | None = None,
+    rows: int | None = None,
+    expands: bool = False,
+) -> Program:
     """The program of a function of arrays, for inputs of these (shape, dtype).
 
-    Raises Untraceable if it looks at numbers, and what it itself raises for arrays that do not fit.
+    `layers`, `rows` and `expands` are as for a Tape. Raises Untraceable if the function looks at
+    numbers, and what it itself raises for arrays that do not fit.
     """
     inputs = tuple(
         each if isinstance(each, Value) else Value(tuple(each[0]), np.dtype(each[1]))
         for each in outlines
     )
-    with writing(Tape()) as tape:
+    with writing(Tape(layers=layers or {}, rows=rows, expands=expands)) as tape:
         made = function(*map(lifted, inputs))
         several = isinstance(made, tuple | list)
         outputs = tuple(map(value_of, made if several else (made,)))
@@ -174,7 +212,7 @@ def trace(function: Callable[..., Any], *outlines: Any, paths: Mapping[int, str]
 
 def _calls(tape: Tape) -> Iterator[Call]:
     for path, layer, given, made in tape.calls:
-        results = made if isinstance(made, tuple | list) else (made,)
+        results = map(value_of, made if isinstance(made, tuple | list) else (made,))
         yield Call(path, layer, tuple(v for v in given if isinstance(v, Value)), tuple(results))
 
 
@@ -186,6 +224,46 @@ def _needed(steps: Sequence[Step], outputs: Sequence[Value]) -> tuple[Step, ...]
             kept.append(step)
             wanted.update(step.values)
     return tuple(reversed(kept))
+
+
+def same_for_any_rows(program: Program, doubled: Program) -> None:
+    """Raise Untraceable unless a program says the same as the one for twice as many rows.
+
+    A formula that computes with the number of rows, as a mean over all of them does, has it in its
+    constants, where no program would see it.
+    """
+    names: dict[Value, Value] = dict(zip(program.inputs, doubled.inputs, strict=True))
+    same = len(program.steps) == len(doubled.steps)
+    for one, two in zip(program.steps, doubled.steps, strict=False):
+        same = same and one.name == two.name and _same(scaled(one, 2 * ROWS).options, two.options)
+        same = same and len(one.inputs) == len(two.inputs) and all(
+            _same(a, b, names) for a, b in zip(one.inputs, two.inputs, strict=True)
+        )
+        if not same:
+            raise Untraceable(
+                f"{one.path or 'the model'} computes with the number of rows, at {one.name}: rows "
+                "are not treated each on its own"
+            )
+        names.update(zip(one.outputs, two.outputs, strict=True))
+    if not same:
+        raise Untraceable("the model does other things for another number of rows")
+
+
+def _same(a: Any, b: Any, names: Mapping[Value, Value] | None = None) -> bool:
+    if isinstance(a, Value) and isinstance(b, Value):
+        if a.numbers is None or b.numbers is None:
+            return (names or {}).get(a) is b
+        return a.numbers is b.numbers or _same(a.numbers, b.numbers)
+    if is_array(a) and is_array(b):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        equal = (a == b) | ((a != a) & (b != b))
+        return bool(getattr(equal, "value", equal).all())
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b) or (a != a and b != b)
 
 
 def replay(program: Program, arrays: Sequence[Any], change: Callable[..., Any]) -> list[Any]:
@@ -284,8 +362,6 @@ def _mixes(step: Step) -> bool:
 
 
 def _is_opaque(step: Step) -> bool:
-    from nnxp.kernels import Kernel
-
     return not isinstance(step.function, str | Kernel)
 
 

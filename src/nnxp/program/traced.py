@@ -8,7 +8,7 @@ the dialect all: what writes into one gives it another value, unless a view look
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -71,6 +71,7 @@ class Step:
     path: str
     outputs: tuple[Value, ...] = ()
     several: bool = False  # whether the function answers a sequence
+    reason: str = ""  # why a layer is run as Python
 
     @property
     def name(self) -> str:
@@ -86,12 +87,19 @@ class Step:
 
 @dataclass(slots=True)
 class Tape:
-    """What is being written: steps, the path of the layer at work, and what layers were called."""
+    """What is being written: steps, the path of the layer at work, and what layers were called.
+
+    `layers` tells a layer's path and the layer itself by the id of the copy that is run, `rows` how
+    many there are, for what is said to people, and `expands` whether kernels are written out as
+    what their reference bodies do.
+    """
 
     steps: list[Step] = field(default_factory=list)
     path: str = ""
     calls: list[tuple[str, Any, tuple[Any, ...], Any]] = field(default_factory=list)
-    expands: bool = False  # kernels into what their reference bodies do
+    layers: Mapping[int, tuple[str, Any]] = field(default_factory=dict)
+    rows: int | None = None
+    expands: bool = False
 
 
 _tape: ContextVar[Tape | None] = ContextVar("nnxp_tape", default=None)
@@ -262,10 +270,10 @@ def constants(made: Any) -> Any:
     return lifted(made if is_array(made) else np.asarray(made))
 
 
-def opaque(layer: Any, arrays: tuple[ndarray, ...], outlines: Any) -> Any:
-    """A layer that is run as Python, with results of these outlines: one step."""
+def opaque(layer: Any, arrays: tuple[Any, ...], outlines: Any, reason: str) -> Any:
+    """A layer that is run as Python for this reason, with results of these outlines: one step."""
     tape = current_tape()
-    step = Step(layer, tuple(map(value_of, arrays)), {}, tape.path)
+    step = Step(layer, tuple(map(value_of, arrays)), {}, tape.path, reason=reason)
     step.outputs = tuple(Value(shape, np.dtype(dtype), step=step) for shape, dtype in outlines)
     step.several = len(step.outputs) > 1
     tape.steps.append(step)

@@ -1,0 +1,363 @@
+"""A program bound to NumPy and a number of rows: memory set aside, operands in place, calls in order.
+
+Kernels are written out as what their reference bodies do, so that every pass over a tile is one call
+of a NumPy function that writes where it should: `for call in calls: call()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import HostArray, Shape
+from nnxp._errors import ShapeError
+from nnxp._library import KINDS, WITH_OUT
+from nnxp.program.program import (
+    Costs,
+    Program,
+    multiply_adds,
+    replay,
+    scaled,
+    sized,
+    trace,
+)
+from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record
+
+Call = Callable[[], object]
+
+_SAME_ORDER = frozenset("reshape expand_dims squeeze".split())
+"""Views of all of their input, in the order of its memory."""
+
+
+def expanded(program: Program) -> Program:
+    """The program with every kernel written out as what its reference body does."""
+
+    def change(step: Step, arrays: tuple[Any, ...]) -> Any:
+        if isinstance(step.function, str):
+            return record(step.function, arrays, step.options)
+        kernel = getattr(type(arrays[0]), "kernel", None)
+        if kernel is not None and hasattr(step.function, "reference"):
+            return step.function(*arrays, **step.options)
+        return again(step, arrays)
+
+    inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
+    made = trace(lambda *given: tuple(replay(program, given, change)), *inputs, expands=True)
+    return Program(made.inputs, made.outputs, made.steps, (), program.several)
+
+
+def again(step: Step, arrays: tuple[Any, ...]) -> Any:
+    """A layer that is run as Python, noted again."""
+    from nnxp.program.traced import opaque
+
+    outlines = [(value.shape, value.dtype) for value in step.outputs]
+    return opaque(step.function, arrays, outlines, step.reason)
+
+
+class Layout:
+    """Which buffer each value of a program lies in: the memory that a recording sets aside.
+
+    `sizes` are the buffers' bytes. A value that is a view, a constant, an input, or made anew at
+    each call lies in none. Results lie in the caller's arrays, numbered from -1 downwards.
+    """
+
+    def __init__(self, program: Program, rows: int) -> None:
+        self.sizes: list[int] = []
+        self.of: dict[Value, int] = {}
+        self.anew = 0  # bytes of what is made anew at each call, at most at once
+        lives = program.lives
+        for i, value in enumerate(program.outputs):
+            self._claim(program, value, -1 - i)
+        free: list[int] = []
+        now = 0
+        for step, reused, ended in zip(program.steps, lives.reused, lives.ended, strict=True):
+            for value in step.outputs:
+                size = prod(sized(value.shape, rows)) * value.dtype.itemsize
+                if value.root is not value or value in self.of:
+                    continue
+                if not writes(step):
+                    now += size
+                    self.anew = max(self.anew, now)
+                elif reused is not None and self.of.get(reused, -1) >= 0:
+                    self.of[value] = self.of[reused]
+                else:
+                    self.of[value] = self._best(free, size)
+            for value in ended:
+                held = self.of.get(value)
+                moved = reused is value and held == self.of.get(step.outputs[0])
+                if held is not None and held >= 0 and not moved:
+                    free.append(held)
+                elif held is None and value.root is value and value.step is not None:
+                    now -= prod(sized(value.shape, rows)) * value.dtype.itemsize
+
+    def _claim(self, program: Program, value: Value, number: int) -> None:
+        """Let a result, and what is overwritten by it on the way, lie in the caller's array."""
+        while value.root is not value:
+            if value.step is None or value.step.name not in _SAME_ORDER:
+                return
+            value = value.step.values[0]
+        reused = dict(zip(program.steps, program.lives.reused, strict=True))
+        while value.step is not None and value not in self.of and writes(value.step):
+            self.of[value] = number
+            before = reused[value.step]
+            if before is None:
+                return
+            value = before
+
+    def _best(self, free: list[int], size: int) -> int:
+        """The smallest free buffer that holds so much, or a new one."""
+        fits = [number for number in free if self.sizes[number] >= size]
+        if fits:
+            best = min(fits, key=lambda number: self.sizes[number])
+            free.remove(best)
+            return best
+        self.sizes.append(size)
+        return len(self.sizes) - 1
+
+
+_WRITES = WITH_OUT | {"astype", "copy", "concatenate", "where"}
+
+
+def writes(step: Step) -> bool:
+    """Whether a step's result can be written where it is wanted."""
+    return isinstance(step.function, str) and step.name in _WRITES
+
+
+def costs(program: Program, given: np.dtype[Any] | None = None) -> Costs:
+    """What a program takes of memory and work, counted from the lives of its values.
+
+    `given` is the type of the rows, if they are to be converted first. Beside the products, a byte
+    that is passed over takes about as long as a multiply-add, so both are work.
+    """
+    flat = expanded(program)
+    layout = Layout(flat, ROWS)
+    total = sum(layout.sizes) + layout.anew
+    for value in flat.inputs:
+        if given is not None and given != value.dtype:
+            total += prod(value.shape) * value.dtype.itemsize
+    passed = sum(prod(v.shape) * v.dtype.itemsize for step in flat.steps for v in step.outputs)
+    work = (sum(map(multiply_adds, flat.steps)) + passed) // ROWS
+    return Costs(total // ROWS, total % ROWS, work)
+
+
+class Recording:
+    """A program for so many rows on NumPy, with its memory: `recording(inputs, results)`.
+
+    The inputs are host arrays of the types `given`; the results are C-contiguous arrays to fill.
+    One caller at a time.
+    """
+
+    def __init__(self, program: Program, rows: int, given: Sequence[np.dtype[Any]]) -> None:
+        program = expanded(program)
+        layout = Layout(program, rows)
+        self.rows = rows
+        self._slots: list[Any] = [None] * (len(program.inputs) + len(program.outputs))
+        self._places: dict[Value, tuple[bool, Any]] = {}  # (in a slot?, its number or the array)
+        self._calls: list[Call] = []
+        buffers = [np.empty(size, "uint8") for size in layout.sizes]
+        self.nbytes = sum(layout.sizes)
+        for i, (value, dtype) in enumerate(zip(program.inputs, given, strict=True)):
+            self._places[value] = True, i
+            if dtype != value.dtype:
+                own = np.empty(sized(value.shape, rows), value.dtype)
+                self._calls.append(self._bound(np.copyto, (own, value), {"casting": "unsafe"}))
+                self._places[value] = False, own
+                self.nbytes += own.nbytes
+        first_result = len(program.inputs)
+        for step in program.steps:
+            now = scaled(step, rows)
+            held = layout.of.get(step.outputs[0])
+            if held is None:
+                self._compute(now)
+                continue
+            value = step.outputs[0]
+            shape = sized(value.shape, rows)
+            if held < 0:
+                number = first_result - 1 - held
+                target = self._result(program.outputs[-1 - held], value, number, shape)
+            else:
+                whole = buffers[held][: prod(shape) * value.dtype.itemsize]
+                target = False, whole.view(value.dtype).reshape(shape)
+            self._places[value] = target
+            self._calls += self._written(now, value)
+        for i, value in enumerate(program.outputs):
+            if layout.of.get(_in_order(value)) != -1 - i:
+                self._places[value] = self._place(value)
+                number = first_result + i
+                self._places[mark := Value(value.shape, value.dtype)] = True, number
+                self._calls.append(self._bound(np.copyto, (mark, value), {"casting": "unsafe"}))
+
+    def __call__(self, inputs: Sequence[HostArray], results: Sequence[HostArray]) -> None:
+        slots = self._slots
+        slots[: len(inputs)] = inputs
+        slots[len(inputs) : len(inputs) + len(results)] = results
+        try:
+            for call in self._calls:
+                call()
+        finally:
+            slots[:] = [None] * len(slots)  # the caller's arrays are not held
+
+    # binding
+
+    def _place(self, x: Any) -> tuple[bool, Any]:
+        """Where an operand is: in a slot, or an array or scalar that stays."""
+        if not isinstance(x, Value):
+            return False, x
+        if x in self._places:
+            return self._places[x]
+        return False, x.numbers
+
+    def _slot(self, value: Value) -> int:
+        """A new slot for a value that is another array at each call."""
+        self._slots.append(None)
+        self._places[value] = True, len(self._slots) - 1
+        return len(self._slots) - 1
+
+    def _bound(self, fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Call:
+        """fn of these operands, as a call without arguments."""
+        places = [self._place(each) for each in args]
+        if not any(moves for moves, _ in places):
+            return partial(fn, *(each for _, each in places), **options)
+        slots = self._slots
+
+        def call() -> object:
+            return fn(*[slots[each] if moves else each for moves, each in places], **options)
+
+        return call
+
+    def _result(self, output: Value, value: Value, number: int, shape: Shape) -> tuple[bool, Any]:
+        """Where a value is that lies in the caller's array for `output`."""
+        if output is value or sized(output.shape, self.rows) == shape:
+            return True, number
+        slot = self._slot(value)
+        slots = self._slots
+
+        def reshaped() -> None:
+            slots[slot] = slots[number].reshape(shape)
+
+        self._calls.append(reshaped)
+        return True, slot
+
+    def _compute(self, step: Step) -> None:
+        """A step whose result is a view, or made anew at each call."""
+        places = [self._place(each) for each in step.inputs]
+        view = step.outputs[0].root is not step.outputs[0]
+        if view and not any(moves for moves, _ in places):
+            made = perform(np, step, [each for _, each in places])
+            results = made if step.several else (made,)
+            for value, array in zip(step.outputs, results, strict=True):
+                self._places[value] = False, array
+            return
+        numbers = [self._slot(value) for value in step.outputs]
+        slots, shapes = self._slots, [sized(v.shape, self.rows) for v in step.outputs]
+        opaque = not isinstance(step.function, str)
+
+        def call() -> None:
+            made = perform(np, step, [slots[each] if moves else each for moves, each in places])
+            results = made if step.several else (made,)
+            if opaque:
+                _as_said(step, results, shapes)
+            for number, array in zip(numbers, results, strict=True):
+                slots[number] = array
+
+        self._calls.append(call)
+
+    def _written(self, step: Step, out: Value) -> list[Call]:
+        """The calls that write a step's result where it lies."""
+        name, inputs, options = step.name, step.inputs, step.options
+        if name in ("astype", "copy"):
+            return [self._bound(np.copyto, (out, inputs[0]), {"casting": "unsafe"})]
+        if name == "where":
+            condition, x, y = inputs
+            places = [self._place(each) for each in (out, condition, x, y)]
+            slots = self._slots
+
+            def choose() -> None:
+                into, test, a, b = (slots[each] if moves else each for moves, each in places)
+                np.copyto(into, b, casting="unsafe")
+                np.copyto(into, a, casting="unsafe", where=test)
+
+            return [choose]
+        if name == "concatenate":
+            axis = options.get("axis", 0)
+
+            def joined(into: HostArray, *parts: HostArray) -> None:
+                np.concatenate(parts, axis, out=into)
+
+            return [self._bound(joined, (out, *inputs), {})]
+        if KINDS[name] == "reduction" and name in _REDUCES:
+            return self._reduced(step, out)
+        if name == "clip":
+            x, low, high = (*inputs, None)[:3]
+            clipped = x
+            calls = []
+            for bound, fn in ((low, np.maximum), (high, np.minimum)):
+                if bound is not None:
+                    calls.append(self._bound(fn, (clipped, self._scalar(bound, out), out), {}))
+                    clipped = out
+            return calls
+        if name == "matmul" and _flat(inputs):
+            fn: Any = np.dot
+        else:
+            fn = getattr(np, name)
+        if isinstance(fn, np.ufunc) and not options:
+            return [self._bound(fn, (*(self._scalar(each, inputs[0]) for each in inputs), out), {})]
+        return [self._bound(partial(_into, fn, options), (out, *inputs), {})]
+
+    def _scalar(self, x: Any, like: Any) -> Any:
+        """A Python scalar as an array of the type that it would be given."""
+        if isinstance(x, bool | int | float) and isinstance(like, Value) and like.dtype.kind == "f":
+            return np.asarray(x, like.dtype)
+        return x
+
+    def _reduced(self, step: Step, out: Value) -> list[Call]:
+        (x,) = step.inputs
+        axes = axes_of(step.options.get("axis"), len(x.shape))
+        options = {"axis": axes, "keepdims": step.options.get("keepdims", False)}
+        if step.name == "mean":
+            if x.dtype.kind != "f" or x.dtype.itemsize < 4 or "dtype" in step.options:
+                return [self._bound(partial(_into, np.mean, step.options), (out, x), {})]
+            shape = sized(x.shape, self.rows)
+            count = np.asarray(max(1, prod(shape[axis] for axis in axes)), x.dtype)
+            into = self._bound(partial(_into, np.add.reduce, options), (out, x), {})
+            return [into, self._bound(np.true_divide, (out, count, out), {})]
+        if "dtype" in step.options:
+            return [self._bound(partial(_into, getattr(np, step.name), step.options), (out, x), {})]
+        return [self._bound(partial(_into, _REDUCES[step.name], options), (out, x), {})]
+
+
+_REDUCES: dict[str, Any] = {
+    "sum": np.add.reduce, "max": np.maximum.reduce, "min": np.minimum.reduce,
+    "prod": np.multiply.reduce, "any": np.logical_or.reduce, "all": np.logical_and.reduce,
+    "mean": np.add.reduce,
+}  # fmt: skip
+
+
+def _into(fn: Callable[..., Any], options: dict[str, Any], out: HostArray, *inputs: Any) -> None:
+    fn(*inputs, out=out, **options)
+
+
+def _flat(inputs: tuple[Any, ...]) -> bool:
+    """Whether a product is of two matrices of one type, which np.dot starts sooner."""
+    a, b = inputs
+    kinds = all(isinstance(each, Value) and len(each.shape) == 2 for each in inputs)
+    return kinds and a.dtype == b.dtype and a.dtype.name in ("float32", "float64")
+
+
+def _in_order(value: Value) -> Value:
+    """What a result lies in, if it is only another shape of it."""
+    while value.memory is not None and value.step is not None and value.step.name in _SAME_ORDER:
+        value = value.memory
+    return value
+
+
+def _as_said(step: Step, results: Sequence[Any], shapes: Sequence[Shape]) -> None:
+    for array, shape in zip(results, shapes, strict=True):
+        if getattr(array, "shape", None) != shape:
+            raise ShapeError(
+                f"{step.function!r:.200} answers {getattr(array, 'shape', array)} where its "
+                f"output_shape says {shape}"
+            )
