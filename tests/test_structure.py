@@ -86,10 +86,5 @@ def test_importing_nnxp_loads_no_optional_library():
     assert run.stdout.strip() == "[]"
 
 
-def test_the_shared_names_stand_in_cupy_too():
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed: its names are unknown")
-    assert [name for name in sorted(nnxp.sim.SHARED) if not hasattr(cupy, name)] == []
-
-
 def test_there_are_no_rooms_for_everything():
     assert not {path.stem for path in modules()} & {"utils", "helpers", "common", "core", "misc"}

@@ -23,17 +23,18 @@ a device may read it late. Copies queue in the current `Stream()`, as in CuPy: a
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from types import TracebackType
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from nnxp._arrays import HostArray
+from nnxp import _library
+from nnxp._arrays import HostArray, Shape
 
 DEVICES = 2
 """How many simulated devices there are."""
@@ -41,85 +42,8 @@ DEVICES = 2
 DLPACK = 12
 """What these devices are to DLPack: kDLExtDev."""
 
-SHARED = frozenset(
-    [
-        "abs",
-        "absolute",
-        "add",
-        "all",
-        "any",
-        "argmax",
-        "argmin",
-        "argsort",
-        "broadcast_to",
-        "ceil",
-        "clip",
-        "concatenate",
-        "copyto",
-        "cos",
-        "divide",
-        "einsum",
-        "equal",
-        "exp",
-        "expand_dims",
-        "expm1",
-        "floor",
-        "greater",
-        "greater_equal",
-        "isfinite",
-        "isinf",
-        "isnan",
-        "less",
-        "less_equal",
-        "log",
-        "log1p",
-        "logaddexp",
-        "logical_and",
-        "logical_not",
-        "logical_or",
-        "matmul",
-        "max",
-        "maximum",
-        "mean",
-        "min",
-        "minimum",
-        "moveaxis",
-        "multiply",
-        "negative",
-        "not_equal",
-        "power",
-        "prod",
-        "reciprocal",
-        "reshape",
-        "round",
-        "sign",
-        "sin",
-        "split",
-        "sqrt",
-        "square",
-        "squeeze",
-        "stack",
-        "subtract",
-        "sum",
-        "swapaxes",
-        "take",
-        "tanh",
-        "tensordot",
-        "transpose",
-        "tril",
-        "triu",
-        "var",
-        "where",
-    ]
-)
-"""The functions of this library: they stand in NumPy and in CuPy under these names."""
-
-_CREATORS = frozenset(
-    "arange empty empty_like full full_like ones ones_like zeros zeros_like".split()
-)
-_CONSTANTS = frozenset(
-    "bool_ e finfo float16 float32 float64 iinfo inf int32 int64 nan newaxis pi uint8".split()
-)
+# What looks at an array, or copies it, from wherever the current device is.
+_ANYWHERE = (_library.VIEWS - {"getitem"}) | {"copy"}
 
 
 class OutOfMemoryError(MemoryError):
@@ -308,38 +232,22 @@ def _unchanged(host: HostArray, before: bytes) -> None:
         )
 
 
-class ndarray(NDArrayOperatorsMixin):
+class ndarray(_library.ndarray):
     """An array on a simulated device; made by the functions of this module."""
 
     __slots__ = ("__weakref__", "_host", "_memory", "device")
+    library = "sim"
 
     def __init__(self, host: HostArray, memory: _Memory) -> None:
         self._host, self._memory, self.device = host, memory, memory.device
 
-    # what it is
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:  # type: ignore[override]
         return self._host.shape
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype[Any]:  # type: ignore[override]
         return self._host.dtype
-
-    @property
-    def ndim(self) -> int:
-        return self._host.ndim
-
-    @property
-    def size(self) -> int:
-        return self._host.size
-
-    @property
-    def nbytes(self) -> int:
-        return self._host.nbytes
-
-    @property
-    def itemsize(self) -> int:
-        return self._host.itemsize
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -354,13 +262,6 @@ class ndarray(NDArrayOperatorsMixin):
         """None if the memory is its own; for a view, an array of all of it."""
         memory = self._memory
         return None if self._host is memory.host else ndarray(memory.host, memory)
-
-    @property
-    def T(self) -> ndarray:
-        return self._view(self._host.T)
-
-    def __len__(self) -> int:
-        return len(self._host)
 
     def __repr__(self) -> str:
         return f"<sim.ndarray {self.dtype}{list(self.shape)} on {self.device}>"
@@ -402,83 +303,46 @@ class ndarray(NDArrayOperatorsMixin):
     def __dlpack__(self, **options: object) -> Any:
         return self._host.__dlpack__()
 
-    def _scalar(self) -> Any:
+    def _crossing(self) -> HostArray:
         self.device.tally("implicit")
-        return self._host.item()
+        return self._host
 
     def item(self) -> Any:
-        return self._scalar()
+        return self._crossing().item()
+
+    def tolist(self) -> Any:
+        return self._crossing().tolist()
 
     def __float__(self) -> float:
-        return float(self._scalar())
+        return float(self.item())
 
     def __int__(self) -> int:
-        return int(self._scalar())
+        return int(self.item())
+
+    def __index__(self) -> int:
+        return operator.index(self.item())
 
     def __bool__(self) -> bool:
-        return bool(self._scalar())
+        return bool(self.item())
 
     # computing
-    def _view(self, host: HostArray) -> ndarray:
-        made: ndarray = _wrap(host, self.device, [self])
-        return made
-
-    def __getitem__(self, key: Any) -> ndarray:
-        self._check_current()
-        return self._view(np.asarray(self._host[_unwrap(key)]))
+    @classmethod
+    def apply(cls, name: str, arrays: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
+        """NumPy's function of this name, on the host arrays behind the wall."""
+        anywhere = name in _ANYWHERE
+        given = tuple(_behind(each, name, anywhere) for each in arrays)
+        options = {key: _unwrap(value) for key, value in options.items()}
+        if out is not None:
+            _library.compute(np, name, given, options | {"out": _behind(out, name)})
+            return out
+        made = _library.compute(np, name, given, options)
+        if name.startswith("empty"):
+            _poison(made)
+        return _wrap(made, arrays[0].device if anywhere else Device.current(), arrays)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._check_current()
-        self._host[_unwrap(key)] = _unwrap(value)
-
-    def reshape(self, *shape: Any) -> ndarray:
-        return self._view(self._host.reshape(*shape))
-
-    def swapaxes(self, a: int, b: int) -> ndarray:
-        return self._view(self._host.swapaxes(a, b))
-
-    def transpose(self, *axes: Any) -> ndarray:
-        return self._view(self._host.transpose(*axes))
-
-    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
-        self._check_current()
-        host = self._host.astype(dtype, copy=copy)
-        return self if host is self._host else self._view(host)
-
-    def copy(self) -> ndarray:
-        return self._view(self._host.copy())
-
-    def fill(self, value: float) -> None:
-        self._check_current()
-        self._host.fill(value)
-
-    def _reduce(self, name: str, **kwargs: Any) -> ndarray:
-        self._check_current()
-        result: ndarray = _call(getattr(np, name), (self,), kwargs)
-        return result
-
-    def sum(self, axis: Any = None, **kwargs: Any) -> ndarray:
-        return self._reduce("sum", axis=axis, **kwargs)
-
-    def mean(self, axis: Any = None, **kwargs: Any) -> ndarray:
-        return self._reduce("mean", axis=axis, **kwargs)
-
-    def max(self, axis: Any = None, **kwargs: Any) -> ndarray:
-        return self._reduce("max", axis=axis, **kwargs)
-
-    def min(self, axis: Any = None, **kwargs: Any) -> ndarray:
-        return self._reduce("min", axis=axis, **kwargs)
-
-    def argmax(self, axis: Any = None, **kwargs: Any) -> ndarray:
-        return self._reduce("argmax", axis=axis, **kwargs)
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        return _call(getattr(ufunc, method), args, kwargs)
-
-    def __array_function__(self, fn: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if fn.__name__ not in SHARED:
-            return NotImplemented
-        return _call(fn, args, kwargs)
+        self._host[_unwrap(key)] = _behind(value, "x[...] = y")
 
     def _check_current(self) -> None:
         current = Device.current()
@@ -489,40 +353,41 @@ class ndarray(NDArrayOperatorsMixin):
             )
 
 
+def _behind(x: Any, name: str, anywhere: bool = False) -> Any:
+    """The host array behind an argument of a function; scalars and None as they are."""
+    if isinstance(x, ndarray):
+        if not anywhere:
+            x._check_current()
+        return x._host
+    if x is None or isinstance(x, int | float | np.generic) or name == "take":
+        return _unwrap(x)  # the indices of `take` may be a list
+    raise TypeError(f"Unsupported type {type(x)}")
+
+
 def _unwrap(x: Any) -> Any:
+    """An option, or an index, with host arrays in place of those of the device."""
     if isinstance(x, ndarray):
         x._check_current()
         return x._host
     if isinstance(x, np.ndarray):
-        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+        raise TypeError(f"Unsupported type {type(x)}")
     if isinstance(x, tuple | list):
         return type(x)(map(_unwrap, x))
     return x
 
 
-def _wrap(host: Any, device: Device, sources: list[ndarray] | None = None) -> Any:
+def _wrap(host: Any, device: Device, sources: Sequence[Any] = ()) -> Any:
     """A result on the device: a view if it shares a source's memory, else memory of its own."""
     if isinstance(host, np.ndarray | np.generic):
         array = np.asarray(host)
-        for source in sources or []:
-            if array.base is not None and np.may_share_memory(array, source._memory.host):
+        for source in sources:
+            views = array.base is not None and isinstance(source, ndarray)
+            if views and np.may_share_memory(array, source._memory.host):
                 return ndarray(array, source._memory)
         return ndarray(array, _Memory(array, device))
     if isinstance(host, tuple | list):
         return type(host)(_wrap(x, device, sources) for x in host)
     return host
-
-
-def _call(fn: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    out = kwargs.pop("out", None)
-    out = out[0] if isinstance(out, tuple) else out
-    kwargs = {name: _unwrap(value) for name, value in kwargs.items()}
-    if out is not None:
-        kwargs["out"] = _unwrap(out)
-    result = fn(*_unwrap(tuple(args)), **kwargs)
-    if out is not None:
-        return out
-    return _wrap(result, Device.current(), [x for x in args if isinstance(x, ndarray)])
 
 
 def asarray(x: Any, dtype: Any = None) -> ndarray:
@@ -562,36 +427,5 @@ def asnumpy(x: ndarray) -> HostArray:
     return x.get()
 
 
-@cache
-def _shared(name: str) -> Callable[..., Any]:
-    fn = getattr(np, name)
-
-    def shared(*args: Any, **kwargs: Any) -> Any:
-        return _call(fn, args, kwargs)
-
-    shared.__name__ = name
-    return shared
-
-
-@cache
-def _creator(name: str) -> Callable[..., Any]:
-    make = getattr(np, name)
-
-    def create(*args: Any, **kwargs: Any) -> Any:
-        made = make(*_unwrap(args), **kwargs)
-        if name.startswith("empty"):
-            _poison(made)
-        return _wrap(made, Device.current())
-
-    create.__name__ = name
-    return create
-
-
 def __getattr__(name: str) -> Any:
-    if name in _CONSTANTS:
-        return getattr(np, name)
-    if name in SHARED:
-        return _shared(name)
-    if name in _CREATORS:
-        return _creator(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _library.module_attribute(ndarray, name)
