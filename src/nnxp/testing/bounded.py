@@ -17,33 +17,43 @@ a random walk over the partial sums: a drift with |y| and a spread with the 2-no
 A function may round to less than its arguments' type inside, on one backend only. So within
 `no_coarser_than(dtype)` such rounding is not charged, and whoever does it is found to be off.
 Under `rigorous()` it is charged the proven K * u * (sum of absolute terms), and errors add up
-instead of averaging out. The error is a unit, not a limit: a comparison accepts a multiple of it.
+instead of averaging out. The error is a unit, not a limit: a comparison accepts LIMIT times it.
+
+Whole numbers and booleans are computed with as what they are, and exact: their error is zero, or
+where rounding may have turned a decision, how far off another right answer is: 1 for a comparison
+within the error of its operands, the distance to the other candidates for an argmax or argsort at
+a near tie. That is a limit, not a unit. What is chosen by such a decision, `where(y > 0, a, b)`,
+carries an error that spans both branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from functools import reduce as fold
+from math import pi, prod
 from math import sqrt as root
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from nnxp._arrays import HostArray, float_dtype, is_floating
-from nnxp._errors import NnxpError
+from nnxp import _library
+from nnxp._arrays import HostArray, Shape, float_dtype, is_floating
+from nnxp._errors import UnsupportedFunction
+from nnxp._library import compute
 from nnxp.kernels import Kernel, identity, linear
 from nnxp.kernels import matmul as matmul_kernel
+
+LIMIT = 6.0
+"""Correct results stay within this many units of the bound; measured ones within about 3."""
 
 _rigorous: ContextVar[bool] = ContextVar("nnxp_rigorous", default=False)
 _coarsest: ContextVar[Any] = ContextVar("nnxp_coarsest", default=None)
 
-bool_, float32, float64, newaxis, pi = np.bool_, np.float32, np.float64, np.newaxis, np.pi
 
-
-class NoBound(NnxpError, AttributeError):
+class NoBound(UnsupportedFunction):
     """No bound is known for a function; the message names it."""
 
 
@@ -67,14 +77,15 @@ def no_coarser_than(dtype: Any) -> Iterator[None]:
         _coarsest.reset(token)
 
 
+def limit() -> float:
+    """How many units of error a comparison accepts: LIMIT, or 1 under `rigorous()`."""
+    return 1.0 if _rigorous.get() else LIMIT
+
+
 def _charged(dtype: Any) -> Any:
     """The type whose rounding is charged for a computation in dtype."""
     most = _coarsest.get()
-    coarser = (
-        most is not None
-        and is_floating(np.dtype(dtype))
-        and unit_roundoff(dtype) > unit_roundoff(most)
-    )
+    coarser = most is not None and unit_roundoff(dtype) > unit_roundoff(most)
     return most if coarser else dtype
 
 
@@ -94,120 +105,79 @@ def _finfo(dtype: Any) -> Any:
 
 def _rounding(value: HostArray, dtype: Any, times: float = 1.0) -> HostArray:
     """What storing `value` in dtype may add, `times` over; small results may be flushed to zero."""
+    if not is_floating(np.dtype(dtype)):
+        return np.zeros(np.shape(value))
     dtype = _charged(dtype)
     info = _finfo(dtype)
     floor = float(info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.tiny)
-    with np.errstate(invalid="ignore"):
-        return times * unit_roundoff(dtype) * np.abs(value) + floor
+    return times * unit_roundoff(dtype) * np.abs(value) + floor * (value != 0)
 
 
-class ndarray(NDArrayOperatorsMixin):
-    """Values in float64 with the error that computing them in `dtype` may have."""
+class ndarray(_library.ndarray):
+    """Values with the error that computing them in `dtype` may have.
 
+    Values of floats are in float64, whole numbers and booleans are as they are.
+    """
+
+    __slots__ = ("dtype", "error", "value")
+    library = "bounded"
+    refusal = NoBound
     device = "cpu"
 
     def __init__(self, value: HostArray, error: HostArray, dtype: Any) -> None:
         self.value, self.error, self.dtype = value, error, np.dtype(dtype)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:  # type: ignore[override]
         return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.value.ndim
-
-    @property
-    def size(self) -> int:
-        return self.value.size
-
-    @property
-    def itemsize(self) -> int:
-        return int(self.dtype.itemsize)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.itemsize
-
-    @property
-    def T(self) -> ndarray:
-        return self._like(self.value.T, self.error.T)
-
-    def __len__(self) -> int:
-        return len(self.value)
 
     def __repr__(self) -> str:
         return f"<bounded.ndarray {self.dtype}{list(self.shape)}>"
 
+    @classmethod
+    def apply(cls, name: str, arrays: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
+        if name not in _RULES:
+            raise NoBound(f"no bound is known for {name}; assert_close takes one of your own")
+        with np.errstate(all="ignore"):
+            made = _RULES[name](*arrays, **options)
+        if out is None:
+            return made
+        out[...] = made
+        return out
+
     def _like(self, value: HostArray, error: HostArray) -> ndarray:
         return ndarray(value, error, self.dtype)
 
-    def __getitem__(self, key: Any) -> ndarray:
-        key = _plain(key)
-        return self._like(np.asarray(self.value[key]), np.asarray(self.error[key]))
-
     def __setitem__(self, key: Any, value: Any) -> None:
-        given, key = _bounded(value, self.dtype).astype(self.dtype), _plain(key)
+        given, key = _lifted(value, self.dtype).astype(self.dtype), _plain(key)
         self.value[key], self.error[key] = given.value, given.error
 
+    def _decided(self) -> HostArray:
+        """The value of an array whose number decides what is computed: it must not be in doubt."""
+        if not is_floating(self.dtype) and self.error.any():
+            raise NoBound("a branch is taken on a number that rounding may change")
+        return self.value
+
     def __bool__(self) -> bool:
-        return bool(self.value)
+        return bool(self._decided())
 
     def __float__(self) -> float:
         return float(self.value)
 
-    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
-        kind = np.dtype(dtype) if str(dtype) != "bfloat16" else float_dtype(dtype)
-        error = self.error
-        if is_floating(kind) and unit_roundoff(kind) > unit_roundoff(self.dtype):
-            error = error + _rounding(self.value, kind)
-        return ndarray(self.value.copy(), error.copy(), kind)
+    def __int__(self) -> int:
+        return int(self._decided())
 
-    def copy(self) -> ndarray:
-        return self._like(self.value.copy(), self.error.copy())
+    def __index__(self) -> int:
+        return int(self._decided())
 
-    def reshape(self, *shape: Any) -> ndarray:
-        return self._like(self.value.reshape(*shape), self.error.reshape(*shape))
+    def item(self) -> Any:
+        return self._decided().item()
 
-    def swapaxes(self, a: int, b: int) -> ndarray:
-        return self._like(self.value.swapaxes(a, b), self.error.swapaxes(a, b))
-
-    def transpose(self, *axes: Any) -> ndarray:
-        return self._like(self.value.transpose(*axes), self.error.transpose(*axes))
-
-    def sum(self, axis: Any = None, keepdims: bool = False) -> ndarray:
-        return _sum(self, axis, keepdims)
-
-    def mean(self, axis: Any = None, keepdims: bool = False) -> ndarray:
-        total = _sum(self, axis, keepdims)
-        return _divide(total, max(1, self.size // max(1, total.size)))
-
-    def max(self, axis: Any = None, keepdims: bool = False) -> ndarray:
-        return self._extreme(np.max, axis, keepdims)
-
-    def min(self, axis: Any = None, keepdims: bool = False) -> ndarray:
-        return self._extreme(np.min, axis, keepdims)
-
-    def _extreme(self, choose: Callable[..., Any], axis: Any, keepdims: bool) -> ndarray:
-        value = np.asarray(choose(self.value, axis=axis, keepdims=keepdims))
-        error = np.asarray(np.max(self.error, axis=axis, keepdims=keepdims))
-        return self._like(value, error)
-
-    def argmax(self, axis: Any = None) -> Any:
-        return self.value.argmax(axis)
+    def tolist(self) -> Any:
+        return self._decided().tolist()
 
     def __array__(self, *args: object, **kwargs: object) -> Any:
         raise TypeError("a bounded array does not become a NumPy array: take its .value")
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        rule = _RULES.get(ufunc.__name__)
-        if rule is None or method != "__call__":
-            raise NoBound(f"no bound is known for {ufunc.__name__}.{method}")
-        out = kwargs.pop("out", None)
-        return _into(out[0] if isinstance(out, tuple) else out, rule(*args, **kwargs))
-
-    def __array_function__(self, fn: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return __getattr__(fn.__name__)(*args, **kwargs)
 
 
 def asarray(x: Any, dtype: Any = None, error: Any = 0.0) -> ndarray:
@@ -215,10 +185,13 @@ def asarray(x: Any, dtype: Any = None, error: Any = 0.0) -> ndarray:
     if isinstance(x, ndarray):
         return x if dtype is None else x.astype(dtype)
     host = np.asarray(x)
-    value = host.astype("float64")
+    value = host.astype("float64") if is_floating(host.dtype) else host.copy()
     errors = np.broadcast_to(np.asarray(error, "float64"), value.shape).copy()
     made = ndarray(value, errors, host.dtype)
     return made if dtype is None else made.astype(dtype)
+
+
+array = asarray
 
 
 def stored(x: ndarray, charged: Any) -> ndarray:
@@ -229,43 +202,91 @@ def stored(x: ndarray, charged: Any) -> ndarray:
     return x
 
 
-def _plain(key: Any) -> Any:
-    if isinstance(key, tuple):
-        return tuple(map(_plain, key))
-    return key.value.astype(key.dtype) if isinstance(key, ndarray) else key
+# Operands and results
 
 
-def _bounded(x: Any, dtype: Any) -> ndarray:
+def _plain(option: Any) -> Any:
+    """An index or option as NumPy takes it; it must not be in doubt."""
+    if isinstance(option, tuple | list):
+        return type(option)(map(_plain, option))
+    return option._decided() if isinstance(option, ndarray) else option
+
+
+def _lifted(x: Any, dtype: Any) -> ndarray:
     """An operand: Python scalars take the type of the arrays, and are rounded to it."""
     if isinstance(x, ndarray):
         return x
     if isinstance(x, np.ndarray | np.generic):
         return asarray(x)
-    exact = np.float64(x)
     if not is_floating(np.dtype(dtype)):
-        return ndarray(np.asarray(exact), np.zeros(()), dtype)
+        return asarray(x if isinstance(x, float) else np.asarray(x, dtype))
+    exact = np.float64(x)
     with np.errstate(over="ignore", under="ignore"):
-        stored = np.float64(np.asarray(x).astype(_charged(dtype)))
-    off = np.abs(stored - exact) if np.isfinite(stored) else np.zeros(())
+        rounded = np.float64(np.asarray(x).astype(_charged(dtype)))
+    off = np.abs(rounded - exact) if np.isfinite(rounded) else np.zeros(())
     return ndarray(np.asarray(exact), np.asarray(off), dtype)
 
 
-def _operands(*args: Any) -> tuple[list[ndarray], np.dtype[Any]]:
-    kinds = [a.dtype for a in args if isinstance(a, ndarray | np.ndarray | np.generic)]
-    dtype = fold(np.promote_types, kinds)
-    return [_bounded(a, dtype) for a in args], dtype
+def _stand_in(x: Any) -> Any:
+    return np.ones((), x.dtype) if hasattr(x, "dtype") else x
 
 
-def _into(out: ndarray | None, result: Any) -> Any:
-    if out is None:
-        return result
-    out[...] = result
-    return out
+def _operands(name: str, *args: Any) -> tuple[list[ndarray], np.dtype[Any]]:
+    """Arguments as bounded arrays, and the dtype that NumPy's function of this name answers in.
+
+    Where that is a float, so are they all.
+    """
+    with np.errstate(all="ignore"):
+        dtype = compute(np, name, tuple(map(_stand_in, args)), {}).dtype
+    lifted = [_lifted(each, dtype) for each in args]
+    return [_floats(x, dtype) if is_floating(dtype) else x for x in lifted], dtype
 
 
-def _made(value: HostArray, error: HostArray, dtype: Any) -> ndarray:
+def _floats(x: ndarray, dtype: Any) -> ndarray:
+    return x if is_floating(x.dtype) else x.astype(dtype)
+
+
+def _common(arrays: Sequence[Any]) -> np.dtype[Any]:
+    kinds = [x.dtype for x in arrays if hasattr(x, "dtype")]
+    dtype = fold(np.promote_types, kinds) if kinds else np.dtype("float64")
+    real = any(isinstance(x, float) for x in arrays) and not is_floating(dtype)
+    return np.dtype("float64") if real else dtype
+
+
+def _made(value: Any, error: Any, dtype: Any) -> ndarray:
     """A result. Infinity is exact: no rounding changes it, and what follows from it is as sure."""
+    value = np.asarray(value, "float64" if is_floating(np.dtype(dtype)) else dtype)
     return ndarray(value, np.where(np.isinf(value), 0.0, error), dtype)
+
+
+def _extent(x: ndarray) -> HostArray:
+    """How far from its value a right one may be."""
+    return limit() * x.error if is_floating(x.dtype) else x.error
+
+
+def _gap(a: ndarray, b: ndarray) -> HostArray:
+    return np.abs(np.subtract(a.value, b.value, dtype="float64"))
+
+
+def _close(a: ndarray, b: ndarray) -> HostArray:
+    """Where rounding may change which of the two is larger."""
+    reach = _extent(a) + _extent(b)
+    return np.asarray((_gap(a, b) <= reach) & (reach > 0))
+
+
+def _decision(value: Any, doubt: Any) -> ndarray:
+    """A boolean result, with 1 for an error where it is in doubt."""
+    return ndarray(np.asarray(value, bool), np.asarray(doubt, "float64"), bool)
+
+
+def _truth(x: Any) -> tuple[HostArray, HostArray]:
+    """Whether x holds, and where that is in doubt."""
+    if not isinstance(x, ndarray):
+        truth = np.asarray(x).astype(bool)
+        return truth, np.zeros(truth.shape, bool)
+    if x.dtype == bool:
+        return x.value, x.error > 0
+    return x.value != 0, _close(x, asarray(0))
 
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -278,36 +299,63 @@ def _rule(fn: Rule) -> Rule:
     return fn
 
 
-@_rule
-def _add(x: Any, y: Any) -> ndarray:
-    (a, b), dtype = _operands(x, y)
-    value = a.value + b.value
-    return _made(value, a.error + b.error + _rounding(value, dtype), dtype)
+def _rules(names: str) -> Callable[[Rule], Rule]:
+    """One rule for several functions; it is told the name."""
+
+    def register(fn: Rule) -> Rule:
+        for name in names.split():
+            _RULES[name] = partial(fn, name)
+        return fn
+
+    return register
 
 
-@_rule
-def _subtract(x: Any, y: Any) -> ndarray:
-    (a, b), dtype = _operands(x, y)
-    value = a.value - b.value
+# Arithmetic
+
+
+@_rules("add subtract")
+def _sum_of_two(name: str, x: Any, y: Any) -> ndarray:
+    (a, b), dtype = _operands(name, x, y)
+    value = getattr(np, name)(a.value, b.value)
     return _made(value, a.error + b.error + _rounding(value, dtype), dtype)
 
 
 @_rule
 def _multiply(x: Any, y: Any) -> ndarray:
-    (a, b), dtype = _operands(x, y)
+    (a, b), dtype = _operands("multiply", x, y)
     value = a.value * b.value
     error = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error
     return _made(value, error + _rounding(value, dtype), dtype)
 
 
+def _least(x: ndarray) -> HostArray:
+    """The smallest size that x may have: never zero, so that one can divide by it."""
+    return np.maximum(np.abs(x.value) - x.error, np.abs(x.value) * 1e-3)
+
+
 @_rule
 def _divide(x: Any, y: Any) -> ndarray:
-    (a, b), dtype = _operands(x, y)
+    (a, b), dtype = _operands("divide", x, y)
     value = a.value / b.value
-    smallest = np.maximum(np.abs(b.value) - b.error, np.abs(b.value) * 1e-3)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = (a.error + np.abs(value) * b.error) / smallest
+    error = (a.error + np.abs(value) * b.error) / _least(b)
     return _made(value, error + _rounding(value, dtype), dtype)
+
+
+@_rules("floor_divide remainder fmod")
+def _whole_quotient(name: str, x: Any, y: Any) -> ndarray:
+    """The quotient is rounded before it is cut, or not, as libraries please."""
+    (a, b), dtype = _operands(name, x, y)
+    value = getattr(np, name)(a.value, b.value)
+    if not (is_floating(dtype) or a.error.any() or b.error.any()):
+        return _made(value, 0.0, dtype)
+    quotient = _divide(*(each.astype(dtype) if is_floating(dtype) else each for each in (a, b)))
+    sure = (a.error == 0) & (b.error == 0) & (np.fmod(a.value, b.value) == 0)
+    quotient.error = np.where(sure, 0.0, quotient.error)
+    cut = _step("trunc" if name == "fmod" else "floor", quotient)
+    if name == "floor_divide":
+        return _made(value, cut.error + _rounding(value, dtype), dtype)
+    carried = a.error + np.abs(cut.value) * b.error + cut.error * np.abs(b.value)
+    return _made(value, carried + _rounding(value, dtype), dtype)
 
 
 @_rule
@@ -316,141 +364,470 @@ def _reciprocal(x: Any) -> Any:
 
 
 @_rule
-def _maximum(x: Any, y: Any) -> ndarray:
-    return _chosen(np.maximum, x, y)
-
-
-@_rule
-def _minimum(x: Any, y: Any) -> ndarray:
-    return _chosen(np.minimum, x, y)
-
-
-def _chosen(choose: Callable[..., Any], x: Any, y: Any) -> ndarray:
-    """The error is that of the operand that was chosen, or the larger where it was a close call."""
-    (a, b), dtype = _operands(x, y)
-    value = np.asarray(choose(a.value, b.value))
-    error = np.where(value == a.value, a.error, b.error)
-    with np.errstate(invalid="ignore"):
-        close = np.abs(a.value - b.value) <= 10 * (a.error + b.error)
-    return ndarray(value, np.where(close, np.maximum(a.error, b.error), error), dtype)
-
-
-@_rule
-def _negative(x: ndarray) -> ndarray:
-    return x._like(-x.value, x.error.copy())
-
-
-@_rule
-def _absolute(x: ndarray) -> ndarray:
-    return x._like(np.abs(x.value), x.error.copy())
-
-
-@_rule
-def _square(x: ndarray) -> ndarray:
+def _square(x: Any) -> ndarray:
     return _multiply(x, x)
 
 
 @_rule
-def _power(x: ndarray, exponent: Any) -> ndarray:
-    if isinstance(exponent, int) and exponent > 0:
-        return fold(_multiply, [x] * exponent)
-    raise NoBound(f"no bound is known for powers other than positive whole ones: {exponent!r}")
+def _power(x: Any, exponent: Any) -> ndarray:
+    """x^w, by exp and log or by products: four units of its own."""
+    (a, w), dtype = _operands("power", x, exponent)
+    value = np.power(a.value, w.value)
+    if not (is_floating(dtype) or a.error.any() or w.error.any()):
+        return _made(value, 0.0, dtype)
+    size, most = np.abs(a.value), np.abs(a.value) + a.error
+    base = np.where(
+        w.value >= 1, most, np.where(w.value >= 0, np.maximum(size, a.error), _least(a))
+    )
+    slope = np.where(w.value == 0, 0.0, np.abs(w.value) * base ** (w.value - 1.0))
+    error = np.where(a.error == 0, 0.0, slope * a.error)
+    error = error + np.where(w.error == 0, 0.0, np.abs(value * np.log(size)) * w.error)
+    exact = (w.error == 0) & ((w.value == 1) | (w.value == 0))
+    return _made(value, error + np.where(exact, 0.0, _rounding(value, dtype, 4)), dtype)
 
 
-def _function(
-    value: HostArray, slope: Any, x: ndarray, times: float = 2.0, dtype: Any = None
-) -> ndarray:
+@_rules("maximum minimum fmax fmin")
+def _chosen(name: str, x: Any, y: Any) -> ndarray:
+    """The error is that of the operand that was chosen, or the larger where it was a close call."""
+    (a, b), dtype = _operands(name, x, y)
+    value = getattr(np, name)(a.value, b.value)
+    error = np.where(value == a.value, a.error, b.error)
+    return _made(value, np.where(_close(a, b), np.maximum(a.error, b.error), error), dtype)
+
+
+@_rule
+def _clip(x: Any, low: Any, high: Any) -> ndarray:
+    if low is None and high is None:
+        raise ValueError("clip takes a lower bound, an upper one, or both")
+    raised = x if low is None else _chosen("maximum", x, low)
+    return raised if high is None else _chosen("minimum", raised, high)
+
+
+@_rules("negative positive absolute")
+def _of_the_same_size(name: str, x: Any) -> ndarray:
+    (a,), dtype = _operands(name, x)
+    return ndarray(np.asarray(getattr(np, name)(a.value)), a.error.copy(), dtype)
+
+
+@_rule
+def _hypot(x: Any, y: Any) -> ndarray:
+    (a, b), dtype = _operands("hypot", x, y)
+    value = np.hypot(a.value, b.value)
+    carried = (np.abs(a.value) * a.error + np.abs(b.value) * b.error) / np.where(value, value, 1)
+    carried = np.where(value <= a.error + b.error, a.error + b.error, carried)
+    return _made(value, carried + _rounding(value, dtype, 2), dtype)
+
+
+@_rule
+def _arctan2(y: Any, x: Any) -> ndarray:
+    """At the cut, the negative axis, rounding may change the sign of the whole angle."""
+    (a, b), dtype = _operands("arctan2", y, x)
+    value = np.arctan2(a.value, b.value)
+    across = np.abs(b.value) * a.error + np.abs(a.value) * b.error
+    carried = np.where(across == 0, 0.0, across / (a.value**2 + b.value**2))
+    cut = _close(a, asarray(0)) & (b.value <= _extent(b))
+    carried = np.where(cut, 2 * pi, np.minimum(carried, 2 * pi))
+    return _made(value, carried + _rounding(value, dtype, 2), dtype)
+
+
+@_rule
+def _logaddexp(x: Any, y: Any) -> ndarray:
+    (a, b), dtype = _operands("logaddexp", x, y)
+    value = np.logaddexp(a.value, b.value)
+    carried = np.exp(a.value - value) * a.error + np.exp(b.value - value) * b.error
+    carried = np.where(np.isnan(carried), np.maximum(a.error, b.error), carried)
+    larger = np.maximum(a.value, b.value)  # a sum of it and of a logarithm
+    own = _rounding(np.where(np.isfinite(larger), larger, 0), dtype)
+    return _made(value, carried + own + _rounding(value, dtype, 2), dtype)
+
+
+# Functions of one number
+
+
+def _function(value: HostArray, slope: Any, x: ndarray, dtype: Any, times: float = 2.0) -> ndarray:
     """f(x) with |f'| = slope: the incoming error times the slope, and a few units of its own.
 
     Libraries differ by an ulp or two in such functions: NumPy's vectorised ones reach 4 ulp.
     """
-    with np.errstate(invalid="ignore"):
-        error = np.where(x.error == 0, 0.0, np.abs(slope) * x.error)
-    return _made(value, error + _rounding(value, x.dtype, times), x.dtype)
+    error = np.where(x.error == 0, 0.0, np.abs(slope) * x.error)
+    tiny = float(_finfo(_charged(dtype)).tiny) * ((value == 0) & (x.value != 0))
+    return _made(value, error + tiny + _rounding(value, dtype, times), dtype)
 
 
-@_rule
-def _exp(x: ndarray) -> ndarray:
-    with np.errstate(over="ignore"):
-        value = np.exp(x.value)
-    return _function(value, value, x)
+_SLOPES: dict[str, Callable[[ndarray, HostArray], Any]] = {
+    "exp": lambda x, y: y,
+    "exp2": lambda x, y: y * np.log(2),
+    "expm1": lambda x, y: y + 1,
+    "log": lambda x, y: 1 / _least(x),
+    "log2": lambda x, y: 1 / _least(x) / np.log(2),
+    "log10": lambda x, y: 1 / _least(x) / np.log(10),
+    "log1p": lambda x, y: 1 / _least(ndarray(1 + x.value, x.error, x.dtype)),
+    "sin": lambda x, y: np.cos(x.value),
+    "cos": lambda x, y: np.sin(x.value),
+    "tan": lambda x, y: 1 + y**2,
+    "sinh": lambda x, y: np.cosh(x.value),
+    "cosh": lambda x, y: np.sinh(x.value),
+    "tanh": lambda x, y: 1 - y**2,
+    "arcsin": lambda x, y: 1 / np.sqrt(np.maximum(1 - x.value**2, x.error / 2)),
+    "arccos": lambda x, y: 1 / np.sqrt(np.maximum(1 - x.value**2, x.error / 2)),
+    "arctan": lambda x, y: 1 / (1 + x.value**2),
+    "arcsinh": lambda x, y: 1 / np.sqrt(1 + x.value**2),
+    "arccosh": lambda x, y: 1 / np.sqrt(np.maximum(x.value**2 - 1, x.error / 2)),
+    "arctanh": lambda x, y: 1 / np.maximum(1 - x.value**2, x.error),
+    "sqrt": lambda x, y: 1 / (np.sqrt(np.maximum(x.value + x.error, 0)) + y),
+}
 
 
-@_rule
-def _expm1(x: ndarray) -> ndarray:
-    return _function(np.expm1(x.value), np.exp(x.value), x)
+@_rules(" ".join(_SLOPES))
+def _smooth(name: str, x: Any) -> ndarray:
+    (a,), dtype = _operands(name, x)
+    value = getattr(np, name)(a.value)
+    times = 1.0 if name == "sqrt" else 2.0
+    return _function(value, _SLOPES[name](a, value), a, dtype, times)
 
 
-@_rule
-def _log(x: ndarray) -> ndarray:
-    return _function(np.log(x.value), 1 / x.value, x)
-
-
-@_rule
-def _log1p(x: ndarray) -> ndarray:
-    return _function(np.log1p(x.value), 1 / (1 + x.value), x)
-
-
-@_rule
-def _tanh(x: ndarray) -> ndarray:
-    value = np.tanh(x.value)
-    return _function(value, 1 - value**2, x)
-
-
-@_rule
-def _sin(x: ndarray) -> ndarray:
-    return _function(np.sin(x.value), np.cos(x.value), x)
-
-
-@_rule
-def _cos(x: ndarray) -> ndarray:
-    return _function(np.cos(x.value), np.sin(x.value), x)
-
-
-@_rule
-def _sqrt(x: ndarray) -> ndarray:
-    value = np.sqrt(x.value)
-    error = np.sqrt(x.value + x.error) - value
-    return _made(value, error + _rounding(value, x.dtype), x.dtype)
-
-
-@_rule
 def erf(x: ndarray) -> ndarray:
     """The error function, through the reference body that kernels use, in float64."""
     from nnxp.kernels._erf import erf as on_host
 
-    slope = 2 / root(pi) * np.exp(-(x.value**2))
-    return _function(on_host(x.value), slope, x)
+    with np.errstate(all="ignore"):
+        slope = 2 / root(pi) * np.exp(-(x.value**2))
+        return _function(on_host(x.value), slope, x, x.dtype)
 
 
-def _comparison(name: str) -> Callable[..., Any]:
-    """A function whose answers are booleans: asked of the values, and exact."""
-    fn = getattr(np, name)
-
-    def compare(*args: Any) -> Any:
-        return fn(*(a.value if isinstance(a, ndarray) else a for a in args))
-
-    return compare
-
-
-for _name in """equal greater greater_equal isfinite isinf isnan less less_equal logical_and
-    logical_not logical_or not_equal""".split():
-    _RULES[_name] = _comparison(_name)
+@_rules("floor ceil rint trunc sign")
+def _step(name: str, x: Any) -> ndarray:
+    """A function with jumps: both sides of one within the error are right."""
+    (a,), dtype = _operands(name, x)
+    f = getattr(np, name)
+    value, reach = f(a.value), _extent(a)
+    if not reach.any():
+        return _made(value, np.zeros(a.shape), dtype)
+    error = np.maximum(np.abs(f(a.value + reach) - value), np.abs(value - f(a.value - reach)))
+    return _made(value, error, dtype)
 
 
 @_rule
-def _matmul(x: Any, y: Any) -> ndarray:
-    (a, b), dtype = _operands(x, y)
-    value = np.matmul(a.value, b.value)
-    carried = _carried(a, b, np.matmul)
-    terms = a.shape[-1]
-    if _rigorous.get():
-        size = np.matmul(np.abs(a.value), np.abs(b.value))
-        own = terms * unit_roundoff(_charged(dtype)) * size
+def _round(x: Any, decimals: int = 0) -> ndarray:
+    """To decimals, as a library may do it: multiplied by a power of ten, rounded and divided."""
+    (a,), dtype = _operands("round", x)
+    if decimals == 0 or not is_floating(dtype):
+        value = np.round(a.value, decimals)
+        if is_floating(dtype):
+            return _step("rint", a)
+        return _made(value, a.error, dtype)
+    scale = 10.0 ** abs(decimals)
+    first, second = (_multiply, _divide) if decimals > 0 else (_divide, _multiply)
+    made: ndarray = second(_step("rint", first(a, scale)), scale)
+    return made
+
+
+# Decisions
+
+
+@_rules("equal not_equal greater greater_equal less less_equal")
+def _comparison(name: str, x: Any, y: Any) -> ndarray:
+    a, b = (_lifted(each, _common((x, y))) for each in (x, y))
+    return _decision(getattr(np, name)(a.value, b.value), _close(a, b))
+
+
+@_rules("isfinite isinf isnan")
+def _kind_of_number(name: str, x: Any) -> ndarray:
+    value = getattr(np, name)(_lifted(x, "float64").value)
+    return _decision(value, np.zeros(value.shape))
+
+
+@_rule
+def _signbit(x: Any) -> ndarray:
+    (a,) = (_lifted(x, "float64"),)
+    return _decision(np.signbit(a.value), _close(a, asarray(0)))
+
+
+@_rules("logical_and logical_or logical_xor logical_not")
+def _logical(name: str, *args: Any) -> ndarray:
+    """In doubt if another answer for an operand that is in doubt changes the result."""
+    fn, given = getattr(np, name), [_truth(each) for each in args]
+    value, doubt = fn(*(truth for truth, _ in given)), False
+    for flipped in np.ndindex((2,) * len(given)):
+        turned = [
+            truth ^ (unsure & bool(f)) for (truth, unsure), f in zip(given, flipped, strict=True)
+        ]
+        doubt = doubt | (fn(*turned) != value)
+    return _decision(value, doubt)
+
+
+@_rules("bitwise_and bitwise_or bitwise_xor invert")
+def _bitwise(name: str, *args: Any) -> ndarray:
+    given, dtype = _operands(name, *args)
+    if dtype == bool:
+        logical: ndarray = _logical(
+            {"invert": "logical_not"}.get(name, name.replace("bitwise", "logical")), *given
+        )
+        return logical
+    if any(each.error.any() for each in given):
+        raise NoBound(f"{name} of whole numbers that rounding may change has no bound")
+    value = getattr(np, name)(*(each.value for each in given))
+    return _made(value, np.zeros(np.shape(value)), dtype)
+
+
+@_rule
+def _isclose(
+    x: Any, y: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> ndarray:
+    a, b = (_floats(_lifted(each, _common((x, y))), "float64") for each in (x, y))
+    value = np.isclose(a.value, b.value, rtol, atol, equal_nan)
+    allowed = atol + rtol * np.abs(b.value)
+    reach = _extent(a) + _extent(b) * (1 + rtol) + _rounding(allowed, a.dtype, 2)
+    return _decision(value, np.abs(_gap(a, b) - allowed) <= reach)
+
+
+@_rule
+def _where(condition: Any, x: Any, y: Any) -> ndarray:
+    """x where the condition holds, else y; where it is in doubt the error spans both."""
+    dtype = _operands("where", True, x, y)[1]
+    a, b = (_lifted(each, dtype) for each in (x, y))
+    a, b = (_floats(each, dtype) if is_floating(dtype) else each for each in (a, b))
+    test, doubt = _truth(condition)
+    value, error = np.where(test, a.value, b.value), np.where(test, a.error, b.error)
+    if doubt.any():
+        span = _gap(a, b) + np.maximum(a.error, b.error)
+        error = np.where(doubt, np.where(np.isnan(span), np.inf, span), error)
+    return ndarray(np.asarray(value, "float64" if is_floating(dtype) else dtype), error, dtype)
+
+
+@_rule
+def _nan_to_num(
+    x: Any, copy: bool = True, nan: float = 0.0, posinf: Any = None, neginf: Any = None
+) -> ndarray:
+    (a,), dtype = _operands("nan_to_num", x)
+    if not is_floating(dtype):
+        return a.copy()  # type: ignore[no-any-return]
+    largest = float(_finfo(dtype).max)
+    odd = ~np.isfinite(a.value)
+    value = np.nan_to_num(
+        a.value, nan=nan, posinf=largest if posinf is None else posinf,
+        neginf=-largest if neginf is None else neginf,
+    )  # fmt: skip
+    return ndarray(value, np.where(odd, _rounding(value, dtype), a.error), dtype)
+
+
+@_rule
+def _astype(x: ndarray, dtype: Any) -> ndarray:
+    kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
+    if kind == bool:
+        return _decision(*_truth(x))
+    if not is_floating(kind):
+        cut = _step("trunc", x) if is_floating(x.dtype) else x
+        return ndarray(cut.value.astype(kind), cut.error.copy(), kind)
+    value = x.value.astype("float64")
+    if not is_floating(x.dtype):  # a whole number, rounded once: what that does is known
+        off = np.abs(value.astype(kind).astype("float64") - value)
+        return ndarray(value, x.error + off, kind)
+    error = x.error
+    if unit_roundoff(kind) > unit_roundoff(x.dtype):
+        error = error + _rounding(x.value, kind)
+    return ndarray(value.copy(), error.copy(), kind)
+
+
+# What moves elements and computes nothing
+
+
+def _moved(x: ndarray, move: Callable[[HostArray], Any]) -> Any:
+    value, error = move(x.value), move(x.error)
+    if isinstance(value, list):
+        return [x._like(*each) for each in zip(value, error, strict=True)]
+    return x._like(np.asarray(value), np.asarray(error))
+
+
+@_rules(
+    """broadcast_to copy diagonal expand_dims flip moveaxis repeat reshape roll sliding_window_view
+    split squeeze swapaxes tile transpose tril triu"""
+)
+def _movement(name: str, x: Any, **options: Any) -> Any:
+    plain = {key: _plain(value) for key, value in options.items()}
+    return _moved(_lifted(x, "float64"), lambda values: compute(np, name, (values,), plain))
+
+
+@_rules("concatenate stack")
+def _together(name: str, *parts: Any, axis: Any = 0) -> ndarray:
+    dtype = _common(parts)
+    given = [_lifted(each, dtype) for each in parts]
+    given = [_floats(each, dtype) if is_floating(dtype) else each for each in given]
+    join = getattr(np, name)
+    value = join([each.value for each in given], axis=axis)
+    return ndarray(value, join([each.error for each in given], axis=axis), dtype)
+
+
+@_rule
+def _pad(x: ndarray, pad_width: Any, mode: str = "constant", constant_values: Any = 0) -> ndarray:
+    plain = {"mode": mode} | ({"constant_values": constant_values} if mode == "constant" else {})
+    if mode not in ("constant", "edge", "reflect", "symmetric", "wrap"):
+        raise NoBound(f"no bound is known for pad in mode {mode!r}")
+    value = np.pad(x.value, pad_width, **plain)
+    return x._like(
+        value,
+        np.pad(
+            x.error,
+            pad_width,
+            **plain | ({"constant_values": 0} if "constant_values" in plain else {}),
+        ),
+    )
+
+
+@_rule
+def _getitem(x: ndarray, key: Any) -> ndarray:
+    keys = key if isinstance(key, tuple) else (key,)
+    unsure = [k for k in keys if isinstance(k, ndarray) and k.error.any()]
+    if any(k.dtype == bool for k in unsure):
+        raise NoBound("x[mask] of a mask that rounding may change: its shape is in doubt")
+    at = tuple(k.value if isinstance(k, ndarray) else _plain(k) for k in keys)
+    if isinstance(key, list):
+        at = (_plain(key),)
+    if not unsure:
+        return _moved(x, lambda values: values[at])  # type: ignore[no-any-return]
+    places = np.arange(x.size).reshape(x.shape)  # what is elsewhere if an index is, is in doubt
+    other = tuple(
+        np.where(k.error > 0, np.where(k.value > 0, k.value - 1, k.value + 1), k.value)
+        if isinstance(k, ndarray) else k for k in at_or_key(keys, at)
+    )  # fmt: skip
+    return _anywhere(x, x.value[at], x.error[at], places[at] != places[other], None)
+
+
+def at_or_key(keys: tuple[Any, ...], at: tuple[Any, ...]) -> list[Any]:
+    return [k if isinstance(k, ndarray) else a for k, a in zip(keys, at, strict=True)]
+
+
+def _anywhere(x: ndarray, value: Any, error: Any, doubt: Any, axis: int | None) -> ndarray:
+    """What was looked up by an index in doubt may be any element along the axis."""
+    low, high = (f(x.value, axis=axis, keepdims=axis is not None) for f in (np.min, np.max))
+    most = np.max(x.error, axis=axis, keepdims=axis is not None)
+    span = np.maximum(
+        np.subtract(high, value, dtype="float64"), np.subtract(value, low, dtype="float64")
+    )
+    return x._like(np.asarray(value), np.where(doubt, span + most, error))
+
+
+@_rule
+def _take(x: ndarray, indices: Any, axis: int | None = None) -> ndarray:
+    at = indices if isinstance(indices, ndarray) else asarray(np.asarray(indices))
+    value, error = (np.take(each, at.value, axis=axis) for each in (x.value, x.error))
+    if not at.error.any():
+        return x._like(np.asarray(value), np.asarray(error))
+    doubt, rest = at.error > 0, 0 if axis is None else x.ndim - 1 - axis % x.ndim
+    doubt = doubt.reshape(doubt.shape + (1,) * rest)
+    return _anywhere(x, value, error, doubt, None)
+
+
+@_rule
+def _take_along_axis(x: ndarray, indices: ndarray, axis: int) -> ndarray:
+    value, error = (np.take_along_axis(each, indices.value, axis) for each in (x.value, x.error))
+    if not indices.error.any():
+        return x._like(value, error)
+    return _anywhere(x, value, error, indices.error > 0, axis)
+
+
+@_rule
+def _diff(x: ndarray, n: int = 1, axis: int = -1) -> ndarray:
+    for _ in range(n):
+        y = _moved(x, lambda values: np.moveaxis(values, axis, 0))
+        kept = "not_equal" if x.dtype == bool else "subtract"
+        made = _RULES[kept](y[1:], y[:-1])
+        x = _moved(made, lambda values: np.moveaxis(values, 0, axis))
+    return x
+
+
+# Products
+
+
+def _product(
+    name: str, arrays: Sequence[ndarray], options: dict[str, Any], terms: int, dtype: Any
+) -> ndarray:
+    """A product that is linear in each of its arrays, with sums of so many terms."""
+
+    def times(*factors: HostArray) -> Any:
+        return np.asarray(compute(np, name, factors, options))
+
+    values = [each.value for each in arrays]
+    sizes = [np.abs(each).astype("float64") for each in values]
+    value = times(*values)
+    whole = not is_floating(dtype)
+    if whole:
+        own = 0.0
+    elif _rigorous.get():
+        own = terms * unit_roundoff(_charged(dtype)) * times(*sizes)
     else:
-        size = np.sqrt(np.matmul(a.value**2, b.value**2))
-        own = _walk(value, size, terms, dtype)
-    return _made(value, own + carried + _rounding(value, dtype), dtype)
+        own = _walk(value, np.sqrt(times(*(each**2 for each in sizes))), terms, dtype)
+    stages = max(1, len(arrays) - 1)
+    carried = _carried([each.error for each in arrays], sizes, times, whole)
+    return _made(value, stages * (own + _rounding(value, dtype)) + carried, dtype)
+
+
+def _carried(
+    errors: list[HostArray], sizes: list[HostArray], times: Callable[..., Any], whole: bool
+) -> Any:
+    """What the operands' errors add to a product: in quadrature, for they are independent."""
+    total = 0.0
+    proven = whole or _rigorous.get()
+    for i, error in enumerate(errors):
+        if error.any():
+            factors = [*sizes[:i], error, *sizes[i + 1 :]]
+            if proven:  # the others may be larger by what they are off
+                factors = [
+                    size + e if j > i else size
+                    for j, (size, e) in enumerate(zip(factors, errors, strict=True))
+                ]
+            total = total + (times(*factors) if proven else times(*(f**2 for f in factors)))
+    return total if proven else np.sqrt(total)
+
+
+def _walk(value: HostArray, spread: HostArray, terms: Any, dtype: Any) -> HostArray:
+    """The random walk of rounding over the partial sums of `terms` terms."""
+    u = unit_roundoff(_charged(dtype))
+    return u * np.sqrt(terms) * (np.abs(value) / root(3) + spread / root(2))
+
+
+def _factors(*arrays: Any) -> tuple[list[ndarray], np.dtype[Any]]:
+    dtype = _common(arrays)
+    lifted = [_lifted(each, dtype) for each in arrays]
+    return [_floats(each, dtype) if is_floating(dtype) else each for each in lifted], dtype
+
+
+@_rules("matmul dot")
+def _matmul(name: str, x: Any, y: Any) -> ndarray:
+    arrays, dtype = _factors(x, y)
+    if name == "dot" and not all(each.ndim for each in arrays):
+        return _multiply(x, y)
+    return _product(name, arrays, {}, arrays[0].shape[-1], dtype)
+
+
+@_rule
+def _outer(x: Any, y: Any) -> ndarray:
+    return _multiply(x.reshape(-1, 1), y.reshape(1, -1))
+
+
+@_rule
+def _tensordot(x: Any, y: Any, axes: Any = 2) -> ndarray:
+    arrays, dtype = _factors(x, y)
+    summed = range(-axes, 0) if isinstance(axes, int) else np.atleast_1d(axes[0])
+    terms = prod(arrays[0].shape[int(i)] for i in summed)
+    return _product("tensordot", arrays, {"axes": axes}, terms, dtype)
+
+
+@_rule
+def _einsum(*operands: Any, subscripts: str) -> ndarray:
+    arrays, dtype = _factors(*operands)
+    made = np.einsum(subscripts, *(np.broadcast_to(0, each.shape) for each in arrays))
+    if len(arrays) == 1:  # a sum over what is not kept, a diagonal, or a transposed array
+        terms = arrays[0].size // max(1, made.size)
+    else:
+        inputs, _, result = subscripts.replace(" ", "").partition("->")
+        letters = {c: n for part, each in zip(inputs.split(","), arrays, strict=True)
+                   for c, n in zip(reversed(part.rpartition("...")[2]), reversed(each.shape), strict=False)}  # fmt: skip
+        letters |= {c: n for part, each in zip(inputs.split(","), arrays, strict=True)
+                    for c, n in zip(part.partition("...")[0], each.shape, strict=False)}  # fmt: skip
+        kept = result if "->" in subscripts else [c for c in letters if inputs.count(c) == 1]
+        terms = prod(n for c, n in letters.items() if c not in kept)
+    return _product("einsum", arrays, {"subscripts": subscripts}, max(1, terms), dtype)
 
 
 @linear.on("bounded")
@@ -469,30 +846,28 @@ def _linear(
         bias = None if bias is None else bias.astype("float32")
     if bias is not None:
         one = np.ones((*x.shape[:-1], 1))
-        x = _concatenate([x, ndarray(one, np.zeros(one.shape), x.dtype)], axis=-1)
-        weight = _concatenate([weight, bias.reshape(1, -1)], axis=0)
+        x = _together("concatenate", x, ndarray(one, np.zeros(one.shape), x.dtype), axis=-1)
+        weight = _together("concatenate", weight, bias.reshape(1, -1), axis=0)
     return activation(matmul_kernel(x, weight)).astype(kind)
 
 
-def _carried(a: ndarray, b: ndarray, product: Callable[..., Any]) -> Any:
-    """What the operands' errors add to a product: in quadrature, for they are independent."""
-    if not (a.error.any() or b.error.any()):
-        return 0.0
-    if _rigorous.get():
-        return product(a.error, np.abs(b.value)) + product(np.abs(a.value) + a.error, b.error)
-    return np.sqrt(product(a.error**2, b.value**2) + product(a.value**2, b.error**2))
+# Sums and what else looks along axes
 
 
-def _walk(value: HostArray, spread: HostArray, terms: int, dtype: Any) -> HostArray:
-    """The random walk of rounding over the partial sums of `terms` terms."""
-    u = unit_roundoff(_charged(dtype))
-    return u * root(terms) * (np.abs(value) / root(3) + spread / root(2))
+def _as_asked(x: ndarray, dtype: Any) -> ndarray:
+    return x if dtype is None else x.astype(dtype)
 
 
-def _sum(x: ndarray, axis: Any, keepdims: bool) -> ndarray:
+@_rule
+def _sum(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
+    x = _as_asked(x, dtype)
+
     def add(values: HostArray) -> HostArray:
         return np.asarray(np.sum(values, axis=axis, keepdims=keepdims))
 
+    if not is_floating(x.dtype):  # exact, unless some are in doubt: all of them may be off at once
+        value = np.asarray(np.sum(x.value, axis=axis, keepdims=keepdims, dtype=dtype))
+        return ndarray(value, add(x.error), value.dtype)
     value = add(x.value)
     terms = max(1, x.size // max(1, value.size))
     if _rigorous.get():
@@ -504,62 +879,197 @@ def _sum(x: ndarray, axis: Any, keepdims: bool) -> ndarray:
     return _made(value, own + carried + _rounding(value, x.dtype), x.dtype)
 
 
-def where(condition: Any, x: Any, y: Any) -> ndarray:
-    """x where the condition holds, else y."""
-    (a, b), dtype = _operands(x, y)
-    test = condition.value if isinstance(condition, ndarray) else condition
-    value = np.where(test, a.value, b.value)
-    return ndarray(value, np.where(test, a.error, b.error), dtype)
+@_rule
+def _mean(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
+    x = _floats(_as_asked(x, dtype), "float64")
+    total = _sum(x, axis=axis, keepdims=keepdims)
+    return _divide(total, float(x.size // max(1, total.size)))
 
 
-def clip(x: ndarray, low: Any, high: Any, out: ndarray | None = None) -> Any:
-    """x within [low, high]."""
-    return _into(out, _minimum(_maximum(x, low), high))
+@_rule
+def _var(
+    x: ndarray, axis: Any = None, dtype: Any = None, ddof: int = 0, keepdims: bool = False
+) -> ndarray:
+    """The mean square distance from the mean, in two passes."""
+    x = _floats(_as_asked(x, dtype), "float64")
+    far = _square(_sum_of_two("subtract", x, _mean(x, axis=axis, keepdims=True)))
+    total = _sum(far, axis=axis, keepdims=keepdims)
+    return _divide(total, float(max(0, x.size // max(1, total.size) - ddof)))
 
 
-def _structural(name: str) -> Callable[..., ndarray]:
-    """A function that moves elements and computes nothing: applied to values and to errors."""
-    fn = getattr(np, name)
-
-    def move(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, tuple | list):
-            parts, dtype = _operands(*x)
-            return ndarray(
-                fn([each.value for each in parts], *args, **kwargs),
-                fn([each.error for each in parts], *args, **kwargs),
-                dtype,
-            )
-        return x._like(fn(x.value, *args, **kwargs), fn(x.error, *args, **kwargs))
-
-    return move
+@_rule
+def _std(x: ndarray, **options: Any) -> ndarray:
+    return _smooth("sqrt", _var(x, **options))
 
 
-_concatenate = _structural("concatenate")
-_STRUCTURAL = frozenset(
-    """broadcast_to concatenate expand_dims moveaxis reshape squeeze stack swapaxes take transpose
-    tril triu""".split()
-)
-_METHODS = frozenset("argmax max mean min sum".split())
-_OTHER_NAMES = {"abs": "absolute", "amax": "max", "amin": "min"}
+@_rule
+def _norm(x: ndarray, ord: Any = None, axis: Any = None, keepdims: bool = False) -> ndarray:
+    """The length of vectors along an axis; of a matrix the Frobenius norm."""
+    many = x.ndim if axis is None else np.size(axis)
+    if not (ord is None or many == 1 or (ord == "fro" and many == 2)):
+        raise NoBound(f"no bound is known for the matrix norm {ord!r}; axis= makes it one of rows")
+    x = _floats(x, "float64")
+    size, along = _of_the_same_size("absolute", x), {"axis": axis, "keepdims": keepdims}
+    if ord in (None, 2, "fro"):
+        return _smooth("sqrt", _sum(_square(x), **along))
+    if ord in (np.inf, -np.inf):
+        return _extreme("max" if ord > 0 else "min", size, **along)
+    if ord == 0:
+        return _sum(_comparison("not_equal", x, 0).astype(x.dtype), **along)
+    return _power(_sum(_power(size, ord), **along), 1 / ord)
+
+
+@_rules("max min")
+def _extreme(name: str, x: ndarray, axis: Any = None, keepdims: bool = False) -> ndarray:
+    value = np.asarray(getattr(np, name)(x.value, axis=axis, keepdims=keepdims))
+    return x._like(value, np.asarray(np.max(x.error, axis=axis, keepdims=keepdims)))
+
+
+@_rule
+def _ptp(x: ndarray, axis: Any = None, keepdims: bool = False) -> ndarray:
+    high, low = (_extreme(name, x, axis=axis, keepdims=keepdims) for name in ("max", "min"))
+    return _sum_of_two("subtract", high, low)
+
+
+@_rule
+def _median(
+    x: ndarray, axis: Any = None, overwrite_input: bool = False, keepdims: bool = False
+) -> ndarray:
+    """No further off than the element that is off furthest."""
+    x = _floats(x, "float64")
+    value = np.asarray(np.median(x.value, axis=axis, keepdims=keepdims))
+    most = np.max(x.error, axis=axis, keepdims=keepdims)
+    return _made(value, most + _rounding(value, x.dtype), x.dtype)
+
+
+@_rules("argmax argmin")
+def _place(name: str, x: ndarray, axis: int | None = None, keepdims: bool = False) -> ndarray:
+    """Where the extreme is; in doubt, with the distance to the furthest that may be it."""
+    value = np.asarray(getattr(np, name)(x.value, axis=axis, keepdims=True))
+    flat = x.reshape(-1) if axis is None else x
+    along = axis or 0
+    at = value.reshape(-1) if axis is None else value
+    best = _moved(flat, lambda values: np.take_along_axis(values, at, along))
+    shape = [-1 if i == along % flat.ndim else 1 for i in range(flat.ndim)]
+    place = np.arange(flat.shape[along]).reshape(shape)
+    far = np.where(_close(flat, best), np.abs(place - at), 0)
+    error = far.max(axis=along, keepdims=True).astype("float64").reshape(value.shape)
+    if not keepdims:
+        value, error = (each.squeeze(axis) for each in (value, error))
+    return ndarray(np.asarray(value), np.asarray(error), value.dtype)
+
+
+@_rules("all any")
+def _all(name: str, x: Any, axis: Any = None, keepdims: bool = False) -> ndarray:
+    truth, doubt = _truth(x)
+    decide = partial(getattr(np, name), axis=axis, keepdims=keepdims)
+    low, high = decide(truth & ~doubt), decide(truth | doubt)
+    return _decision(decide(truth), low != high)
+
+
+@_rule
+def _count_nonzero(x: Any, axis: Any = None) -> ndarray:
+    return _sum(_decision(*_truth(x)), axis=axis)
+
+
+@_rule
+def _prod(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
+    """Halves multiplied with halves, until one is left."""
+    x = _as_asked(x, dtype)
+    axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % max(1, x.ndim)
+    kept = np.prod(x.value, axis=axis, keepdims=keepdims, dtype=dtype)
+    if not is_floating(x.dtype):
+        x = x.astype(kept.dtype)
+    for each in axes:
+        x = _moved(x, lambda values, each=each: np.moveaxis(values, each, 0))
+        while len(x) > 1:
+            half = len(x) // 2
+            rest = [x[2 * half :]] if len(x) % 2 else []
+            x = _together("concatenate", _multiply(x[:half], x[half : 2 * half]), *rest)
+        x = (
+            _moved(x, lambda values, each=each: np.moveaxis(values, 0, each))
+            if len(x)
+            else asarray(np.prod(x.value, axis=0, keepdims=True)).astype(x.dtype)
+        )
+    made: ndarray = x.reshape(np.shape(kept))
+    return made
+
+
+@_rule
+def _cumsum(x: ndarray, axis: int | None = None, dtype: Any = None) -> ndarray:
+    x = _as_asked(x, dtype)
+    x, along = (x.reshape(-1), 0) if axis is None else (x, axis)
+    add = partial(np.cumsum, axis=along)
+    value = np.cumsum(x.value, axis=along, dtype=None if is_floating(x.dtype) else dtype)
+    if not is_floating(x.dtype):
+        return ndarray(value, add(x.error), value.dtype)
+    terms = add(np.ones(x.shape))
+    if _rigorous.get():
+        own = terms * unit_roundoff(_charged(x.dtype)) * add(np.abs(x.value))
+        return _made(value, own + add(x.error) + _rounding(value, x.dtype), x.dtype)
+    own = _walk(value, np.sqrt(add(x.value**2)), terms, x.dtype)
+    carried = np.sqrt(add(x.error**2))
+    return _made(value, own + carried + _rounding(value, x.dtype), x.dtype)
+
+
+@_rule
+def _cumprod(x: ndarray, axis: int | None = None, dtype: Any = None) -> ndarray:
+    x = _as_asked(x, dtype)
+    x, along = (x.reshape(-1), 0) if axis is None else (x, axis)
+    if not is_floating(x.dtype):
+        x = x.astype(np.cumprod(np.ones(1, x.dtype), dtype=dtype).dtype)
+    x = _moved(x, lambda values: np.moveaxis(values, along, 0))
+    made = [x[0]] if len(x) else []
+    for i in range(1, len(x)):
+        made.append(_multiply(made[-1], x[i]))
+    y = _together("stack", *made) if made else x
+    moved: ndarray = _moved(y, lambda values: np.moveaxis(values, 0, along))
+    return moved
+
+
+@_rule
+def _sort(x: ndarray, axis: int = -1) -> ndarray:
+    """No element is further off than the one that is off furthest."""
+    most = np.max(x.error, axis=axis, keepdims=True, initial=0)
+    return x._like(np.sort(x.value, axis=axis), np.broadcast_to(most, x.shape).copy())
+
+
+@_rule
+def _argsort(x: ndarray, axis: int = -1) -> ndarray:
+    """The order; within a run of near or exact ties any order is right."""
+    values, reach = (np.moveaxis(each, axis, -1) for each in (x.value, _extent(x)))
+    order = np.argsort(values, axis=-1, kind="stable")
+    error = np.zeros(order.shape)
+    if order.shape[-1] > 1:
+        most = reach.max(axis=-1, keepdims=True)
+        apart = np.diff(np.take_along_axis(values, order, -1).astype("float64"), axis=-1) > 2 * most
+        starts = np.concatenate([np.ones((*order.shape[:-1], 1), bool), apart], axis=-1).ravel()
+        run = np.cumsum(starts) - 1  # the number of each element's run of ties
+        first, flat = np.flatnonzero(starts), order.ravel()
+        low, high = (f.reduceat(flat, first)[run] for f in (np.minimum, np.maximum))
+        error = np.maximum(flat - low, high - flat).reshape(order.shape).astype("float64")
+    return ndarray(np.moveaxis(order, -1, axis), np.moveaxis(error, -1, axis), order.dtype)
+
+
+# Arrays from nothing
+
+
+@_rules("arange eye full linspace ones zeros empty full_like ones_like zeros_like empty_like")
+def _created(name: str, *like: Any, **options: Any) -> ndarray:
+    plain = {key: _plain(value) for key, value in options.items()}
+    if isinstance(options.get("fill_value"), ndarray):
+        fill = options["fill_value"]
+        plain["fill_value"] = fill.value.astype(fill.dtype)
+    made = compute(np, name, tuple(np.empty(x.shape, x.dtype) for x in like), plain)
+    if name.startswith("empty"):
+        made.fill(np.nan if is_floating(made.dtype) else 0)
+    steps = name in ("arange", "linspace") and is_floating(made.dtype)
+    y = asarray(made)
+    if steps:  # a start and so many steps, each of them rounded
+        most = np.broadcast_to(np.abs(y.value).max(initial=0), y.shape)
+        y.error = _rounding(most, y.dtype, 3)
+    return y
 
 
 def __getattr__(name: str) -> Any:
-    name = _OTHER_NAMES.get(name, name)
-    if name in _RULES:
-        rule = _RULES[name]
-
-        def call(*args: Any, out: ndarray | None = None) -> Any:
-            return _into(out, rule(*args))
-
-        return call
-    if name in _STRUCTURAL:
-        return _structural(name)
-    if name in _METHODS:
-
-        def method(x: ndarray, axis: Any = None, **kwargs: Any) -> Any:
-            return getattr(x, name)(axis, **kwargs)
-
-        return method
-    if name.startswith("_"):
-        raise AttributeError(name)
-    raise NoBound(f"no bound is known for {name}; assert_close takes one of your own")
+    return _library.module_attribute(ndarray, name)
