@@ -78,7 +78,7 @@ def distance(estimator, x, dtype):
     Of two classes it takes 1 - 1 / (1 + exp(-z)) for the first, which near 1 rounds three times.
     """
     lost = 3 * 2**-53 / LIMIT
-    return doubt(estimator, x, dtype) + doubt(estimator, x, "float64") + lost
+    return LIMIT * (doubt(estimator, x, dtype) + doubt(estimator, x, "float64") + lost)
 
 
 @pytest.mark.parametrize("scaler", SCALERS)
