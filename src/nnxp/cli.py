@@ -205,6 +205,7 @@ def predict(
     with written_rows(output, shape, engine.model.dtype or float_type(x)) as out:
         dtype = str(out.dtype)
         engine(Passing(x, out), out, progress=True)
+        del out  # some systems rename no file that is mapped
     seconds = perf_counter() - start  # reading and writing included
     where = engine.backend
     if as_json:

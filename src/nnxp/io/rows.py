@@ -130,7 +130,8 @@ def written_rows(path: Name, shape: Shape, dtype: np.dtype[Any]) -> Iterator[Hos
     bfloat16, which no NumPy file can name, is written as float32.
 
     Raises OptionError for an ending or a shape that cannot be written, OSError if the disk has no
-    room or the place may not be written to, before the block is entered.
+    room or the place may not be written to, before the block is entered. The block itself lets go
+    of the array, for there are systems that rename no file while it is mapped.
     """
     kind = ending(path)
     if kind == ".csv" and len(shape) != 2:
@@ -144,6 +145,7 @@ def written_rows(path: Name, shape: Shape, dtype: np.dtype[Any]) -> Iterator[Hos
                 _reserve(file)
             yield mapped
             mapped.flush()
+            del mapped  # not every system renames a file that is mapped
             return
         with tempfile.TemporaryFile(dir=beside.parent, buffering=0) as scratch:
             out: HostArray = np.empty(0, dtype)
