@@ -659,20 +659,26 @@ def closed():
 
 
 class Full:
-    """A terminal that takes nothing."""
+    """A terminal that takes so much and no more."""
 
     encoding = "utf-8"
+
+    def __init__(self, writes):
+        self.writes = writes
 
     def isatty(self):
         return True
 
     def write(self, text):
-        raise OSError(28, "No space left on device")
+        self.writes -= 1
+        if self.writes < 0:
+            raise OSError(28, "No space left on device")
 
-    flush = close = write
+    def flush(self):
+        self.write("")
 
 
-@pytest.mark.parametrize("stderr", [None, object(), closed(), Full()])
+@pytest.mark.parametrize("stderr", [None, object(), closed(), Full(0), Full(2), Full(3)])
 def test_a_bar_that_cannot_be_drawn_ends_no_work(monkeypatch, stderr):
     monkeypatch.setattr(sys, "stderr", stderr)
     close(nnxp.predict(NET, X, "cpu", progress=True), NET(X))

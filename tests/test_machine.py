@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import nnxp
 from conftest import draw
-from nnxp.backend import _blas, _machine
+from nnxp.backend import _blas, _machine, _threads
 from nnxp.backend.cpu import worker_count
 
 NET = nnxp.Sequential(nnxp.Dense(32, 64, "relu", rng=0), nnxp.Dense(64, 8, rng=1))
@@ -115,9 +116,9 @@ def test_two_owners_of_blas_may_come_and_go_in_any_order(first, last, limit):
 def test_what_sets_blas_past_everybody_is_left_in_force():
     before, sweep = bare(), Sweeping()
     for library in _blas._shared.libraries():
-        library.set(2)
+        library.set(3)
     sweep.end()
-    assert bare() == [2] * len(before)
+    assert bare() == [3] * len(before)
     for library, number in zip(_blas._shared.libraries(), before, strict=True):
         library.set(number)
 
@@ -243,6 +244,7 @@ threading.Thread(target=serve).start()
     "when the interpreter shuts down": "atexit.register(check)",
     "where the system allows no further thread": """
 import resource
+engine(x)  # by now OpenBLAS has its threads; where it gets none it raises SIGINT itself
 if os.getuid() == 0:
     os.setuid(65534)  # the limit is not for root
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
@@ -354,6 +356,68 @@ def test_windows_is_asked_for_its_memory(monkeypatch):
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert _machine.physical_memory() == 16 << 30
     assert _machine.available_memory() == 5 << 30
+
+
+def test_a_late_interrupt_leaves_behind_a_worker_that_does_not_end(monkeypatch):
+    class Interrupted(BaseException):
+        pass
+
+    def heard(number, frame):
+        raise Interrupted
+
+    stuck, go_on = threading.Event(), threading.Event()
+
+    class Sticks(Pauses):
+        """Is stuck, in all threads but the caller's."""
+
+        def __call__(self, x):
+            if threading.current_thread() is not threading.main_thread():
+                stuck.set()
+                assert go_on.wait(20)
+            elif stuck.wait(20):
+                signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+            return x
+
+    before, threads = bare(), threading.active_count()
+    monkeypatch.setattr(_threads, "PATIENCE", 0.2)
+    old = signal.signal(signal.SIGALRM, heard)
+    try:
+        with pytest.raises(Interrupted):
+            nnxp.predict(Sticks(), draw((200_000, 32)), "cpu", workers=2)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert signal.getsignal(signal.SIGALRM) is heard
+        assert threading.active_count() == threads + 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+        go_on.set()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(20)
+    assert threading.active_count() == threads
+    assert bare() == before  # the last one to leave has seen to it
+
+
+def test_a_handler_that_raises_nothing_ends_no_sweep():
+    heard, started = [], threading.Event()
+
+    class Starts(Pauses):
+        """Sets a timer when it is called first."""
+
+        def __call__(self, x):
+            if not started.is_set():
+                started.set()
+                signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+            return x
+
+    old = signal.signal(signal.SIGALRM, lambda *event: heard.append(event))
+    try:
+        x = draw((500_000, 32))
+        np.testing.assert_array_equal(nnxp.predict(Starts(), x, "cpu", workers=3), x)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert heard
 
 
 def test_interrupts_leave_no_worker_no_limit_and_no_handler_behind():
