@@ -118,7 +118,7 @@ def test_a_block_that_replaced_the_file_and_then_failed_leaves_nothing(tmp_path)
 
 
 def test_a_writer_whose_file_another_has_taken_raises_and_leaves_the_others(tmp_path):
-    """It can happen only if the block replaces the file: the new one is not claimed for a moment."""
+    """Only if the block replaces the file: the new one is nobody's for a moment."""
 
     def raced():
         with written_beside(tmp_path / "y") as beside:
