@@ -260,6 +260,13 @@ def test_lines_are_counted_over_pieces(table, monkeypatch):
 
 
 @pytest.mark.usefixtures("reader")
+def test_a_whole_piece_with_more_columns_is_noticed(table, monkeypatch):
+    monkeypatch.setattr(tables, "CHUNK", 40)
+    with pytest.raises(RowsError, match="line 101: the number of columns changed from 2 to 3"):
+        table("1,2\n" * 100 + "1,2,3\n" * 100)
+
+
+@pytest.mark.usefixtures("reader")
 def test_what_is_no_table_is_refused(table, tmp_path, monkeypatch):
     for data, words in [
         (b"", "no rows"),
