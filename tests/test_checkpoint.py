@@ -786,9 +786,9 @@ def test_a_write_that_fails_makes_no_new_file(tmp_path):
 
 def test_nothing_stands_at_the_target_before_the_write_is_done(tmp_path):
     with written_beside(tmp_path / "rows.npy") as beside:
-        assert beside.parent == tmp_path
-        assert beside.suffix == ".npy"  # numpy.save would append it to another name
-        np.save(beside, np.ones(3))
+        assert beside == tmp_path / "rows.npy.part"
+        with open(beside, "wb") as file:  # numpy.save would append .npy to another name
+            np.save(file, np.ones(3))
         assert not (tmp_path / "rows.npy").exists()
     np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), np.ones(3))
     assert [each.name for each in tmp_path.iterdir()] == ["rows.npy"]

@@ -14,6 +14,7 @@ import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape, is_array, is_floating, is_numeric, place_of
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
+from nnxp._exchange import shares_memory, source_of
 from nnxp._progress import Progress, told
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
 from nnxp.backend._base import Cursor, Source
@@ -137,7 +138,7 @@ class Engine:
         if place is not None:
             in_kind = _in_kind(x)
             return in_kind(self._resident(place, there, out))
-        rows = _source(x)
+        rows: Source = source_of(x)
         shape = tuple(rows.shape)
         output = model.output_shape(shape)
         dtype = model.dtype or float_type(rows)
@@ -487,22 +488,6 @@ def parse_bytes(size: int | str) -> int:
     return int(size)
 
 
-def _source(x: Any) -> Source:
-    if isinstance(x, np.ma.MaskedArray):
-        raise DtypeMismatch("rows have no mask; x.filled(...) says what stands in its places")
-    if not (hasattr(x, "shape") and hasattr(x, "__getitem__")):
-        try:
-            x = np.asarray(x)
-        except ValueError as error:
-            raise ShapeError(f"x is no array of rows: {error}") from None
-    dtype = getattr(x, "dtype", None)
-    if isinstance(dtype, np.dtype) and not is_numeric(dtype):
-        raise DtypeMismatch(f"rows are real numbers, but x is {dtype}")
-    if len(x.shape) == 0:
-        raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
-    return x  # type: ignore[no-any-return]
-
-
 def float_type(rows: Source) -> np.dtype[Any]:
     """What a model without parameters computes in: the type of the rows if it is a float's."""
     dtype = getattr(rows, "dtype", None)
@@ -523,10 +508,6 @@ def _result(out: HostArray | None, shape: Shape, dtype: np.dtype[Any], rows: Sou
         raise DtypeMismatch(f"out is {out.dtype} but the output is {dtype}")
     if not out.flags.writeable:
         raise OptionError("out is read-only")
-    if isinstance(rows, np.ndarray) and np.may_share_memory(rows, out):
-        layout = (rows.ctypes.data, rows.strides, rows.dtype)
-        if layout != (out.ctypes.data, out.strides, out.dtype):
-            raise OptionError(
-                "out overlaps x, whose rows would be overwritten before they are read"
-            )
+    if shares_memory(rows, out):
+        raise OptionError("out overlaps x, whose rows would be overwritten before they are read")
     return out

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, Shape, is_numeric
-from nnxp._errors import BackendUnavailable, DtypeMismatch, OutOfMemory, ShapeError
+from nnxp._arrays import Array, HostArray, Shape
+from nnxp._errors import BackendUnavailable, OutOfMemory, ShapeError
+from nnxp._exchange import host_rows
 
 if TYPE_CHECKING:
     from nnxp.backend._lanes import Kept
@@ -128,24 +129,22 @@ class Sweep:
         return self.rows.shape[0]
 
     def read(self, rows: slice) -> HostArray:
-        """These rows as a host array, whatever holds them."""
-        block = np.asarray(self.rows[rows])
-        if len(block) != rows.stop - rows.start:
+        """These rows as a host array of real numbers, whatever holds them."""
+        block = host_rows(self.rows[rows])
+        if block.shape[:1] != (rows.stop - rows.start,):
+            given = f"{len(block)} rows" if block.ndim else "a single number"
             raise ShapeError(
-                f"x gave {len(block)} rows for [{rows.start}:{rows.stop}]; its shape says "
-                f"{self.rows.shape}"
+                f"x gave {given} for [{rows.start}:{rows.stop}]; its shape says {self.rows.shape}"
             )
-        if not is_numeric(block.dtype):
-            raise DtypeMismatch(f"rows are real numbers, not {block.dtype}")
         return block
 
     def travels_as(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """The type in which rows of this type travel to a device.
 
         Small types travel as they are and are converted where the model is. Types that are wider
-        than the model's are converted on the way, and so are those that only NumPy knows.
+        than the model's are converted on the way.
         """
-        return self.dtype if dtype.itemsize > self.dtype.itemsize or not dtype.isnative else dtype
+        return self.dtype if dtype.itemsize > self.dtype.itemsize else dtype
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ import numpy as np
 
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import OptionError, ShapeError
+from nnxp._exchange import host_rows, source_of
 
 
 class Columns:
     """Several inputs that share axis 0, as the one x of an engine: row i is row i of each.
 
-    Each input is (rows, columns) or (rows,), an array, a memory map, or anything with `shape` and
-    slicing; they may be of different types. They are joined a block of rows at a time, never whole:
+    Each input is (rows, columns) or (rows,), an array, a memory map, a table, or anything with
+    `shape` and slicing; they may be of different types. They are joined a block of rows at a time,
+    never whole:
 
         y = engine(nnxp.Columns(table, embeddings, age))
 
@@ -27,8 +29,10 @@ class Columns:
             raise ShapeError(f"Columns takes inputs (rows, columns) or (rows,); got {shapes}")
         if len({shape[0] for shape in shapes}) > 1:
             raise ShapeError(f"the inputs of Columns share axis 0; got {shapes}")
-        self._inputs = inputs
-        self.dtype = np.result_type(*(getattr(each, "dtype", "float64") for each in inputs))
+        self.reads = tuple(map(source_of, inputs))
+        dtypes = [getattr(each, "dtype", None) for each in self.reads]
+        known = [dtype if isinstance(dtype, np.dtype) else "float64" for dtype in dtypes]
+        self.dtype = np.result_type(*known)
         self.shape: Shape = (shapes[0][0], sum(shape[1] if shape[1:] else 1 for shape in shapes))
 
     def __len__(self) -> int:
@@ -37,5 +41,5 @@ class Columns:
     def __getitem__(self, rows: slice) -> HostArray:
         if not isinstance(rows, slice):
             raise OptionError(f"Columns gives slices of rows, not [{rows!r}]")
-        parts = [np.asarray(each[rows]) for each in self._inputs]
+        parts = [host_rows(each[rows]) for each in self.reads]
         return np.concatenate([part[:, None] if part.ndim == 1 else part for part in parts], axis=1)
