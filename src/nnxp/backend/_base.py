@@ -43,7 +43,10 @@ class Availability:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device's memory: `free` for new arrays, `total`, and `used` by our library."""
+    """Bytes of a device's memory: `free` for new arrays, `total`, and `used` by our library.
+
+    The CPU's are 0 where the system does not tell.
+    """
 
     free: int
     total: int
