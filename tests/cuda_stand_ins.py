@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from nnxp import _arrays
-from nnxp.backend import Availability, _blocks, cuda
+from nnxp.backend import Availability, _device, cuda
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: there are no arrays of CUDA")
 from nnxp.kernels.cuda import _compiled  # noqa: E402
@@ -409,7 +409,7 @@ def pretended_gpu(request, libraries, monkeypatch):  # noqa: F811
     patch(plans, choices={})
     patch(call, plans={})
     patch(_compiled, kernel=kernel)
-    patch(_blocks, BLOCK_ROWS=(1024, 1024))
+    patch(_device, BLOCK_ROWS=(1024, 1024))
     patch(cuda, availability=lambda index: Availability(True, "a stand-in"))
     patch(cuda.guard, pid=None)
     monkeypatch.setitem(_arrays._MODULES, Nd, cupy)

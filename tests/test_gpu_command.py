@@ -368,14 +368,14 @@ def test_a_float32_product_that_is_none_is_found(bench, here, fused):
 
 
 def test_a_replay_of_old_rows_is_found(bench, here, monkeypatch):
-    from nnxp.backend._lanes import Recorded
+    from nnxp.backend._lanes import DeviceRecording
 
-    right = Recorded.host
+    right = DeviceRecording.host
 
     def stale(self, rows):
         return right(self, np.zeros_like(rows))
 
-    monkeypatch.setattr(Recorded, "host", stale)
+    monkeypatch.setattr(DeviceRecording, "host", stale)
     found = bench.graphs._replayed(here, "float32")
     assert found["problem"] == "what is replayed is wrong"
     assert found["same bits as anew"] < found["calls"]

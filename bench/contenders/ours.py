@@ -15,7 +15,6 @@ from networks import Task
 from nnxp import kernels
 from nnxp.backend.cpu import worker_count
 from nnxp.floor import FLOOR, TURN, Products, Run, fastest
-from nnxp.kernels.linear import precision
 
 TILED = "floor-tiled"
 MODULES = ("nnxp", "numpy", "cupy")
@@ -72,7 +71,7 @@ def tiled(task: Task) -> Built:
 
 def floor_on_device(task: Task) -> Built:
     """The bare products, each with the layout of its weight that is the faster here."""
-    precision.set(task.tf32)  # for as long as this process lives
+    product = partial(kernels.matmul, precision=task.tf32)
     backend = nnxp.get_backend(task.backend)
 
     def wait(y: Array) -> None:
@@ -84,17 +83,17 @@ def floor_on_device(task: Task) -> Built:
         turned = np.ascontiguousarray(weight.T)
         ways = {"(in, out)": backend.put(weight), "(out, in)": backend.put(turned).T}
         took = {
-            name: Built(partial(kernels.matmul, h, w), wait=wait).seconds()
+            name: Built(partial(product, h, w), wait=wait).seconds()
             for name, w in ways.items()
         }
         chosen.append(min(took, key=lambda name: took[name]))
         weights.append(ways[chosen[-1]])
-        h = kernels.matmul(h, weights[-1])
+        h = product(h, weights[-1])
 
     def run() -> Array:
         h = x
         for weight in weights:
-            h = kernels.matmul(h, weight)
+            h = product(h, weight)
         return h
 
     setting = f"{_products(task)}; weights {', '.join(chosen)}"

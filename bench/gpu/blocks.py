@@ -9,7 +9,7 @@ from unittest.mock import patch
 import nnxp
 from gpu.here import Figures, Here, Values
 from networks import Task
-from nnxp.backend import _blocks
+from nnxp.backend import _device
 
 
 def figures(here: Here) -> Figures:
@@ -23,7 +23,7 @@ def figures(here: Here) -> Figures:
         task = Task(net, kind, "each", here.backend)
         table: Values = {"as it is": _through(here, task)}
         for size in sizes:
-            with patch.multiple(_blocks, BLOCK_ROWS=(size, size), BLOCK_BYTES=1 << 40):
+            with patch.multiple(_device, BLOCK_ROWS=(size, size), BLOCK_BYTES=1 << 40):
                 table[str(size)] = _through(here, task)
         yield title, table
 

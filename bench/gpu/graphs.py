@@ -46,19 +46,21 @@ def _replayed(here: Here, dtype: str) -> Values:
     values["error in units of the bound"] = largest
     if largest > LIMIT:
         values["problem"] = "what is replayed is wrong"
-    place = engine._places[0]
-    values["recorded"] = len(place.recorded)
-    if here.on_gpu and not place.recorded:
+    replica = engine._replicas[0]
+    values["recorded"] = len(replica.recorded)
+    if here.on_gpu and not replica.recorded:
         values["problem"] = f"nothing was recorded: {_why_not_recorded(engine, there)}"
     return values
 
 
 def _why_not_recorded(engine: Any, x: Array) -> str:
     """The engine goes on without a recording; this is what kept it from making one."""
-    from nnxp.backend._lanes import Recorded
+    from nnxp.backend._lanes import DeviceRecording
+    from nnxp.engine import Kind
 
     try:
-        Recorded(engine.backend, engine.model, x.shape, x.dtype)
+        prepared = engine._replicas[0].prepared((Kind(x.shape[1:], x.dtype, x.dtype),))
+        DeviceRecording(engine.backend, prepared.forward, x.shape, x.dtype)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "though it can be"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,6 @@ from gpu.here import Array, Figures, Here, Values
 from networks import PRECISIONS, TF32_ROUNDOFF
 from nnxp import kernels
 from nnxp._arrays import float_dtype
-from nnxp.kernels.linear import precision
 from nnxp.testing import LIMIT
 from nnxp.testing.parity import compare, product_bound
 
@@ -76,7 +74,7 @@ def _bandwidths(here: Here) -> Values:
 
 def _ours(here: Here, a: Array, b: Array, tf32: str | None) -> Callable[[], Array]:
     def run() -> Array:
-        return kernels.linear(a, b)
+        return kernels.linear(a, b, precision=tf32)
 
     return run
 
@@ -99,24 +97,11 @@ def _torchs(here: Here, a: Array, b: Array, tf32: str | None) -> Callable[[], Ar
 PRODUCTS = {"nnxp": _ours, "cupy.matmul": _cupys, "torch": _torchs}
 
 
-@contextmanager
-def rounding_to(tf32: str | None) -> Iterator[None]:
-    """Within the block nnxp's products may round their factors to TF32."""
-    token = precision.set(tf32)
-    try:
-        yield
-    finally:
-        precision.reset(token)
-
-
 def _flops(here: Here, make: Any, a: Array, b: Array, tf32: str | None, work: int) -> float:
-    with rounding_to(tf32):
-        return float(work / here.seconds(make(here, a, b, tf32), 0.1) / 1e12)
+    return float(work / here.seconds(make(here, a, b, tf32), 0.1) / 1e12)
 
 
 def _error(here: Here, make: Any, there: Any, name: str, exact: Array, bound: Array) -> float:
-    tf32 = PRECISIONS[name][1]
-    with rounding_to(tf32):
-        y = make(here, *there, tf32)()
+    y = make(here, *there, PRECISIONS[name][1])()
     y = y.cpu().numpy() if type(y).__module__ == "torch" else nnxp.asnumpy(y)
     return compare("", "", "", y, exact, bound).ratio

@@ -14,6 +14,8 @@ NnxpError
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
@@ -40,6 +42,26 @@ class NnxpError(Exception):
     def __str__(self) -> str:
         message = super().__str__()
         return f"{self.layer_path} {message}" if self.layer_path else message
+
+
+def located(error: Exception, path: str) -> None:
+    """Say in an error that it arose in the layer of this path, which may be below it already.
+
+    An error of nnxp's own has the path before its message, any other one a note.
+    """
+    if not path:
+        return
+    if isinstance(error, NnxpError):
+        error.layer_path = f"{path}.{error.layer_path}" if error.layer_path else path
+        return
+    with suppress(AttributeError):  # an error of someone's own that cannot take a note
+        notes = getattr(error, "__notes__", [])
+        below = next((n.removeprefix(_NOTE) for n in notes if n.startswith(_NOTE)), "")
+        own = [n for n in notes if not n.startswith(_NOTE)]
+        error.__notes__ = [*own, _NOTE + (f"{path}.{below}" if below else path)]
+
+
+_NOTE = "raised in layer "
 
 
 class ShapeError(NnxpError, ValueError):

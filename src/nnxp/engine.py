@@ -1,15 +1,15 @@
-"""Rows in, rows out: any number of them, from host memory to host memory, within a budget."""
+"""Rows in, rows out: any number of them, from host memory to host memory, within a memory limit."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,32 +19,29 @@ from nnxp._exchange import shares_memory, source_of
 from nnxp._progress import Progress, told
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
 from nnxp.backend._base import Cursor, Source
-from nnxp.backend._blocks import BLOCK_ROWS, BlockBackend
-from nnxp.backend._lanes import Kept, Recorded
+from nnxp.backend._device import BLOCK_ROWS, DeviceBackend
+from nnxp.backend._lanes import DeviceRecording, LanePool
 from nnxp.backend._threads import one_ahead, together
-from nnxp.kernels.linear import precision as _precision
 from nnxp.layers._layer import Layer
 from nnxp.program.program import Costs, Outline, Program
 from nnxp.program.recording import Recording, costs, expanded
-from nnxp.program.rewrite import in_their_own_type
+from nnxp.program.rewrite import in_their_own_type, with_precision
 from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
+MOST_KINDS = 256  # kinds of rows that an engine remembers
+MOST_RECORDED = 32  # of which each holds buffers
+IDLE_BYTES = 64 << 20  # of buffers that wait for rows of their number; beyond, old ones are let go
+FEW_ROWS = 512  # at most, to be recorded on a device: with more, starting the work is little of it
 
-MOST_KINDS = 256  # shapes of rows that an engine remembers
-MOST_RECORDED = 32  # of which each holds buffers on a device
-FEW_ROWS = 512  # at most, to be recorded: with more of them, starting the work is little of it
 
+class Kind(NamedTuple):
+    """What an input's rows are: their shape, the type they come in, and the one computed in."""
 
-@dataclass
-class _Kind:
-    """Rows of one type and shape: the program for them, what it costs, and what fits together."""
-
-    program: Program
-    output: Outline
-    costs: Costs
-    most_rows: int | None = None
+    row: Shape
+    travels: np.dtype[Any]
+    dtype: np.dtype[Any]
 
 
 class Engine:
@@ -92,20 +89,25 @@ class Engine:
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers = None if workers is None else int(workers)
         self.precision = precision
-        self._places = [Replica(model, each) for each in _backends(backend)]
-        self.backend = self._places[0].backend
+        sparing = self.memory_limit is not None
+        self._replicas = [Replica(model, each, precision, sparing) for each in _backends(backend)]
+        self.backend = self._replicas[0].backend
 
     @property
     def backends(self) -> list[Backend]:
         """Where the rows go: one backend, or all of several devices. None, once it is closed."""
-        return [place.backend for place in self._places]
+        return [replica.backend for replica in self._replicas]
 
     @property
     def model(self) -> Layer:
         """The model, on the (first) backend."""
-        if not self._places:
-            raise OptionError("this engine is closed")
-        return self._places[0].model
+        return self._first().model
+
+    def _first(self) -> Replica:
+        try:
+            return self._replicas[0]
+        except IndexError:
+            raise OptionError("this engine is closed") from None
 
     def __call__(self, x: Any, out: Any = None, *, progress: Progress = False) -> Any:
         """The model's output for every row of x, as a host array; into `out` if it is given.
@@ -116,6 +118,9 @@ class Engine:
         map of the output's shape. `progress` shows a bar on a terminal
         and in a notebook, or is called with the rows done and the rows in all.
 
+        A model of several inputs takes a tuple of them, or a dict by the names of its formula, all
+        with as many rows. One of several outputs answers a tuple, and takes one as `out`.
+
         Rows that are on the engine's device already, in a CuPy array or in a tensor of any library
         that speaks DLPack, stay there: the answer is an array of the same library, computed in
         blocks that fit, on CuPy's current stream; who reads it on another stream orders the two.
@@ -123,67 +128,92 @@ class Engine:
         Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
         are on another device, and OutOfMemory if not even one row fits.
         """
-        if out is None and type(x) is np.ndarray and self._places:
-            idle = self._places[0].ready.get((x.dtype, x.shape))
-            if idle is not None:
-                return idle(x)
-        model = self.model
-        place, there = self._at_home(x)
-        if place is not None:
-            in_kind = _in_kind(x)
-            return in_kind(self._resident(place, there, out))
-        rows: Source = source_of(x)
-        shape = tuple(rows.shape)
-        dtype = model.dtype or float_type(rows)
-        given = getattr(rows, "dtype", None)
-        travels = given.newbyteorder("=") if isinstance(given, np.dtype) else dtype
-        kind = self._places[0].kind(shape, travels, dtype)
-        output, dtype = (shape[0], *kind.output.shape), kind.output.dtype
-        fresh = out is None
-        out = _result(out, output, dtype, rows)
-        if shape[0] == 0:
-            return out
-        plans = self._plans(shape, travels, dtype)
-        cursor = Cursor(shape[0])
-        with told(shape[0], progress) as done:
+        if type(x) is np.ndarray and out is None and not progress and self._replicas:
+            answer = self._replicas[0].ready.get((x.dtype, x.shape))
+            if answer is not None:
+                return answer(x)
+        inputs = _inputs(self.model, x)
+        replica, arrays = self._at_home(inputs)
+        if replica is not None:
+            in_kind = _in_kind(inputs[0])
+            made = self._resident(replica, arrays, out)
+            return tuple(map(in_kind, made)) if isinstance(made, tuple) else in_kind(made)
+        sources = tuple(map(source_of, inputs))
+        rows = _row_count(self.model, sources)
+        kinds = tuple(map(partial(_kind, self.model), range(len(sources)), sources))
+        prepared = self._first().prepared(kinds)
+        results = _results(out, rows, prepared, sources)
+        if rows:
+            self._sweep(sources, results, kinds, progress)
+        if rows and out is None and len(sources) == 1 and type(sources[0]) is np.ndarray:
+            self._remember(sources[0], prepared)
+        return results if prepared.program.several else results[0]
 
-            def sweep(place: Replica, plan: Plan) -> None:
-                kind = place.kind(shape, travels, dtype)
-                fn = partial(place.forward, kind, self.precision)
-                fill = partial(place.fill, kind, dtype, self.memory_limit is not None)
-                sweep = Sweep(fn, fill, rows, out, dtype, plan, done, cursor, place.kept)
-                found = place.backend.sweep(sweep)
-                if found is not None:
-                    kind.most_rows = found
+    def _sweep(
+        self,
+        sources: tuple[Source, ...],
+        results: tuple[HostArray, ...],
+        kinds: tuple[Kind, ...],
+        progress: Progress,
+    ) -> None:
+        """All rows through the model, on every device that has a part in them."""
+        rows = sources[0].shape[0]
+        replicas, plans = self._plans(rows, kinds)
+        cursor = Cursor(rows)
+        dtypes = tuple(kind.dtype for kind in kinds)
+        with told(rows, progress) as done:
 
-            together([partial(sweep, *each) for each in zip(*plans, strict=True)], cursor.stop)
-        if type(rows) is np.ndarray and fresh and not self.memory_limit:
-            few = shape[0] <= plans[1][0].rows
-            for place in self._places[:1] if few else []:  # none, if it was closed meanwhile
-                place.meet(rows, kind, dtype, self.precision)
-        return out
+            def sweep(replica: Replica, plan: Plan) -> None:
+                prepared = replica.prepared(kinds)
+                fitted = replica.backend.sweep(
+                    Sweep(
+                        prepared.forward, prepared.fill, sources, results, dtypes, plan, done,
+                        cursor, replica.lanes,
+                    )
+                )  # fmt: skip
+                if fitted is not None:
+                    prepared.most_rows = fitted
 
-    def _at_home(self, x: Any) -> tuple[Replica | None, Array]:
-        """The place where x is already, and x as an array of ours; None if it is in host memory.
+            parts = zip(replicas, plans, strict=True)
+            together([partial(sweep, *part) for part in parts], cursor.stop)
+
+    def _remember(self, x: HostArray, prepared: Prepared) -> None:
+        """Make the next call with such rows a short one, if they are few enough for one tile."""
+        replica = self._first()
+        budget = self._budget(replica, prepared)
+        if self.memory_limit is None and len(x) <= replica.backend.plan(len(x), budget).rows:
+            replica.remember(x, prepared)
+
+    def _at_home(self, inputs: tuple[Any, ...]) -> tuple[Replica | None, tuple[Array, ...]]:
+        """The replica where all inputs are already, and they as arrays of ours; None for the host.
 
         Raises DeviceMismatch for what is on a device that is not the engine's.
         """
+        found = [self._place(x) for x in inputs]
+        replicas = {id(replica) for replica, _ in found}
+        if len(replicas) > 1:
+            raise DeviceMismatch(
+                "the inputs are in several places; bring them all to the host or to one device"
+            )
+        return found[0][0], tuple(array for _, array in found)
+
+    def _place(self, x: Any) -> tuple[Replica | None, Array]:
         if is_array(x):
             device = place_of(x)
             if device == "cpu":
                 return None, x
-            for place in self._places:
-                if device == place.backend.device:
-                    return place, x
+            for replica in self._replicas:
+                if device == replica.backend.device:
+                    return replica, x
         elif hasattr(x, "__dlpack_device__"):
-            kind, index = x.__dlpack_device__()
-            if kind in _HOST:
+            code, index = x.__dlpack_device__()
+            if code in _HOST:
                 return None, x
-            for place in self._places:
-                at = place.backend
-                if isinstance(at, BlockBackend) and (at.dlpack, at.index) == (kind, index):
-                    return place, _taken(at.xp, x)
-            device = f"device {index} of kind {kind.real} in DLPack's count"
+            for replica in self._replicas:
+                at = replica.backend
+                if isinstance(at, DeviceBackend) and (at.dlpack, at.index) == (code, index):
+                    return replica, _taken(at.xp, x)
+            device = f"device {index} of kind {code.real} in DLPack's count"
         else:
             return None, x
         places = " and ".join(each.device for each in self.backends)
@@ -192,75 +222,84 @@ class Engine:
             f"{device}; bring it to the host, with nnxp.asnumpy(x) if it is an array of CuPy"
         )
 
-    def _resident(self, place: Replica, x: Array, out: Array | None) -> Array:
+    def _resident(self, replica: Replica, arrays: tuple[Array, ...], out: Any) -> Any:
         """Rows that are on the device, through the model, there."""
-        recorded = place.recorded.get((x.dtype, x.shape)) if out is None else None
-        if recorded is not None:
+        x, backend = arrays[0], replica.backend
+        recorded = replica.recorded.get((x.dtype, x.shape))
+        if recorded is not None and out is None and len(arrays) == 1:
             return recorded.device(x)
-        backend, model = place.backend, place.model
-        assert isinstance(backend, BlockBackend)
-        if x.ndim == 0:
-            raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
-        if not is_numeric(x.dtype):
-            raise DtypeMismatch(f"rows are real numbers, but x is {x.dtype}")
-        kind = place.kind(x.shape, x.dtype, model.dtype or float_type(x))
-        output, dtype = (len(x), *kind.output.shape), kind.output.dtype
-        fn = partial(place.forward, kind, self.precision)
-        if out is not None and not (is_array(out) and place_of(out) == backend.device):
-            raise OptionError(f"x is on {backend.device}, so out is an array there, too")
-        if out is not None and out.shape != output:
-            raise ShapeError(f"out is {out.shape} but the output is {output}")
-        if out is not None and out.dtype != dtype:
-            raise DtypeMismatch(f"out is {out.dtype} but the output is {dtype}")
+        assert isinstance(backend, DeviceBackend)
+        for array in arrays:
+            if array.ndim == 0:
+                raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
+            if not is_numeric(array.dtype):
+                raise DtypeMismatch(f"rows are real numbers, but x is {array.dtype}")
+        rows = _row_count(replica.model, arrays)
+        prepared = replica.prepared(
+            tuple(map(partial(_kind, replica.model), range(len(arrays)), arrays))
+        )
+        outlines = prepared.program.outline(rows)
+        outs = _device_results(out, outlines, prepared, backend)
         with backend.current():
-            if len(x) == 0:
-                return backend.xp.empty(output, dtype) if out is None else out
-            few = self.memory_limit is None and len(x) <= BLOCK_ROWS[0]
-            plan = Plan(len(x), 1, 0) if few else self._plan(place, kind, len(x))  # to ask takes long
-            made = backend.through(fn, x, out, output, dtype, plan, place.kept)
-        if out is None and self.memory_limit is None:
-            place.meet(x, kind, dtype, self.precision)
-        return made
+            if rows == 0:
+                empty = tuple(backend.xp.empty(*outline) for outline in outlines)
+                made = outs or empty
+            else:
+                few = self.memory_limit is None and rows <= BLOCK_ROWS[0]  # to ask takes long
+                budget = self._budget(replica, prepared)
+                plan = Plan(rows, 1, 0) if few else backend.plan(rows, budget)
+                made = backend.through(
+                    prepared.forward, arrays, outs, outlines, plan, replica.lanes, prepared.borrowed
+                )
+        if out is None and rows and self.memory_limit is None and len(arrays) == 1:
+            replica.remember(x, prepared)
+        return made if prepared.program.several else made[0]
 
-    def plan(self, shape: Shape) -> Plan:
+    def plan(self, *shapes: Shape) -> Plan:
         """How an x of this shape would be cut: rows together, workers, and the working set.
 
         Several devices have the largest of their blocks, and all their workers and working sets.
         Raises ShapeError if such an x does not fit, OutOfMemory if the limit holds not one row.
         """
-        if not (isinstance(shape, tuple | list) and all(hasattr(n, "__index__") for n in shape)):
-            raise OptionError(f"plan takes the shape of x, such as (1000, 784), not {shape!r:.60}")
-        dtype = self.model.dtype or np.dtype("float32")
-        plans = self._plans(tuple(shape), dtype, dtype)[1]
+        for shape in shapes:
+            whole = isinstance(shape, tuple | list) and all(hasattr(n, "__index__") for n in shape)
+            if not whole or not shape:
+                raise OptionError(f"plan takes the shape of x, such as (1000, 784), not {shape!r:.60}")
+        if not shapes:
+            raise OptionError("plan takes the shape of x, such as (1000, 784)")
+        dtypes = map(np.dtype, self.model.input_dtypes(len(shapes)))
+        kinds = (Kind(tuple(s[1:]), d, d) for s, d in zip(shapes, dtypes, strict=True))
+        plans = self._plans(shapes[0][0], tuple(kinds))[1]
         return Plan(
             max(each.rows for each in plans),
             sum(each.workers for each in plans),
             sum(each.working_set for each in plans),
         )
 
-    def _plans(
-        self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]
-    ) -> tuple[list[Replica], list[Plan]]:
-        """The places that have a part in so many rows, and how each would cut its part."""
-        kinds = [place.kind(shape, travels, dtype) for place in self._places]
-        first = self._plan(self._places[0], kinds[0], shape[0])
-        if len(self._places) == 1 or shape[0] <= first.rows:
-            return self._places[:1], [first]
-        part = -(-shape[0] // len(self._places))
-        return self._places, [
-            self._plan(place, kind, part) for place, kind in zip(self._places, kinds, strict=True)
-        ]
+    def _plans(self, rows: int, kinds: tuple[Kind, ...]) -> tuple[list[Replica], list[Plan]]:
+        """The replicas that have a part in so many rows, and how each would cut its part."""
 
-    def _plan(self, place: Replica, kind: _Kind, rows: int) -> Plan:
-        held = place.kept.unused()
-        budget = Budget(*kind.costs, self.memory_limit, self.workers, kind.most_rows, held)
-        return place.backend.plan(rows, budget)
+        def plan(replica: Replica, rows: int) -> Plan:
+            budget = self._budget(replica, replica.prepared(kinds))
+            return replica.backend.plan(rows, budget)
+
+        replicas = self._replicas
+        first = plan(self._first(), rows)
+        if len(replicas) == 1 or rows <= first.rows:
+            return replicas[:1], [first]
+        return replicas, [plan(each, -(-rows // len(replicas))) for each in replicas]
+
+    def _budget(self, replica: Replica, prepared: Prepared) -> Budget:
+        held = replica.lanes.unused()
+        return Budget(
+            *prepared.costs, self.memory_limit, self.workers, prepared.most_rows, held
+        )
 
     def close(self) -> None:
         """Give back what is held on the device; the engine takes no more rows."""
-        places, self._places = self._places, []
-        for place in places:
-            place.close()
+        replicas, self._replicas = self._replicas, []
+        for replica in replicas:
+            replica.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -274,7 +313,7 @@ class Engine:
         return _engine, (self.model.to("numpy"), *options)
 
     def __repr__(self) -> str:
-        if not self._places:
+        if not self._replicas:
             return "Engine(closed)"
         devices = " and ".join(each.device for each in self.backends)
         return f"Engine({self.model!r} on {devices})"
@@ -292,99 +331,56 @@ def _engine(
 
 
 class Replica:
-    """The model on one device, with what an engine keeps and knows there."""
+    """The model on one device, with what an engine keeps and knows there.
 
-    def __init__(self, model: Layer, backend: Backend) -> None:
+    `ready` answers rows of one type and shape without asking anything, and `recorded` has what is
+    recorded on a device.
+    """
+
+    def __init__(
+        self, model: Layer, backend: Backend, precision: str | None, sparing: bool
+    ) -> None:
         self.backend, self.model = backend, _shared(model, backend)
-        self.kept = Kept()
-        self.ready: dict[tuple[np.dtype[Any], Shape], Callable[[Array], Array]] = {}
-        self.recorded: dict[tuple[np.dtype[Any], Shape], Recorded] = {}
-        self._kinds: dict[tuple[Shape, np.dtype[Any], np.dtype[Any]], _Kind] = {}
-        self._idle: dict[tuple[np.dtype[Any], Shape], list[Recording]] = {}
-        self._met: dict[tuple[np.dtype[Any], Shape], int] = {}
-        self._close = weakref.finalize(self, self.kept.close)
+        self.precision, self.sparing = precision, sparing
+        self.lanes = LanePool()
+        self.ready: dict[tuple[np.dtype[Any], Shape], Callable[[HostArray], Any]] = {}
+        self.recorded: dict[tuple[np.dtype[Any], Shape], DeviceRecording] = {}
+        self._prepared: dict[tuple[Kind, ...], Prepared] = {}
+        self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
+        self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
 
-    def kind(self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]) -> _Kind:
-        """What is known of rows like these, that come in one type and are computed in another.
+    def prepared(self, kinds: tuple[Kind, ...]) -> Prepared:
+        """The program for such rows.
 
         Raises ShapeError for rows that do not fit, and for a model that mixes rows.
         """
-        key = shape[1:], travels, dtype
-        kind = self._kinds.get(key)
-        if kind is None:
-            made = _Kind(*self._written(shape, travels, dtype))
-            if len(self._kinds) >= MOST_KINDS:
-                self._kinds.clear()
-            kind = self._kinds[key] = made
-        return kind
+        prepared = self._prepared.get(kinds)
+        if prepared is None:
+            prepared = Prepared(self._program(kinds), kinds, self.backend, self.sparing)
+            if len(self._prepared) >= MOST_KINDS:
+                self._prepared.clear()
+            self._prepared[kinds] = prepared
+        return prepared
 
-    def _written(
-        self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]
-    ) -> tuple[Program, Outline, Costs]:
+    def _program(self, kinds: tuple[Kind, ...]) -> Program:
         try:
-            program = self.model.program((shape, dtype))
+            program = self.model.program(*(((1, *kind.row), kind.dtype) for kind in kinds))
         except Untraceable as error:
             raise ShapeError(f"{self.model!r:.200} does not go through an engine: {error}") from None
         if program.mixing:
             raise ShapeError(
                 f"an engine takes rows in blocks, but {program.mixing}; call the model on all of them"
             )
-        if is_floating(travels) and travels.itemsize > dtype.itemsize:
-            program = in_their_own_type(program, travels)
-        if program.several:
-            raise ShapeError(f"{self.model!r:.200} answers several arrays: an engine takes one")
-        if self.backend.name != "cupy":
-            program = expanded(program)  # on CUDA kernels have bodies of their own
-        (output,) = program.outline(1)
-        counted = costs(program, travels)
-        row = prod(shape[1:]) * travels.itemsize  # a block of rows, as it is read
-        result = prod(output.shape) * output.dtype.itemsize
-        own = row if self.backend.name == "numpy" else row + result
-        return (
-            program,
-            Outline(output.shape[1:], output.dtype),
-            Costs(counted.row_bytes + own, counted.fixed_bytes, counted.row_work),
-        )
+        first = kinds[0]
+        wider = first.travels.itemsize > first.dtype.itemsize and is_floating(first.travels)
+        if wider and len(kinds) == 1:
+            program = in_their_own_type(program, first.travels)
+        if self.precision is not None:
+            program = with_precision(program, self.precision)
+        return program
 
-    def forward(self, kind: _Kind, precision: str | None, rows: Array) -> Array:
-        """Rows on the device through the model, there."""
-        token = _precision.set(precision)
-        try:
-            dtype = kind.program.inputs[0].dtype
-            return kind.program(rows if rows.dtype == dtype else rows.astype(dtype))
-        finally:
-            _precision.reset(token)
-
-    def fill(
-        self, kind: _Kind, dtype: np.dtype[Any], sparing: bool, rows: HostArray, out: HostArray
-    ) -> None:
-        """Host rows through the model on the CPU, into `out`.
-
-        What is recorded for such a block is kept for the next one, unless memory is to be spared:
-        then only while blocks go on being of one size.
-        """
-        key = rows.dtype, rows.shape
-        idle = self._idle.get(key)
-        if idle is None:
-            if sparing or len(self._idle) >= MOST_RECORDED:
-                self._idle.clear()
-            idle = self._idle[key] = []
-        try:
-            recording = idle.pop()
-        except IndexError:
-            recording = Recording(kind.program, len(rows), [rows.dtype])
-        whole = out.flags.c_contiguous and out.dtype == dtype
-        into = out if whole else np.empty(out.shape, dtype)
-        with np.errstate(all="ignore"):
-            recording((rows,), (into,))
-            if not whole:
-                np.copyto(out, into, casting="same_kind")
-        idle.append(recording)
-
-    def meet(
-        self, x: Array, kind: _Kind, dtype: np.dtype[Any], precision: str | None
-    ) -> None:
+    def remember(self, x: Array, prepared: Prepared) -> None:
         """Make the next call with such rows a short one.
 
         On a device few rows are recorded when they have come twice, unless layers are run as
@@ -393,40 +389,158 @@ class Replica:
         key = x.dtype, x.shape
         if len(self.ready) >= MOST_KINDS:
             self.ready.clear()
-        if self.backend.device == "cpu":
+        if not isinstance(self.backend, DeviceBackend):
             if x.dtype.isnative:
-                output = kind.output.shape
-
-                def short(rows: HostArray) -> HostArray:
-                    y = np.empty((len(rows), *output), dtype)
-                    self.fill(kind, dtype, False, rows, y)
-                    return y
-
-                self.ready[key] = short
+                self.ready[key] = prepared.answer
             return
-        if not 0 < len(x) <= FEW_ROWS or len(self._met) > MOST_KINDS or kind.program.opaque:
+        if not 0 < len(x) <= FEW_ROWS or len(self._seen) > MOST_KINDS or prepared.program.opaque:
             return
-        count = self._met[key] = self._met.get(key, 0) + 1
-        if count < 2 or count & (count - 1) or not isinstance(self.backend, BlockBackend):
+        count = self._seen[key] = self._seen.get(key, 0) + 1
+        if count < 2 or count & (count - 1):
             return
-        fn = partial(self.forward, kind, precision)
         try:
-            recorded = Recorded(self.backend, fn, x.shape, x.dtype)
+            recording = DeviceRecording(self.backend, prepared.forward, x.shape, x.dtype)
         except Exception:
             return  # it goes the long way, as it did so far; perhaps there was no memory just now
-        recorded.model = self.model  # whose parameters it reads where they lie
         while len(self.recorded) >= MOST_RECORDED:
-            gone = next(iter(self.recorded), None)
-            self.recorded.pop(gone, None)  # type: ignore[arg-type]
-            self.ready.pop(gone, None)  # type: ignore[arg-type]
-        self.recorded[key] = recorded
-        self.ready[key] = recorded.host
+            oldest = next(iter(self.recorded), None)
+            self.recorded.pop(oldest, None)  # type: ignore[arg-type]
+            self.ready.pop(oldest, None)  # type: ignore[arg-type]
+        self.recorded[key] = recording
+        self.ready[key] = recording.host
 
     def close(self) -> None:
         self._close()
-        self.recorded.clear()
-        self.ready.clear()
-        self._idle.clear()
+        for kept in (self.recorded, self.ready, self._prepared):
+            kept.clear()
+
+
+class Prepared:
+    """A model's program for rows of one kind, what it costs, and what is recorded of it.
+
+    It holds the model's parameters, as constants, but not the replica.
+    """
+
+    def __init__(
+        self, program: Program, kinds: tuple[Kind, ...], backend: Backend, sparing: bool
+    ) -> None:
+        written_out = expanded(program)
+        self.program = program if backend.name == "cupy" else written_out  # CUDA fuses kernels
+        self.borrowed = written_out.borrowed
+        self.outputs = tuple(
+            Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1)
+        )
+        self.costs = _costs(written_out, kinds, self.outputs, backend)
+        self.most_rows: int | None = None
+        self._sparing = sparing
+        self._idle: dict[Any, list[Recording]] = {}
+
+    def forward(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Rows on the device through the model, there."""
+        inputs = zip(arrays, self.program.inputs, strict=True)
+        return tuple(
+            self.program.run([x if x.dtype == v.dtype else x.astype(v.dtype) for x, v in inputs])
+        )
+
+    def answer(self, x: HostArray) -> Any:
+        """Few host rows through the model on the CPU, into new arrays."""
+        results = tuple(np.empty((len(x), *shape), dtype) for shape, dtype in self.outputs)
+        self.fill((x,), results)
+        return results if self.program.several else results[0]
+
+    def fill(self, rows: tuple[HostArray, ...], out: tuple[HostArray, ...]) -> None:
+        """Host rows through the model on the CPU, into `out`."""
+        idle, recording = self._recording(rows)
+        into = tuple(
+            array if array.flags.c_contiguous and array.dtype == dtype
+            else np.empty(array.shape, dtype)
+            for array, (_, dtype) in zip(out, self.outputs, strict=True)
+        )  # fmt: skip
+        with np.errstate(all="ignore"):
+            recording(rows, into)
+            for array, result in zip(out, into, strict=True):
+                if result is not array:
+                    np.copyto(array, result, casting="same_kind")
+        idle.append(recording)
+
+    def _recording(self, rows: tuple[HostArray, ...]) -> tuple[list[Recording], Recording]:
+        """A recording for so many rows, for this caller alone, and where to put it afterwards.
+
+        It is kept for the next block of this size: where memory is to be spared, only while blocks
+        go on being of one size.
+        """
+        key = (len(rows[0]), *(each.dtype for each in rows))
+        idle = self._idle.setdefault(key, [])
+        try:
+            return idle, idle.pop()
+        except IndexError:
+            pass
+        others = [kept for other, kept in list(self._idle.items()) if other != key]
+        held = sum(each.nbytes for kept in others for each in list(kept))
+        if self._sparing or held > IDLE_BYTES or len(others) >= MOST_RECORDED:
+            self._idle = {key: idle}
+            for kept in others:
+                kept.clear()
+        return idle, Recording(self.program, len(rows[0]), [each.dtype for each in rows])
+
+
+def _costs(
+    program: Program, kinds: tuple[Kind, ...], outputs: tuple[Outline, ...], backend: Backend
+) -> Costs:
+    """What rows cost where they are at work, as they are read and as they are answered."""
+    counted = costs(program, [kind.travels for kind in kinds])
+    own = sum(prod(kind.row) * kind.travels.itemsize for kind in kinds)
+    if isinstance(backend, DeviceBackend):
+        own += sum(prod(shape) * dtype.itemsize for shape, dtype in outputs)
+    return Costs(counted.row_bytes + own, counted.fixed_bytes, counted.row_work)
+
+
+def _inputs(model: Layer, x: Any) -> tuple[Any, ...]:
+    """The inputs in the order of the formula: of one array, a tuple, or a dict by name."""
+    names, required = model.input_names, model.required_inputs
+    if isinstance(x, Mapping) and set(x) <= set(names):
+        count = max(names.index(name) for name in x) + 1 if x else 0
+        missing = [name for name in names[: max(count, required)] if name not in x]
+        if missing:
+            raise ShapeError(
+                f"{model!r:.200} takes {', '.join(names)}; without {', '.join(missing)}"
+            )
+        return tuple(x[name] for name in names[:count])
+    if isinstance(x, Mapping) and len(names) > 1:
+        raise ShapeError(
+            f"{model!r:.200} takes {', '.join(names)}, not {', '.join(map(str, x))}"
+        )
+    if not isinstance(x, tuple) or len(names) == 1:
+        x = (x,)
+    if not required <= len(x) <= len(names):
+        raise ShapeError(
+            f"{model!r:.200} takes {', '.join(names)}: {len(x)} inputs are not so many; "
+            "give a tuple of them, or a dict"
+        )
+    return x
+
+
+def _row_count(model: Layer, inputs: Sequence[Any]) -> int:
+    counts = [int(x.shape[0]) for x in inputs]
+    if len(set(counts)) > 1:
+        raise ShapeError(f"{model!r:.200} takes inputs of as many rows each, not {counts}")
+    return counts[0]
+
+
+def _kind(model: Layer, index: int, rows: Any) -> Kind:
+    """What the rows of one input are, and what they are computed in."""
+    given = getattr(rows, "dtype", None)
+    given = given.newbyteorder("=") if isinstance(given, np.dtype) else None
+    takes = model.takes[index] if index < len(model.takes) else "float"
+    if takes == "float":
+        dtype = model.dtype or float_type(rows)
+    elif takes == "int":
+        if given is not None and given.kind not in "iub":
+            raise DtypeMismatch(f"{model!r:.200} takes whole numbers, but the rows are {given}")
+        dtype = given if given is not None and given.kind != "b" else np.dtype("int64")
+    else:
+        dtype = given or np.dtype("float32")
+    return Kind(tuple(map(int, rows.shape[1:])), given or dtype, dtype)
 
 
 def _backends(
@@ -545,17 +659,50 @@ def float_type(rows: Source) -> np.dtype[Any]:
     return np.dtype("float64" if wide else "float32")
 
 
-def _result(out: HostArray | None, shape: Shape, dtype: np.dtype[Any], rows: Source) -> HostArray:
+def _results(
+    out: Any, rows: int, prepared: Prepared, sources: tuple[Source, ...]
+) -> tuple[HostArray, ...]:
+    """The host arrays to be filled: new ones, or those given as `out`, if they fit."""
+    outlines = [((rows, *shape), dtype) for shape, dtype in prepared.outputs]
     if out is None:
-        return np.empty(shape, dtype)
-    if not isinstance(out, np.ndarray):
-        raise OptionError(f"out is a NumPy array or memory map, not {type(out).__name__}")
-    if out.shape != shape:
-        raise ShapeError(f"out is {out.shape} but the output is {shape}")
-    if not np.can_cast(dtype, out.dtype, "same_kind"):
-        raise DtypeMismatch(f"out is {out.dtype} but the output is {dtype}")
-    if not out.flags.writeable:
-        raise OptionError("out is read-only")
-    if shares_memory(rows, out):
-        raise OptionError("out overlaps x, whose rows would be overwritten before they are read")
-    return out
+        return tuple(np.empty(shape, dtype) for shape, dtype in outlines)
+    given = _outs(out, prepared)
+    for array, (shape, dtype) in zip(given, outlines, strict=True):
+        if not isinstance(array, np.ndarray):
+            raise OptionError(f"out is a NumPy array or memory map, not {type(array).__name__}")
+        if array.shape != shape:
+            raise ShapeError(f"out is {array.shape} but the output is {shape}")
+        if not np.can_cast(dtype, array.dtype, "same_kind"):
+            raise DtypeMismatch(f"out is {array.dtype} but the output is {dtype}")
+        if not array.flags.writeable:
+            raise OptionError("out is read-only")
+        if any(shares_memory(source, array) for source in sources):
+            raise OptionError(
+                "out overlaps x, whose rows would be overwritten before they are read"
+            )
+    return given
+
+
+def _device_results(
+    out: Any, outlines: tuple[Outline, ...], prepared: Prepared, backend: Backend
+) -> tuple[Array, ...] | None:
+    """The device arrays given as `out`, if they fit; None without."""
+    if out is None:
+        return None
+    given = _outs(out, prepared)
+    for array, (shape, dtype) in zip(given, outlines, strict=True):
+        if not (is_array(array) and place_of(array) == backend.device):
+            raise OptionError(f"x is on {backend.device}, so out is an array there, too")
+        if array.shape != shape:
+            raise ShapeError(f"out is {array.shape} but the output is {shape}")
+        if array.dtype != dtype:
+            raise DtypeMismatch(f"out is {array.dtype} but the output is {dtype}")
+    return given
+
+
+def _outs(out: Any, prepared: Prepared) -> tuple[Any, ...]:
+    """`out` as a tuple, one for each output."""
+    given = tuple(out) if prepared.program.several and isinstance(out, tuple | list) else (out,)
+    if len(given) != len(prepared.outputs):
+        raise OptionError(f"out is a tuple of {len(prepared.outputs)} arrays, one for each output")
+    return given

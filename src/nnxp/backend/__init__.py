@@ -122,7 +122,7 @@ def available_backends() -> dict[str, Availability]:
     """
     found = {}
     for name, _, module in TABLE:
-        if name == "cupy" and _device(_environment()) == "cpu":
+        if name == "cupy" and _device_of(_environment()) == "cpu":
             said = f"NNXP_BACKEND={_environment()} says not to touch CUDA"
             found[name] = Availability(False, said, "Unset NNXP_BACKEND to let it be tried")
             continue
@@ -174,7 +174,7 @@ def _environment() -> str:
 _NAME = re.compile(r"([a-z]+)(?::(\d+))?")
 
 
-def _device(name: str) -> str:
+def _device_of(name: str) -> str:
     """What the devices of a backend of this name are called, in any spelling; "" for no backend."""
     match = _NAME.fullmatch(name.lower())
     return next((device for own, device, _ in TABLE if match and match[1] in (own, device)), "")

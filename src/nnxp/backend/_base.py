@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape
-from nnxp._errors import BackendUnavailable, OutOfMemory, ShapeError
+from nnxp._errors import BackendUnavailable, DtypeMismatch, OutOfMemory, ShapeError
 from nnxp._exchange import host_rows
 
 if TYPE_CHECKING:
-    from nnxp.backend._lanes import Kept
+    from nnxp.backend._lanes import LanePool
 
 
 class Source(Protocol):
@@ -108,44 +108,62 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One sweep of rows through a function: what an engine asks of a backend.
+    """One sweep of rows through a model: what an engine asks of a backend.
 
-    fn takes rows on the device and answers with as many rows on the device; where host memory is
-    the device's, `fill(rows, out)` writes them where they are wanted. `rows` holds host rows, `out` is a host array to fill, `dtype` what the rows become, and `done` hears how many
-    rows were finished. Several backends may share the `cursor` of one sweep. `kept` is what an
-    engine keeps on its device between sweeps.
+    `forward` takes the inputs on the device and answers the outputs there; where host memory is the
+    device's, `fill(inputs, outputs)` writes them where they are wanted. `rows` are what the inputs
+    are read from, `out` the host arrays to fill, `dtypes` what the inputs become, and `done` hears
+    how many rows were finished. Several backends may share the `cursor` of one sweep. `lanes` are
+    what an engine keeps on its device between sweeps.
     """
 
-    fn: Callable[[Array], Array]
-    fill: Callable[[HostArray, HostArray], None]
-    rows: Source
-    out: HostArray
-    dtype: np.dtype[Any]
+    forward: Callable[[tuple[Array, ...]], tuple[Array, ...]]
+    fill: Callable[[tuple[HostArray, ...], tuple[HostArray, ...]], None]
+    rows: tuple[Source, ...]
+    out: tuple[HostArray, ...]
+    dtypes: tuple[np.dtype[Any], ...]
     plan: Plan
     done: Callable[[int], None]
     cursor: Cursor
-    kept: Kept | None = None
+    lanes: LanePool | None = None
 
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return self.rows[0].shape[0]
 
-    def read(self, rows: slice) -> HostArray:
-        """These rows as a host array of real numbers, whatever holds them."""
-        block = host_rows(self.rows[rows])
-        if block.shape[:1] != (rows.stop - rows.start,):
-            given = f"{len(block)} rows" if block.ndim else "a single number"
-            raise ShapeError(
-                f"x gave {given} for [{rows.start}:{rows.stop}]; its shape says {self.rows.shape}"
-            )
-        return block
+    def read(self, rows: slice) -> tuple[HostArray, ...]:
+        """These rows of every input as host arrays of real numbers, whatever holds them."""
+        return tuple(
+            _block(source, rows, dtype)
+            for source, dtype in zip(self.rows, self.dtypes, strict=True)
+        )
 
-    def travels_as(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        """The type in which rows of this type travel to a device.
+    def results(self, rows: slice) -> tuple[HostArray, ...]:
+        """Where the results of these rows belong."""
+        return tuple(array[rows] for array in self.out)
 
-        Small types travel as they are and are converted where the model is. Types that are wider
-        than the model's are converted on the way.
-        """
-        return self.dtype if dtype.itemsize > self.dtype.itemsize else dtype
+
+def _block(source: Source, rows: slice, dtype: np.dtype[Any]) -> HostArray:
+    block = host_rows(source[rows])
+    if block.shape[:1] != (rows.stop - rows.start,):
+        given = f"{len(block)} rows" if block.ndim else "a single number"
+        raise ShapeError(
+            f"x gave {given} for [{rows.start}:{rows.stop}]; its shape says {source.shape}"
+        )
+    if dtype.kind in "iu" and block.dtype.kind not in "iub":
+        raise DtypeMismatch(
+            f"the model takes whole numbers, but x gave {block.dtype} for "
+            f"[{rows.start}:{rows.stop}]"
+        )
+    return block
+
+
+def travels_as(given: np.dtype[Any], wanted: np.dtype[Any]) -> np.dtype[Any]:
+    """The type in which rows travel to a device where they become `wanted`.
+
+    Small types travel as they are and are converted where the model is. Types that are wider
+    than the model's are converted on the way.
+    """
+    return wanted if given.itemsize > wanted.itemsize else given
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape
-from nnxp.backend._base import Sweep
+from nnxp.backend._base import Sweep, travels_as
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-    from nnxp.backend._blocks import BlockBackend
+    from nnxp.backend._device import DeviceBackend
 
 COPY_BYTES = 1 << 20  # what is worth a thread of its own to be copied by
 COPY_THREADS = 8  # about as many as fill the way to a GPU: one moves some 10 GB/s
@@ -49,36 +49,41 @@ class Pool(Protocol):
 class Lane:
     """Takes one block at a time: in, through the model and out."""
 
-    def __init__(self, backend: BlockBackend) -> None:
+    def __init__(self, backend: DeviceBackend) -> None:
         self._backend = backend
         self.stream = backend.stream()
-        self._staged = self._result = np.empty(0, "uint8")
+        self._buffers: dict[tuple[str, int], HostArray] = {}
         self._busy = False
-        self._under_way: tuple[Sweep, slice, HostArray] | None = None
+        self._under_way: tuple[Sweep, slice, list[HostArray]] | None = None
 
-    def start(self, sweep: Sweep, rows: slice, block: HostArray) -> None:
-        """Send a block on its way: these rows of the sweep."""
+    def start(self, sweep: Sweep, rows: slice, blocks: tuple[HostArray, ...]) -> None:
+        """Send a block of each input on its way: these rows of the sweep."""
         self._busy = True
-        kind = sweep.travels_as(block.dtype)
-        self._staged = self._room(self._staged, block.shape, kind)
-        staged = _view(self._staged, block.shape, kind)
-        copy(staged, block)
+        staged = []
+        for i, (block, wanted) in enumerate(zip(blocks, sweep.dtypes, strict=True)):
+            dtype = travels_as(block.dtype, wanted)
+            staged.append(self._buffer("in", i, block.shape, dtype))
+            copy(staged[-1], block)
+        results = []
         with self.stream:
-            x = self._backend.xp.empty(block.shape, kind)
-            x.set(staged)
-            y = sweep.fn(x)
-            self._result = self._room(self._result, y.shape, y.dtype)
-            result = _view(self._result, y.shape, y.dtype)
-            y.get(out=result, blocking=False)
-        self._under_way = sweep, rows, result
+            arrays = []
+            for host in staged:
+                arrays.append(self._backend.xp.empty(host.shape, host.dtype))
+                arrays[-1].set(host)
+            outputs = sweep.forward(tuple(arrays))
+            for i, y in enumerate(outputs):
+                results.append(self._buffer("out", i, y.shape, y.dtype))
+                y.get(out=results[-1], blocking=False)
+        self._under_way = sweep, rows, results
 
     def finish(self) -> None:
         """Wait for the block under way, if there is one, and deliver its results."""
         under_way = self._under_way
         self.abandon()
         if under_way is not None:
-            sweep, rows, result = under_way
-            copy(sweep.out[rows], result)
+            sweep, rows, results = under_way
+            for into, result in zip(sweep.results(rows), results, strict=True):
+                copy(into, result)
             sweep.done(rows.stop - rows.start)
 
     def abandon(self) -> None:
@@ -88,16 +93,19 @@ class Lane:
             self._busy = False
             self.stream.synchronize()
 
-    def _room(self, buffer: HostArray, shape: Shape, dtype: np.dtype[Any]) -> HostArray:
-        """The buffer, or a larger one if it is too small."""
+    def _buffer(self, way: str, index: int, shape: Shape, dtype: np.dtype[Any]) -> HostArray:
+        """Pinned memory for an array that goes in or out; a larger one if it is too small."""
         size = prod(shape) * dtype.itemsize
-        return buffer if buffer.nbytes >= size else self._backend.pinned(size)
+        buffer = self._buffers.get((way, index))
+        if buffer is None or buffer.nbytes < size:
+            buffer = self._buffers[way, index] = self._backend.pinned(size)
+        return _view(buffer, shape, dtype)
 
 
 class Lanes:
     """The lanes of one sweep at a time, with the device memory that they use."""
 
-    def __init__(self, backend: BlockBackend) -> None:
+    def __init__(self, backend: DeviceBackend) -> None:
         self._backend = backend
         self.pool = backend.pool()
         self._lanes: list[Lane] = []
@@ -108,7 +116,7 @@ class Lanes:
         return self._lanes[:count]
 
 
-class Kept:
+class LanePool:
     """What an engine keeps on a device from one sweep to the next; any number may go on at once."""
 
     def __init__(self) -> None:
@@ -117,7 +125,7 @@ class Kept:
         self._closed = False
 
     @contextmanager
-    def lanes(self, backend: BlockBackend) -> Iterator[Lanes]:
+    def lanes(self, backend: DeviceBackend) -> Iterator[Lanes]:
         """Lanes for one sweep."""
         with self._lock:
             lanes = self._idle.pop() if self._idle else None
@@ -152,60 +160,62 @@ class Kept:
             lanes.pool.release()
 
 
-class Recorded:
+class DeviceRecording:
     """Few rows of one shape and type: the same buffers and the same recorded work at each call.
 
     Work goes to the caller's current stream. Calls may come from any thread and stream; they follow
     each other. The pool is only ever used while recording: afterwards what it holds belongs to what
-    was recorded. `model` is whatever must live as long.
+    was recorded. `forward` keeps alive the parameters that it reads where they lie.
     """
-
-    model: object = None
 
     def __init__(
         self,
-        backend: BlockBackend,
-        fn: Callable[[Array], Array],
+        backend: DeviceBackend,
+        forward: Callable[[tuple[Array, ...]], tuple[Array, ...]],
         shape: Shape,
         dtype: np.dtype[Any],
     ) -> None:
-        self._backend, self._lock = backend, threading.Lock()
+        self._backend, self._lock, self._forward = backend, threading.Lock(), forward
         with backend.current():
             stream, self._pool = backend.stream(), backend.pool()
             backend.wait(stream, backend.mark(backend.current_stream()))
             with stream:
                 self._x = x = backend.xp.zeros(shape, dtype)
 
-                def answer() -> Array:
-                    y = fn(x)
-                    return y if y.flags.c_contiguous else y.copy()
+                def answer() -> tuple[Array, ...]:
+                    outputs = forward((x,))
+                    return tuple(y if y.flags.c_contiguous else y.copy() for y in outputs)
 
-                y = answer()  # what is compiled and tried out takes memory that need not be kept
+                outputs = answer()  # what is compiled and tried out need not be kept
                 with self._pool.use():
                     self._replay = backend.record(answer, stream)
             self._staged = _view(backend.pinned(x.nbytes), shape, dtype)
-            self._result = _view(backend.pinned(y.nbytes), y.shape, y.dtype)
+            self._results = tuple(
+                _view(backend.pinned(y.nbytes), y.shape, y.dtype) for y in outputs
+            )
             self._mark = backend.mark(stream)
         self._last: tuple[int, Stream] = threading.get_ident(), stream
 
-    def host(self, rows: HostArray) -> HostArray:
-        """Host rows in, host results out."""
+    def host(self, rows: HostArray) -> Any:
+        """Host rows in, host results out: an array, or a tuple of several."""
         with self._lock, self._backend.current():
             stream = self._follow()
             self._staged[...] = rows
             self._x.set(self._staged)
-            self._replay().get(out=self._result, blocking=False)
+            for y, result in zip(self._replay(), self._results, strict=True):
+                y.get(out=result, blocking=False)
             stream.synchronize()
-            return self._result.copy()
+            made = tuple(result.copy() for result in self._results)
+        return made if len(made) > 1 else made[0]
 
-    def device(self, rows: Array) -> Array:
+    def device(self, rows: Array) -> Any:
         """Rows on the device in, results on the device out."""
         with self._lock, self._backend.current():
             stream = self._follow()
             self._x[...] = rows
-            y = self._replay().copy()
+            made = tuple(y.copy() for y in self._replay())
             self._mark = self._backend.mark(stream)
-            return y
+        return made if len(made) > 1 else made[0]
 
     def _follow(self) -> Stream:
         """The caller's stream, made to wait for the call before if that was on another one."""

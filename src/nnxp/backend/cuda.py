@@ -17,7 +17,7 @@ import numpy as np
 from nnxp._arrays import Array, HostArray
 from nnxp._errors import BackendUnavailable, DtypeMismatch
 from nnxp.backend._base import Backend, Memory
-from nnxp.backend._blocks import BlockBackend
+from nnxp.backend._device import DeviceBackend
 from nnxp.backend._lanes import Stream
 from nnxp.backend._probe import guard
 from nnxp.backend._probe import probe as availability
@@ -38,7 +38,7 @@ def connect(index: int, why: str) -> Backend:
     return CudaBackend("cupy", f"cuda:{index}", why)
 
 
-class CudaBackend(BlockBackend):
+class CudaBackend(DeviceBackend):
     """CuPy arrays in the memory of one CUDA device."""
 
     guard = guard
@@ -102,7 +102,7 @@ class CudaBackend(BlockBackend):
         memory = self.xp.cuda.PinnedMemoryPointer(self.xp.cuda.PinnedMemory(size), 0)
         return np.frombuffer(memory, "uint8", size)
 
-    def record(self, fn: Callable[[], Array], stream: Any) -> Callable[[], Array]:
+    def record(self, fn: Callable[[], tuple[Array, ...]], stream: Any) -> Callable[[], tuple[Array, ...]]:
         """As a CUDA graph.
 
         Run once more before it is captured, so that all is compiled and the pool holds all the
@@ -118,7 +118,7 @@ class CudaBackend(BlockBackend):
             raise
         graph = stream.end_capture()
 
-        def replay() -> Array:
+        def replay() -> tuple[Array, ...]:
             graph.launch()
             return y
 

@@ -12,7 +12,7 @@ import numpy as np
 import nnxp.sim
 from nnxp._arrays import Array, HostArray
 from nnxp.backend._base import Availability, Backend, ForkGuard, Memory
-from nnxp.backend._blocks import BlockBackend
+from nnxp.backend._device import DeviceBackend
 from nnxp.backend._lanes import Stream
 
 _guard = ForkGuard("a simulated device")
@@ -36,7 +36,7 @@ def connect(index: int, why: str) -> Backend:
     return SimBackend("sim", f"sim:{index}", why)
 
 
-class SimBackend(BlockBackend):
+class SimBackend(DeviceBackend):
     """Host memory that behaves like a GPU's, to test the rules on any machine."""
 
     guard = _guard
@@ -85,7 +85,7 @@ class SimBackend(BlockBackend):
     def pinned(self, size: int) -> HostArray:
         return np.empty(size, "uint8")
 
-    def record(self, fn: Callable[[], Array], stream: Stream) -> Callable[[], Array]:
+    def record(self, fn: Callable[[], tuple[Array, ...]], stream: Stream) -> Callable[[], tuple[Array, ...]]:
         return fn
 
 

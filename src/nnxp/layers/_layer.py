@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from functools import cached_property, wraps
+from functools import cache, cached_property, wraps
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, dataclass_transform
 
 import numpy as np
@@ -24,6 +24,7 @@ from nnxp._errors import (
     OptionError,
     ShapeError,
     UnsupportedFunction,
+    located,
 )
 from nnxp.backend import Backend, get_backend, home_of, to_backend
 from nnxp.program import traced
@@ -200,6 +201,14 @@ class Layer(metaclass=_Assembly):
                     if isinstance(item, Layer):
                         yield f"{name}.{i}", item
 
+    def walk(self, prefix: str = "") -> list[tuple[str, Layer]]:
+        """Every layer below this one by its dotted name, children before their parents."""
+        layers = []
+        for name, child in self.children():
+            layers += child.walk(f"{prefix}{name}.")
+            layers.append((prefix + name, child))
+        return layers
+
     def parameters(self) -> dict[str, Array]:
         """Every array in the model by its dotted name, such as `layers.0.weight`."""
         arrays = {name: value for name, value in self._fields() if is_array(value)}
@@ -288,7 +297,7 @@ class Layer(metaclass=_Assembly):
         dtypes: dict[np.dtype[Any], str] = {}
         exempt = {
             f"{path}.{name}" if path else name
-            for path, layer in [*walk(self), ("", self)]
+            for path, layer in [*self.walk(), ("", self)]
             for name in layer.wide
         }
         for name, value in self.parameters().items():
@@ -327,7 +336,7 @@ class Layer(metaclass=_Assembly):
     def astype(self: L, dtype: object) -> L:
         """The same model with parameters of this type: "float16", "bfloat16", "float32", ..."""
         wanted = float_dtype(dtype)
-        exempt = {id(getattr(each, name)) for _, each in [*walk(self), ("", self)]
+        exempt = {id(getattr(each, name)) for _, each in [*self.walk(), ("", self)]
                   for name in each.wide}  # fmt: skip
 
         def converted(value: Array) -> Array:
@@ -387,15 +396,28 @@ class Layer(metaclass=_Assembly):
         """
         if not shapes or any(len(shape) == 0 for shape in shapes):
             raise ShapeError(f"{self} takes (rows, ...) but got {shapes[0] if shapes else ()}")
-        outlines = list(zip(shapes, self._dtypes(len(shapes)), strict=True))
+        outlines = list(zip(shapes, self.input_dtypes(len(shapes)), strict=True))
         program = self.program(*outlines)
         made = tuple(each.shape for each in program.outline(shapes[0][0]))
         return made if program.several else made[0]
 
-    def _dtypes(self, count: int) -> list[Any]:
-        """The types in which so many inputs are taken."""
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs, as the formula has them: `("x",)`."""
+        return tuple(_inputs_of(type(self)))
+
+    @property
+    def required_inputs(self) -> int:
+        """How many inputs there are at least: those after them may be left out."""
+        return sum(each.default is each.empty for each in _inputs_of(type(self)).values())
+
+    def input_dtypes(self, count: int) -> list[np.dtype[Any]]:
+        """The types in which so many inputs are computed, where the rows do not tell."""
         kinds = [*self.takes, *["float"] * count][:count]
-        return ["int64" if kind == "int" else self.dtype or "float32" for kind in kinds]
+        return [
+            np.dtype("int64") if kind == "int" else self.dtype or np.dtype("float32")
+            for kind in kinds
+        ]
 
     def activations(self, *inputs: Array) -> dict[str, Array]:
         """Every layer's output for these inputs by the layer's name, in the order of their making.
@@ -425,7 +447,7 @@ class Layer(metaclass=_Assembly):
 
     def _takes(self, shape: Shape) -> bool:
         try:
-            self._program((self._outline((shape, self._dtypes(1)[0])),), None)
+            self._program((self._outline((shape, self.input_dtypes(1)[0])),), None)
         except Exception:  # a ShapeError, or whatever a formula says to a shape of other axes
             return False
         return True
@@ -518,25 +540,10 @@ def _locate(error: Exception, layer: Layer) -> None:
     outermost model: `layers.3.inner.layers.0`.
     """
     with suppress(AttributeError):  # an error of someone's own that cannot take it goes on bare
-        origin = error.__dict__.setdefault("_layer", layer)
-        if origin is layer:
-            return
-        path = next((path for path, each in walk(layer) if each is origin), "")
-        if path and isinstance(error, NnxpError):
-            error.layer_path = path
-        elif path:
-            note = f"raised in layer {path} of {layer!r:.200}"
-            old = getattr(error, "__notes__", [])
-            error.__notes__ = [n for n in old if not n.startswith("raised in layer ")] + [note]
-
-
-def walk(model: Layer, prefix: str = "") -> list[tuple[str, Layer]]:
-    """Every layer below the model with its path, children before their parents."""
-    layers = []
-    for name, child in model.children():
-        layers += walk(child, f"{prefix}{name}.")
-        layers.append((prefix + name, child))
-    return layers
+        inner = error.__dict__.get("_layer")
+        if inner is not None and inner is not layer:
+            located(error, next((path for path, each in layer.walk() if each is inner), ""))
+        error.__dict__["_layer"] = layer
 
 
 # tracing
@@ -551,10 +558,10 @@ def _written(model: Layer, outlines: tuple[Outline, ...], rows: int | None) -> P
     """The program of a model, for inputs of these outlines."""
     lift = _once(lambda value, name: traced.lifted(value, name), named=True)
     lifted = model.map_arrays(lift)
-    pairs = zip([*walk(model), ("", model)], [*walk(lifted), ("", lifted)], strict=True)
+    pairs = zip([*model.walk(), ("", model)], [*lifted.walk(), ("", lifted)], strict=True)
     layers = {id(copy): (path, original) for (path, original), (_, copy) in pairs}
     formula = type(model).__call__
-    names = _input_names(model, len(outlines))
+    names = [*model.input_names, *(f"x{i}" for i in range(len(outlines)))][: len(outlines)]
 
     def written(times: int) -> Program:
         values = [
@@ -570,17 +577,18 @@ def _written(model: Layer, outlines: tuple[Outline, ...], rows: int | None) -> P
     return program
 
 
-def _input_names(model: Layer, count: int) -> list[str]:
-    names = list(inspect.signature(type(model).__call__).parameters)[1:]
-    plain = [f"x{i}" for i in range(count)]
-    return names[:count] if len(names) >= count else plain
+@cache
+def _inputs_of(kind: type[Layer]) -> dict[str, inspect.Parameter]:
+    """The inputs of a formula by name, without `self`."""
+    own = list(inspect.signature(kind.__call__).parameters.items())[1:]
+    return {name: each for name, each in own if each.kind is not each.KEYWORD_ONLY}
 
 
 def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     """The formula on arrays without numbers, noted as the layer's; run as Python if it must be."""
     tape = traced.current_tape()
     path, original = tape.layers.get(id(layer), (tape.path, None))
-    outer, mark = tape.path, len(tape.steps)
+    outer, mark, called = tape.path, len(tape.steps), len(tape.calls)
     tape.path = path
     given = tuple(map(traced.value_of, inputs))
     try:
@@ -590,15 +598,16 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
     except (Untraceable, UnsupportedFunction) as error:
         if original is None:
             raise
-        del tape.steps[mark:]
-        made = traced.opaque(original, inputs, _opaque_outline(original, inputs), str(error))
+        del tape.steps[mark:], tape.calls[called:]
+        alone = original._copy(dict(original._fields()))  # without its programs, which have it
+        made = traced.opaque(alone, inputs, _opaque_outline(original, inputs), str(error))
     except NnxpError:
         raise
     except (ValueError, IndexError, TypeError) as error:
         raise ShapeError(_misfit(original or layer, inputs, tape.rows, error)) from error
     finally:
         tape.path = outer
-    tape.calls.append((path, original, given, made))
+    tape.calls.append((path, given, made))
     return made
 
 
@@ -665,11 +674,12 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
     with suppress(Untraceable):  # then the formula itself says what fits
         program = layer.program(*((x.shape, x.dtype) for x in arrays))
         if len(arrays) == 1 and type(arrays[0]) is np.ndarray:
+            layers = dict(layer.walk())
             for call in program.calls:  # what was asked of the children just now
-                if len(call.inputs) == 1 and call.layer is not layer:
+                if len(call.inputs) == 1 and call.path in layers:
                     (value,) = call.inputs
                     if value.shape and value.shape[0] == ROWS:
-                        seen = call.layer.__dict__.setdefault("_taken", set())
+                        seen = layers[call.path].__dict__.setdefault("_taken", set())
                         seen.add((value.dtype, sized(value.shape, 1)[1:]))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nnxp._arrays import Array, Shape, is_array, xp_of
-from nnxp._errors import ShapeError
+from nnxp._errors import ShapeError, located
 from nnxp._library import KINDS, WITH_OUT, compute
 from nnxp.kernels import Kernel
 from nnxp.program.traced import (
@@ -22,6 +22,7 @@ from nnxp.program.traced import (
     Value,
     axes_of,
     counts_rows,
+    current_tape,
     einsum_terms,
     lifted,
     ndarray,
@@ -39,10 +40,9 @@ class Outline(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A layer at work in a program: its path in the model, the layer, what went in and came out."""
+    """A layer at work in a program: its path in the model, what went in and what came out."""
 
     path: str
-    layer: Any
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
 
@@ -84,10 +84,15 @@ class Program:
         for step, reused, ended in zip(self.steps, lives.reused, lives.ended, strict=True):
             given = [_known(each, known) for each in step.inputs]
             now = step if rows is None else scaled(step, rows)
-            if reused is not None:
-                made = compute(xp, step.name, tuple(given), now.options | {"out": known[reused]})
-            else:
-                made = perform(xp, now, given)
+            try:
+                if reused is not None:
+                    options = now.options | {"out": known[reused]}
+                    made = compute(xp, step.name, tuple(given), options)
+                else:
+                    made = perform(xp, now, given)
+            except Exception as error:
+                located(error, step.path)
+                raise
             del given
             known.update(zip(step.outputs, made if step.several else (made,), strict=True))
             for value in ended:
@@ -127,6 +132,15 @@ class Program:
                 shape = _shape_text(value.shape)
                 return f"the model answers {shape} for (rows, ...): not a row for a row"
         return ""
+
+    @cached_property
+    def borrowed(self) -> tuple[bool, ...]:
+        """Of each output, whether it may lie in memory that is somebody's: an input's or constant's.
+
+        What a layer that is run as Python answers may be anybody's. Kernels are to be written out.
+        """
+        made_by = (value.root.step for value in self.outputs)
+        return tuple(step is None or _is_opaque(step) for step in made_by)
 
     @cached_property
     def opaque(self) -> tuple[str, ...]:
@@ -211,9 +225,9 @@ def trace(
 
 
 def _calls(tape: Tape) -> Iterator[Call]:
-    for path, layer, given, made in tape.calls:
+    for path, given, made in tape.calls:
         results = map(value_of, made if isinstance(made, tuple | list) else (made,))
-        yield Call(path, layer, tuple(v for v in given if isinstance(v, Value)), tuple(results))
+        yield Call(path, tuple(v for v in given if isinstance(v, Value)), tuple(results))
 
 
 def _needed(steps: Sequence[Step], outputs: Sequence[Value]) -> tuple[Step, ...]:
@@ -273,7 +287,9 @@ def replay(program: Program, arrays: Sequence[Any], change: Callable[..., Any]) 
     def now(each: Any) -> Any:
         return known[each] if isinstance(each, Value) and each in known else lifted(each)
 
+    tape = current_tape()
     for step in program.steps:
+        tape.path = step.path
         made = change(step, tuple(map(now, step.inputs)))
         several = isinstance(made, tuple | list)
         known.update(zip(step.outputs, made if several else (made,), strict=True))

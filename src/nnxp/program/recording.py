@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray, Shape
-from nnxp._errors import ShapeError
+from nnxp._errors import ShapeError, located
 from nnxp._library import KINDS, WITH_OUT
 from nnxp.program.program import (
     Costs,
@@ -126,17 +126,17 @@ def writes(step: Step) -> bool:
     return isinstance(step.function, str) and step.name in _WRITES
 
 
-def costs(program: Program, given: np.dtype[Any] | None = None) -> Costs:
+def costs(program: Program, given: Sequence[np.dtype[Any]] | None = None) -> Costs:
     """What a program takes of memory and work, counted from the lives of its values.
 
-    `given` is the type of the rows, if they are to be converted first. Beside the products, a byte
+    `given` are the types of the rows, if they are to be converted first. Beside the products, a byte
     that is passed over takes about as long as a multiply-add, so both are work.
     """
     flat = expanded(program)
     layout = Layout(flat, ROWS)
     total = sum(layout.sizes) + layout.anew
-    for value in flat.inputs:
-        if given is not None and given != value.dtype:
+    for value, dtype in zip(flat.inputs, given or [v.dtype for v in flat.inputs], strict=True):
+        if dtype != value.dtype:
             total += prod(value.shape) * value.dtype.itemsize
     passed = sum(prod(v.shape) * v.dtype.itemsize for step in flat.steps for v in step.outputs)
     work = (sum(map(multiply_adds, flat.steps)) + passed) // ROWS
@@ -228,6 +228,22 @@ class Recording:
 
         return call
 
+    def _bound_ufunc(self, fn: np.ufunc, inputs: tuple[Any, ...], out: Value) -> Call:
+        """A ufunc that writes into `out`, by that name: NumPy's maximum takes no third argument."""
+        places = [self._place(each) for each in inputs]
+        moving, into = self._place(out)
+        slots = self._slots
+        if not moving and not any(moves for moves, _ in places):
+            return partial(fn, *(each for _, each in places), out=into)
+
+        def call() -> object:
+            return fn(
+                *[slots[each] if moves else each for moves, each in places],
+                out=slots[into] if moving else into,
+            )
+
+        return call
+
     def _result(self, output: Value, value: Value, number: int, shape: Shape) -> tuple[bool, Any]:
         """Where a value is that lies in the caller's array for `output`."""
         if output is value or sized(output.shape, self.rows) == shape:
@@ -256,10 +272,14 @@ class Recording:
         opaque = not isinstance(step.function, str)
 
         def call() -> None:
-            made = perform(np, step, [slots[each] if moves else each for moves, each in places])
-            results = made if step.several else (made,)
-            if opaque:
-                _as_said(step, results, shapes)
+            try:
+                made = perform(np, step, [slots[each] if moves else each for moves, each in places])
+                results = made if step.several else (made,)
+                if opaque:
+                    _as_said(step, results, shapes)
+            except Exception as error:
+                located(error, step.path)
+                raise
             for number, array in zip(numbers, results, strict=True):
                 slots[number] = array
 
@@ -296,7 +316,7 @@ class Recording:
             calls = []
             for bound, fn in ((low, np.maximum), (high, np.minimum)):
                 if bound is not None:
-                    calls.append(self._bound(fn, (clipped, self._scalar(bound, out), out), {}))
+                    calls.append(self._bound_ufunc(fn, (clipped, self._scalar(bound, out)), out))
                     clipped = out
             return calls
         if name == "matmul" and _flat(inputs):
@@ -304,7 +324,8 @@ class Recording:
         else:
             fn = getattr(np, name)
         if isinstance(fn, np.ufunc) and not options:
-            return [self._bound(fn, (*(self._scalar(each, inputs[0]) for each in inputs), out), {})]
+            scalars = tuple(self._scalar(each, inputs[0]) for each in inputs)
+            return [self._bound_ufunc(fn, scalars, out)]
         return [self._bound(partial(_into, fn, options), (out, *inputs), {})]
 
     def _scalar(self, x: Any, like: Any) -> Any:

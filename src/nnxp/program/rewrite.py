@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,24 @@ def repeated(step: Step, arrays: tuple[Any, ...]) -> Any:
     return again(step, arrays)
 
 
+def with_precision(program: Program, precision: str) -> Program:
+    """The program with products of this precision."""
+
+    def change(step: Step, arrays: tuple[Any, ...]) -> Any:
+        if step.function in (kernels.linear, kernels.matmul):
+            return record(step.function, arrays, step.options | {"precision": precision})
+        return repeated(step, arrays)
+
+    return rewritten(program, change, program.inputs)
+
+
+def rewritten(program: Program, change: Callable[..., Any], inputs: Sequence[Value]) -> Program:
+    """The program with `change(step, arrays)` for each of its steps, for inputs like these."""
+    values = [Value(v.shape, v.dtype, name=v.name) for v in inputs]
+    made = trace(lambda *given: tuple(replay(program, given, change)), *values)
+    return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)
+
+
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
     """The program for rows of a wider type, if the first thing it does is to centre them.
 
@@ -38,6 +57,4 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
         made = repeated(step, arrays)
         return made.astype(narrow) if step is uses[0] else made
 
-    wide = Value(x.shape, np.dtype(dtype), name=x.name)
-    made = trace(lambda *inputs: tuple(replay(program, inputs, change)), wide)
-    return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)
+    return rewritten(program, change, [Value(x.shape, np.dtype(dtype), name=x.name)])

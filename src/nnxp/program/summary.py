@@ -75,18 +75,19 @@ class Summary:
 def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
     """The summary of a layer for inputs of these shapes; ShapeError if such inputs do not fit."""
     output = model.output_shape(*shapes)
-    program = model.program(*zip(shapes, model._dtypes(len(shapes)), strict=True))
+    program = model.program(*zip(shapes, model.input_dtypes(len(shapes)), strict=True))
     rows = shapes[0][0]
     work: dict[str, int] = {}
     for step in program.steps:
         work[step.path] = work.get(step.path, 0) + multiply_adds(step)
-    leaves = [call for call in program.calls if not any(True for _ in call.layer.children())]
+    layers = {**dict(model.walk()), "": model}
+    leaves = [call for call in program.calls if not any(layers[call.path].children())]
     layers = tuple(
         LayerSummary(
             call.path or "output",
-            repr(call.layer),
+            repr(layers[call.path]),
             sized(call.outputs[0].shape, rows),
-            call.layer.parameter_count,
+            layers[call.path].parameter_count,
             work.get(call.path, 0) * rows // ROWS,
         )
         for call in leaves

@@ -35,19 +35,25 @@ class Untraceable(NnxpError, TypeError):
 class Value:
     """What a program computes with: a shape and a type.
 
-    `numbers` is the array of a constant, `name` a parameter's or an input's. `step` made it.
-    `memory` is the value that it may be a view of.
+    `numbers` is the array of a constant, `name` a parameter's or an input's. `maker` refers to the
+    step that made it, weakly, so that a program ends with its last user. `memory` is the value that
+    it may be a view of.
     """
 
     shape: Shape
     dtype: np.dtype[Any]
     numbers: Array | None = None
     name: str = ""
-    step: Step | None = None
+    maker: weakref.ref[Step] | None = None
     memory: Value | None = None
 
     def __repr__(self) -> str:
         return f"<{self.name or 'value'} {self.dtype}{list(self.shape)}>"
+
+    @property
+    def step(self) -> Step | None:
+        """The step that made it; None for an input or a constant."""
+        return None if self.maker is None else self.maker()
 
     @property
     def root(self) -> Value:
@@ -58,7 +64,7 @@ class Value:
         return value
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Step:
     """A function of values: of the dialect, by its name, a kernel, or a layer run as Python.
 
@@ -96,7 +102,7 @@ class Tape:
 
     steps: list[Step] = field(default_factory=list)
     path: str = ""
-    calls: list[tuple[str, Any, tuple[Any, ...], Any]] = field(default_factory=list)
+    calls: list[tuple[str, tuple[Any, ...], Any]] = field(default_factory=list)
     layers: Mapping[int, tuple[str, Any]] = field(default_factory=dict)
     rows: int | None = None
     expands: bool = False
@@ -197,6 +203,9 @@ class ndarray(_library.ndarray):
     def __index__(self) -> int:
         return int(self._number("int"))
 
+    def __array__(self, *args: object, **options: object) -> Any:
+        return np.asarray(self._number("numpy.asarray"))
+
     def item(self) -> Any:
         return self._number("item").item()
 
@@ -252,7 +261,7 @@ def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, A
     views = isinstance(function, str) and function in VIEWS
     memory = inputs[0] if views and _is_view(step, outlines) else None
     step.outputs = tuple(
-        Value(_sound(shape, step), np.dtype(dtype), step=step, memory=memory)
+        Value(_sound(shape, step), np.dtype(dtype), maker=weakref.ref(step), memory=memory)
         for shape, dtype in outlines
     )
     tape = current_tape()
@@ -274,7 +283,9 @@ def opaque(layer: Any, arrays: tuple[Any, ...], outlines: Any, reason: str) -> A
     """A layer that is run as Python for this reason, with results of these outlines: one step."""
     tape = current_tape()
     step = Step(layer, tuple(map(value_of, arrays)), {}, tape.path, reason=reason)
-    step.outputs = tuple(Value(shape, np.dtype(dtype), step=step) for shape, dtype in outlines)
+    step.outputs = tuple(
+        Value(shape, np.dtype(dtype), maker=weakref.ref(step)) for shape, dtype in outlines
+    )
     step.several = len(step.outputs) > 1
     tape.steps.append(step)
     made = tuple(map(ndarray, step.outputs))

@@ -13,7 +13,12 @@ from nnxp.kernels.linear import linear, matmul
 
 @linear.on("cupy")
 def linear_lt(
-    x: Array, weight: Array, bias: Array | None = None, *, activation: Kernel = identity
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: Kernel = identity,
+    precision: str | None = None,
 ) -> Array:
     """y = activation(x @ weight + bias)
 
@@ -22,13 +27,13 @@ def linear_lt(
     apart than o, where that makes the product faster.
     """
     if x.ndim == 2:
-        return product(x, weight, bias, activation)
+        return product(x, weight, bias, activation, precision)
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-    y = product(rows, weight, bias, activation)
+    y = product(rows, weight, bias, activation, precision)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @matmul.on("cupy")
-def matmul_lt(x: Array, weight: Array) -> Array:
+def matmul_lt(x: Array, weight: Array, *, precision: str | None = None) -> Array:
     """y = x @ weight: a linear layer without bias."""
-    return linear_lt(x, weight)
+    return linear_lt(x, weight, precision=precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
+from functools import partial
 
 import cupy
 from cupy.cuda.device import get_device_id
@@ -17,7 +18,6 @@ from nnxp.kernels.cuda.lt.descriptors import PASS, leading, packed
 from nnxp.kernels.cuda.lt.passes import Run, by_cupy, nothing, uncovered
 from nnxp.kernels.cuda.lt.plans import planned, remember
 from nnxp.kernels.cuda.lt.tuning import EPILOGUES
-from nnxp.kernels.linear import precision
 
 MOST_PLANS = 256
 MOST_ROWS, MOST_ELEMENTS, PART = 1 << 20, (1 << 31) - 1, 1 << 28
@@ -26,7 +26,13 @@ plans: dict[Hashable, Run] = {}
 _making = threading.Lock()  # one plan at a time, so that none disturbs the timing of another
 
 
-def product(x: Array, weight: Array, bias: Array | None, activation: Kernel) -> Array:
+def product(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    activation: Kernel,
+    precision: str | None = None,
+) -> Array:
     """y = activation(x @ weight + bias)
 
     x (m, k), weight (k, n), bias (n,) -> y (m, n), on the current stream of the current device.
@@ -45,7 +51,7 @@ def product(x: Array, weight: Array, bias: Array | None, activation: Kernel) -> 
             about_bias = bias.dtype, bias.shape, bias.strides, bias_at.device_id
         key = (
             get_device_id(),
-            precision.get(),
+            precision,
             wish,
             pointers & -pointers,  # the largest power of two, to 256, that divides them all
             x.dtype,
@@ -60,20 +66,34 @@ def product(x: Array, weight: Array, bias: Array | None, activation: Kernel) -> 
         )
     except AttributeError:  # an array of the host among them: CuPy says so
         return uncovered(x, weight, bias, activation)
-    plan = plans.get(key) or _plan(key, wish, x, weight, bias, activation)
+    plan = plans.get(key) or _plan(key, wish, x, weight, bias, activation, precision)
     return plan(x, weight, bias, activation)
 
 
 def _plan(
-    key: Hashable, wish: int, x: Array, weight: Array, bias: Array | None, activation: Kernel
+    key: Hashable,
+    wish: int,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    activation: Kernel,
+    precision: str | None,
 ) -> Run:
     with _making:
         if key not in plans:
-            remember(plans, key, _way(wish, x, weight, bias, activation), MOST_PLANS)
+            way = _way(wish, x, weight, bias, activation, precision)
+            remember(plans, key, way, MOST_PLANS)
         return plans[key]
 
 
-def _way(wish: int, x: Array, weight: Array, bias: Array | None, activation: Kernel) -> Run:
+def _way(
+    wish: int,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    activation: Kernel,
+    precision: str | None,
+) -> Run:
     """The way to do such a product; the wish is the epilogue that would leave nothing to do."""
     given = [each for each in (x, weight, bias) if each is not None]
     dtype, device = x.dtype, get_device_id()
@@ -92,13 +112,15 @@ def _way(wish: int, x: Array, weight: Array, bias: Array | None, activation: Ker
         return by_cupy
     ldx, ldw = leading(x), leading(weight) or leading(weight.T)
     if ldx is None or ldw is None or (bias is not None and not packed(bias)):
-        return _with_copies
+        return partial(_with_copies, precision=precision)
     if rows > 1 and (rows > MOST_ROWS or rows * max(ldx, cols) > MOST_ELEMENTS):
-        return _in_parts
-    return planned(lt, wish, x, weight, bias, activation)
+        return partial(_in_parts, precision=precision)
+    return planned(lt, wish, x, weight, bias, activation, precision)
 
 
-def _with_copies(x: Array, weight: Array, bias: Array | None, activation: Kernel) -> Array:
+def _with_copies(
+    x: Array, weight: Array, bias: Array | None, activation: Kernel, precision: str | None
+) -> Array:
     """For rows with gaps between neighbours, or in reverse: those arrays are copied first."""
     if leading(x) is None:
         x = cupy.ascontiguousarray(x)
@@ -106,15 +128,17 @@ def _with_copies(x: Array, weight: Array, bias: Array | None, activation: Kernel
         weight = cupy.ascontiguousarray(weight)
     if bias is not None and not packed(bias):
         bias = cupy.ascontiguousarray(bias)
-    return product(x, weight, bias, activation)
+    return product(x, weight, bias, activation, precision)
 
 
-def _in_parts(x: Array, weight: Array, bias: Array | None, activation: Kernel) -> Array:
+def _in_parts(
+    x: Array, weight: Array, bias: Array | None, activation: Kernel, precision: str | None
+) -> Array:
     """For more than cuBLASLt counts in 32 bits: a gigabyte or so of rows at a time."""
     rows, cols = x.shape[0], weight.shape[1]
     y = cupy.empty((rows, cols), x.dtype)
     step = min(MOST_ROWS, max(1, PART // max(x.strides[0] // x.itemsize, cols)))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        cupy.copyto(y[part], product(x[part], weight, bias, activation))
+        cupy.copyto(y[part], product(x[part], weight, bias, activation, precision))
     return y

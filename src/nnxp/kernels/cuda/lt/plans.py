@@ -16,7 +16,6 @@ from nnxp.kernels.cuda.lt.bindings import COMPUTE_FLOAT32, COMPUTE_TF32, DEFAULT
 from nnxp.kernels.cuda.lt.descriptors import PASS, Algorithm, Form, Product, leading
 from nnxp.kernels.cuda.lt.passes import Run, by_cupy, rest
 from nnxp.kernels.cuda.lt.tuning import Choice, chosen
-from nnxp.kernels.linear import precision
 
 TIMED_ROWS = 8192  # more make no difference to which algorithm is best, and take longer to time
 PAD_FROM_ROWS = 1024
@@ -56,7 +55,13 @@ def widened(weight: Array, cols: int) -> Array:
 
 
 def planned(
-    lt: Any, wish: int, x: Array, weight: Array, bias: Array | None, activation: Kernel
+    lt: Any,
+    wish: int,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    activation: Kernel,
+    precision: str | None,
 ) -> Run:
     """The plan for such a product: by what was chosen for its form, or is chosen now."""
     ldx, ldw = leading(x) or 0, leading(weight)
@@ -74,7 +79,7 @@ def planned(
         pointers |= weight.data.ptr
     if wish > DEFAULT and bias is not None:
         pointers |= bias.data.ptr
-    tf32 = precision.get() == "tf32" and x.dtype == np.float32
+    tf32 = precision == "tf32" and x.dtype == np.float32
     form = Form(
         device=get_device_id(),
         dtype=x.dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 from nnxp._arrays import Array, HostArray, Shape
 from nnxp._errors import OutOfMemory
 from nnxp.backend._base import Backend, Budget, ForkGuard, Plan, Sweep, rows_within
-from nnxp.backend._lanes import Kept, Lane, Lanes, Pool, Stream
+from nnxp.backend._lanes import Lane, LanePool, Lanes, Pool, Stream
 
 LANES = 3  # one travels in, one computes, one travels out
 BLOCK_ROWS = 4096, 16384  # at least, where there are so many; at most
@@ -30,7 +30,7 @@ MARGIN = 0.8  # of the free memory: allocators round up, and others use the devi
 _FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 
 
-class BlockBackend(Backend):
+class DeviceBackend(Backend):
     """A device that takes blocks of rows: one copy in, one copy out for each."""
 
     guard: ForkGuard
@@ -69,7 +69,9 @@ class BlockBackend(Backend):
         """So many bytes of host memory, to and from which copies need not be waited for."""
 
     @abstractmethod
-    def record(self, fn: Callable[[], Array], stream: Stream) -> Callable[[], Array]:
+    def record(
+        self, fn: Callable[[], tuple[Array, ...]], stream: Stream
+    ) -> Callable[[], tuple[Array, ...]]:
         """fn(), to be repeated on the current stream at less cost than by calling it."""
 
     def plan(self, rows: int, budget: Budget) -> Plan:
@@ -95,8 +97,8 @@ class BlockBackend(Backend):
         block = sweep.plan.rows
         with ExitStack() as stack:
             stack.enter_context(self.current())
-            kept = sweep.kept or stack.enter_context(closing(Kept()))
-            lanes = stack.enter_context(kept.lanes(self))
+            pool = sweep.lanes or stack.enter_context(closing(LanePool()))
+            lanes = stack.enter_context(pool.lanes(self))
             stack.enter_context(lanes.pool.use())
             turns = deque(lanes.first(sweep.plan.workers))
             stack.callback(_abandon, turns)
@@ -132,35 +134,41 @@ class BlockBackend(Backend):
 
     def through(
         self,
-        fn: Callable[[Array], Array],
-        x: Array,
-        out: Array | None,
-        shape: Shape,
-        dtype: np.dtype[Any],
+        forward: Callable[[tuple[Array, ...]], tuple[Array, ...]],
+        inputs: tuple[Array, ...],
+        out: tuple[Array, ...] | None,
+        outlines: Sequence[tuple[Shape, np.dtype[Any]]],
         plan: Plan,
-        kept: Kept,
-    ) -> Array:
-        """fn of rows that are on this device already, block by block, on the current stream.
+        pool: LanePool,
+        borrowed: Sequence[bool],
+    ) -> tuple[Array, ...]:
+        """Rows that are on this device already, block by block, on the current stream.
 
-        The result is `out`, or a new array of this shape and type.
+        The results are `out`, or new arrays of these outlines. `borrowed` says of each result of
+        forward whether it may be somebody's memory, and is to be copied.
         """
-        block, start = min(len(x), plan.rows * plan.workers), 0  # nothing is under way beside it
+        count = len(inputs[0])
+        block, start = min(count, plan.rows * plan.workers), 0  # nothing is under way beside it
         made: list[Array] = []
-        if out is None and block == len(x):
-            if _fits(lambda: made.append(fn(x))):
-                return made.pop()
-            kept.release()
+        if out is None and block == count:
+            if _fits(lambda: made.extend(forward(inputs))):
+                return tuple(
+                    y.copy() if others else y for y, others in zip(made, borrowed, strict=True)
+                )
+            made.clear()
+            pool.release()
         if out is None:
-            if not _fits(lambda: made.append(self.xp.empty(shape, dtype))):
-                size = prod(shape) * dtype.itemsize
-                raise OutOfMemory(f"{self.device} has no memory for the result, {size:,} bytes")
-            out = made.pop()
-        while start < len(x):
-            part = slice(start, min(start + block, len(x)))
-            if _fits(partial(_fill, out, part, fn, x)):
+            for shape, dtype in outlines:
+                if not _fits(lambda s=shape, d=dtype: made.append(self.xp.empty(s, d))):
+                    size = prod(shape) * dtype.itemsize
+                    raise OutOfMemory(f"{self.device} has no memory for the result, {size:,} bytes")
+            out = tuple(made)
+        while start < count:
+            part = slice(start, min(start + block, count))
+            if _fits(partial(_fill, out, part, forward, inputs)):
                 start = part.stop
             else:
-                kept.release()
+                pool.release()
                 block = self._half(block)
         return out
 
@@ -187,8 +195,15 @@ def _fits(work: Callable[[], object]) -> bool:
     return True
 
 
-def _fill(out: Array, rows: slice, fn: Callable[[Array], Array], x: Array) -> None:
-    out[rows] = fn(x[rows])
+def _fill(
+    out: tuple[Array, ...],
+    rows: slice,
+    forward: Callable[[tuple[Array, ...]], tuple[Array, ...]],
+    inputs: tuple[Array, ...],
+) -> None:
+    results = forward(tuple(x[rows] for x in inputs))
+    for into, result in zip(out, results, strict=True):
+        into[rows] = result
 
 
 def _each(room: Budget, lanes: int) -> int:
