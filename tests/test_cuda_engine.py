@@ -112,7 +112,7 @@ def test_few_rows_replay_a_graph(gpu, rows, dtype, head):
         y = engine(x)
         check(y, net, x)
         assert y.tobytes() == expected.tobytes()
-    assert len(engine._places[0].recorded) == 1
+    assert len(engine._replicas[0].recorded) == 1
     gpu.done.clear()
     answers = [(engine(x), engine(put(x)).get()) for x in batches]
     for made, expected in zip(answers, eager, strict=True):
@@ -187,7 +187,7 @@ def test_a_device_that_is_full_gets_smaller_blocks(gpu, room):
     there = put(x)
     gpu.room = room
     check(engine(x), net, x)
-    assert engine._places[0].known[16,].most_rows < 1024
+    assert only(engine._replicas[0]._prepared).most_rows < 1024
     gpu.room = room + 2500 * 40
     check(engine(there), net, x)
     gpu.room = -(1 << 30)

@@ -23,6 +23,7 @@ from nnxp.backend._device import BLOCK_ROWS, DeviceBackend
 from nnxp.backend._lanes import DeviceRecording, LanePool
 from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer
+from nnxp.program.mixing import mixing
 from nnxp.program.program import Costs, Outline, Program
 from nnxp.program.recording import Recording, costs, expanded
 from nnxp.program.rewrite import in_their_own_type, with_precision
@@ -141,7 +142,7 @@ class Engine:
         sources = tuple(map(source_of, inputs))
         rows = _row_count(self.model, sources)
         kinds = tuple(map(partial(_kind, self.model), range(len(sources)), sources))
-        prepared = self._first().prepared(kinds)
+        prepared = self._first().prepared(kinds, rows)
         results = _results(out, rows, prepared, sources)
         if rows:
             self._sweep(sources, results, kinds, progress)
@@ -179,10 +180,10 @@ class Engine:
 
     def _remember(self, x: HostArray, prepared: Prepared) -> None:
         """Make the next call with such rows a short one, if they are few enough for one tile."""
-        replica = self._first()
-        budget = self._budget(replica, prepared)
-        if self.memory_limit is None and len(x) <= replica.backend.plan(len(x), budget).rows:
-            replica.remember(x, prepared)
+        for replica in self._replicas[:1]:  # none, if it was closed meanwhile
+            budget = self._budget(replica, prepared)
+            if self.memory_limit is None and len(x) <= replica.backend.plan(len(x), budget).rows:
+                replica.remember(x, prepared)
 
     def _at_home(self, inputs: tuple[Any, ...]) -> tuple[Replica | None, tuple[Array, ...]]:
         """The replica where all inputs are already, and they as arrays of ours; None for the host.
@@ -236,7 +237,7 @@ class Engine:
                 raise DtypeMismatch(f"rows are real numbers, but x is {array.dtype}")
         rows = _row_count(replica.model, arrays)
         prepared = replica.prepared(
-            tuple(map(partial(_kind, replica.model), range(len(arrays)), arrays))
+            tuple(map(partial(_kind, replica.model), range(len(arrays)), arrays)), rows
         )
         outlines = prepared.program.outline(rows)
         outs = _device_results(out, outlines, prepared, backend)
@@ -350,28 +351,24 @@ class Replica:
         self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
 
-    def prepared(self, kinds: tuple[Kind, ...]) -> Prepared:
-        """The program for such rows.
+    def prepared(self, kinds: tuple[Kind, ...], rows: int = 1) -> Prepared:
+        """The program for such rows; so many of them, for what errors say.
 
         Raises ShapeError for rows that do not fit, and for a model that mixes rows.
         """
         prepared = self._prepared.get(kinds)
         if prepared is None:
-            prepared = Prepared(self._program(kinds), kinds, self.backend, self.sparing)
+            prepared = Prepared(self._program(kinds, rows), kinds, self.backend, self.sparing)
             if len(self._prepared) >= MOST_KINDS:
                 self._prepared.clear()
             self._prepared[kinds] = prepared
         return prepared
 
-    def _program(self, kinds: tuple[Kind, ...]) -> Program:
+    def _program(self, kinds: tuple[Kind, ...], rows: int) -> Program:
         try:
-            program = self.model.program(*(((1, *kind.row), kind.dtype) for kind in kinds))
+            program = self.model.program(*(((rows, *kind.row), kind.dtype) for kind in kinds))
         except Untraceable as error:
             raise ShapeError(f"{self.model!r:.200} does not go through an engine: {error}") from None
-        if program.mixing:
-            raise ShapeError(
-                f"an engine takes rows in blocks, but {program.mixing}; call the model on all of them"
-            )
         first = kinds[0]
         wider = first.travels.itemsize > first.dtype.itemsize and is_floating(first.travels)
         if wider and len(kinds) == 1:
@@ -425,6 +422,10 @@ class Prepared:
         self, program: Program, kinds: tuple[Kind, ...], backend: Backend, sparing: bool
     ) -> None:
         written_out = expanded(program)
+        if mixed := mixing(written_out):
+            raise ShapeError(
+                f"an engine takes rows in blocks, but {mixed}; call the model on all of them"
+            )
         self.program = program if backend.name == "cupy" else written_out  # CUDA fuses kernels
         self.borrowed = written_out.borrowed
         self.outputs = tuple(

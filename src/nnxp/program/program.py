@@ -90,6 +90,8 @@ class Program:
                     made = compute(xp, step.name, tuple(given), options)
                 else:
                     made = perform(xp, now, given)
+                    if _is_opaque(step):
+                        as_said(step, made, rows)
             except Exception as error:
                 located(error, step.path)
                 raise
@@ -122,18 +124,6 @@ class Program:
         return sum(map(multiply_adds, self.steps)) // ROWS
 
     @cached_property
-    def mixing(self) -> str:
-        """What mixes rows, in words; empty if each row is treated on its own."""
-        for step in self.steps:
-            if _mixes(step):
-                return f"{step.path or 'the model'} mixes rows: {step.name} along the rows"
-        for value in self.outputs:
-            if not value.shape or value.shape[0] != ROWS:
-                shape = _shape_text(value.shape)
-                return f"the model answers {shape} for (rows, ...): not a row for a row"
-        return ""
-
-    @cached_property
     def borrowed(self) -> tuple[bool, ...]:
         """Of each output, whether it may lie in memory that is somebody's: an input's or constant's.
 
@@ -153,12 +143,12 @@ class Program:
             names[value] = value.name or f"x{i}"
         for i, value in enumerate(v for step in self.steps for v in step.outputs):
             names[value] = f"v{i}"
-        lines = [f"{names[v]}: {v.dtype}{_shape_text(v.shape)}" for v in self.inputs]
+        lines = [f"{names[v]}: {v.dtype}{shape_text(v.shape)}" for v in self.inputs]
         for step in self.steps:
             inputs = [_said(each, names) for each in step.inputs]
             options = [f"{name}={_option(v)}" for name, v in step.options.items()]
             made = ", ".join(names[value] for value in step.outputs)
-            shape = ", ".join(_shape_text(value.shape) for value in step.outputs)
+            shape = ", ".join(shape_text(value.shape) for value in step.outputs)
             text = f"{made} = {step.name}({', '.join(inputs + options)})"
             lines.append(f"{text:<60}  # {shape} {step.path}".rstrip())
         return "\n".join([*lines, "return " + ", ".join(_said(v, names) for v in self.outputs)])
@@ -348,33 +338,15 @@ def multiply_adds(step: Step) -> int:
     return 0
 
 
-def _mixes(step: Step) -> bool:
-    """Whether a step's results for one row may depend on another."""
-    kind, values = KINDS.get(step.name), step.values
-    if not isinstance(step.function, str) or not values:
-        return False
-    options, shape = step.options, values[0].shape
-    along: tuple[int, ...] = ()
-    if kind in ("reduction", "scan") or step.name in ("flip", "roll", "diff"):
-        default = -1 if kind == "scan" and not step.name.startswith("cum") else None
-        axis = options.get("axis", -1 if step.name == "diff" else default)
-        along = axes_of(axis, len(shape))
-    elif step.name in ("take", "take_along_axis", "concatenate"):
-        axis = options.get("axis", None if step.name == "take" else 0)
-        ids = values[1] if step.name == "take" and len(values) > 1 else None
-        if step.name == "concatenate" and any(counts_rows(v.shape[axis]) for v in values):
-            return True
-        along = () if step.name == "concatenate" else axes_of(axis, len(shape))
-        if ids is not None and values[0].numbers is not None:
-            return False
-    elif step.name in ("matmul", "dot"):
-        along = (len(shape) - 1,)
-    elif step.name == "einsum":
-        terms, result = einsum_terms(options["subscripts"], [len(v.shape) for v in values])
-        return any(counts_rows(n) and c not in result
-                   for t, v in zip(terms, values, strict=True)
-                   for c, n in zip(t, v.shape, strict=True))  # fmt: skip
-    return any(counts_rows(shape[axis]) for axis in along)
+def as_said(step: Step, made: Any, rows: int | None) -> None:
+    """Raise ShapeError unless a layer that was run as Python has answered as it was taken to."""
+    for value, array in zip(step.outputs, made if step.several else (made,), strict=True):
+        shape = value.shape if rows is None else sized(value.shape, rows)
+        if getattr(array, "shape", None) != shape:
+            raise ShapeError(
+                f"{step.function!r:.200} answers {getattr(array, 'shape', array)} where its "
+                f"output_shape says {shape}"
+            )
 
 
 def _is_opaque(step: Step) -> bool:
@@ -384,7 +356,7 @@ def _is_opaque(step: Step) -> bool:
 # words
 
 
-def _shape_text(shape: Shape) -> str:
+def shape_text(shape: Shape) -> str:
     def size(n: int) -> str:
         if not counts_rows(n):
             return str(n)
@@ -398,7 +370,7 @@ def _said(x: Any, names: Mapping[Value, str]) -> str:
         return f"{x!r:.40}"
     if x in names:
         return names[x]
-    return x.name or f"{x.dtype}{_shape_text(x.shape)}"
+    return x.name or f"{x.dtype}{shape_text(x.shape)}"
 
 
 def _option(value: Any) -> str:

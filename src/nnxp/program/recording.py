@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray, Shape
-from nnxp._errors import ShapeError, located
+from nnxp._errors import located
 from nnxp._library import KINDS, WITH_OUT
 from nnxp.program.program import (
     Costs,
     Program,
+    as_said,
     multiply_adds,
     replay,
     scaled,
@@ -268,7 +269,7 @@ class Recording:
                 self._places[value] = False, array
             return
         numbers = [self._slot(value) for value in step.outputs]
-        slots, shapes = self._slots, [sized(v.shape, self.rows) for v in step.outputs]
+        slots, rows = self._slots, self.rows
         opaque = not isinstance(step.function, str)
 
         def call() -> None:
@@ -276,7 +277,7 @@ class Recording:
                 made = perform(np, step, [slots[each] if moves else each for moves, each in places])
                 results = made if step.several else (made,)
                 if opaque:
-                    _as_said(step, results, shapes)
+                    as_said(step, made, rows)
             except Exception as error:
                 located(error, step.path)
                 raise
@@ -373,12 +374,3 @@ def _in_order(value: Value) -> Value:
     while value.memory is not None and value.step is not None and value.step.name in _SAME_ORDER:
         value = value.memory
     return value
-
-
-def _as_said(step: Step, results: Sequence[Any], shapes: Sequence[Shape]) -> None:
-    for array, shape in zip(results, shapes, strict=True):
-        if getattr(array, "shape", None) != shape:
-            raise ShapeError(
-                f"{step.function!r:.200} answers {getattr(array, 'shape', array)} where its "
-                f"output_shape says {shape}"
-            )

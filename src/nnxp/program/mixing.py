@@ -1,0 +1,132 @@
+"""Does a program treat each row on its own? Only then can rows go through it in blocks."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from nnxp._arrays import Shape
+from nnxp._library import KINDS
+from nnxp.program.program import Program, shape_text
+from nnxp.program.traced import ROWS, Step, axes_of, counts_rows, einsum_terms
+
+
+def mixing(program: Program) -> str:
+    """What mixes rows, in words; empty if each row is treated on its own.
+
+    Kernels are to be written out: inside of one nobody looks.
+    """
+    for step in program.steps:
+        if isinstance(step.function, str) and _mixes(step):
+            return f"{step.path or 'the model'} mixes rows: {step.name} along the rows"
+    for value in program.outputs:
+        if not value.shape or value.shape[0] != ROWS:
+            shape = shape_text(value.shape)
+            return f"the model answers {shape} for (rows, ...): not a row for a row"
+    return ""
+
+
+def _mixes(step: Step) -> bool:
+    """Whether a step's results for one row may depend on another row, or on which row it is."""
+    if any(_rows_squared(value.shape) for value in step.outputs):
+        return True  # every row meets every other one
+    if not step.values:
+        return step.name == "arange" and counts_rows(prod(step.outputs[0].shape))
+    rule = _RULES.get(step.name) or _RULES.get(KINDS[step.name])
+    return rule is not None and bool(rule(step))
+
+
+def _rows_squared(shape: Shape) -> bool:
+    axes = [size for size in shape if counts_rows(size)]
+    return len(axes) > 1 or any(size // ROWS % ROWS == 0 for size in axes)
+
+
+def _along(default: Any) -> Any:
+    """The rule for a function along its `axis=`, or along this one."""
+
+    def rule(step: Step) -> bool:
+        shape = step.values[0].shape
+        axes = axes_of(step.options.get("axis", default), len(shape))
+        return any(counts_rows(shape[axis]) for axis in axes)
+
+    return rule
+
+
+def _picked(step: Step) -> bool:
+    """Whether an index or an assignment tells one row from another."""
+    shape, key = list(step.values[0].shape), step.options["key"]
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if not any(each is Ellipsis for each in keys):
+        keys.append(Ellipsis)
+    used = sum(each is not None and each is not Ellipsis for each in keys)
+    at = next(i for i, each in enumerate(keys) if each is Ellipsis)
+    keys[at : at + 1] = [slice(None)] * (len(shape) - used)
+    sizes = iter(shape)
+    for each in keys:
+        if each is not None and counts_rows(size := next(sizes)):
+            whole = isinstance(each, slice) and each.indices(size) == (0, size, 1)
+            if not whole:
+                return True
+    return False
+
+
+def _joined(step: Step) -> bool:
+    axis = step.options.get("axis", 0)
+    return any(counts_rows(value.shape[axis]) for value in step.values)
+
+
+def _taken(step: Step) -> bool:
+    """Rows may pick from a constant table, but nobody may pick rows."""
+    return step.values[0].numbers is None and _along(None)(step)
+
+
+def _summed_out(step: Step) -> bool:
+    parts = step.values
+    terms, result = einsum_terms(step.options["subscripts"], [len(v.shape) for v in parts])
+    return any(
+        counts_rows(size) and letter not in result
+        for letters, part in zip(terms, parts, strict=True)
+        for letter, size in zip(letters, part.shape, strict=True)
+    )
+
+
+def _contracted(step: Step) -> bool:
+    a, b = step.values
+    axes = step.options.get("axes", 2)
+    left = axes[0] if isinstance(axes, tuple | list) else range(len(a.shape) - axes, len(a.shape))
+    left = left if isinstance(left, tuple | list | range) else [left]
+    return any(counts_rows(a.shape[axis]) for axis in left)
+
+
+def _reshaped(step: Step) -> bool:
+    """Whether what lies before the rows changes: rows would then be cut or joined elsewhere."""
+
+    def before(shape: Shape) -> int | None:
+        at = next((i for i, size in enumerate(shape) if counts_rows(size)), None)
+        return None if at is None else prod(shape[:at])
+
+    return before(step.values[0].shape) != before(step.outputs[0].shape)
+
+
+def _tiled(step: Step) -> bool:
+    """Whether the rows themselves are repeated as a whole."""
+    before, after = step.values[0].shape, step.outputs[0].shape
+    pairs = zip(reversed(before), reversed(after), strict=False)
+    return any(counts_rows(a) and a != b for a, b in pairs)
+
+
+def _triangle(step: Step) -> bool:
+    return any(map(counts_rows, step.values[0].shape[-2:]))
+
+
+_RULES = {
+    "reduction": _along(None), "sort": _along(-1), "argsort": _along(-1),
+    "cumsum": _along(None), "cumprod": _along(None), "flip": _along(None), "roll": _along(None),
+    "diff": _along(-1), "take_along_axis": _along(None), "take": _taken,
+    "getitem": _picked, "assign": _picked, "concatenate": _joined,
+    "matmul": lambda step: counts_rows(step.values[0].shape[-1]),
+    "dot": lambda step: counts_rows(step.values[0].shape[-1]),
+    "einsum": _summed_out, "tensordot": _contracted, "reshape": _reshaped, "tile": _tiled,
+    "tril": _triangle, "triu": _triangle, "diagonal": _triangle,
+    "sliding_window_view": lambda step: step.values[0].shape[0] != step.outputs[0].shape[0],
+}  # fmt: skip
