@@ -322,11 +322,12 @@ class Nd(cupy.ndarray):
     def copy(self):
         return compute("copy", lambda x: x, Nd(self.shape, self.dtype), self)
 
-    def __add__(self, other):
-        return compute("add", np.add, Nd(self.shape, self.dtype), self, other)
-
     def __setitem__(self, key, value):
         compute("copy", lambda x: x, self[key], value)
+
+
+def add(x, y, out=None):
+    return compute("add", np.add, Nd(x.shape, x.dtype) if out is None else out, x, y)
 
 
 def filled(shape, value, dtype):
@@ -389,7 +390,7 @@ def pretended_gpu(request, libraries, monkeypatch):  # noqa: F811
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(where, name, stand_in)
 
-    patch(cupy, empty=Nd, full=filled, copyto=copyto, get_default_memory_pool=lambda: pool)
+    patch(cupy, add=add, empty=Nd, full=filled, copyto=copyto, get_default_memory_pool=lambda: pool)
     patch(cupy, zeros=lambda shape, dtype: filled(shape, 0, dtype), asnumpy=Nd.get)
     patch(
         cupy,

@@ -14,7 +14,6 @@ import gc
 import inspect
 import threading
 import time
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +22,6 @@ import pytest
 from conftest import draw
 from nnxp import kernels
 from nnxp._arrays import float_dtype
-from nnxp.kernels.linear import precision
 from nnxp.testing import LIMIT, error_bound
 from nnxp.testing.parity import compare
 
@@ -309,15 +307,6 @@ def lab(monkeypatch):
     return made
 
 
-@contextmanager
-def tf32():
-    token = precision.set("tf32")
-    try:
-        yield
-    finally:
-        precision.reset(token)
-
-
 def whole(shape, dtype, seed):
     """Small whole numbers: their products and sums are exact in every type."""
     return np.random.default_rng(seed).integers(-3, 4, shape).astype(float_dtype(dtype))
@@ -370,10 +359,10 @@ def right(x, weight, bias, activation):
     return activation.reference(y.astype("f4")).astype(x.dtype)
 
 
-def check(x, weight, bias, activation):
+def check(x, weight, bias, activation, precision=None):
     arrays = [each for each in (x, weight, bias) if each is not None]
     before = [host(each).tobytes() for each in arrays]
-    y = kernels.linear(x, weight, bias, activation=activation)
+    y = kernels.linear(x, weight, bias, activation=activation, precision=precision)
     assert [host(each).tobytes() for each in arrays] == before
     assert y.dtype == x.dtype
     wanted = right(x, weight, bias, activation)
@@ -494,19 +483,13 @@ def test_what_gains_nothing_is_not_padded(lab, m, k, n):
 
 
 def test_float32_is_float32_unless_tf32_is_asked_for(lab):
-    def compute(dtype):
+    def compute(dtype, precision=None):
         x, weight = lab.memory.put(whole((4, 8), dtype, 0)), lab.memory.put(whole((8, 8), dtype, 1))
-        check(x, weight, None, kernels.identity)
+        check(x, weight, None, kernels.identity, precision=precision)
         return lab.lt.calls[-1].compute
 
     assert [compute(each) for each in DTYPES] == [68, 68, 68]
-    with tf32():
-        assert [compute(each) for each in DTYPES] == [77, 68, 68]
-        seen = []
-        thread = threading.Thread(target=lambda: seen.append(compute("float32")))
-        thread.start()
-        thread.join()
-        assert seen == [68]
+    assert [compute(each, "tf32") for each in DTYPES] == [77, 68, 68]
     assert compute("float32") == 68
 
 
@@ -779,8 +762,7 @@ def without_nvmath(monkeypatch):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_without_nvmath_cupy_multiplies(lab, activation, without_nvmath):
-    with tf32():
-        check(*arrays(lab), activation)
+    check(*arrays(lab), activation, precision="tf32")
     for dtype in DTYPES:
         check(*arrays(lab, dtype=dtype)[:2], None, kernels.identity)
     assert lab.products == 4

@@ -176,11 +176,11 @@ def test_a_fault_of_the_sweep_is_caught_on_the_backend_that_has_it(monkeypatch, 
 
     def wrong(self, sweep):
         if "off by one" in fault:
-            budget = replace(sweep.budget, most_rows=1000)
-            return right(self, replace(sweep, rows=Shifted(sweep.rows), budget=budget))
-        kept = sweep.out[-10:].copy()
+            plan = replace(sweep.plan, rows=1000)
+            return right(self, replace(sweep, rows=(Shifted(sweep.rows[0]),), plan=plan))
+        kept = sweep.out[0][-10:].copy()
         rows = right(self, sweep)
-        sweep.out[-10:] = kept
+        sweep.out[0][-10:] = kept
         return rows
 
     assert parity_report(net, x, backends=["numpy", "sim"]).ok
@@ -189,6 +189,7 @@ def test_a_fault_of_the_sweep_is_caught_on_the_backend_that_has_it(monkeypatch, 
     failed = [each for each in report.checks if not each.ok]
     assert [each.name for each in failed] == ["engine"]
     assert failed[0].backend == nnxp.get_backend(backend).device
+    assert "elements are off" in failed[0].problem
 
 
 def test_inputs_rounded_to_tf32_are_seen_on_zero_mean_data():

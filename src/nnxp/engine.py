@@ -133,7 +133,7 @@ class Engine:
             answer = self._replicas[0].ready.get((x.dtype, x.shape))
             if answer is not None:
                 return answer(x)
-        inputs = _inputs(self.model, x)
+        inputs = inputs_of(self.model, x)
         replica, arrays = self._at_home(inputs)
         if replica is not None:
             in_kind = _in_kind(inputs[0])
@@ -496,7 +496,7 @@ def _costs(
     return Costs(counted.row_bytes + own, counted.fixed_bytes, counted.row_work)
 
 
-def _inputs(model: Layer, x: Any) -> tuple[Any, ...]:
+def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
     """The inputs in the order of the formula: of one array, a tuple, or a dict by name."""
     names, required = model.input_names, model.required_inputs
     if isinstance(x, Mapping) and set(x) <= set(names):

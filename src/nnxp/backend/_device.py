@@ -152,8 +152,9 @@ class DeviceBackend(Backend):
         made: list[Array] = []
         if out is None and block == count:
             if _fits(lambda: made.extend(forward(inputs))):
-                return tuple(
-                    y.copy() if others else y for y, others in zip(made, borrowed, strict=True)
+                return tuple(  # a product's rows may lie further apart than they are long
+                    y.copy() if others or not y.flags.c_contiguous else y
+                    for y, others in zip(made, borrowed, strict=True)
                 )
             made.clear()
             pool.release()

@@ -498,10 +498,11 @@ def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
                 if len(taken) >= MOST_KINDS:
                     taken.clear()
                 taken.add(kind)
-            if type(x) is np.ndarray:
-                return formula(self, *inputs)
-            with _current(self, inputs):
-                return formula(self, *inputs)
+            with np.errstate(under="ignore"):  # where exp underflows, 0 is the right answer
+                if type(x) is np.ndarray:
+                    return formula(self, *inputs)
+                with _current(self, inputs):
+                    return formula(self, *inputs)
         except Exception as error:
             _locate(error, self)
             raise
@@ -595,6 +596,8 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
         if original is not None:
             _check_types(original, inputs)
         made = formula(layer, *inputs)
+        if not path and original is not None and traced.is_constant(made):
+            raise Untraceable("it answers an array of its own, whatever it is given")
     except (Untraceable, UnsupportedFunction) as error:
         if original is None:
             raise

@@ -43,7 +43,7 @@ class Call(NamedTuple):
     """A layer at work in a program: its path in the model, what went in and what came out."""
 
     path: str
-    inputs: tuple[Value, ...]
+    inputs: tuple[Any, ...]
     outputs: tuple[Value, ...]
 
 
@@ -217,7 +217,7 @@ def trace(
 def _calls(tape: Tape) -> Iterator[Call]:
     for path, given, made in tape.calls:
         results = map(value_of, made if isinstance(made, tuple | list) else (made,))
-        yield Call(path, tuple(v for v in given if isinstance(v, Value)), tuple(results))
+        yield Call(path, given, tuple(results))
 
 
 def _needed(steps: Sequence[Step], outputs: Sequence[Value]) -> tuple[Step, ...]:

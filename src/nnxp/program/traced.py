@@ -239,6 +239,12 @@ def lifted(x: Any, name: str = "") -> Any:
     return ndarray(Value(x.shape, x.dtype, x, name)) if is_array(x) else x
 
 
+def is_constant(x: Any) -> bool:
+    """Whether x is an array of numbers, or stands for one."""
+    value = value_of(x)
+    return isinstance(value, Value) and value.numbers is not None
+
+
 def value_of(x: Any) -> Any:
     """The value that x stands for; scalars and None as they are."""
     made = lifted(x)

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, is_array, is_floating, is_numeric, place_of, xp_of
-from nnxp._errors import DtypeMismatch, OptionError, UnsupportedFunction
+from nnxp._errors import DtypeMismatch, OptionError, OutOfMemory, UnsupportedFunction
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
-from nnxp.engine import Engine
+from nnxp.engine import Engine, inputs_of
 from nnxp.layers._layer import Layer
 from nnxp.program.program import Program, scaled
 from nnxp.program.traced import Step, Untraceable, Value, perform
@@ -171,8 +171,8 @@ def parity_report(
 ) -> ParityReport:
     """How far each backend is from float64 on these inputs, in units of the computed bound.
 
-    `function` is a model and `inputs` its rows, as a host array of any numeric type; or any
-    function of arrays written with `xp = nnxp.get_array_module(x)`, and `inputs` its arguments.
+    `function` is a model and `inputs` its rows, as a host array of any numeric type, one for each
+    input (or a tuple or dict of them); or any function of arrays written with `xp = nnxp.get_array_module(x)`, and `inputs` its arguments.
     `backends` are names, or one; without them, NumPy, the simulated device, and CUDA if it is
     usable.
     `rigorous` asks for proven bounds in place of expected ones: much wider, beyond dispute.
@@ -192,9 +192,7 @@ def parity_report(
         raise OptionError("backends is empty: name at least one, such as 'numpy'")
     with bounded.rigorous() if rigorous else nullcontext():
         if isinstance(function, Layer):
-            if len(inputs) != 1:
-                raise OptionError(f"a model takes one array of rows, not {len(inputs)} inputs")
-            checks = _judge_model(function, inputs[0], chosen)
+            checks = _judge_model(function, inputs_of(function, inputs if len(inputs) != 1 else inputs[0]), chosen)
         else:
             checks = _judge_function(function, inputs, chosen)
     comparisons.update(check.backend for check in checks)
@@ -210,16 +208,25 @@ def error_bound(
     with these options. The inputs' own type is the one whose rounding is accounted for.
     """
     expected = _expected(partial(function, **options) if options else function, inputs)
-    return expected.value, expected.error
+    if len(expected.outputs) > 1:
+        raise OptionError("error_bound is for functions of one result")
+    value, error, _ = expected.outputs[0]
+    return value, error
 
 
-@dataclass(frozen=True)
-class Expected:
+class Output(NamedTuple):
     """What a result should be, how far it may be off, and the dtype it should have."""
 
     value: HostArray
     error: HostArray
     dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a function should answer: one array, mostly."""
+
+    outputs: tuple[Output, ...]
 
 
 def _expected(function: Layer | Function, inputs: Sequence[Any]) -> Expected:
@@ -234,13 +241,18 @@ def _expected(function: Layer | Function, inputs: Sequence[Any]) -> Expected:
     kinds = [x.dtype for x in arrays if is_floating(x.dtype)]
     coarsest = max(kinds, key=bounded.unit_roundoff, default=None)
     with np.errstate(all="ignore"), bounded.no_coarser_than(coarsest):
-        result = function(*map(_lift, inputs))
+        made = function(*map(_lift, inputs))
+    results = made if isinstance(made, tuple | list) else (made,)
+    return Expected(tuple(_output(result, coarsest) for result in results))
+
+
+def _output(result: Any, coarsest: np.dtype[Any] | None) -> Output:
     if isinstance(result, bounded.ndarray):
         stored = bounded.stored(result, coarsest)
-        return Expected(stored.value, stored.error, stored.dtype)
+        return Output(stored.value, stored.error, stored.dtype)
     if isinstance(result, np.ndarray | np.generic):  # what does not depend on the inputs is exact
         exact = bounded.asarray(result)
-        return Expected(exact.value, exact.error, exact.dtype)
+        return Output(exact.value, exact.error, exact.dtype)
     raise OptionError(f"the function returns {type(result).__name__}, not an array")
 
 
@@ -357,7 +369,7 @@ def _nothing_compared(stored: HostArray, error: HostArray) -> str:
 def _only_zeros(inputs: Sequence[Any], expected: Expected, check: Check) -> Check:
     """The check; not ok if rows of zeros gave zeros, as any factor would have done."""
     zeros = any(is_array(x) and x.size and not x.any() for x in inputs)
-    if check.ok and zeros and is_floating(expected.dtype) and not expected.value.any():
+    if check.ok and zeros and not any(output.value.any() for output in expected.outputs):
         return replace(check, problem="nothing was compared: rows of zeros give zeros")
     return check
 
@@ -393,74 +405,166 @@ def _judge_function(
     return [_only_zeros(inputs, expected, check) for check in checks]
 
 
-def _judge_model(model: Layer, x: Any, backends: Sequence[Backend]) -> list[Check]:
+def _judge_model(model: Layer, inputs: Sequence[Any], backends: Sequence[Backend]) -> list[Check]:
+    """Every part of a model, and then what the engine makes of it as a whole, on every backend."""
     host = model.to("numpy")
+    given = tuple(map(_numeric, inputs))
+    wanted = host.input_dtypes(len(given))
+    rows = tuple(
+        x if host.dtype is None and is_floating(x.dtype) else x.astype(dtype)
+        for x, dtype in zip(given, wanted, strict=True)
+    )
+    checks = _judge_parts(host, rows, backends)
+    exactly = tuple(  # in their own type, if the model sees the same numbers
+        x if np.array_equal(y.astype(x.dtype), x, equal_nan=x.dtype.kind == "f") else y
+        for x, y in zip(given, rows, strict=True)
+    )
+    expected = _expected(host, rows)
+    for backend in backends:
+        check = _judge_whole(host, rows, exactly, backend, expected)
+        checks.append(_only_zeros(rows, expected, check))
+    return checks
+
+
+def _numeric(x: Any) -> HostArray:
     rows = np.asarray(asnumpy(x))
     if not is_numeric(rows.dtype):
         raise DtypeMismatch(f"rows are real numbers, not {rows.dtype}")
-    if host.dtype is not None:
-        rows = rows.astype(host.dtype)
-    checks = _judge_steps(host, rows, backends)
-    whole = _expected(host, [rows])
-    checks += [_sweep(host, rows, backend, whole) for backend in backends]
-    return checks
+    return rows
 
 
-def _judge_steps(model: Layer, rows: HostArray, backends: Sequence[Backend]) -> list[Check]:
-    """Every step of the model's program, given the float64 reference's arrays on every backend.
+def _judge_parts(
+    model: Layer, rows: tuple[HostArray, ...], backends: Sequence[Backend]
+) -> list[Check]:
+    """Each layer, and each step of a layer that is made of others, given the reference's arrays.
 
-    So the first step that diverges is the one that is named, with its layer's path and its kernel,
-    and no bound has to be carried through the whole depth. A model that cannot be written out is
-    one step.
+    So the first to diverge is the one that is named, by its path, and no bound has to be carried
+    through the whole depth. Layers are called as they are, on the backend's arrays. A model that
+    cannot be written out is one part.
     """
     try:
-        program = model.program((rows.shape, rows.dtype))
-        exact = model.astype("float64").program((rows.shape, "float64"))
+        program = model.program(*((x.shape, x.dtype) for x in rows))
+        wide = tuple(x.astype("float64") if is_floating(x.dtype) else x for x in rows)
+        exact = model.astype("float64").program(*((x.shape, x.dtype) for x in wide))
     except Untraceable:
-        expected = _expected(model, [rows])
-        return [_run("output", repr(model), model, [rows], each, expected) for each in backends]
-    values = [value for step in exact.steps for value in step.outputs]
+        expected = _expected(model, rows)
+        return [_run("output", repr(model), model, rows, each, expected) for each in backends]
     with np.errstate(all="ignore"):
-        made = exact.run([rows.astype("float64")], values)
-    known: dict[Value, HostArray] = {program.inputs[0]: rows}
-    for step, found in zip(program.steps, _in_steps(exact, made), strict=True):
-        for value, array in zip(step.outputs, found, strict=True):
-            known[value] = _as(np.asarray(array), value.dtype)
+        made = exact.run(wide, [value for step in exact.steps for value in step.outputs])
+    known: dict[Value, HostArray] = dict(zip(program.inputs, rows, strict=True))
+    values = (value for step in program.steps for value in step.outputs)
+    for value, array in zip(values, made, strict=True):
+        known[value] = _as(np.asarray(array), value.dtype)
+    parts = list(_parts(model, program, len(rows[0])))
     checks = []
-    for backend in backends:
-        for step in program.steps:
-            if step.values and any(v.numbers is None for v in step.values):
-                checks.append(_judge_step(step, known, len(rows), backend))
-    return checks
+    for name, what, function, values in parts:
+        inputs = [known.get(v, v.numbers) if isinstance(v, Value) else v for v in values]
+        expected = _expected(function, inputs)
+        checks.append([_run(name, what, function, inputs, each, expected) for each in backends])
+    return [check for one_backend in zip(*checks, strict=True) for check in one_backend]
 
 
-def _in_steps(program: Program, made: list[Any]) -> Iterator[list[Any]]:
-    """What was made, by the step that made it."""
-    results = iter(made)
-    for step in program.steps:
-        yield [next(results) for _ in step.outputs]
+def _parts(
+    model: Layer, program: Program, rows: int
+) -> Iterator[tuple[str, str, Layer | Function, tuple[Any, ...]]]:
+    """(name, what, function, inputs) of whatever is judged alone, in order of the work."""
+    layers = {**dict(model.walk()), "": model}
+    leaves = [call for call in program.calls if not any(layers[call.path].children())]
+    inside = {call.path for call in leaves}
+    at = {value: i for i, step in enumerate(program.steps) for value in step.outputs}
+    parts = [
+        (at.get(call.outputs[0], -1), call.path, repr(layers[call.path]), layers[call.path],
+         call.inputs)
+        for call in leaves
+    ]  # fmt: skip
+    for i, step in enumerate(program.steps):
+        if step.path not in inside and any(v.numbers is None for v in step.values):
+            layer = step.function if isinstance(step.function, Layer) else None
+            function = layer or _alone(scaled(step, rows))
+            parts.append((i, step.path, repr(layer) if layer else step.name, function, step.inputs))
+    for _, path, what, function, inputs in sorted(parts, key=lambda part: part[0]):
+        yield path or "output", what, function, inputs
 
 
-def _judge_step(step: Step, known: dict[Value, HostArray], rows: int, backend: Backend) -> Check:
-    """One step of a program on one backend."""
-    inputs = [known.get(v, v.numbers) if isinstance(v, Value) else v for v in step.inputs]
-    now = scaled(step, rows)
+def _alone(step: Step) -> Function:
+    """A step of a program as a function of arrays of any library."""
 
     def function(*arrays: Any) -> Any:
-        layer = step.function
-        if isinstance(layer, Layer) and is_array(arrays[0]):
-            at = place_of(arrays[0])
-            if type(arrays[0]) is bounded.ndarray:
-                layer = layer.map_arrays(lambda name, value: _lift(value))
-            elif at != "cpu":
-                layer = layer.to(at)
-            now.function = layer
-        found = [x for x in arrays if is_array(x)]
-        made = perform(xp_of(found[0]) if found else np, now, arrays)
-        return made[0] if step.several else made
+        first = next(x for x in arrays if is_array(x))
+        return perform(xp_of(first), step, arrays)
 
-    name = step.path or "output"
-    return _run(name, step.name, function, inputs, backend, _expected(function, inputs))
+    return function
+
+
+def _judge_whole(
+    model: Layer,
+    rows: tuple[HostArray, ...],
+    given: tuple[HostArray, ...],
+    backend: Backend,
+    expected: Expected,
+) -> Check:
+    """What users may run: the model called, and the engine in all its ways; the worst of them."""
+    worst: Check | None = None
+    try:
+        with np.errstate(all="ignore"):
+            for way, part, results in _ways(model, rows, given, backend, expected):
+                check = _compared("engine", way, backend.device, results, expected, part)
+                if worst is None or check.ratio > worst.ratio or not check.ok:
+                    worst = check
+                if not check.ok:
+                    return check
+    except Exception as problem:
+        said = f"raises {type(problem).__name__}: {problem}"
+        return Check("engine", repr(model), backend.device, np.inf, np.inf, np.inf, (), said)
+    assert worst is not None
+    return replace(worst, what="the whole, in every way that there is")
+
+
+def _ways(
+    model: Layer,
+    rows: tuple[HostArray, ...],
+    given: tuple[HostArray, ...],
+    backend: Backend,
+    expected: Expected,
+) -> Iterator[tuple[str, slice, Any]]:
+    """(way, which rows, what came of them)."""
+    count, every, one = len(rows[0]), slice(None), slice(0, 1)
+
+    def handed(arrays: tuple[Any, ...]) -> Any:
+        return arrays if len(arrays) > 1 else arrays[0]
+
+    def first(arrays: tuple[HostArray, ...]) -> tuple[HostArray, ...]:
+        return tuple(x[one] for x in arrays)
+
+    there = model.to(backend)
+    with backend.current():
+        made = there(*map(backend.put, rows))
+    yield "the model called", every, _on_host(made, backend)
+    with Engine(model, backend) as engine:
+        outs = tuple(np.full(v.shape, np.nan, d) for v, _, d in expected.outputs)
+        engine(handed(given), outs if len(outs) > 1 else outs[0])
+        yield "the engine, into memory of the caller", every, outs
+        for call in ("first", "second", "third"):
+            yield f"the engine, {call} call", every, engine(handed(given))
+        yield "rows that lie the other way", every, engine(
+            handed(tuple(np.asfortranarray(x) for x in given))
+        )
+        for call in ("first", "second", "third"):
+            yield f"one row alone, {call} call", one, engine(handed(first(given)))
+        if backend.device != "cpu":
+            for call in ("first", "second", "third"):
+                resident = engine(handed(tuple(map(backend.put, rows))))
+                yield f"rows on the device, {call} call", every, _on_host(resident, backend)
+        plan = engine.plan(*(x.shape for x in rows))
+    share = max(1, 2 * count // 5)  # so that there are three blocks, the last one a smaller one
+    limit = plan.working_set * share // max(1, plan.rows * plan.workers)
+    if count > 2:
+        with suppress(OutOfMemory), Engine(model, backend, memory_limit=max(1, limit)) as engine:
+            yield "the engine, block by block", every, engine(handed(given))
+
+
+def _on_host(made: Any, backend: Backend) -> Any:
+    return tuple(map(backend.get, made)) if isinstance(made, tuple | list) else backend.get(made)
 
 
 def _as(x: HostArray, dtype: Any) -> HostArray:
@@ -490,31 +594,36 @@ def _run(
         raise  # a library of ours lacks it: that says nothing of the backend
     except Exception as problem:
         return failed(f"raises {type(problem).__name__}: {problem}")
-    if isinstance(made, np.generic):  # NumPy's sums of all elements
-        made = np.asarray(made)
-    if not is_array(made):
-        return failed(f"returns {type(made).__name__}, not an array")
-    if place_of(made) != backend.device:
-        return failed(f"the result is on {place_of(made)}")
-    if made.dtype != expected.dtype:
-        return failed(f"the result is {made.dtype}, not {expected.dtype}")
-    result = backend.get(made)
+    results = list(made) if isinstance(made, tuple | list) else [made]
+    for i, (result, output) in enumerate(zip(results, expected.outputs, strict=True)):
+        if isinstance(result, np.generic):  # NumPy's sums of all elements
+            result = np.asarray(result)
+        if not is_array(result):
+            return failed(f"returns {type(result).__name__}, not an array")
+        if place_of(result) != backend.device:
+            return failed(f"the result is on {place_of(result)}")
+        if result.dtype != output.dtype:
+            return failed(f"the result is {result.dtype}, not {output.dtype}")
+        results[i] = backend.get(result)
     for before, after in zip(inputs, given, strict=True):
         if is_array(before) and backend.get(after).tobytes() != before.tobytes():
             return failed("changed its input")
-    return compare(name, what, backend.device, result, expected.value, expected.error)
+    return _compared(name, what, backend.device, tuple(results), expected)
 
 
-def _sweep(model: Layer, rows: HostArray, backend: Backend, expected: Expected) -> Check:
-    """The engine's sweep over the same rows, into memory that held NaN before."""
-    out = np.full(expected.value.shape, np.nan, expected.dtype)
-    try:
-        with np.errstate(all="ignore"):
-            Engine(model, backend)(rows, out)
-    except Exception as problem:
-        said = f"raises {type(problem).__name__}: {problem}"
-        return Check("engine", repr(model), backend.device, np.inf, np.inf, np.inf, (), said)
-    check = compare(
-        "engine", "the whole sweep", backend.device, out, expected.value, expected.error
-    )
-    return _only_zeros([rows], expected, check)
+def _compared(
+    name: str,
+    what: str,
+    backend: str,
+    results: Any,
+    expected: Expected,
+    part: slice | None = None,
+) -> Check:
+    """The worst of all outputs; of these rows of them."""
+    results = results if isinstance(results, tuple) else (results,)
+    checks = []
+    for result, (value, error, _) in zip(results, expected.outputs, strict=True):
+        if part is not None:
+            value, error = value[part], error[part]
+        checks.append(compare(name, what, backend, result, value, error))
+    return max(checks, key=lambda check: (not check.ok, check.ratio))
