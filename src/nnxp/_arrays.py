@@ -129,3 +129,11 @@ def float_dtype(dtype: object) -> np.dtype[Any]:
 def is_numeric(dtype: np.dtype[Any]) -> bool:
     """Whether rows of this type can be converted to a model's type without guessing."""
     return dtype.kind in "fiub" or is_floating(dtype)
+
+
+def nonfinite_rows(rows: HostArray) -> int:
+    """How many of the rows hold NaN or infinity."""
+    if not (rows.dtype.kind == "f" or is_floating(rows.dtype)):
+        return 0
+    finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+    return len(rows) - int(np.count_nonzero(finite))

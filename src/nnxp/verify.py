@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import FLOATS, HostArray, float_dtype
+from nnxp._arrays import FLOATS, HostArray, float_dtype, nonfinite_rows
 from nnxp._errors import BackendUnavailable, DtypeMismatch, OptionError
 from nnxp._exchange import host_rows, source_of
 from nnxp.backend import Backend, available_backends, get_backend
@@ -143,6 +143,8 @@ def verify(
             raise OptionError("there are no rows: nothing would be verified")
         some = host_rows(rows[:: max(1, -(-len(rows) // MOST_ROWS))])
         cases, what = [(model, some)], f"{model!r} on {len(some):,} of {len(rows):,} rows"
+        if count := nonfinite_rows(some):
+            what += f", {count:,} of which hold NaN or infinity"
     found, failures = [], []
     names = [get_backend(name).device for name in backends] or list(available_backends())
     for name in dict.fromkeys([*names, *required]):

@@ -290,7 +290,7 @@ def _known(who: str, name: Any) -> type[Layer]:
     if cls is None:
         _refuse(
             f"{who} is of a layer class {name!r:.60} that is not known here; if it is one of your "
-            "own, import the module that defines it, then load"
+            "own, import the module that defines it, then load (on the command line: --import)"
         )
     if cls.__call__ is Layer.__call__:
         _refuse(f"{who} is of the class {name}, which has no formula")
