@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -61,9 +62,11 @@ def xp_of(x: Array) -> Any:
     except KeyError:
         module = _learn(type(x))
         if module is None:
+            kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+            fix = "numpy.load" if isinstance(x, str | bytes | os.PathLike) else "numpy.asarray"
             raise DtypeMismatch(
-                f"{type(x).__module__}.{type(x).__qualname__} is not an array that nnxp knows "
-                "(numpy.ndarray or cupy.ndarray); numpy.asarray(x) may make it one"
+                f"{kind} is not an array that nnxp knows (numpy.ndarray or cupy.ndarray); "
+                f"{fix}(x) may make it one"
             ) from None
         return module
 

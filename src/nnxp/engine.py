@@ -517,7 +517,7 @@ def predict_iter(
     for the answer to the one before it (for such a dialogue call an Engine). `options` are those
     of Engine.
     """
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
         raise OptionError(f"predict_iter takes batches of rows, one by one, not {batches!r:.60}")
     return one_ahead(Engine(model, backend, **options), iter(batches))
 

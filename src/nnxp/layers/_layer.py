@@ -175,7 +175,7 @@ class Layer(metaclass=_Assembly):
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
             name = each.name
             if not hasattr(self, name):
-                raise OptionError(f"{type(self).__name__} has no {name}: __init__ must assign it")
+                raise OptionError(f"{type(self).__name__} has no {name}, which __init__ assigns")
             value = self.__dict__.setdefault(name, getattr(self, name))
             if each.type in ("float", float) and is_real(value):
                 value = self.__dict__[name] = float(value)

@@ -306,7 +306,7 @@ def assert_close(actual: Array, expected: Any, *, bound: Any) -> Check:
     if is_floating(value.dtype):
         value = value.astype("float64")
     if not (error >= 0).all():
-        raise OptionError("a bound is zero or more")
+        raise OptionError(f"a bound is zero or more, not {bound!r:.60}")
     with suppress(ValueError):  # compare says what does not fit
         value = np.broadcast_to(value, host.shape)
     try:
