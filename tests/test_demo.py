@@ -94,7 +94,7 @@ def test_any_number_of_rows_can_be_asked_for(rows):
 
 @pytest.mark.parametrize("rows", [0, -1])
 def test_less_than_a_row_is_refused(rows):
-    with pytest.raises(nnxp.OptionError, match="at least one row"):
+    with pytest.raises(nnxp.OptionError, match="rows of the demo is a whole number, at least 1"):
         demo.run(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -61,9 +62,11 @@ def xp_of(x: Array) -> Any:
     except KeyError:
         module = _learn(type(x))
         if module is None:
+            kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+            fix = "numpy.load" if isinstance(x, str | bytes | os.PathLike) else "numpy.asarray"
             raise DtypeMismatch(
-                f"{type(x).__module__}.{type(x).__qualname__} is not an array that nnxp knows "
-                "(numpy.ndarray or cupy.ndarray); numpy.asarray(x) may make it one"
+                f"{kind} is not an array that nnxp knows (numpy.ndarray or cupy.ndarray); "
+                f"{fix}(x) may make it one"
             ) from None
         return module
 
@@ -129,3 +132,11 @@ def float_dtype(dtype: object) -> np.dtype[Any]:
 def is_numeric(dtype: np.dtype[Any]) -> bool:
     """Whether rows of this type can be converted to a model's type without guessing."""
     return dtype.kind in "fiub" or is_floating(dtype)
+
+
+def nonfinite_rows(rows: HostArray) -> int:
+    """How many of the rows hold NaN or infinity."""
+    if not (rows.dtype.kind == "f" or is_floating(rows.dtype)):
+        return 0
+    finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+    return len(rows) - int(np.count_nonzero(finite))

@@ -112,6 +112,8 @@ def host_rows(block: Any) -> HostArray:
         return _of_list(block)
     if isinstance(block, dict):
         raise DtypeMismatch(_of_dict(block))
+    if isinstance(block, (str, bytes, os.PathLike)):
+        raise DtypeMismatch(_of_path(block))
     if _is_tensor(block):
         return host_rows(_tensor_numbers(block))
     if _is_table(block):
@@ -187,10 +189,7 @@ def _without_shape(x: Any) -> HostArray:
     if isinstance(x, dict):
         raise DtypeMismatch(_of_dict(x))
     if isinstance(x, (str, bytes, os.PathLike)):
-        raise DtypeMismatch(
-            f"x is rows, not the name of a file: {x!r:.60}; numpy.load(path, mmap_mode='r') gives "
-            "the rows of a .npy file"
-        )
+        raise DtypeMismatch(_of_path(x))
     if not hasattr(x, "__len__") and hasattr(x, "__iter__") and not hasattr(x, "__array__"):
         raise ShapeError(
             f"{_named(x)} has no shape; nnxp.predict_iter takes batches from an iterator, and "
@@ -203,6 +202,13 @@ def _without_shape(x: Any) -> HostArray:
     if array.ndim == 0 and array.dtype.kind == "O":
         raise ShapeError(f"{_named(x)} is no array of rows: it has neither a shape nor numbers")
     return array
+
+
+def _of_path(x: object) -> str:
+    return (
+        f"x is rows, not the name of a file: {x!r:.60}; numpy.load(path, mmap_mode='r') gives the "
+        "rows of a .npy file"
+    )
 
 
 def _of_dict(x: dict[Any, Any]) -> str:

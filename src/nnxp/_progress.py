@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from nnxp._errors import OptionError
+
 Progress = bool | Callable[[int, int], object]
 
 
@@ -20,8 +22,13 @@ def told(rows: int, progress: Progress) -> Iterator[Callable[[int], None]]:
     A bar that cannot be drawn ends no work. A function is called with the rows done and the rows in
     all, by one thread at a time; what it raises ends the sweep.
     """
+    if not (isinstance(progress, bool) or progress is None or callable(progress)):
+        raise OptionError(
+            "progress is True, False, or a function of the rows done and the rows in all, "
+            f"not {progress!r:.60}"
+        )
     lock, finished = threading.Lock(), 0
-    bar = _bar(rows) if progress is True or (progress and not callable(progress)) else None
+    bar = _bar(rows) if progress is True else None
 
     def done(count: int) -> None:
         nonlocal finished

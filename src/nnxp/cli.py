@@ -7,10 +7,14 @@ something that was asked for failed, 2 for wrong usage, 130 after Ctrl-C.
 from __future__ import annotations
 
 import csv
+import importlib
 import json
+import os
 import re
+import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,16 +22,17 @@ from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from nnxp._errors import NnxpError, OptionError
+from nnxp._errors import NnxpError, OptionError, ShapeError
 
 if TYPE_CHECKING:
     from nnxp._arrays import HostArray, Shape
     from nnxp.engine import Engine
+    from nnxp.io.rows import Passing
     from nnxp.io.tables import Reading, Table
     from nnxp.layers._layer import Layer
 
@@ -56,8 +61,27 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _failed(what: object, code: int = 1) -> int:
-    typer.echo(f"nnxp: error: {' '.join(str(what).split())}", err=True)
+    _say(f"nnxp: error: {' '.join(str(what).split())}", sys.stderr)
     return code
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print; on a terminal, lines that are wider than it are broken between words."""
+    stream = stream or sys.stdout
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns
+        text = "\n".join(line for each in text.split("\n") for line in _folded(each, width))
+    typer.echo(text, file=stream)
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """A line in as many as it takes, the further ones indented below it."""
+    import textwrap
+
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [line]
 
 
 class _Commands(TyperGroup):
@@ -84,12 +108,42 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _known_backends(names: str) -> str:
+    """The names as they are; OptionError if one of them means no backend anywhere."""
+    from nnxp.backend import TABLE
+
+    words = list(dict.fromkeys(word for row in TABLE for word in row[:2]))
+    for name in _listed(names):
+        if not re.fullmatch(f"auto|({'|'.join(words)})(:[0-9]+)?", name.lower()):
+            raise OptionError(
+                f"there is no backend {name!r}; the names are auto, {', '.join(words)}, and a "
+                'device such as "cuda:1"'
+            )
+    return names
+
+
+def _import(names: list[str] | None) -> list[str] | None:
+    """Import modules, from the current folder as well; what they define, a model may have."""
+    for name in names or []:
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a module of somebody's does
+            said = f"{type(error).__name__}: {error}"
+            fix = f"; --import {name[:-3]} names the module" if name.endswith(".py") else ""
+            raise OptionError(f"--import {name}: it cannot be imported: {said}{fix}") from error
+    return names
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 OnBackend = Annotated[
     str,
     typer.Option(
         "--backend",
         metavar="NAME",
+        callback=_known_backends,
         help='Where to compute: "auto", "numpy", "cupy", "cuda:1", "sim". '
         "What is named but cannot be used is an error.",
     ),
@@ -104,6 +158,7 @@ OnBackends = Annotated[
     typer.Option(
         "--backend",
         metavar="NAMES",
+        callback=_known_backends,
         help='Where to compute: "auto", "numpy", "cupy", "cuda:1", "sim", or several devices, '
         '"cuda:0,cuda:1". What is named but cannot be used is an error.',
     ),
@@ -137,6 +192,15 @@ Missing = Annotated[
     ),
 ]
 Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        callback=_import,
+        help="Import this first: the module with a model's own layers. May be repeated.",
+    ),
+]
 ROWS = ".npy, .npz, .csv, .tsv (.gz), .parquet, .arrow or .feather"
 Model = Annotated[Path, typer.Argument(help="A model, as nnxp.save writes it.", metavar="MODEL")]
 
@@ -208,6 +272,7 @@ def predict(
     delimiter: Delimiter = None,
     columns: Columns = None,
     missing: Missing = None,
+    imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
     """A model's output for every row of a file.
@@ -247,8 +312,8 @@ def predict(
         _print_json({**made, "seconds": seconds, **ran})
     else:
         name = typer.format_filename(output)
-        typer.echo(f"{name}: {shape[0]:,} rows, {dtype} {shape}, in {seconds:.3g} s")
-        typer.echo(f"ran on {_names(engine)}: {where.why}")
+        _say(f"{name}: {shape[0]:,} rows, {dtype} {shape}, in {seconds:.3g} s")
+        _say(f"ran on {_names(engine)}: {where.why}")
 
 
 def _array_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, str]:
@@ -260,13 +325,16 @@ def _array_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, s
     dtype = engine.model.dtype or float_type(x)
     with written_rows(output, shape, dtype, _output_names(engine.model, shape), _note) as out:
         dtype = out.dtype
-        engine(Passing(x, out), out, progress=True)
+        counting = _Counting(Passing(x, out))
+        engine(counting, out, progress=True)
         del out  # or Windows would not rename the file
+    _note_nonfinite(counting.nonfinite, shape[0])
     return shape, str(dtype)
 
 
 def _table_through(engine: Engine, table: Table, output: Path) -> tuple[Shape, str]:
     """All rows of a table through the model, batch by batch, into a file."""
+    from nnxp._arrays import nonfinite_rows
     from nnxp._errors import RowsError
     from nnxp.engine import float_type
     from nnxp.io.rows import appended_rows
@@ -278,7 +346,7 @@ def _table_through(engine: Engine, table: Table, output: Path) -> tuple[Shape, s
     shape = engine.model.output_shape(first.shape)
     dtype = engine.model.dtype or float_type(first)
     names = _output_names(engine.model, shape)
-    count = 0
+    count = nonfinite = 0
     with (
         appended_rows(output, shape[1:], dtype, names, _note) as append,
         _progress(table) as tell,
@@ -286,8 +354,36 @@ def _table_through(engine: Engine, table: Table, output: Path) -> tuple[Shape, s
         for batch in chain([first], batches):
             append(engine(batch))
             count += len(batch)
+            nonfinite += nonfinite_rows(batch)
             tell()
+    _note_nonfinite(nonfinite, count)
     return (count, *shape[1:]), "float32" if dtype.name == "bfloat16" else str(dtype)
+
+
+class _Counting:
+    """Rows for an engine, that counts which of them hold NaN or infinity as they are read."""
+
+    def __init__(self, x: Passing) -> None:
+        self.shape, self.dtype, self.reads, self._x = x.shape, x.dtype, x.reads, x
+        self.nonfinite, self._lock = 0, threading.Lock()
+        self._last: dict[int, tuple[int, int]] = {}
+
+    def __getitem__(self, rows: slice) -> HostArray:
+        from nnxp._arrays import nonfinite_rows
+
+        block = self._x[rows]
+        count, thread = nonfinite_rows(block), threading.get_ident()
+        with self._lock:
+            start, before = self._last.get(thread, (-1, 0))
+            again = start == rows.start  # and shorter: a device had no memory for the whole block
+            self.nonfinite += count - (before if again else 0)
+            self._last[thread] = rows.start, count
+        return block
+
+
+def _note_nonfinite(count: int, rows: int) -> None:
+    if count:
+        _note(f"{count:,} of {rows:,} rows hold NaN or infinity")
 
 
 def _output_names(model: Layer, shape: Shape) -> list[str] | None:
@@ -313,7 +409,7 @@ def _reading(
 
 
 def _note(message: str) -> None:
-    typer.echo(f"nnxp: note: {message}", err=True)
+    _say(f"nnxp: note: {message}", sys.stderr)
 
 
 @contextmanager
@@ -337,6 +433,7 @@ def summary(
     backend: OnBackends = "auto",
     memory_limit: MemoryLimit = None,
     workers: Workers = None,
+    imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
     """A model's layers, shapes, parameters and costs, and how so many rows would be cut.
@@ -346,16 +443,15 @@ def summary(
     from nnxp.engine import Engine
     from nnxp.io.checkpoint import load
 
-    row = None if shape is None else _parse_shape(shape)
     engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
-    whole = (rows, *(_row_of(engine.model) if row is None else row))
+    whole = (rows, *_row_of(engine.model, shape))
     found, plan = engine.model.summary(whole), engine.plan(whole)
     if as_json:
         device = {"device": _names(engine), "working_set": plan.working_set}
         _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
     else:
-        typer.echo(str(found))
-        typer.echo(
+        _say(str(found))
+        _say(
             f"{rows:,} rows on {_names(engine)}: {plan.rows:,} at a time on {plan.workers} "
             f"workers, {plan.working_set:,} bytes of rows at work"
         )
@@ -387,10 +483,19 @@ def verify(
     ] = None,
     backend: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="Where, such as numpy,cupy; default: wherever usable."),
+        typer.Option(
+            metavar="NAMES",
+            callback=_known_backends,
+            help="Where, such as numpy,cupy; default: wherever usable.",
+        ),
     ] = "auto",
     require: Annotated[
-        str, typer.Option(metavar="NAMES", help="Fail unless these can be used, such as cupy.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            callback=_known_backends,
+            help="Fail unless these can be used, such as cupy.",
+        ),
     ] = "",
     receipt: Annotated[
         Path | None,
@@ -407,6 +512,7 @@ def verify(
     delimiter: Delimiter = None,
     columns: Columns = None,
     missing: Missing = None,
+    imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
     """Does every backend here agree with float64?
@@ -449,6 +555,7 @@ def bench(
         str | None,
         typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),
     ] = None,
+    imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
     """A model against its own bare matrix products, and plain NumPy, on this CPU.
@@ -462,7 +569,7 @@ def bench(
 
     path = _HERE / "digits.safetensors" if model is None else model
     net = load(path)
-    row = _row_of(net) if shape is None else _parse_shape(shape)
+    row = _row_of(net, shape)
     with _status() as say:
         found = against_floor(net, row, title=path.name, rows=rows, rounds=rounds, say=say)
     _print(found, as_json)
@@ -501,8 +608,15 @@ def _parse_shape(text: str) -> Shape:
     return tuple(map(int, sizes))
 
 
-def _row_of(model: Layer) -> Shape:
-    """The shape of a row that the model takes, if its parameters tell."""
+def _row_of(model: Layer, shape: str | None) -> Shape:
+    """The shape of a row that was given, or that the model takes, if its parameters tell."""
+    if shape is not None:
+        row = _parse_shape(shape)
+        try:
+            model.output_shape((1, *row))
+        except ShapeError as error:
+            raise OptionError(f"--shape {shape}: {error}") from None
+        return row
     try:
         return model.row_shape()
     except OptionError:
@@ -515,7 +629,7 @@ def _print(result: Any, as_json: bool) -> None:
     if as_json:
         _print_json(result.to_dict())
     else:
-        typer.echo(str(result))
+        _say(str(result))
 
 
 def _print_json(values: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from nnxp.backend._base import Cursor, Source
 from nnxp.backend._device import BLOCK_ROWS, DeviceBackend
 from nnxp.backend._lanes import DeviceRecording, LanePool
 from nnxp.backend._threads import one_ahead, together
-from nnxp.layers._layer import Layer
+from nnxp.layers._layer import Layer, whole
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Costs, Outline, Program
 from nnxp.program.recording import Recording, costs, expanded
@@ -78,17 +78,15 @@ class Engine:
         precision: str | None = None,
     ) -> None:
         if not isinstance(model, Layer):
-            raise OptionError(f"an Engine takes a model made of nnxp layers, not {model!r}")
-        if precision not in (None, "tf32"):
-            raise OptionError(f'precision={precision!r} is not offered; "tf32" is, and None')
+            raise OptionError(f"an Engine takes a model made of nnxp layers, not {model!r:.60}")
+        if not (precision is None or (isinstance(precision, str) and precision == "tf32")):
+            raise OptionError(f'precision={precision!r:.60} is not offered; "tf32" is, and None')
         if precision and model.dtype != np.float32:
             raise OptionError(
                 f'precision="tf32" is for float32 models, but {model} is {model.dtype}'
             )
-        if workers is not None and not (hasattr(workers, "__index__") and workers >= 1):
-            raise OptionError(f"workers is a number of threads, at least 1, not {workers!r}")
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
-        self.workers = None if workers is None else int(workers)
+        self.workers = None if workers is None else whole("workers, the number of threads,", workers)
         self.precision = precision
         sparing = self.memory_limit is not None
         self._replicas = [Replica(model, each, precision, sparing) for each in _backends(backend)]
@@ -634,6 +632,8 @@ def predict_iter(
     for the answer to the one before it (for such a dialogue call an Engine). `options` are those
     of Engine.
     """
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise OptionError(f"predict_iter takes batches of rows, one by one, not {batches!r:.60}")
     return one_ahead(Engine(model, backend, **options), iter(batches))
 
 
@@ -642,13 +642,11 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmg]i?)?b?\s*", size.lower())
         if match is None:
-            raise OptionError(f'{size!r} is not a size in bytes; "256 MiB" is one')
-        whole, _, part = match[1].partition(".")
+            raise OptionError(f'{size!r:.60} is not a size in bytes; "256 MiB" is one')
+        digits, _, part = match[1].partition(".")
         unit = _UNITS[match[2] or ""]
-        size = int(whole) * unit + int(float(f"0.{part or 0}") * unit)
-    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
-        raise OptionError(f"a size in bytes is a whole number above zero, not {size!r}")
-    return int(size)
+        size = int(digits) * unit + int(float(f"0.{part or 0}") * unit)
+    return whole("a size in bytes", size)
 
 
 def float_type(rows: Source) -> np.dtype[Any]:

@@ -35,6 +35,7 @@ import numpy as np
 
 from nnxp import _library
 from nnxp._arrays import HostArray, Shape
+from nnxp._errors import OptionError
 
 DEVICES = 2
 """How many simulated devices there are."""
@@ -78,7 +79,9 @@ class Device:
 
     def __new__(cls, index: int = 0) -> Device:
         if index not in range(DEVICES):
-            raise ValueError(f"there are {DEVICES} simulated devices, 0 to {DEVICES - 1}: {index}")
+            raise OptionError(
+                f"there are {DEVICES} simulated devices, 0 to {DEVICES - 1}, not {index!r:.60}"
+            )
         if index not in cls._all:
             device = super().__new__(cls)
             device.id, device.used = index, 0

@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import FLOATS, HostArray, float_dtype
+from nnxp._arrays import FLOATS, HostArray, float_dtype, nonfinite_rows
 from nnxp._errors import BackendUnavailable, DtypeMismatch, OptionError
+from nnxp._exchange import host_rows, source_of
 from nnxp.backend import Backend, available_backends, get_backend
 from nnxp.io._atomic import written_beside
 from nnxp.layers._layer import Layer
 from nnxp.testing.goldens import layer_examples, provenance, record
-from nnxp.testing.parity import LIMIT, Check, compare, finite_or_none, parity_report, product_bound
+from nnxp.testing.parity import (
+    LIMIT, Check, compare, finite_or_none, listed, parity_report, product_bound,
+)
 
 TF32 = 20.0
 """Units of the bound: a float32 product of zero-mean numbers stays below 3, TF32 is above 200."""
@@ -119,23 +122,29 @@ def _said(found: Found) -> str:
 def verify(
     model: Layer | None = None,
     rows: HostArray | None = None,
-    backends: Sequence[str] = (),
-    required: Sequence[str] = (),
+    backends: str | Sequence[str] = (),
+    required: str | Sequence[str] = (),
 ) -> Verification:
     """Judge a model on rows (rows, ...), or the library's layers and the demo's network.
 
     On these backends, or on all that are usable; `required` ones are always among them. Of many
     rows a thousand are judged. Raises BackendUnavailable for one of `backends` that cannot be used.
     """
+    backends, required = listed(backends), [str(name) for name in listed(required)]
+    if not (model is None or isinstance(model, Layer)):
+        raise OptionError(f"verify takes a model made of nnxp layers, not {model!r:.60}")
     if (model is None) != (rows is None):
         raise OptionError("a model is verified on rows, and rows with a model: give both")
     if model is None or rows is None:
         cases, what = list(_own_cases()), "every layer, in every type, and the demo's network"
     else:
+        rows = source_of(rows)
         if len(rows) == 0:
             raise OptionError("there are no rows: nothing would be verified")
-        some = np.asarray(rows[:: max(1, -(-len(rows) // MOST_ROWS))])
+        some = host_rows(rows[:: max(1, -(-len(rows) // MOST_ROWS))])
         cases, what = [(model, some)], f"{model!r} on {len(some):,} of {len(rows):,} rows"
+        if count := nonfinite_rows(some):
+            what += f", {count:,} of which hold NaN or infinity"
     found, failures = [], []
     names = [get_backend(name).device for name in backends] or list(available_backends())
     for name in dict.fromkeys([*names, *required]):

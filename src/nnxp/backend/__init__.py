@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from nnxp._arrays import Array, HostArray, get_array_module, is_array, place_of
+from nnxp._arrays import Array, HostArray, get_array_module, is_array, is_numeric, place_of
 from nnxp._errors import BackendUnavailable, DtypeMismatch
 from nnxp.backend._base import Availability, Backend, Budget, Memory, Plan, Sweep
 
@@ -75,7 +75,7 @@ def get_backend(backend: str | Backend = "auto") -> Backend:
         return backend
     used = _used.get()
     for name, asked_by in (
-        (_name(backend), f"backend={backend!r}"),
+        (_name(backend), f"backend={backend!r:.60}"),
         (used, f"use_backend({used!r})"),
         (_set, f"set_backend({_set!r})"),
         (_environment(), f"NNXP_BACKEND={_environment()}"),
@@ -142,18 +142,23 @@ def to_backend(x: Array, backend: str | Backend = "auto") -> Array:
     if is_array(x) and place_of(x) == target.device:
         return x
     host = asnumpy(x)
-    if host.dtype.kind in "OSU":
+    if not (is_numeric(host.dtype) or host.dtype.kind == "c"):
         raise DtypeMismatch(f"an array of {host.dtype} cannot be moved to {target.device}")
     return target.put(host)
 
 
 def asnumpy(x: Array) -> HostArray:
-    """x as a NumPy array: as it is if it is one, else a copy in host memory."""
+    """x as a NumPy array: as it is if it is one, else a copy in host memory.
+
+    Raises DtypeMismatch or ShapeError for what holds no numbers.
+    """
     if is_array(x) and place_of(x) != "cpu":
         return home_of(place_of(x)).get(x)
     import numpy as np
 
-    return np.asarray(x)
+    from nnxp._exchange import host_rows
+
+    return np.asarray(x) if is_array(x) else host_rows(x)
 
 
 def home_of(place: str) -> Backend:
@@ -164,7 +169,8 @@ def home_of(place: str) -> Backend:
 def _name(backend: str | Backend) -> str:
     if isinstance(backend, Backend):
         return backend.device
-    return "auto" if str(backend).lower() == "auto" else backend
+    name = str(backend)
+    return "auto" if name.lower() == "auto" else name
 
 
 def _environment() -> str:
@@ -186,7 +192,7 @@ def _connect(name: str, asked_by: str) -> Backend:
     if match is None or row is None:
         names = ", ".join(dict.fromkeys(word for row in TABLE for word in row[:2]))
         raise BackendUnavailable(
-            f"{asked_by}: there is no backend {name!r}",
+            f"{asked_by}: there is no backend {name!r:.60}",
             f'The names are auto, {names}, and a device such as "cuda:1"',
         )
     index = int(match[2] or 0)

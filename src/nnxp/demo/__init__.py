@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray
-from nnxp._errors import OptionError
 from nnxp.engine import Engine
 from nnxp.io.checkpoint import load
-from nnxp.layers._layer import Layer
+from nnxp.layers._layer import Layer, whole
 from nnxp.testing import LIMIT, parity_report
 
 _HERE = Path(__file__).parent
@@ -81,8 +80,7 @@ def load_digits() -> tuple[Layer, HostArray, HostArray, HostArray]:
 
 def run(rows: int = 1_000_000, backend: str = "auto", progress: bool = False) -> DemoReport:
     """Sweep the digits, repeated up to this number of rows, through the network, and judge it."""
-    if rows < 1:
-        raise OptionError(f"the demo takes at least one row, not {rows}")
+    rows = whole("rows of the demo", rows)
     model, pixels, labels, unseen = load_digits()
     each = np.arange(rows) % len(pixels)
     x = pixels[each]

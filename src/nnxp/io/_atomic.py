@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from nnxp._errors import OptionError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -18,6 +20,15 @@ LONGEST = 255  # bytes in a name, on most file systems
 
 def warn_of_leftover(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def path_of(path: object) -> str:
+    """The name of a file, as text; OptionError for what is none."""
+    if isinstance(path, str | bytes | os.PathLike):
+        name = os.fsdecode(path)
+        if name and "\0" not in name:
+            return name
+    raise OptionError(f"a file has a name, a str or a Path, not {path!r:.60}")
 
 
 @contextmanager
@@ -42,7 +53,7 @@ def written_beside(
     """
     from pathlib import Path  # not for every import of nnxp
 
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path_of(path)))
     inherited = _mode_of(target)
     beside, claim, created = _claimed(target, say)
     try:

@@ -23,6 +23,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Callable
 from math import isfinite
@@ -34,7 +35,7 @@ import numpy as np
 from nnxp._arrays import Array, float_dtype, is_array
 from nnxp._errors import CheckpointError, NnxpError, OptionError
 from nnxp.backend import asnumpy
-from nnxp.io._atomic import written_beside
+from nnxp.io._atomic import path_of, written_beside
 from nnxp.layers._layer import Layer
 
 VERSION = 1
@@ -60,6 +61,7 @@ def save(model: Layer, path: str | os.PathLike[str]) -> None:
 
     if not isinstance(model, Layer):
         raise OptionError(f"nnxp.save takes a model made of nnxp layers, not {model!r:.60}")
+    path_of(path)
     model._home  # raises if the arrays are a mixture  # noqa: B018
     arrays = model.parameters()
     described = _described(model)
@@ -83,6 +85,7 @@ def load(path: str | os.PathLike[str]) -> Layer:
     """
     from safetensors import SafetensorError, safe_open
 
+    path = path_of(path)
     _readable(path)
     try:
         # Read, not mapped: a mapped file would count twice in memory, and can be cut short later.
@@ -91,22 +94,50 @@ def load(path: str | os.PathLike[str]) -> Layer:
     except (OSError, MemoryError):
         raise
     except SafetensorError as error:
-        reason = f"it is no whole safetensors file ({error})"
-        raise CheckpointError(f"{os.fspath(path)} cannot be loaded: {reason}") from None
+        reason = _foreign(path) or f"it is no whole safetensors file ({error})"
+        raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
     except NnxpError as error:
-        raise CheckpointError(f"{os.fspath(path)} cannot be loaded: {error}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     except Exception as error:  # whatever else a hostile file may provoke, in a `validate` say
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{os.fspath(path)} cannot be loaded: {reason:.300}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {reason:.300}") from error
 
 
-def _readable(path: str | os.PathLike[str]) -> None:
+_FOREIGN = (
+    (
+        rb"PK\x03\x04.{26}[^/]*/(data\.pkl|byteorder|version|\.format_version)",
+        "it is a PyTorch file, a pickle, which nnxp never opens: load it with torch.load, make the "
+        "module a model by nnxp.from_torch, and nnxp.save that",
+    ),
+    (rb"PK\x03\x04.{26}[^/]*\.npy", "it is a .npz file of NumPy's: arrays, not a model"),
+    (rb"PK\x03\x04", "it is a zip archive, not a model that nnxp.save wrote"),
+    (
+        rb"\x80[\x02-\x05](?!.{6}\{)|\([dl]p\d|c[\w.]+\n[\w.]+\n",
+        "it is a pickle, which may run anything and which nnxp never opens: load it where you trust "
+        "it, make a model of it by nnxp.from_sklearn or nnxp.from_torch, and nnxp.save that",
+    ),
+    (rb"\x93NUMPY", "it is a .npy file of NumPy's: an array, not a model"),
+    (rb"\x89HDF", "it is an HDF5 file, as Keras writes them, not a model that nnxp.save wrote"),
+)
+"""How files of other libraries begin, and what to do with them."""
+
+
+def _foreign(path: str) -> str:
+    """What a file is that is no safetensors file; "" if it does not tell."""
+    with open(path, "rb") as file:
+        start = file.read(200)
+    found = (said for begins, said in _FOREIGN if re.match(begins, start, re.DOTALL))
+    onnx = "it is an ONNX file: nnxp.load_onnx reads it" if path.endswith(".onnx") else ""
+    return next(found, onnx)
+
+
+def _readable(path: str) -> None:
     """Raise the OSError that says why a file cannot be read; safetensors would not say."""
     found = os.stat(path).st_mode
     if stat.S_ISDIR(found):
-        raise IsADirectoryError(errno.EISDIR, "a folder, not a model's file", os.fspath(path))
+        raise IsADirectoryError(errno.EISDIR, "a folder, not a model's file", path)
     if not stat.S_ISREG(found):
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        raise OSError(errno.EINVAL, "not a regular file", path)
     with open(path, "rb"):
         pass
 
@@ -259,7 +290,7 @@ def _known(who: str, name: Any) -> type[Layer]:
     if cls is None:
         _refuse(
             f"{who} is of a layer class {name!r:.60} that is not known here; if it is one of your "
-            "own, import the module that defines it, then load"
+            "own, import the module that defines it, then load (on the command line: --import)"
         )
     if cls.__call__ is Layer.__call__:
         _refuse(f"{who} is of the class {name}, which has no formula")

@@ -23,7 +23,7 @@ from numpy.lib.format import write_array_header_1_0 as write_header
 from nnxp._arrays import HostArray, Shape, is_numeric
 from nnxp._errors import NnxpError, OptionError, RowsError
 from nnxp.io import tables
-from nnxp.io._atomic import warn_of_leftover, written_beside
+from nnxp.io._atomic import path_of, warn_of_leftover, written_beside
 from nnxp.io.tables import Reading, Table
 
 Name: TypeAlias = str | os.PathLike[str]
@@ -36,7 +36,7 @@ PASSED = 64 << 20  # bytes of pages to go through before they are let go
 
 def ending(path: Name) -> str:
     """How the file's name ends, one of ENDINGS: ".npy", ".csv.gz"; OptionError for any other."""
-    found = tables.ending(path)
+    found = tables.ending(path_of(path))
     if found not in ENDINGS:
         raise OptionError(f"{path}: rows are in files ending in {', '.join(ENDINGS)}")
     return found
@@ -94,10 +94,14 @@ def _read_npz(path: Name, key: str | None) -> HostArray:
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise RowsError(f"{path} is a .npy file by its content; name it so")
         names = ", ".join(file.files)
-        if key is None and len(file.files) != 1:
-            raise RowsError(f"{path} holds {len(file.files)} arrays ({names}): name one by its key")
+        if not file.files:
+            raise RowsError(f"{path} holds no arrays")
+        if key is None and len(file.files) > 1:
+            raise OptionError(
+                f"{path} holds {len(file.files)} arrays ({names}): name one by its key"
+            )
         if key is not None and key not in file.files:
-            raise RowsError(f"{path} has no {key!r}; it holds {names}")
+            raise OptionError(f"{path} has no {key!r}; it holds {names}")
         rows: HostArray = file[file.files[0] if key is None else key]
         return rows
 

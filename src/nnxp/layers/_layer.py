@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import cache, cached_property, wraps
+from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, dataclass_transform
 
 import numpy as np
@@ -48,9 +50,15 @@ class _Assembly(type):
     """Makes layers: what `__init__` has assigned is checked, and from then on it is fixed."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
+        _check_derived(cls)
         made = super().__call__(*args, **options)
         made._complete()
         return made
+
+
+def _check_derived(cls: type) -> None:
+    if cls is Layer:
+        raise OptionError("Layer has no formula of its own: derive a class that defines __call__")
 
 
 @dataclass_transform(eq_default=False)
@@ -129,11 +137,16 @@ class Layer(metaclass=_Assembly):
 
         `nnxp.Dense.of(weight, bias, "relu")`. Fields that have a default may be left out.
         """
+        _check_derived(cls)
         declared = dataclasses.fields(cls)  # type: ignore[arg-type]
         names = [each.name for each in declared]
         given = dict(zip(names, values, strict=False)) | fields
-        if len(values) > len(names) or not given.keys() <= set(names):
-            raise OptionError(f"{cls.__name__}.of takes {', '.join(names)}")
+        twice = fields.keys() & set(names[: len(values)])
+        if len(values) > len(names) or twice or not given.keys() <= set(names):
+            raise OptionError(
+                f"{cls.__name__}.of takes each of its fields once ({', '.join(names)}), not "
+                f"{len(values)} values and {', '.join(fields) or 'no names'}"
+            )
         made = object.__new__(cls)
         defaults = {d.name: d.default for d in declared if d.default is not dataclasses.MISSING}
         made.__dict__.update(defaults | given)
@@ -163,9 +176,9 @@ class Layer(metaclass=_Assembly):
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
             name = each.name
             if not hasattr(self, name):
-                raise OptionError(f"{type(self).__name__} has no {name}: __init__ must assign it")
+                raise OptionError(f"{type(self).__name__} has no {name}, which __init__ assigns")
             value = self.__dict__.setdefault(name, getattr(self, name))
-            if each.type == "float" and type(value) is int:
+            if each.type in ("float", float) and is_real(value):
                 value = self.__dict__[name] = float(value)
             if _hides(value):
                 raise OptionError(
@@ -224,6 +237,9 @@ class Layer(metaclass=_Assembly):
     def map_arrays(self: L, change: Callable[[str, Array], Any], prefix: str = "") -> L:
         """A model like this one, with change(dotted name, array) for every array."""
 
+        if not callable(change):
+            raise OptionError(f"map_arrays takes a function of name and array, not {change!r:.60}")
+
         def mapped(path: str, value: Any) -> Any:
             if is_array(value):
                 return change(path, value)
@@ -243,6 +259,9 @@ class Layer(metaclass=_Assembly):
     ) -> Layer:
         """A model like this one, with change(dotted name, layer) for every layer, children first."""
 
+        if not callable(change):
+            raise OptionError(f"map_layers takes a function of name and layer, not {change!r:.60}")
+
         def mapped(path: str, value: Any) -> Any:
             if isinstance(value, Layer):
                 return value.map_layers(change, f"{path}.", path)
@@ -250,7 +269,10 @@ class Layer(metaclass=_Assembly):
                 return tuple(mapped(f"{path}.{i}", item) for i, item in enumerate(value))
             return value
 
-        return change(name, self._copy({n: mapped(prefix + n, v) for n, v in self._fields()}))
+        made = change(name, self._copy({n: mapped(prefix + n, v) for n, v in self._fields()}))
+        if not isinstance(made, Layer):
+            raise OptionError(f"{name or 'the model'} becomes a layer, not {made!r:.60}")
+        return made
 
     def with_parameters(self: L, parameters: Mapping[str, Array]) -> L:
         """A model like this one with other arrays: all of them, by name, in the same shapes.
@@ -259,8 +281,14 @@ class Layer(metaclass=_Assembly):
         ShapeError for missing, unknown or misshapen ones, DtypeMismatch for what is no array of
         NumPy or CuPy and for mixtures of types, DeviceMismatch for mixtures of places.
         """
+        if not isinstance(parameters, Mapping):
+            raise OptionError(
+                f"with_parameters takes a dict of arrays by name, not {parameters!r:.60}; "
+                "model.parameters() is one"
+            )
         own = self.parameters()
-        missing, unknown = own.keys() - parameters.keys(), parameters.keys() - own.keys()
+        missing = own.keys() - parameters.keys()
+        unknown = set(map(str, parameters)) - own.keys()
         if missing or unknown:
             raise ShapeError(
                 f"{self} wants exactly its own parameters"
@@ -361,6 +389,8 @@ class Layer(metaclass=_Assembly):
             v0 = linear(x, weight, bias, activation=relu)               # (rows, 10)
             return v0
         """
+        if not outlines:
+            raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
         return self._program(tuple(map(self._outline, outlines)), _rows_said(outlines[0]))
 
     def _program(self, kinds: tuple[Outline, ...], rows: int | None) -> Program:
@@ -381,12 +411,29 @@ class Layer(metaclass=_Assembly):
 
     def _outline(self, outline: Any) -> Outline:
         shape, dtype = outline, None
+        outline = outline if isinstance(outline, tuple | list) else (outline,)
         if len(outline) == 2 and isinstance(outline[0], tuple | list):
             shape, dtype = outline
-        if len(shape) == 0:
+        shape = self._shape(shape)
+        try:
+            kind = np.dtype(dtype or self.dtype or "float32")
+        except TypeError:
+            raise DtypeMismatch(f"the type of an input is one of NumPy's, not {dtype!r:.60}") from None
+        return Outline((ROWS, *shape[1:]), kind)
+
+    def _shape(self, shape: Any) -> Shape:
+        """The shape of an input as whole numbers; ShapeError for anything else."""
+        try:
+            sizes = tuple(map(operator.index, shape))
+        except TypeError:
+            sizes = (-1,)
+        if not sizes:
             raise ShapeError(f"{self} takes (rows, ...) but got a single number")
-        kind = np.dtype(dtype or self.dtype or "float32")
-        return Outline((ROWS, *map(int, shape[1:])), kind)
+        if min(sizes) < 0:
+            raise ShapeError(
+                f"the shape of an input is whole numbers, (rows, ...), not {shape!r:.60}"
+            )
+        return sizes
 
     def output_shape(self, *shapes: Any) -> Any:
         """The shape of y for an x of this shape; ShapeError if such an x does not fit.
@@ -394,8 +441,9 @@ class Layer(metaclass=_Assembly):
         Read off the program. A layer whose formula looks at numbers may define it; without it, such
         a layer is taken to keep the shape.
         """
-        if not shapes or any(len(shape) == 0 for shape in shapes):
-            raise ShapeError(f"{self} takes (rows, ...) but got {shapes[0] if shapes else ()}")
+        if not shapes:
+            raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
+        shapes = tuple(map(self._shape, shapes))
         outlines = list(zip(shapes, self.input_dtypes(len(shapes)), strict=True))
         program = self.program(*outlines)
         made = tuple(each.shape for each in program.outline(shapes[0][0]))
@@ -672,6 +720,9 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
             )
     _check_types(layer, inputs)
     arrays = [x for x in inputs if is_array(x)]
+    if not arrays:
+        came = ", ".join(f"{x!r:.60}" for x in inputs) or "nothing"
+        raise ShapeError(f"{layer} takes (rows, ...) but got {came}")
     if len({len(x) for x in arrays}) > 1:
         raise ShapeError(f"{layer}: the inputs have {[len(x) for x in arrays]} rows")
     with suppress(Untraceable):  # then the formula itself says what fits
@@ -707,7 +758,9 @@ def _check_types(layer: Layer, inputs: tuple[Any, ...]) -> None:
 
 
 def _hides(value: Any) -> bool:
-    """Whether a list or tuple hides arrays or layers: in a list, or deeper than one level."""
+    """Whether a list, tuple or dict hides arrays or layers: in it, or deeper than one level."""
+    if isinstance(value, dict):
+        return _holds_layers(value.values())
     if not isinstance(value, list | tuple):
         return False
     if isinstance(value, list) and any(isinstance(item, Layer) for item in value):
@@ -729,18 +782,28 @@ def _holds_layers(value: Any) -> bool:
 def array_shape(layer: Layer, name: str) -> Shape:
     """The shape of the array in this field; ShapeError if no array is there."""
     value = getattr(layer, name)
+    who = f"{name} of {type(layer).__name__}"
     if not is_array(value):
-        raise ShapeError(f"{name} of {type(layer).__name__} is an array, not {value!r:.60}")
+        raise ShapeError(f"{who} is an array, not {value!r:.60}")
+    if not is_floating(value.dtype):
+        raise DtypeMismatch(f"{who} is {value.dtype}, but parameters are floats; "
+                            f"{name}.astype('float32')")  # fmt: skip
     shape: Shape = value.shape
     return shape
 
 
 def whole(what: str, value: Any, least: int = 1) -> int:
     """A whole number of at least so much, as an int; OptionError for anything else."""
-    index = getattr(type(value), "__index__", None)
-    if index is None or isinstance(value, bool) or int(value) < least:
-        raise OptionError(f"{what} is a whole number, at least {least}, not {value!r:.60}")
-    return int(value)
+    with suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    raise OptionError(f"{what} is a whole number, at least {least}, not {value!r:.60}")
+
+
+def is_real(value: Any) -> bool:
+    """Whether an option is a finite number; truth values are none."""
+    kinds = int | float | np.integer | np.floating
+    return isinstance(value, kinds) and not isinstance(value, bool) and isfinite(value)
 
 
 def generator(rng: Rng) -> np.random.Generator:

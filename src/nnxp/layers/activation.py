@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer
+from nnxp.layers._layer import Example, Layer, is_real
 
 
 def named(activation: str) -> kernels.Kernel:
@@ -16,8 +16,19 @@ def named(activation: str) -> kernels.Kernel:
     try:
         return kernels.ACTIVATIONS[activation]
     except (KeyError, TypeError):
-        names = ", ".join(sorted(kernels.ACTIVATIONS))
-        raise OptionError(f"there is no activation {activation!r}; the names are {names}") from None
+        from difflib import get_close_matches
+
+        near = _ELSEWHERE.get(str(activation).lower(), str(activation).lower())
+        (meant, *_) = [*get_close_matches(near, kernels.ACTIVATIONS), ""]
+        raise OptionError(
+            f"there is no activation {activation!r:.60}; "
+            + (f"{meant!r} may be meant; " if meant else "")
+            + f"the names are {', '.join(sorted(kernels.ACTIVATIONS))}"
+        ) from None
+
+
+_ELSEWHERE = {"swish": "silu", "linear": "identity", "logistic": "sigmoid", "none": "identity"}
+"""What other libraries call activations, and what they are called here."""
 
 
 class Activation(Layer):
@@ -43,6 +54,9 @@ class Activation(Layer):
                 f"{'the options ' + ', '.join(known) if known else 'no options'}, "
                 f"not {', '.join(sorted(self.options.keys() - known))}"
             )
+        for name, value in self.options.items():
+            if not is_real(value):
+                raise OptionError(f"{name} of {self.activation} is a number, not {value!r:.60}")
 
     def __call__(self, x: Array) -> Array:
         if self.activation in ("softmax", "log_softmax") and x.ndim < 2:

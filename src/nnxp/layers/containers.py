@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nnxp._arrays import Array, Shape
-from nnxp._errors import OptionError, ShapeError
+from nnxp._errors import NnxpError, OptionError, ShapeError
 from nnxp.layers._layer import Example, Layer
 from nnxp.layers.dense import Dense
 from nnxp.layers.norm import LayerNorm
@@ -22,9 +22,8 @@ class Sequential(Layer):
     layers: tuple[Layer, ...]
 
     def __init__(self, *layers: Layer) -> None:
-        for i, layer in enumerate(layers):
-            if not isinstance(layer, Layer):
-                raise OptionError(f"Sequential takes layers, but argument {i} is {layer!r:.60}")
+        if len(layers) == 1 and isinstance(layers[0], list | tuple):
+            raise OptionError("Sequential takes layers, not a list of them: Sequential(*layers)")
         self.layers = layers
 
     @property
@@ -32,23 +31,22 @@ class Sequential(Layer):
         return self.layers[0].takes if self.layers else ()
 
     def validate(self) -> None:
-        row: Shape | None = None
+        if not isinstance(self.layers, tuple):
+            raise OptionError(f"Sequential takes layers, not {self.layers!r:.60}")
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, Layer):
+                raise OptionError(f"Sequential takes layers, but argument {i} is {layer!r:.60}")
+        row: Shape | None = None  # what the next layer gets, as far as that is certain
         for i, layer in enumerate(self.layers):
             if row is None or not layer._takes((1, *row)):
-                try:
-                    size = layer.row_shape()
-                except OptionError:
-                    row = None
-                    continue
-                if row is not None and len(row) == 1:
-                    before = self.layers[i - 1]
+                own = _row_of(layer)
+                if row is not None and own is not None and _answer(layer, own) is not None:
                     raise ShapeError(
-                        f"layers.{i} {layer!r:.80} takes (rows, {size[0]}), but layers.{i - 1} "
-                        f"{before!r:.80} answers (rows, {row[0]})"
+                        f"layers.{i} {layer!r:.80} takes {_rows(own)}, but layers.{i - 1} "
+                        f"{self.layers[i - 1]!r:.80} answers {_rows(row)}"
                     )
-                row = size
-            made = layer.output_shape((1, *row))
-            row = made[1:] if isinstance(made[0], int) else None
+                row = own
+            row = None if row is None else _answer(layer, row)
 
     def __call__(self, x: Array) -> Array:
         for layer in self.layers:
@@ -81,10 +79,20 @@ class Residual(Layer):
     inner: Layer
 
     def __init__(self, *layers: Layer) -> None:
-        inner = layers[0] if len(layers) == 1 else Sequential(*layers)
-        if not isinstance(inner, Layer):
-            raise OptionError(f"Residual takes layers, not {inner!r:.60}")
-        self.inner = inner
+        if not layers:
+            raise OptionError("Residual takes the layers whose answer is added to x, but none came")
+        self.inner = layers[0] if len(layers) == 1 else Sequential(*layers)
+
+    def validate(self) -> None:
+        if not isinstance(self.inner, Layer):
+            raise OptionError(f"Residual takes layers, not {self.inner!r:.60}")
+        row = _row_of(self.inner)
+        answer = None if row is None else _answer(self.inner, row)
+        if row is not None and answer is not None and answer != row:
+            raise ShapeError(
+                f"Residual adds x to inner(x), but {self.inner!r:.80} takes {_rows(row)} and "
+                f"answers {_rows(answer)}"
+            )
 
     def __call__(self, x: Array) -> Array:
         y = self.inner(x)
@@ -99,3 +107,34 @@ class Residual(Layer):
     def examples(cls) -> Iterator[Example]:
         yield cls(Dense(6, 6, "tanh", rng=0)), (4, 6)
         yield cls(Dense(6, 12, "gelu", rng=1), Dense(12, 6, rng=2)), (2, 3, 6)
+
+
+def _row_of(layer: Layer) -> Shape | None:
+    """The shape of a row that the layer takes; None if its parameters do not tell."""
+    try:
+        return layer.row_shape()
+    except NnxpError:
+        return None
+
+
+MANY = 1009  # an axis that nobody takes for one of the layer's own
+
+
+def _answer(layer: Layer, row: Shape) -> Shape | None:
+    """What the layer makes of such a row, if it does so with any axes before it; else None.
+
+    A layer that folds axes into one another, as Flatten does, may be given rows of more axes than
+    the parameters of another layer tell, and nothing is certain of what follows it.
+    """
+    try:
+        programs = [layer.program((1, *before, *row)) for before in ((), (MANY,))]
+        (plain,), (deep,) = (program.outline(1) for program in programs)
+    except Exception:  # a ShapeError, or whatever a formula says to a shape of other axes
+        return None
+    if programs[0].opaque or deep.shape[:2] != (1, MANY) or deep.shape[2:] != plain.shape[1:]:
+        return None
+    return plain.shape[1:]
+
+
+def _rows(row: Shape) -> str:
+    return f"(rows, {', '.join(map(str, row))})"

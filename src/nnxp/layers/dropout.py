@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
-from nnxp.layers._layer import Example, Layer
+from nnxp.layers._layer import Example, Layer, is_real
 
 
 class Dropout(Layer):
@@ -22,7 +22,7 @@ class Dropout(Layer):
         self.rate = rate
 
     def validate(self) -> None:
-        if not (isinstance(self.rate, int | float) and 0 <= self.rate < 1):
+        if not (is_real(self.rate) and 0 <= self.rate < 1):
             raise OptionError(f"a dropout rate is at least 0 and below 1, not {self.rate!r:.60}")
 
     def __call__(self, x: Array) -> Array:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import inf
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import Array, float_dtype
-from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer, array_shape, generator, whole
+from nnxp._arrays import Array, float_dtype, is_numeric
+from nnxp._errors import DtypeMismatch, OptionError, ShapeError
+from nnxp.layers._layer import Example, Layer, array_shape, generator, is_real, whole
 
 
 class _Norm(Layer):
@@ -30,7 +31,7 @@ class _Norm(Layer):
             wanted, came = ", ".join(names), ", ".join(map(str, shapes))
             raise ShapeError(f"{type(self).__name__} takes (channels,) for {wanted}; got {came}")
         eps = getattr(self, "eps", 0.0)
-        if not (isinstance(eps, int | float) and 0 <= eps < inf):
+        if not (is_real(eps) and eps >= 0):
             raise OptionError(f"eps is zero or a little more, not {eps!r:.60}")
 
 
@@ -128,11 +129,12 @@ class Standardize(_Norm):
     scale: Array
 
     def __init__(self, mean: Array, scale: Array) -> None:
-        self.mean = np.asarray(mean) if isinstance(mean, list | tuple) else mean
-        self.scale = np.asarray(scale) if isinstance(scale, list | tuple) else scale
-        if type(self.scale) is np.ndarray and not (np.abs(self.scale) > 0).all():
+        self.mean, self.scale = _numbers("mean", mean), _numbers("scale", scale)
+        scale = self.scale
+        if type(scale) is np.ndarray and not (np.isfinite(scale) & (scale != 0)).all():
             raise OptionError(
-                "scale of Standardize has zeros or NaN: a column that never changes has scale 1"
+                "scale of Standardize has zeros, NaN or infinity: a column that never changes has "
+                "scale 1"
             )
 
     def __call__(self, x: Array) -> Array:
@@ -143,6 +145,17 @@ class Standardize(_Norm):
         rng = np.random.default_rng(0)
         mean, scale = rng.normal(size=(2, 6)).astype("float32")
         yield cls(mean, np.abs(scale) + 0.1), (4, 6)
+
+
+def _numbers(name: str, values: Any) -> Array:
+    """Real numbers as an array, if they are host numbers; what else came is for `validate`."""
+    if not isinstance(values, list | tuple | np.ndarray):
+        return values
+    with suppress(ValueError, TypeError):
+        array = np.asarray(values)
+        if is_numeric(array.dtype):
+            return array.astype("float64", copy=False)
+    raise DtypeMismatch(f"{name} of Standardize is one real number a column, not {values!r:.60}")
 
 
 def _drawn(norm: Layer) -> Layer:

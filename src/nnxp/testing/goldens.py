@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from threadpoolctl import threadpool_info
 
 import nnxp.layers._layer
 from nnxp._arrays import HostArray, Shape
-from nnxp._errors import CheckpointError
-from nnxp.backend import Backend, get_backend
-from nnxp.io._atomic import written_beside
-from nnxp.io.checkpoint import _built, _described
+from nnxp._errors import CheckpointError, OptionError
+from nnxp.backend import Backend, asnumpy, get_backend
+from nnxp.io._atomic import path_of, written_beside
+from nnxp.io.checkpoint import _built, _described, _readable
 from nnxp.layers._layer import Layer
-from nnxp.testing.parity import Check, ParityReport, _expected, _run, compare, comparisons
+from nnxp.testing.parity import Check, ParityReport, _expected, _run, compare, comparisons, listed
 
 VERSION = 1
 PACKAGE = Path(nnxp.layers._layer.__file__).parents[1]
@@ -110,10 +110,11 @@ def record(
     """
     from safetensors.numpy import save_file
 
+    path_of(path)
     where = get_backend(backend)
     tensors: dict[str, HostArray] = {}
     models = []
-    for i, (model, rows) in enumerate(_examples(dtypes) if cases is None else cases):
+    for i, (model, rows) in enumerate(_examples(dtypes) if cases is None else _pairs(cases)):
         host = model.to("cpu")
         tensors |= {f"{i}.p.{name}": value for name, value in host.parameters().items()}
         with where.current(), np.errstate(all="ignore"):
@@ -128,9 +129,17 @@ def record(
     return len(models)
 
 
+def _pairs(cases: Any) -> Iterator[tuple[Layer, HostArray]]:
+    """The cases, if they are models with their rows."""
+    for case in cases if isinstance(cases, Iterable) else [cases]:
+        if not (isinstance(case, tuple) and len(case) == 2 and isinstance(case[0], Layer)):
+            raise OptionError(f"cases are pairs (model, rows), but one of them is {case!r:.60}")
+        yield case[0], asnumpy(case[1])
+
+
 def _examples(dtypes: Sequence[str]) -> Iterable[tuple[Layer, HostArray]]:
     rng = np.random.default_rng(0)
-    for dtype in dtypes:
+    for dtype in [dtypes] if isinstance(dtypes, str) else dtypes:
         for layer, shape in layer_examples():
             made = layer.astype(dtype)
             yield made, rng.normal(size=shape).astype(made.dtype or dtype)
@@ -152,7 +161,7 @@ def check(
     """
     entry, tensors = _opened(path)
     where = f"recorded {entry['about']['device']}"
-    chosen = [get_backend(each) for each in backends]
+    chosen = [get_backend(each) for each in listed(backends)]
     checks: list[Check] = []
     for i, described in enumerate(entry["models"]):
         try:
@@ -176,6 +185,8 @@ def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Hos
     """The description and the tensors in a golden."""
     from safetensors import SafetensorError, safe_open
 
+    path = path_of(path)
+    _readable(path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
             entry = json.loads((file.metadata() or {}).get("nnxp-golden", "{}"))

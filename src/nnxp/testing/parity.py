@@ -20,8 +20,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, is_array, is_floating, is_numeric, place_of, xp_of
-from nnxp._errors import DtypeMismatch, OptionError, OutOfMemory, UnsupportedFunction
+from nnxp._arrays import (
+    Array,
+    HostArray,
+    float_dtype,
+    is_array,
+    is_floating,
+    is_numeric,
+    place_of,
+    xp_of,
+)
+from nnxp._errors import (
+    DtypeMismatch,
+    OptionError,
+    OutOfMemory,
+    ShapeError,
+    UnsupportedFunction,
+)
+from nnxp._exchange import source_of
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
 from nnxp.engine import Engine, inputs_of
 from nnxp.layers._layer import Layer
@@ -183,11 +199,10 @@ def parity_report(
     backend that cannot be used, NoBound or UnsupportedFunction for a function that is not in the
     dialect that NumPy and CuPy share.
     """
+    _check_call(function, inputs)
     if backends is None:
         backends = [name for name, found in available_backends().items() if found.ok]
-    if isinstance(backends, str | Backend):
-        backends = [backends]
-    chosen = [get_backend(each) for each in backends]
+    chosen = [get_backend(each) for each in listed(backends)]
     if not chosen:
         raise OptionError("backends is empty: name at least one, such as 'numpy'")
     with bounded.rigorous() if rigorous else nullcontext():
@@ -199,6 +214,25 @@ def parity_report(
     return ParityReport(tuple(checks), 1.0 if rigorous else LIMIT)
 
 
+def listed(backends: Any) -> list[str | Backend]:
+    """The backends of a list, or the one that was named; OptionError for what is neither."""
+    if isinstance(backends, str | Backend):
+        return [backends]
+    if isinstance(backends, Iterable) and not is_array(backends):
+        return list(backends)
+    raise OptionError(f"backends are names, such as ['numpy', 'sim'], not {backends!r:.60}")
+
+
+def _check_call(function: Any, inputs: Sequence[Any]) -> None:
+    """Raise OptionError or DtypeMismatch for what cannot be judged: first a function, then arrays."""
+    if not callable(function) or (isinstance(function, type) and issubclass(function, Layer)):
+        swapped = "; it comes first, before its inputs" if any(map(callable, inputs)) else ""
+        raise OptionError(f"a model or a function is judged, not {function!r:.60}{swapped}")
+    for x in inputs:
+        if is_array(x) and not is_numeric(x.dtype):
+            raise DtypeMismatch(f"inputs are real numbers, but one of them is {x.dtype}")
+
+
 def error_bound(
     function: Layer | Function, *inputs: Any, **options: Any
 ) -> tuple[HostArray, HostArray]:
@@ -207,6 +241,7 @@ def error_bound(
     The function is a model, a kernel of `nnxp.kernels`, or any other function of arrays, called
     with these options. The inputs' own type is the one whose rounding is accounted for.
     """
+    _check_call(function, inputs)
     expected = _expected(partial(function, **options) if options else function, inputs)
     if len(expected.outputs) > 1:
         raise OptionError("error_bound is for functions of one result")
@@ -268,8 +303,10 @@ def product_bound(
     from nnxp import kernels
 
     a, b = bounded.asarray(asnumpy(x)), bounded.asarray(asnumpy(weight))
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
+        raise ShapeError(f"x (m, k) and weight (k, n) do not fit: {a.shape} and {b.shape}")
     if dtype is not None:
-        a.dtype = b.dtype = np.dtype(dtype)  # type: ignore[call-overload]
+        a.dtype = b.dtype = float_dtype(dtype)
     with bounded.rigorous() if rigorous else nullcontext():
         error: HostArray = kernels.matmul(a, b).error
     return error
@@ -294,9 +331,13 @@ def assert_close(actual: Array, expected: Any, *, bound: Any) -> Check:
     if is_floating(value.dtype):
         value = value.astype("float64")
     if not (error >= 0).all():
-        raise OptionError("a bound is zero or more")
+        raise OptionError(f"a bound is zero or more, not {bound!r:.60}")
     with suppress(ValueError):  # compare says what does not fit
-        value, error = np.broadcast_to(value, host.shape), np.broadcast_to(error, host.shape)
+        value = np.broadcast_to(value, host.shape)
+    try:
+        error = np.broadcast_to(error, value.shape)
+    except ValueError:
+        raise ShapeError(f"a bound of shape {error.shape} does not fit {value.shape}") from None
     place = place_of(actual) if is_array(actual) else "cpu"
     check = compare("result", "", place, host, value, error, limit=1.0)
     comparisons[check.backend] += 1
@@ -427,7 +468,7 @@ def _judge_model(model: Layer, inputs: Sequence[Any], backends: Sequence[Backend
 
 
 def _numeric(x: Any) -> HostArray:
-    rows = np.asarray(asnumpy(x))
+    rows = np.asarray(asnumpy(x if is_array(x) else source_of(x)))
     if not is_numeric(rows.dtype):
         raise DtypeMismatch(f"rows are real numbers, not {rows.dtype}")
     return rows
