@@ -449,10 +449,10 @@ class Scaled(nnxp.Layer):
 class Either(Scaled):
     """The same for rows of the two sizes that its factor happens to have."""
 
-    def output_shape(self, shape):
-        if shape[-1] not in (1, 3):
+    def __call__(self, x):
+        if x.shape[-1] not in (1, 3):
             raise nnxp.ShapeError("no")
-        return shape
+        return x * self.factor.max()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ NnxpError
 ├── BackendUnavailable (RuntimeError)  what was asked for cannot run here
 ├── CheckpointError (ValueError)       a file is not a model that can be trusted
 ├── OptionError (ValueError)           an argument has a value that means nothing here
+│   └── FrozenLayer (AttributeError)   a field of a layer cannot be assigned once it is made
 ├── ConversionError (ValueError)       another library's model has no counterpart here
 ├── UnsupportedFunction (AttributeError)  an array library of ours has no such function
 └── OutOfMemory (MemoryError)          not even one row fits
@@ -22,6 +23,7 @@ __all__ = [
     "ConversionError",
     "DeviceMismatch",
     "DtypeMismatch",
+    "FrozenLayer",
     "NnxpError",
     "OptionError",
     "OutOfMemory",
@@ -97,6 +99,10 @@ class RowsError(NnxpError, ValueError):
 
 class OptionError(NnxpError, ValueError):
     """An argument has a value that means nothing here: the message lists what does."""
+
+
+class FrozenLayer(OptionError, AttributeError):
+    """A field of a layer cannot be assigned or deleted: a layer is fixed once it is made."""
 
 
 class ConversionError(NnxpError, ValueError):

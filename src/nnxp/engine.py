@@ -497,6 +497,8 @@ def _costs(
 def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
     """The inputs in the order of the formula: of one array, a tuple, or a dict by name."""
     names, required = model.input_names, model.required_inputs
+    if isinstance(x, tuple) and not x:
+        raise OptionError(f"{model!r:.200} takes {', '.join(names)}, but got no input")
     if isinstance(x, Mapping) and set(x) <= set(names):
         count = max(names.index(name) for name in x) + 1 if x else 0
         missing = [name for name in names[: max(count, required)] if name not in x]

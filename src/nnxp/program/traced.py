@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import prod
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from nnxp import _library
-from nnxp._arrays import Array, Shape, float_dtype, is_array, xp_of
+from nnxp._arrays import Array, Shape, float_dtype, is_array, place_of, xp_of
 from nnxp._errors import NnxpError
 from nnxp._library import KINDS, VIEWS, compute
+from nnxp.backend import home_of
 from nnxp.kernels import Kernel
 
 ROWS = 1_000_003
@@ -239,6 +240,12 @@ def lifted(x: Any, name: str = "") -> Any:
     return ndarray(Value(x.shape, x.dtype, x, name)) if is_array(x) else x
 
 
+def _where(values: Sequence[Value]) -> AbstractContextManager[object]:
+    """A block in which the device of constants is the current one."""
+    place = place_of(values[0].numbers) if values else "cpu"
+    return nullcontext() if place == "cpu" else home_of(place).current()
+
+
 def is_constant(x: Any) -> bool:
     """Whether x is an array of numbers, or stands for one."""
     value = value_of(x)
@@ -260,7 +267,8 @@ def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, A
     creates = KINDS.get(step.name) == "creation" and isinstance(function, str)
     if all(each.numbers is not None for each in values) and not (creates and _counts_rows(options)):
         xp = xp_of(values[0].numbers) if values else np
-        return constants(perform(xp, step, [numbers(each) for each in inputs]))
+        with _where(values):
+            return constants(perform(xp, step, [numbers(each) for each in inputs]))
     made = outline(step)
     step.several = isinstance(made, list)
     outlines = made if isinstance(made, list) else [made]
