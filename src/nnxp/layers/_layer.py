@@ -374,7 +374,8 @@ class Layer(metaclass=_Assembly):
             with home_of(place_of(value)).current():
                 return value.astype(wanted)
 
-        return self if self.dtype == wanted else self.map_arrays(_once(converted))
+        kinds = {v.dtype for v in self.parameters().values() if id(v) not in exempt}
+        return self if kinds <= {wanted} else self.map_arrays(_once(converted))
 
     # what it does
 

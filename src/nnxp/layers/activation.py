@@ -59,8 +59,8 @@ class Activation(Layer):
                 raise OptionError(f"{name} of {self.activation} is a number, not {value!r:.60}")
 
     def __call__(self, x: Array) -> Array:
-        if self.activation in ("softmax", "log_softmax") and x.ndim < 2:
-            raise ShapeError(f"{self} takes (rows, ..., classes) but got {x.ndim} axis")
+        if self.activation in ("softmax", "log_softmax") and (x.ndim < 2 or not x.shape[-1]):
+            raise ShapeError(f"{self} takes (rows, ..., classes) but got {x.shape}")
         return kernels.ACTIVATIONS[self.activation](x, **self.options)
 
     def __repr__(self) -> str:
