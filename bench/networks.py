@@ -15,7 +15,7 @@ from nnxp._arrays import float_dtype
 from nnxp.backend.cpu import one_blas_thread, worker_count
 from nnxp.floor import FLOOR
 from nnxp.testing import bounded, error_bound
-from nnxp.testing.parity import Expected
+from nnxp.testing.parity import Output
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -141,17 +141,17 @@ class Task:
         """The same as nnxp has it."""
         return nnxp.Sequential(*(nnxp.Dense.of(*layer) for layer in self.layers))
 
-    def expected(self, name: str) -> Expected:
+    def expected(self, name: str) -> Output:
         """What a contender of this name is to make of the rows that are checked, in float64."""
         x = self.checked(self.rows)
         if name == "copy":
             sent = x[:, : self.network.sizes[-1]]
-            return Expected(sent.astype("float64"), np.zeros(sent.shape), self.dtype)
+            return Output(sent.astype("float64"), np.zeros(sent.shape), self.dtype)
         forward = partial(self._forward, bare=name.startswith(FLOOR))
         blocks = [x[i : i + BLOCK] for i in range(0, len(x), BLOCK)]
         with one_blas_thread(), ThreadPoolExecutor(worker_count()) as pool:
             values, errors = zip(*pool.map(partial(error_bound, forward), blocks), strict=True)
-        return Expected(np.concatenate(values), np.concatenate(errors), x.dtype)
+        return Output(np.concatenate(values), np.concatenate(errors), x.dtype)
 
     def _forward(self, h: Any, bare: bool) -> Any:
         for weight, bias, activation in self.layers:

@@ -39,7 +39,7 @@ from nnxp.floor import FLOOR, PAUSE, TURN, Run, calls_in, fastest, timed
 from process import end, start
 
 if TYPE_CHECKING:
-    from nnxp.testing.parity import Expected
+    from nnxp.testing.parity import Output
 
 ABSENT = "not installed"
 
@@ -50,7 +50,7 @@ class Contender:
 
     name: str
     command: Sequence[str | Path]
-    expected: Expected
+    expected: Output
 
 
 def race(

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from nnxp.floor import FLOOR
-from nnxp.testing.parity import LIMIT, Expected
+from nnxp.testing.parity import LIMIT, Output
 
 BENCH = Path(__file__).parents[1] / "bench"
 TILED = "floor-tiled"
 ONES = np.ones((3, 2), "float32")
-RIGHT = Expected(ONES.astype("float64"), np.full((3, 2), 1e-7), ONES.dtype)
+RIGHT = Output(ONES.astype("float64"), np.full((3, 2), 1e-7), ONES.dtype)
 
 # A contender without a library: it sleeps, and hands in what it was given.
 FAKE = """

@@ -41,19 +41,24 @@ more_than_one = pytest.mark.skipif(
 
 
 class Pauses(nnxp.Layer):
-    """Stops in every tile after the first until it may go on, and notes what it sees."""
+    """Stops in every tile after the first until it may go on, and notes what it sees.
+
+    It asks how x lies, and so is run as Python for every tile.
+    """
+
+    seen: list
+    at_work: threading.Event
+    go_on: threading.Event
 
     def __init__(self):
-        self.__dict__.update(seen=[], at_work=threading.Event(), go_on=threading.Event())
+        self.seen, self.at_work, self.go_on = [], threading.Event(), threading.Event()
 
     def __call__(self, x):
+        assert x.flags.c_contiguous
         self.seen.append((blas(), bare()))
         self.at_work.set()
         assert self.go_on.wait(20)
         return x
-
-    def output_shape(self, shape):
-        return shape
 
     @classmethod
     def examples(cls):
@@ -371,6 +376,7 @@ def test_a_late_interrupt_leaves_behind_a_worker_that_does_not_end(monkeypatch):
         """Is stuck, in all threads but the caller's."""
 
         def __call__(self, x):
+            assert x.flags.c_contiguous
             if threading.current_thread() is not threading.main_thread():
                 stuck.set()
                 assert go_on.wait(20)

@@ -339,6 +339,8 @@ def module_attribute(array: type[ndarray], name: str) -> Any:
     """What the module of such arrays answers for a name: a function of the dialect, or a type."""
     if name in CONSTANTS:
         return getattr(np, name)
+    if name == "copyto":
+        return copyto
     if name == "linalg":
         return _Namespace(array, ("norm",))
     if name == "lib":
@@ -348,6 +350,13 @@ def module_attribute(array: type[ndarray], name: str) -> Any:
     if name in _NOT_IN_THE_MODULE:
         raise array.refusal(f"{array.library} has no {name}: {_SHARED}")
     return function(array, name)
+
+
+def copyto(dst: Any, src: Any, casting: str = "same_kind") -> None:
+    """dst[...] = src, converted as the casting allows."""
+    if not np.can_cast(getattr(src, "dtype", type(src)), dst.dtype, casting):  # type: ignore[arg-type]
+        raise TypeError(f"{src.dtype} does not become {dst.dtype} by the rule {casting!r}")
+    dst[...] = src
 
 
 class _Namespace:

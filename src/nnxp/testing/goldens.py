@@ -171,10 +171,11 @@ def check(
             raise CheckpointError(f"{os.fspath(path)}: the tensor {error} is missing") from None
         expected = _expected(model, [x])
         name, what = f"case {i}", f"{model!r} {x.dtype}"
-        if y.dtype == expected.dtype:
-            checks.append(compare(name, what, where, y, expected.value, expected.error))
+        value, error, dtype = expected.outputs[0]
+        if y.dtype == dtype:
+            checks.append(compare(name, what, where, y, value, error))
         else:
-            problem = f"the result is {y.dtype}, not {expected.dtype}"
+            problem = f"the result is {y.dtype}, not {dtype}"
             checks.append(Check(name, what, where, np.inf, np.inf, np.inf, (), problem))
         checks += [_run(name, what, model, [x], backend, expected) for backend in chosen]
     comparisons.update(each.backend for each in checks if not each.backend.startswith("recorded"))
