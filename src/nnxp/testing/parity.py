@@ -21,7 +21,14 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import (
-    Array, HostArray, float_dtype, is_array, is_floating, is_numeric, place_of, xp_of,
+    Array,
+    HostArray,
+    float_dtype,
+    is_array,
+    is_floating,
+    is_numeric,
+    place_of,
+    xp_of,
 )
 from nnxp._errors import DtypeMismatch, OptionError, ShapeError, UnsupportedFunction
 from nnxp._exchange import source_of
@@ -213,7 +220,7 @@ def listed(backends: Any) -> list[str | Backend]:
 
 
 def _check_call(function: Any, inputs: Sequence[Any]) -> None:
-    """Raise OptionError or DtypeMismatch for what cannot be judged: first a function, then arrays."""
+    """Raise OptionError or DtypeMismatch unless a function comes first, and then numbers."""
     if not callable(function) or (isinstance(function, type) and issubclass(function, Layer)):
         swapped = "; it comes first, before its inputs" if any(map(callable, inputs)) else ""
         raise OptionError(f"a model or a function is judged, not {function!r:.60}{swapped}")
