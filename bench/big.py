@@ -1,4 +1,4 @@
-"""What a budget is worth: two jobs that are larger than they may cost. python bench/big.py [DIR]
+"""What a memory limit is worth: two jobs that take more than it. python bench/big.py [DIR]
 
 rows    2,000,000 x 784 float32 rows (6.3 GB) from one memory map to another under
         memory_limit="256 MiB", through 784-512-256-10.

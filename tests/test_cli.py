@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import nnxp
 from conftest import draw
-from nnxp.cli import app
+from nnxp.cli import _Counting, app
+from nnxp.io.rows import Passing
 
 FILES = ["x.npy", "x.npz", "x.csv"]
 ENDINGS = [".npy", ".npz", ".csv"]
@@ -274,7 +275,7 @@ def test_a_model_that_cannot_be_read_is_one_clear_line(room, command, content, w
         (["x.npy", "-o", "y.npy", "--memory-limit", "-1"], 2, "'-1'"),
         (["x.npy", "-o", "y.npy", "--memory-limit", "8 B", "--backend=cpu"], 1, "memory"),
         (["x.npy", "-o", "y.npy", "--backend", "cuda:99"], 1, "cuda:99"),
-        (["x.npy", "-o", "y.npy", "--backend", "nimpy"], 1, "'nimpy'"),
+        (["x.npy", "-o", "y.npy", "--backend", "nimpy"], 2, "'nimpy'"),
         (["x.npy", "-o", "nowhere/y.npy"], 1, "nowhere"),
         (["x.npy", "-o", "folder.npy"], 1, "folder.npy"),
     ],
@@ -473,11 +474,10 @@ def test_summary_asks_for_the_shape_where_a_model_takes_any(room, make):
 
 
 @pytest.mark.parametrize(
-    ("shape", "code"),
-    [("5", 1), ("six", 2), ("0", 2), ("-6", 2), ("6,", 2), ("", 2), ("²", 2), ("9" * 5000, 2)],
+    "shape", ["5", "six", "0", "-6", "6,", "", "²", pytest.param("9" * 5000, id="9999...")]
 )
-def test_a_shape_that_does_not_fit_or_is_none_is_one_clear_line(room, shape, code):
-    fails(nnxp_("summary", "net.safetensors", f"--shape={shape}"), code)
+def test_a_shape_that_does_not_fit_or_is_none_is_one_clear_line(room, shape):
+    fails(nnxp_("summary", "net.safetensors", f"--shape={shape}"), 2)
 
 
 # demo and doctor
@@ -499,8 +499,8 @@ def test_demo_on_a_backend_that_cannot_be_had_is_one_clear_line():
 
 def test_doctor_is_content_unless_something_that_was_asked_for_is_broken(monkeypatch):
     assert nnxp_("doctor").exit_code == 0
-    for done in (nnxp_("doctor", "--backend", "cuda:99"), nnxp_("doctor", "--backend", "nimpy")):
-        assert (done.exit_code, done.stderr) == (1, "")
+    done = nnxp_("doctor", "--backend", "cuda:99")
+    assert (done.exit_code, done.stderr) == (1, "")
     for name in ("NNXP_BACKEND", "NNXP_WORKERS"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "nonsense")
@@ -544,7 +544,10 @@ def test_predict_takes_what_is_asked_of_a_table(room):
     fails(nnxp_(*args, "--delimiter", ";"), 1, "line 5", "column 5 (c)", "--missing nan")
     done = nnxp_(*args, "--missing", "nan", "--backend", "cpu")
     assert done.exit_code == 0
-    assert done.stderr == "nnxp: note: t.csv: the delimiter is ';', by what the lines look like\n"
+    assert done.stderr.splitlines() == [
+        "nnxp: note: t.csv: the delimiter is ';', by what the lines look like",
+        "nnxp: note: 1 of 50 rows hold NaN or infinity",
+    ]
     same = np.load("x.npy")
     same[3, 2] = np.nan
     y = nnxp.predict(nnxp.load("net.safetensors"), same, "cpu")
@@ -603,3 +606,151 @@ def test_verify_reads_tables(room):
     done = nnxp_("verify", "net.safetensors", "x.csv", "--columns", "f,e,d,c,b,a")
     assert done.exit_code == 0, done.output
     fails(nnxp_("verify", "net.safetensors", "x.csv", "--no-header"), 1, "line 1")
+
+
+# wrong calls, models of a user's own, rows that are not finite, narrow terminals
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["demo", "--backend", "nope"], ["no backend 'nope'", "auto, cupy"]),
+        (["doctor", "--backend", "nope"], ["no backend 'nope'"]),
+        (["doctor", "--backend", "cuda:x"], ["no backend 'cuda:x'"]),
+        (["predict", "net.safetensors", "x.npy", "-o", "y.npy", "--backend", "tpu"], ["'tpu'"]),
+        (["predict", "net.safetensors", "x.npy", "-o", "y.npy", "--backend", "cpu,tpu"], ["'tpu'"]),
+        (["summary", "net.safetensors", "--backend", "auto:1"], ["'auto:1'"]),
+        (["verify", "net.safetensors", "x.npy", "--backend", "nope"], ["'nope'"]),
+        (["verify", "net.safetensors", "x.npy", "--require", "nope"], ["'nope'"]),
+        (["verify", "net.safetensors"], ["give both"]),
+        (["summary", "net.safetensors", "--shape", "7"], ["--shape 7", "takes (rows, 6)"]),
+        (["summary", "net.safetensors", "--shape", "6.0"], ["'6.0'"]),
+        (["bench", "net.safetensors", "--shape", "7"], ["--shape 7", "takes (rows, 6)"]),
+        (["summary", "net.safetensors", "--import", "no_such_module"], ["no_such_module"]),
+        (["summary", "net.safetensors", "--import", "own.py"], ["--import own names the module"]),
+        (["summary", "net.safetensors", "--import", "broken"], ["broken", "ZeroDivisionError"]),
+    ],
+)
+def test_a_wrong_call_is_code_2_in_every_command(room, monkeypatch, args, words):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (room / "broken.py").write_text("1 / 0\n")
+    fails(nnxp_(*args), 2, *words)
+    assert not (room / "y.npy").exists()
+
+
+OWN = """
+import numpy as np
+import nnxp
+
+class Stretched(nnxp.Layer):
+    factor: np.ndarray
+
+    def __init__(self, size):
+        self.factor = np.full(size, 2, "float32")
+
+    def __call__(self, x):
+        return x * self.factor
+"""
+MAKE = """
+import nnxp, own_layers
+
+nnxp.save(nnxp.Sequential(own_layers.Stretched(6), nnxp.Dense(6, 3)), "own")
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "own", "x.npy", "-o", "y.npy", "--backend", "numpy"],
+        ["summary", "own", "--backend", "numpy"],
+        ["verify", "own", "x.npy", "--backend", "numpy"],
+        ["bench", "own", "--rows", "2", "--rounds", "1"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_imports_the_module_of_a_model_s_own_layers(room, command):
+    (room / "own_layers.py").write_text(OWN)
+    subprocess.run([sys.executable, "-c", MAKE], check=True)
+    without = run(*command)
+    assert without.returncode == 1
+    assert "'Stretched' that is not known here" in without.stderr
+    assert "--import" in without.stderr
+    imported = subprocess.run(
+        [sys.executable, "-m", "nnxp", *command, "--import", "json", "--import", "own_layers"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert imported.returncode == 0, imported.stderr
+
+
+@pytest.mark.parametrize("backend", ["numpy", "sim"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_predict_says_once_how_many_rows_are_not_finite(room, ending, backend):
+    x = np.load("x.npy")
+    large = np.inf if backend == "numpy" else np.nan  # of which the sim's NumPy warns
+    x[3, 1], x[7, 0], x[7, 2], x[49, 5] = np.nan, large, np.nan, -large
+    np.save("odd.npy", x)
+    np.savez("odd.npz", x)
+    np.savetxt("odd.csv", x, delimiter=",", header="a,b,c,d,e,f", comments="")
+    done = nnxp_(
+        "predict", "net.safetensors", f"odd{ending}", "-o", "y.npy", "--backend", backend,
+        "--missing" if ending == ".csv" else "--workers", "nan" if ending == ".csv" else "2",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert done.stderr == "nnxp: note: 3 of 50 rows hold NaN or infinity\n"
+
+
+def test_rows_that_are_read_again_after_a_device_ran_out_of_memory_are_counted_once():
+    x = np.full((10, 2), np.nan, "float32")
+    x[::2] = 1
+    counting = _Counting(Passing(x))
+    for start, stop in ((0, 4), (4, 10), (4, 7), (7, 10)):  # for 4:10 there was no room
+        assert np.array_equal(counting[start:stop], x[start:stop], equal_nan=True)
+    assert counting.nonfinite == 5
+
+
+def test_verify_says_once_how_many_rows_are_not_finite(room):
+    x = np.load("x.npy")
+    x[3, 1] = np.nan
+    np.save("odd.npy", x)
+    done = nnxp_("verify", "net.safetensors", "odd.npy", "--backend", "sim")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("NaN") == 1
+    assert "on 50 of 50 rows, 1 of which hold NaN or infinity" in done.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+@pytest.mark.parametrize("width", [80, 50])
+def test_a_terminal_shows_no_line_that_is_broken_within_a_word(room, width):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    plain = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+
+    def shown(*args):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nnxp", *args], stdout=theirs, stderr=theirs, env=plain
+        )
+        os.close(theirs)
+        text = b""
+        try:
+            while block := os.read(ours, 1 << 16):
+                text += block
+        except OSError:
+            pass  # Linux says so when the other end is closed
+        process.wait(60)
+        os.close(ours)
+        return text.decode().replace("\r\n", "\n")
+
+    wide = nnxp_("predict", "net.safetensors", "x.npy", "-o", "y.npy").stdout
+    narrow = shown("predict", "net.safetensors", "x.npy", "-o", "y.npy")
+    for text in (narrow, shown("verify", "net.safetensors", "nope.foo")):
+        lines = [line.rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
+        assert all(len(line) <= width or " " not in line.strip() for line in lines), lines
+    assert narrow.split()[-1] == wide.split()[-1]
+    assert "error: nope.foo: rows are in files" in " ".join(text.split())

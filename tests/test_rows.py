@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import draw
 import nnxp
+from conftest import draw
 from nnxp._errors import OptionError
 from nnxp.io import rows as module
 from nnxp.io.rows import ENDINGS, Passing, RowsError, read_rows, written_rows

@@ -75,7 +75,7 @@ class DtypeMismatch(NnxpError, TypeError):
 
 
 class DeviceMismatch(NnxpError, TypeError):
-    """Arrays that must meet are in different places: the message names both and the mend."""
+    """Arrays that must meet are in different places: the message names both and the fix."""
 
 
 class BackendUnavailable(NnxpError, RuntimeError):

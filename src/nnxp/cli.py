@@ -327,8 +327,9 @@ def _array_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, s
         dtype = out.dtype
         counting = _Counting(Passing(x, out))
         engine(counting, out, progress=True)
-        del out  # or Windows would not rename the file
-    _note_nonfinite(counting.nonfinite, shape[0])
+        nonfinite = counting.nonfinite
+        del out, counting  # or Windows would not rename the file
+    _note_nonfinite(nonfinite, shape[0])
     return shape, str(dtype)
 
 

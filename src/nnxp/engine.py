@@ -86,7 +86,7 @@ class Engine:
                 f'precision="tf32" is for float32 models, but {model} is {model.dtype}'
             )
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
-        self.workers = None if workers is None else whole("workers, the number of threads,", workers)
+        self.workers = None if workers is None else whole("workers, a number of threads,", workers)
         self.precision = precision
         sparing = self.memory_limit is not None
         self._replicas = [Replica(model, each, precision, sparing) for each in _backends(backend)]

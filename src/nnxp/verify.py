@@ -25,7 +25,13 @@ from nnxp.io._atomic import written_beside
 from nnxp.layers._layer import Layer
 from nnxp.testing.goldens import layer_examples, provenance, record
 from nnxp.testing.parity import (
-    LIMIT, Check, compare, finite_or_none, listed, parity_report, product_bound,
+    LIMIT,
+    Check,
+    compare,
+    finite_or_none,
+    listed,
+    parity_report,
+    product_bound,
 )
 
 TF32 = 20.0
@@ -130,7 +136,7 @@ def verify(
     On these backends, or on all that are usable; `required` ones are always among them. Of many
     rows a thousand are judged. Raises BackendUnavailable for one of `backends` that cannot be used.
     """
-    backends, required = listed(backends), [str(name) for name in listed(required)]
+    asked, needed = listed(backends), [str(name) for name in listed(required)]
     if not (model is None or isinstance(model, Layer)):
         raise OptionError(f"verify takes a model made of nnxp layers, not {model!r:.60}")
     if (model is None) != (rows is None):
@@ -146,8 +152,8 @@ def verify(
         if count := nonfinite_rows(some):
             what += f", {count:,} of which hold NaN or infinity"
     found, failures = [], []
-    names = [get_backend(name).device for name in backends] or list(available_backends())
-    for name in dict.fromkeys([*names, *required]):
+    names = [get_backend(name).device for name in asked] or list(available_backends())
+    for name in dict.fromkeys([*names, *needed]):
         try:
             backend = get_backend(name)
         except BackendUnavailable as error:
@@ -159,7 +165,7 @@ def verify(
         made, failed = _judge(backend, cases)
         found.append(made)
         failures += failed
-    wanted = tuple({"cpu": "numpy", "cuda": "cupy"}.get(name, name) for name in required)
+    wanted = tuple({"cpu": "numpy", "cuda": "cupy"}.get(name, name) for name in needed)
     return Verification(what, tuple(found), tuple(failures), wanted)
 
 

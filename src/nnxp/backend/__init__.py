@@ -116,7 +116,7 @@ def set_backend(backend: str | Backend) -> Backend:
 
 
 def available_backends() -> dict[str, Availability]:
-    """For every backend whether it can be used here, and if not, why, and what mends it.
+    """For every backend whether it can be used here, and if not, why, and what fixes it.
 
     Where NNXP_BACKEND names the CPU, CUDA is not asked.
     """

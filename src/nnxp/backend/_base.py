@@ -31,7 +31,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can be used here; if not, why, and what mends it."""
+    """Whether a backend can be used here; if not, why, and what fixes it."""
 
     ok: bool
     reason: str

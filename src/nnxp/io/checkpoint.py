@@ -113,8 +113,8 @@ _FOREIGN = (
     (rb"PK\x03\x04", "it is a zip archive, not a model that nnxp.save wrote"),
     (
         rb"\x80[\x02-\x05](?!.{6}\{)|\([dl]p\d|c[\w.]+\n[\w.]+\n",
-        "it is a pickle, which may run anything and which nnxp never opens: load it where you trust "
-        "it, make a model of it by nnxp.from_sklearn or nnxp.from_torch, and nnxp.save that",
+        "it is a pickle, which may run anything, and which nnxp never opens: load it where you "
+        "trust it, make a model of it by nnxp.from_sklearn or nnxp.from_torch, and nnxp.save that",
     ),
     (rb"\x93NUMPY", "it is a .npy file of NumPy's: an array, not a model"),
     (rb"\x89HDF", "it is an HDF5 file, as Keras writes them, not a model that nnxp.save wrote"),

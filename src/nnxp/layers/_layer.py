@@ -102,7 +102,14 @@ class Layer(metaclass=_Assembly):
                 f"a field of {cls.__name__} cannot be called {names}: every layer has it"
             )
         new = bool(cls.__annotations__)  # without fields of its own it is made as its base is
-        dataclasses.dataclass(eq=False, repr=False, init=new)(cls)
+        new &= "__init__" not in vars(cls)
+        try:
+            dataclasses.dataclass(eq=False, repr=False, init=new)(cls)
+        except (TypeError, ValueError) as error:  # a default that may change, or in a wrong place
+            raise OptionError(f"the fields of {cls.__name__}: {error}") from None
+        for each in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if isinstance(getattr(cls, each.name, None), property):
+                raise OptionError(f"{each.name} of {cls.__name__} is a field, and a property")
         if cls.__name__.startswith("_"):
             return
         taken = Layer.known.get(cls.__name__)
@@ -160,6 +167,12 @@ class Layer(metaclass=_Assembly):
                 f"{name} of {self} cannot be assigned: a layer is fixed once it is made; "
                 "with_parameters({...}) makes another one"
             )
+        if isinstance(getattr(type(self), name, None), property):
+            try:
+                object.__setattr__(self, name, value)
+            except AttributeError as error:  # it has no setter
+                raise OptionError(f"{type(self).__name__}.{name} is assigned: {error}") from None
+            return
         if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
             raise OptionError(
                 f"{type(self).__name__}.{name} is assigned, but no field of that name is declared; "
@@ -176,6 +189,8 @@ class Layer(metaclass=_Assembly):
             return
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
             name = each.name
+            if not hasattr(self, name) and each.default_factory is not dataclasses.MISSING:
+                self.__dict__[name] = each.default_factory()
             if not hasattr(self, name):
                 raise OptionError(f"{type(self).__name__} has no {name}, which __init__ assigns")
             value = self.__dict__.setdefault(name, getattr(self, name))
@@ -420,7 +435,8 @@ class Layer(metaclass=_Assembly):
         try:
             kind = np.dtype(dtype or self.dtype or "float32")
         except TypeError:
-            raise DtypeMismatch(f"the type of an input is one of NumPy's, not {dtype!r:.60}") from None
+            said = f"the type of an input is one of NumPy's, not {dtype!r:.60}"
+            raise DtypeMismatch(said) from None
         return Outline((ROWS, *shape[1:]), kind)
 
     def _shape(self, shape: Any) -> Shape:
@@ -788,8 +804,9 @@ def array_shape(layer: Layer, name: str) -> Shape:
     if not is_array(value):
         raise ShapeError(f"{who} is an array, not {value!r:.60}")
     if not is_floating(value.dtype):
-        raise DtypeMismatch(f"{who} is {value.dtype}, but parameters are floats; "
-                            f"{name}.astype('float32')")  # fmt: skip
+        raise DtypeMismatch(
+            f"{who} is {value.dtype}, but parameters are floats; {name}.astype('float32')"
+        )
     shape: Shape = value.shape
     return shape
 

@@ -224,7 +224,7 @@ def listed(backends: Any) -> list[str | Backend]:
 
 
 def _check_call(function: Any, inputs: Sequence[Any]) -> None:
-    """Raise OptionError or DtypeMismatch for what cannot be judged: first a function, then arrays."""
+    """Raise OptionError or DtypeMismatch unless a function comes first, and then numbers."""
     if not callable(function) or (isinstance(function, type) and issubclass(function, Layer)):
         swapped = "; it comes first, before its inputs" if any(map(callable, inputs)) else ""
         raise OptionError(f"a model or a function is judged, not {function!r:.60}{swapped}")
