@@ -515,7 +515,10 @@ HOSTILE = {
     "offsets beyond the file": (headed([2**40, 2**40 + 96], WEIGHT, "data_offsets"), NOT_WHOLE),
     "offsets in reverse": (headed([96, 0], WEIGHT, "data_offsets"), NOT_WHOLE),
     "offsets that overlap": (headed([4, 100], WEIGHT, "data_offsets"), NOT_WHOLE),
-    "integers": (headed("I32", WEIGHT, "dtype"), "are F32 and F64 and I32; they are all of one floating"),
+    "integers": (
+        headed("I32", WEIGHT, "dtype"),
+        "are F32 and F64 and I32; they are all of one floating",
+    ),
     "another float of half the size": (headed("F16", WEIGHT, "dtype"), NOT_WHOLE),
     "an unknown type": (headed("F128", WEIGHT, "dtype"), NOT_WHOLE),
     "8-bit floats": (headed("F8_E4M3", WEIGHT, "dtype"), NOT_WHOLE),
@@ -562,7 +565,9 @@ def test_types_are_not_mixed_in_a_file(file):
     tensors = load_file(file)
     tensors["layers.0.bias"] = tensors["layers.0.bias"].astype("float64")
     save_file(tensors, file, metadata={"nnxp": json.dumps(description)})
-    with pytest.raises(CheckpointError, match=r"layers\.0\.weight is float32 but layers\.0\.bias is float64"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.weight is float32 but layers\.0\.bias is float64"
+    ):
         nnxp.load(file)
 
 

@@ -357,7 +357,7 @@ def test_a_nan_that_is_swallowed_is_found(bench, here, fused):
 
 
 def test_a_float32_product_that_is_none_is_found(bench, here, fused):
-    def rounded(x, weight, bias=None, *, activation=None):
+    def rounded(x, weight, bias=None, *, activation=None, precision=None):
         there = [each.astype("float16").astype("float32") for each in (x, weight)]
         return nnxp.sim.matmul(*there)
 

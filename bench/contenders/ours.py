@@ -83,8 +83,7 @@ def floor_on_device(task: Task) -> Built:
         turned = np.ascontiguousarray(weight.T)
         ways = {"(in, out)": backend.put(weight), "(out, in)": backend.put(turned).T}
         took = {
-            name: Built(partial(product, h, w), wait=wait).seconds()
-            for name, w in ways.items()
+            name: Built(partial(product, h, w), wait=wait).seconds() for name, w in ways.items()
         }
         chosen.append(min(took, key=lambda name: took[name]))
         weights.append(ways[chosen[-1]])

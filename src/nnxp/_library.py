@@ -1,8 +1,8 @@
 """What the array libraries of our own share: the dialect, and arrays that know no other.
 
-The dialect is what NumPy and CuPy have in common, call forms included. `sim`, `bounded` and `traced`
-are libraries in it: whatever is asked of one of their arrays, by operator, method, or function of the
-module, arrives at one hook, `apply(name, arrays, options, out)`.
+The dialect is what NumPy and CuPy have in common, call forms included. `sim`, `bounded` and
+`traced` are libraries in it: whatever is asked of one of their arrays, by operator, method, or
+function of the module, arrives at one hook, `apply(name, arrays, options, out)`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _PICK = "axis=None, *, keepdims=False"
 # Those that take `out=` as well are in WITH_OUT. Arrays stand before the ";", options behind it.
 _TABLE = {
     "elementwise": {
-        "x, /;": """absolute arccos arccosh arcsin arcsinh arctan arctanh ceil cos cosh exp exp2 expm1
-            floor invert log log10 log1p log2 negative positive reciprocal rint sign sin sinh sqrt
-            square tan tanh trunc""",
-        "x, y, /;": """add arctan2 bitwise_and bitwise_or bitwise_xor divide floor_divide fmax fmin fmod
-            hypot logaddexp maximum minimum multiply power remainder subtract""",
+        "x, /;": """absolute arccos arccosh arcsin arcsinh arctan arctanh ceil cos cosh exp
+            exp2 expm1 floor invert log log10 log1p log2 negative positive reciprocal rint sign sin
+            sinh sqrt square tan tanh trunc""",
+        "x, y, /;": """add arctan2 bitwise_and bitwise_or bitwise_xor divide floor_divide fmax fmin
+            fmod hypot logaddexp maximum minimum multiply power remainder subtract""",
         "condition, x, y, /;": "where",
         "a, a_min, a_max;": "clip",
         "a; decimals=0": "round",
@@ -43,8 +43,8 @@ _TABLE = {
     },
     "comparison": {
         "x, /;": "isfinite isinf isnan logical_not signbit",
-        "x, y, /;": """equal greater greater_equal less less_equal logical_and logical_or logical_xor
-            not_equal""",
+        "x, y, /;": """equal greater greater_equal less less_equal logical_and logical_or
+            logical_xor not_equal""",
         "a, b; rtol=1e-05, atol=1e-08, equal_nan=False": "isclose",
     },
     "reduction": {
@@ -116,8 +116,8 @@ VIEWS = frozenset(
 )
 """What may look at the memory of its array."""
 
-METHODS = """all any argmax argmin argsort cumprod cumsum diagonal dot max mean min prod repeat round
-    squeeze std sum swapaxes take var""".split()
+METHODS = """all any argmax argmin argsort cumprod cumsum diagonal dot max mean min prod repeat
+    round squeeze std sum swapaxes take var""".split()
 OTHER_METHODS = "astype clip copy fill flatten item ravel reshape sort tolist transpose".split()
 """The methods that have a call form of their own, or none in the module."""
 
@@ -136,7 +136,7 @@ def form(name: str) -> tuple[int | None, inspect.Signature]:
     )
     arrays, options = (part.strip() for part in text.split(";"))
     parameters = ", ".join(filter(None, [arrays.removeprefix("*"), options]))
-    signature = inspect.signature(eval(f"lambda {parameters}: 0"))  # noqa: S307 (the table above)
+    signature = inspect.signature(eval(f"lambda {parameters}: 0"))
     count = len([each for each in arrays.split(",") if each.strip(" /")])
     return None if arrays.startswith("*") else count, signature
 

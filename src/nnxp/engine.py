@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 import weakref
@@ -230,7 +229,9 @@ class Engine:
         assert isinstance(backend, DeviceBackend)
         for array in arrays:
             if array.ndim == 0:
-                raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
+                raise ShapeError(
+                    "x is (rows, ...) but has no axis at all; x[None] makes it one row"
+                )
             if not is_numeric(array.dtype):
                 raise DtypeMismatch(f"rows are real numbers, but x is {array.dtype}")
         rows = _row_count(replica.model, arrays)
@@ -263,7 +264,9 @@ class Engine:
         for shape in shapes:
             whole = isinstance(shape, tuple | list) and all(hasattr(n, "__index__") for n in shape)
             if not whole or not shape:
-                raise OptionError(f"plan takes the shape of x, such as (1000, 784), not {shape!r:.60}")
+                raise OptionError(
+                    f"plan takes the shape of x, such as (1000, 784), not {shape!r:.60}"
+                )
         if not shapes:
             raise OptionError("plan takes the shape of x, such as (1000, 784)")
         dtypes = map(np.dtype, self.model.input_dtypes(len(shapes)))
@@ -290,9 +293,7 @@ class Engine:
 
     def _budget(self, replica: Replica, prepared: Prepared) -> Budget:
         held = replica.lanes.unused()
-        return Budget(
-            *prepared.costs, self.memory_limit, self.workers, prepared.most_rows, held
-        )
+        return Budget(*prepared.costs, self.memory_limit, self.workers, prepared.most_rows, held)
 
     def close(self) -> None:
         """Give back what is held on the device; the engine takes no more rows."""
@@ -366,7 +367,9 @@ class Replica:
         try:
             program = self.model.program(*(((rows, *kind.row), kind.dtype) for kind in kinds))
         except Untraceable as error:
-            raise ShapeError(f"{self.model!r:.200} does not go through an engine: {error}") from None
+            raise ShapeError(
+                f"{self.model!r:.200} does not go through an engine: {error}"
+            ) from None
         first = kinds[0]
         wider = first.travels.itemsize > first.dtype.itemsize and is_floating(first.travels)
         if wider and len(kinds) == 1:
@@ -426,9 +429,7 @@ class Prepared:
             )
         self.program = program if backend.name == "cupy" else written_out  # CUDA fuses kernels
         self.borrowed = written_out.borrowed
-        self.outputs = tuple(
-            Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1)
-        )
+        self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
         self.costs = _costs(written_out, kinds, self.outputs, backend)
         self.most_rows: int | None = None
         self._sparing = sparing
@@ -508,17 +509,14 @@ def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
             )
         return tuple(x[name] for name in names[:count])
     if isinstance(x, Mapping) and len(names) > 1:
+        raise ShapeError(f"{model!r:.200} takes {', '.join(names)}, not {', '.join(map(str, x))}")
+    given: tuple[Any, ...] = x if isinstance(x, tuple) and len(names) > 1 else (x,)
+    if not required <= len(given) <= len(names):
         raise ShapeError(
-            f"{model!r:.200} takes {', '.join(names)}, not {', '.join(map(str, x))}"
-        )
-    if not isinstance(x, tuple) or len(names) == 1:
-        x = (x,)
-    if not required <= len(x) <= len(names):
-        raise ShapeError(
-            f"{model!r:.200} takes {', '.join(names)}: {len(x)} inputs are not so many; "
+            f"{model!r:.200} takes {', '.join(names)}: {len(given)} inputs are not so many; "
             "give a tuple of them, or a dict"
         )
-    return x
+    return given
 
 
 def _row_count(model: Layer, inputs: Sequence[Any]) -> int:

@@ -160,7 +160,7 @@ class DeviceBackend(Backend):
             pool.release()
         if out is None:
             for shape, dtype in outlines:
-                if not _fits(lambda s=shape, d=dtype: made.append(self.xp.empty(s, d))):
+                if not _fits(partial(_made, made, self.xp, shape, dtype)):
                     size = prod(shape) * dtype.itemsize
                     raise OutOfMemory(f"{self.device} has no memory for the result, {size:,} bytes")
             out = tuple(made)
@@ -194,6 +194,10 @@ def _fits(work: Callable[[], object]) -> bool:
             raise
         return False
     return True
+
+
+def _made(arrays: list[Array], xp: Any, shape: Shape, dtype: np.dtype[Any]) -> None:
+    arrays.append(xp.empty(shape, dtype))
 
 
 def _fill(

@@ -102,7 +102,9 @@ class CudaBackend(DeviceBackend):
         memory = self.xp.cuda.PinnedMemoryPointer(self.xp.cuda.PinnedMemory(size), 0)
         return np.frombuffer(memory, "uint8", size)
 
-    def record(self, fn: Callable[[], tuple[Array, ...]], stream: Any) -> Callable[[], tuple[Array, ...]]:
+    def record(
+        self, fn: Callable[[], tuple[Array, ...]], stream: Any
+    ) -> Callable[[], tuple[Array, ...]]:
         """As a CUDA graph.
 
         Run once more before it is captured, so that all is compiled and the pool holds all the

@@ -85,7 +85,9 @@ class SimBackend(DeviceBackend):
     def pinned(self, size: int) -> HostArray:
         return np.empty(size, "uint8")
 
-    def record(self, fn: Callable[[], tuple[Array, ...]], stream: Stream) -> Callable[[], tuple[Array, ...]]:
+    def record(
+        self, fn: Callable[[], tuple[Array, ...]], stream: Stream
+    ) -> Callable[[], tuple[Array, ...]]:
         return fn
 
 

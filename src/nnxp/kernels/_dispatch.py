@@ -84,7 +84,7 @@ class Kernel:
         return self._fused.get(library)
 
     def widened(self, x: Array, *arrays: Array | None, **options: Any) -> Any:
-        """The reference body; arrays of 16-bit floats go in as float32, and the result is rounded."""
+        """The reference body; 16-bit floats go in as float32, and the result is rounded once."""
         if x.dtype.itemsize != 2:
             return self.reference(x, *arrays, **options)
         if not is_floating(x.dtype):

@@ -8,6 +8,7 @@ from nnxp._arrays import Array, xp_of
 from nnxp.kernels._dispatch import Kernel, kernel
 from nnxp.kernels.activations import identity
 
+
 @kernel
 def matmul(x: Array, weight: Array, *, precision: str | None = None) -> Array:
     """y = x @ weight

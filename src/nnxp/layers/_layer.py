@@ -184,7 +184,7 @@ class Layer(metaclass=_Assembly):
         raise FrozenLayer(f"{name} of {self} cannot be deleted: a layer is fixed once it is made")
 
     def _complete(self) -> None:
-        """Refuse what would not be seen as a parameter or a child, ask `validate`, fix the fields."""
+        """Refuse what would not be seen as a parameter or child, ask `validate`, fix the fields."""
         if "_fixed" in self.__dict__:
             return
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -273,7 +273,7 @@ class Layer(metaclass=_Assembly):
     def map_layers(
         self, change: Callable[[str, Layer], Layer], prefix: str = "", name: str = ""
     ) -> Layer:
-        """A model like this one, with change(dotted name, layer) for every layer, children first."""
+        """A model like this one, with change(name, layer) for every layer, children first."""
 
         if not callable(change):
             raise OptionError(f"map_layers takes a function of name and layer, not {change!r:.60}")
@@ -380,8 +380,8 @@ class Layer(metaclass=_Assembly):
     def astype(self: L, dtype: object) -> L:
         """The same model with parameters of this type: "float16", "bfloat16", "float32", ..."""
         wanted = float_dtype(dtype)
-        exempt = {id(getattr(each, name)) for _, each in [*self.walk(), ("", self)]
-                  for name in each.wide}  # fmt: skip
+        layers: list[Layer] = [self, *(layer for _, layer in self.walk())]
+        exempt = {id(getattr(layer, name)) for layer in layers for name in layer.wide}
 
         def converted(value: Array) -> Array:
             if value.dtype == wanted or id(value) in exempt:
@@ -544,7 +544,7 @@ class Layer(metaclass=_Assembly):
 
 
 def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The formula, guarded: what does not fit is refused before any work, and errors name layers."""
+    """The formula, guarded: what does not fit is refused before any work; errors name layers."""
     signature = inspect.signature(formula)
 
     @wraps(formula)
@@ -635,9 +635,7 @@ def _written(model: Layer, outlines: tuple[Outline, ...], rows: int | None) -> P
             traced.Value((times * shape[0], *shape[1:]), dtype, name=name)
             for (shape, dtype), name in zip(outlines, names, strict=True)
         ]
-        return trace(
-            lambda *inputs: formula(lifted, *inputs), *values, layers=layers, rows=rows
-        )
+        return trace(lambda *inputs: formula(lifted, *inputs), *values, layers=layers, rows=rows)
 
     program = written(1)
     same_for_any_rows(program, written(2))

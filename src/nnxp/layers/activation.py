@@ -60,7 +60,8 @@ class Activation(Layer):
 
     def __call__(self, x: Array) -> Array:
         if self.activation in ("softmax", "log_softmax") and (x.ndim < 2 or not x.shape[-1]):
-            raise ShapeError(f"{self} takes (rows, ..., classes) but got {x.shape}")
+            got = f"{x.ndim} axis" if x.ndim < 2 else "no classes"
+            raise ShapeError(f"{self} takes (rows, ..., classes) but got {got}")
         return kernels.ACTIVATIONS[self.activation](x, **self.options)
 
     def __repr__(self) -> str:

@@ -39,7 +39,8 @@ class Dense(Layer):
         inputs, outputs = whole("Dense's inputs", inputs), whole("Dense's outputs", outputs)
         if not isinstance(bias, bool | np.bool_):
             raise OptionError(
-                f"bias of Dense is True or False, not {bias!r:.60}; Dense.of(weight, bias) takes arrays"
+                f"bias of Dense is True or False, not {bias!r:.60}; "
+                "Dense.of(weight, bias) takes arrays"
             )
         limit = sqrt(6 / (inputs + outputs))
         kind = float_dtype(dtype)

@@ -107,7 +107,9 @@ class BatchNorm(_Norm):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return kernels.batch_norm(self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps)
+        return kernels.batch_norm(
+            self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps
+        )
 
     @classmethod
     def examples(cls) -> Iterator[Example]:

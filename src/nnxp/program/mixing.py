@@ -91,7 +91,7 @@ def _summed_out(step: Step) -> bool:
 
 
 def _contracted(step: Step) -> bool:
-    a, b = step.values
+    a = step.values[0]
     axes = step.options.get("axes", 2)
     left = axes[0] if isinstance(axes, tuple | list) else range(len(a.shape) - axes, len(a.shape))
     left = left if isinstance(left, tuple | list | range) else [left]

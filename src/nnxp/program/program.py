@@ -20,7 +20,6 @@ from nnxp.program.traced import (
     Tape,
     Untraceable,
     Value,
-    axes_of,
     counts_rows,
     current_tape,
     einsum_terms,
@@ -125,7 +124,7 @@ class Program:
 
     @cached_property
     def borrowed(self) -> tuple[bool, ...]:
-        """Of each output, whether it may lie in memory that is somebody's: an input's or constant's.
+        """Of each output, whether it may lie in memory that is an input's or a constant's.
 
         What a layer that is run as Python answers may be anybody's. Kernels are to be written out.
         """
@@ -181,7 +180,9 @@ def _reused(step: Step, i: int, last: Mapping[Value, int]) -> Value | None:
     if KINDS.get(step.name) != "elementwise" or step.name not in WITH_OUT or _is_opaque(step):
         return None
     for value in step.values:
-        own = value.step is not None and value.root is value and isinstance(value.step.function, str)
+        own = (
+            value.step is not None and value.root is value and isinstance(value.step.function, str)
+        )
         like = (value.shape, value.dtype) == (step.outputs[0].shape, step.outputs[0].dtype)
         if own and like and last[value] == i:
             return value
@@ -240,8 +241,10 @@ def same_for_any_rows(program: Program, doubled: Program) -> None:
     same = len(program.steps) == len(doubled.steps)
     for one, two in zip(program.steps, doubled.steps, strict=False):
         same = same and one.name == two.name and _same(scaled(one, 2 * ROWS).options, two.options)
-        same = same and len(one.inputs) == len(two.inputs) and all(
-            _same(a, b, names) for a, b in zip(one.inputs, two.inputs, strict=True)
+        same = (
+            same
+            and len(one.inputs) == len(two.inputs)
+            and all(_same(a, b, names) for a, b in zip(one.inputs, two.inputs, strict=True))
         )
         if not same:
             raise Untraceable(
@@ -288,7 +291,7 @@ def replay(program: Program, arrays: Sequence[Any], change: Callable[..., Any]) 
 
 def _known(x: Any, known: Mapping[Value, Any]) -> Any:
     if isinstance(x, Value):
-        return known[x] if x in known else x.numbers
+        return known.get(x, x.numbers)
     return x
 
 

@@ -1,7 +1,7 @@
-"""A program bound to NumPy and a number of rows: memory set aside, operands in place, calls in order.
+"""A program bound to NumPy and a number of rows: memory set aside, operands bound, calls in order.
 
-Kernels are written out as what their reference bodies do, so that every pass over a tile is one call
-of a NumPy function that writes where it should: `for call in calls: call()`.
+Kernels are written out as what their reference bodies do, so that every pass over a tile is one
+call of a NumPy function that writes where it should: `for call in calls: call()`.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def writes(step: Step) -> bool:
 def costs(program: Program, given: Sequence[np.dtype[Any]] | None = None) -> Costs:
     """What a program takes of memory and work, counted from the lives of its values.
 
-    `given` are the types of the rows, if they are to be converted first. Beside the products, a byte
-    that is passed over takes about as long as a multiply-add, so both are work.
+    `given` are the types of the rows, if they are to be converted first. Beside the products, a
+    byte that is passed over takes about as long as a multiply-add, so both are work.
     """
     flat = expanded(program)
     layout = Layout(flat, ROWS)
@@ -217,7 +217,9 @@ class Recording:
         self._places[value] = True, len(self._slots) - 1
         return len(self._slots) - 1
 
-    def _bound(self, fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Call:
+    def _bound(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Call:
         """fn of these operands, as a call without arguments."""
         places = [self._place(each) for each in args]
         if not any(moves for moves, _ in places):
@@ -313,13 +315,13 @@ class Recording:
             return self._reduced(step, out)
         if name == "clip":
             x, low, high = (*inputs, None)[:3]
-            clipped = x
             calls = []
-            for bound, fn in ((low, np.maximum), (high, np.minimum)):
+            for bound, limited in ((low, np.maximum), (high, np.minimum)):
                 if bound is not None:
-                    calls.append(self._bound_ufunc(fn, (clipped, self._scalar(bound, out)), out))
-                    clipped = out
-            return calls
+                    operands = x, self._scalar(bound, out)
+                    calls.append(self._bound_ufunc(limited, operands, out))
+                    x = out
+            return calls or [self._bound(np.copyto, (out, x), {"casting": "unsafe"})]
         if name == "matmul" and _flat(inputs):
             fn: Any = np.dot
         else:

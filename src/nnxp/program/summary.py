@@ -80,14 +80,14 @@ def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
     work: dict[str, int] = {}
     for step in program.steps:
         work[step.path] = work.get(step.path, 0) + multiply_adds(step)
-    layers = {**dict(model.walk()), "": model}
-    leaves = [call for call in program.calls if not any(layers[call.path].children())]
+    of = {**dict(model.walk()), "": model}
+    leaves = [call for call in program.calls if not any(of[call.path].children())]
     layers = tuple(
         LayerSummary(
             call.path or "output",
-            repr(layers[call.path]),
+            repr(of[call.path]),
             sized(call.outputs[0].shape, rows),
-            layers[call.path].parameter_count,
+            of[call.path].parameter_count,
             work.get(call.path, 0) * rows // ROWS,
         )
         for call in leaves

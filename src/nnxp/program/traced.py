@@ -141,7 +141,9 @@ class ndarray(_library.ndarray):
 
     def __init__(self, value: Value, base: ndarray | None = None) -> None:
         self.value = value  # _sharing: the arrays that look at the same memory
-        self._sharing: weakref.WeakSet[ndarray] = weakref.WeakSet() if base is None else base._sharing
+        self._sharing: weakref.WeakSet[ndarray] = (
+            weakref.WeakSet() if base is None else base._sharing
+        )
         self._sharing.add(self)
 
     @property
@@ -333,7 +335,7 @@ def _plain(option: Any) -> Any:
 def counts_rows(size: object) -> bool:
     """Whether a number counts rows."""
     whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
-    return whole and size != 0 and size % ROWS == 0  # type: ignore[operator,no-any-return]
+    return whole and size != 0 and size % ROWS == 0  # type: ignore[operator]
 
 
 def _counts_rows(option: Any) -> bool:
@@ -496,7 +498,7 @@ def _repeat(step: Step) -> Any:
     shape = (prod(x.shape),) if axis is None else x.shape
     (axis,) = axes_of(0 if axis is None else axis, len(shape))
     total = shape[axis] * int(times) if times.size == 1 else int(times.sum())
-    return shape[:axis] + (total,) + shape[axis + 1 :], x.dtype
+    return (*shape[:axis], total, *shape[axis + 1 :]), x.dtype
 
 
 def _tile(step: Step) -> Any:
@@ -520,8 +522,8 @@ def _take(step: Step) -> Any:
 def _take_along_axis(step: Step) -> Any:
     x, ids = step.inputs
     (axis,) = axes_of(step.options["axis"], len(x.shape))
-    shape = list(np.broadcast_shapes(x.shape[:axis] + (1,) + x.shape[axis + 1 :],
-                                     ids.shape[:axis] + (1,) + ids.shape[axis + 1 :]))  # fmt: skip
+    shape = list(np.broadcast_shapes((*x.shape[:axis], 1, *x.shape[axis + 1:]),
+                                     (*ids.shape[:axis], 1, *ids.shape[axis + 1:])))  # fmt: skip
     shape[axis] = ids.shape[axis]
     return tuple(shape), x.dtype
 
@@ -620,7 +622,7 @@ def _diff(step: Step) -> Any:
     (x,) = step.inputs
     (axis,) = axes_of(step.options.get("axis", -1), len(x.shape))
     size = max(0, x.shape[axis] - int(step.options.get("n", 1)))
-    return x.shape[:axis] + (size,) + x.shape[axis + 1 :], x.dtype
+    return (*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype
 
 
 _OUTLINES: dict[str, Callable[[Step], Any]] = {

@@ -110,7 +110,8 @@ def _rounding(value: HostArray, dtype: Any, times: float = 1.0) -> HostArray:
     dtype = _charged(dtype)
     info = _finfo(dtype)
     floor = float(info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.tiny)
-    return times * unit_roundoff(dtype) * np.abs(value) + floor * (value != 0)
+    error: HostArray = times * unit_roundoff(dtype) * np.abs(value) + floor * (value != 0)
+    return error
 
 
 class ndarray(_library.ndarray):
@@ -330,7 +331,8 @@ def _multiply(x: Any, y: Any) -> ndarray:
 
 def _least(x: ndarray) -> HostArray:
     """The smallest size that x may have: never zero, so that one can divide by it."""
-    return np.maximum(np.abs(x.value) - x.error, np.abs(x.value) * 1e-3)
+    least: HostArray = np.maximum(np.abs(x.value) - x.error, np.abs(x.value) * 1e-3)
+    return least
 
 
 @_rule
@@ -559,7 +561,7 @@ def _logical(name: str, *args: Any) -> ndarray:
 @_rules("bitwise_and bitwise_or bitwise_xor invert")
 def _bitwise(name: str, *args: Any) -> ndarray:
     given, dtype = _operands(name, *args)
-    if dtype == bool:
+    if dtype == np.dtype(bool):
         logical: ndarray = _logical(
             {"invert": "logical_not"}.get(name, name.replace("bitwise", "logical")), *given
         )
@@ -614,7 +616,7 @@ def _nan_to_num(
 @_rule
 def _astype(x: ndarray, dtype: Any) -> ndarray:
     kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
-    if kind == bool:
+    if kind == np.dtype(bool):
         return _decision(*_truth(x))
     if not is_floating(kind):
         cut = _step("trunc", x) if is_floating(x.dtype) else x
@@ -752,7 +754,7 @@ def _product(
     value = times(*values)
     whole = not is_floating(dtype)
     if whole:
-        own = 0.0
+        own: Any = 0.0
     elif _rigorous.get():
         own = terms * unit_roundoff(_charged(dtype)) * times(*sizes)
     else:
@@ -783,7 +785,8 @@ def _carried(
 def _walk(value: HostArray, spread: HostArray, terms: Any, dtype: Any) -> HostArray:
     """The random walk of rounding over the partial sums of `terms` terms."""
     u = unit_roundoff(_charged(dtype))
-    return u * np.sqrt(terms) * (np.abs(value) / root(3) + spread / root(2))
+    error: HostArray = u * np.sqrt(terms) * (np.abs(value) / root(3) + spread / root(2))
+    return error
 
 
 def _factors(*arrays: Any) -> tuple[list[ndarray], np.dtype[Any]]:
@@ -821,10 +824,11 @@ def _einsum(*operands: Any, subscripts: str) -> ndarray:
         terms = arrays[0].size // max(1, made.size)
     else:
         inputs, _, result = subscripts.replace(" ", "").partition("->")
-        letters = {c: n for part, each in zip(inputs.split(","), arrays, strict=True)
-                   for c, n in zip(reversed(part.rpartition("...")[2]), reversed(each.shape), strict=False)}  # fmt: skip
-        letters |= {c: n for part, each in zip(inputs.split(","), arrays, strict=True)
-                    for c, n in zip(part.partition("...")[0], each.shape, strict=False)}  # fmt: skip
+        letters: dict[str, int] = {}
+        for part, each in zip(inputs.split(","), arrays, strict=True):
+            behind, before = part.rpartition("...")[2], part.partition("...")[0]
+            letters |= dict(zip(reversed(behind), reversed(each.shape), strict=False))
+            letters |= dict(zip(before, each.shape, strict=False))
         kept = result if "->" in subscripts else [c for c in letters if inputs.count(c) == 1]
         terms = prod(n for c, n in letters.items() if c not in kept)
     return _product("einsum", arrays, {"subscripts": subscripts}, max(1, terms), dtype)
@@ -981,13 +985,13 @@ def _prod(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: bool = Fals
     if not is_floating(x.dtype):
         x = x.astype(kept.dtype)
     for each in axes:
-        x = _moved(x, lambda values, each=each: np.moveaxis(values, each, 0))
+        x = _moved(x, partial(np.moveaxis, source=each, destination=0))
         while len(x) > 1:
             half = len(x) // 2
             rest = [x[2 * half :]] if len(x) % 2 else []
             x = _together("concatenate", _multiply(x[:half], x[half : 2 * half]), *rest)
         x = (
-            _moved(x, lambda values, each=each: np.moveaxis(values, 0, each))
+            _moved(x, partial(np.moveaxis, source=0, destination=each))
             if len(x)
             else asarray(np.prod(x.value, axis=0, keepdims=True)).astype(x.dtype)
         )

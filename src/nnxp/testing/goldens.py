@@ -171,9 +171,9 @@ def check(
             raise CheckpointError(f"{os.fspath(path)}: the tensor {error} is missing") from None
         expected = _expected(model, [x])
         name, what = f"case {i}", f"{model!r} {x.dtype}"
-        value, error, dtype = expected.outputs[0]
+        value, bound, dtype = expected.outputs[0]
         if y.dtype == dtype:
-            checks.append(compare(name, what, where, y, value, error))
+            checks.append(compare(name, what, where, y, value, bound))
         else:
             problem = f"the result is {y.dtype}, not {dtype}"
             checks.append(Check(name, what, where, np.inf, np.inf, np.inf, (), problem))

@@ -188,7 +188,8 @@ def parity_report(
     """How far each backend is from float64 on these inputs, in units of the computed bound.
 
     `function` is a model and `inputs` its rows, as a host array of any numeric type, one for each
-    input (or a tuple or dict of them); or any function of arrays written with `xp = nnxp.get_array_module(x)`, and `inputs` its arguments.
+    input (or a tuple or dict of them); or any function of arrays written with
+    `xp = nnxp.get_array_module(x)`, and `inputs` its arguments.
     `backends` are names, or one; without them, NumPy, the simulated device, and CUDA if it is
     usable.
     `rigorous` asks for proven bounds in place of expected ones: much wider, beyond dispute.
@@ -207,7 +208,9 @@ def parity_report(
         raise OptionError("backends is empty: name at least one, such as 'numpy'")
     with bounded.rigorous() if rigorous else nullcontext():
         if isinstance(function, Layer):
-            checks = _judge_model(function, inputs_of(function, inputs if len(inputs) != 1 else inputs[0]), chosen)
+            checks = _judge_model(
+                function, inputs_of(function, inputs if len(inputs) != 1 else inputs[0]), chosen
+            )
         else:
             checks = _judge_function(function, inputs, chosen)
     comparisons.update(check.backend for check in checks)
@@ -387,7 +390,8 @@ def compare(
     if not worst <= limit:
         problem = (
             f"{int((ratio > limit).sum())} of {ratio.size} elements are off; at {list(where)} "
-            f"{_said(given[where])} where {_said(value[where])} ± {limit * error[where]:.2g} was due"
+            f"{_said(given[where])} where {_said(value[where])} "
+            f"± {limit * error[where]:.2g} was due"
         )
     return Check(name, what, backend, worst, float(ulps[where]), float(off[where]), where, problem)
 
@@ -493,8 +497,8 @@ def _judge_parts(
     with np.errstate(all="ignore"):
         made = exact.run(wide, [value for step in exact.steps for value in step.outputs])
     known: dict[Value, HostArray] = dict(zip(program.inputs, rows, strict=True))
-    values = (value for step in program.steps for value in step.outputs)
-    for value, array in zip(values, made, strict=True):
+    made_here = (value for step in program.steps for value in step.outputs)
+    for value, array in zip(made_here, made, strict=True):
         known[value] = _as(np.asarray(array), value.dtype)
     parts = list(_parts(model, program, len(rows[0])))
     checks = []
@@ -513,7 +517,7 @@ def _parts(
     leaves = [call for call in program.calls if not any(layers[call.path].children())]
     inside = {call.path for call in leaves}
     at = {value: i for i, step in enumerate(program.steps) for value in step.outputs}
-    parts = [
+    parts: list[tuple[int, str, str, Layer | Function, tuple[Any, ...]]] = [
         (at.get(call.outputs[0], -1), call.path, repr(layers[call.path]), layers[call.path],
          call.inputs)
         for call in leaves
@@ -587,8 +591,10 @@ def _ways(
         yield "the engine, into memory of the caller", every, outs
         for call in ("first", "second", "third"):
             yield f"the engine, {call} call", every, engine(handed(given))
-        yield "rows that lie the other way", every, engine(
-            handed(tuple(np.asfortranarray(x) for x in given))
+        yield (
+            "rows that lie the other way",
+            every,
+            engine(handed(tuple(np.asfortranarray(x) for x in given))),
         )
         for call in ("first", "second", "third"):
             yield f"one row alone, {call} call", one, engine(handed(first(given)))
