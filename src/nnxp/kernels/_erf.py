@@ -1,11 +1,11 @@
-"""The error function, for libraries that have none of their own under the name `erf`."""
+"""The error function and the tail of the normal distribution, for libraries that have none."""
 
 from __future__ import annotations
 
 from nnxp._arrays import Array, xp_of
 
-# c, a, and P, Q by ascending powers; bench/fit_erf.py found them.
-FLOAT32 = (
+# All coefficients by ascending powers; bench/fit_erf.py found them.
+FLOAT32 = (  # c, a, P, Q
     3.921875,
     0.3125,
     (
@@ -88,3 +88,61 @@ def erf(x: Array) -> Array:
     y += a
     y *= z
     return xp.clip(y, -1.0, 1.0, out=y)
+
+
+TAIL32 = (  # P and Q, whose leading coefficient is 1
+    (13.77346134185791, 9.441852569580078, 2.990896701812744, 0.3988185524940491),
+    (27.546924591064453, 40.86286544799805, 24.813232421875, 7.486598014831543),
+)
+TAIL64 = (
+    (
+        31719.28851776951,
+        44362.429302585486,
+        30697.21139244795,
+        13338.616766499252,
+        3935.9007047343034,
+        804.3099180010879,
+        111.27615425957914,
+        9.58657571715858,
+        0.39894228049947644,
+    ),
+    (
+        63438.577035539005,
+        139341.51978113293,
+        140853.58157922977,
+        86263.59211114136,
+        35403.059227006204,
+        10142.76496320374,
+        2040.136072171093,
+        279.9279519135121,
+        24.02998178784888,
+    ),
+)
+
+
+def normal_tail(x: Array) -> Array:
+    """1 - Phi(x) = erfc(x / sqrt(2)) / 2 for x from 0 to 100; a new array like x
+
+    As exp(-x^2 / 2) P(x) / Q(x), Mills' ratio times the density: minimax coefficients for each
+    type, all positive, so that nothing cancels. What rounding x^2 / 2 does to the exponential, up
+    to x^2 / 2 units in the last place, is what rounding x itself does.
+    """
+    xp = xp_of(x)
+    native = getattr(xp, "normal_tail", None)
+    if native is not None:
+        return native(x)
+    p, q = TAIL32 if x.dtype.itemsize == 4 else TAIL64
+    above, below = x * p[-1], x + q[-1]
+    for above_next, below_next in zip(p[-2:0:-1], q[-2:0:-1], strict=True):
+        above += above_next
+        above *= x
+        below *= x
+        below += below_next
+    above += p[0]
+    below *= x
+    below += q[0]
+    above /= below
+    density = xp.multiply(x, x, out=below)
+    density *= -0.5
+    above *= xp.exp(density, out=density)
+    return above
