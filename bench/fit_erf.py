@@ -24,8 +24,8 @@ ERF = {  # degree of P and of Q, c, a
     "float64": (12, 5.921875, 0.21875),
 }
 TAIL = {  # degree of Q, one less for P; c
-    "float32": (4, 14.5),
-    "float64": (9, 38.625),
+    "float32": (5, 14.5),
+    "float64": (10, 38.625),
 }
 
 

@@ -273,6 +273,9 @@ def gelu(x: Array, *, out: Array | None = None) -> Array:
     return y
 
 
+ROOT = 0.7978845608028654  # of 2 / pi
+
+
 @activation
 def gelu_tanh(x: Array, *, out: Array | None = None) -> Array:
     """y = x/2 * (1 + tanh(u)) = x * sigmoid(2 u), u = sqrt(2/pi) * (x + 0.044715 x^3)
@@ -283,10 +286,9 @@ def gelu_tanh(x: Array, *, out: Array | None = None) -> Array:
     xp = xp_of(x)
     u = xp.clip(x, -32, 8)
     square = u * u
-    square *= 0.044715
-    square += 1
+    square *= 2 * ROOT * 0.044715
+    square += 2 * ROOT
     u *= square
-    u *= 2 * 0.7978845608028654
     return xp.multiply(x, _odds(xp.exp(u, out=u)), out=out)
 
 
