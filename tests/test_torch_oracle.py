@@ -184,6 +184,9 @@ def test_torch_s_module_says_the_same_of_every_layer(layer, shape, dtype):
     if isinstance(layer, nnxp.BatchNorm):
         options = layer.mean, layer.var, layer.gain, layer.bias
         error = np.maximum(error, error_bound(batch_norm_of_torch, x, *options, eps=layer.eps)[1])
+    elif isinstance(layer, nnxp.Activation) and ORACLES[layer.activation].rounded is not None:
+        rounded = ORACLES[layer.activation].rounded
+        error = np.maximum(error, error_bound(rounded, x, **layer.options)[1])
     with torch.no_grad():
         y = as_module(layer)(torch.from_numpy(x)).numpy()
     check = compare("", "", "torch", y, value, error)
