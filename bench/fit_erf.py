@@ -1,28 +1,31 @@
-"""Finds the coefficients of nnxp's erf: python bench/fit_erf.py [float32|float64]
+"""Finds the coefficients of nnxp's erf and normal tail: fit_erf.py [erf|tail] [float32|float64]
 
-Needs mpmath; takes half a minute and gives the same figures on every run.
+Needs mpmath; takes two minutes and gives the same figures on every run.
 
 erf(z) = z (a + P(t) / Q(t)), t = z*z, for |z| <= c, where c is where erf rounds to 1, and a was
-chosen by trial.
+chosen by trial. The common factor of P and Q is free: of many, keep the one whose rounded
+coefficients, evaluated in the dtype, have the smallest largest error in ulp among those that reach
+1 at c. P and Q are those of R = a + P / Q.
 
-1. Weighted linear least squares for R - f Q = 0, f(t) = erf(sqrt t) / sqrt t, at Chebyshev points
-   of [0, c^2], divided by the previous Q (Sanathanan & Koerner 1963), the weights multiplied by the
-   previous |relative error| (Lawson 1961): R/Q tends to the minimax rational. P = R - a Q.
-2. The common factor of P and Q is free: of many, keep the one whose rounded coefficients, evaluated
-   in the dtype, have the smallest largest error in ulp among those that reach 1 at c.
+1 - Phi(x) = exp(-x^2 / 2) P(x) / Q(x) for 0 <= x <= c, where c is where it rounds to 0. There
+x^2 / 2 has been rounded, so the fit may be off by 1 + x^2 / 2 times as much as at 0. The leading
+coefficient of Q is 1, which saves a pass.
 """
 
 import sys
 from functools import reduce
 
 import numpy as np
-from mpmath import cos, erf, lu_solve, matrix, mp, mpf, pi, sqrt
+from mpmath import cos, erf, erfc, exp, fsum, log, lu_solve, matrix, mp, mpf, pi, sqrt
 
 mp.dps = 70
-SPEC = {
-    # degree of P and of Q, c, a
+ERF = {  # degree of P and of Q, c, a
     "float32": (5, 3.921875, 0.3125),
     "float64": (12, 5.921875, 0.21875),
+}
+TAIL = {  # degree of Q, one less for P; c
+    "float32": (5, 14.5),
+    "float64": (10, 38.625),
 }
 
 
@@ -30,38 +33,52 @@ def horner(c, t):
     return reduce(lambda a, b: a * t + b, c[::-1])
 
 
-def fit(n, c, rounds=24):
-    b, count, size = mpf(c) ** 2, 16 * n, 2 * n + 1
-    s = [(1 - cos(pi * i / (count - 1))) / 2 for i in range(count)]
-    f = [erf(sqrt(b * v)) / sqrt(b * v) if v else 2 / sqrt(pi) for v in s]
-    q_old, w, best = [mp.exp(b * v / 2) for v in s], [mpf(1)] * count, None
+def cosines(count):
+    return [(1 - cos(pi * i / (count - 1))) / 2 for i in range(count)]
+
+
+def fit(points, f, allowed, degrees, q_old, rounds):
+    """The rational function R/Q next to f, by the largest |error| / allowed; and that error.
+
+    Weighted linear least squares for R - f Q = 0, divided by the previous Q (Sanathanan & Koerner
+    1963), the weights multiplied by the previous |relative error| (Lawson 1961): R/Q tends to the
+    minimax rational.
+    """
+    (n, m), w, best = degrees, [mpf(1)] * len(points), None
     for k in range(rounds):
         rows = [
-            [v**i / y for i in range(n + 1)] + [-(v**i) for i in range(1, n + 1)]
-            for v, y in zip(s, f, strict=True)
+            [v**i / y for i in range(n + 1)] + [-(v**i) for i in range(1, m + 1)]
+            for v, y in zip(points, f, strict=True)
         ]
-        g = [a / q**2 for a, q in zip(w, q_old, strict=True)]
-        A, r = matrix(size, size), matrix(size, 1)
-        for i in range(size):
-            r[i] = mp.fsum(a * row[i] for a, row in zip(g, rows, strict=True))
+        g = [a / (q * d) ** 2 for a, q, d in zip(w, q_old, allowed, strict=True)]
+        A, r = matrix(n + m + 1, n + m + 1), matrix(n + m + 1, 1)
+        for i in range(n + m + 1):
+            r[i] = fsum(a * row[i] for a, row in zip(g, rows, strict=True))
             for j in range(i + 1):
-                A[i, j] = A[j, i] = mp.fsum(
+                A[i, j] = A[j, i] = fsum(
                     a * row[i] * row[j] for a, row in zip(g, rows, strict=True)
                 )
         x = list(lu_solve(A, r))
         p, q = x[: n + 1], [mpf(1), *x[n + 1 :]]
-        q_old = [horner(q, v) for v in s]
-        e = [abs(horner(p, v) / d / y - 1) for v, d, y in zip(s, q_old, f, strict=True)]
+        q_old = [horner(q, v) for v in points]
+        e = [
+            abs(horner(p, v) / d / y - 1) / a
+            for v, d, y, a in zip(points, q_old, f, allowed, strict=True)
+        ]
         if min(q_old) > 0 and (best is None or max(e) < best[0]):
-            best = max(e), [v / b**i for i, v in enumerate(p)], [v / b**i for i, v in enumerate(q)]
+            best = max(e), p, q
         if k > 3:
-            w = [a * d * count / mp.fsum(e) for a, d in zip(w, e, strict=True)]
+            w = [a * d * len(points) / fsum(e) for a, d in zip(w, e, strict=True)]
     return best
 
 
-for name in sys.argv[1:] or SPEC:
-    (n, c, a), dt, rng, best = SPEC[name], np.dtype(name).type, np.random.default_rng(0), (np.inf,)
-    error, r, q = fit(n, c)
+def fit_erf(name):
+    (n, c, a), dt, rng, best = ERF[name], np.dtype(name).type, np.random.default_rng(0), (np.inf,)
+    b, points = mpf(c) ** 2, cosines(16 * n)
+    f = [erf(sqrt(b * v)) / sqrt(b * v) if v else 2 / sqrt(pi) for v in points]
+    start = [exp(b * v / 2) for v in points]
+    error, r, q = fit(points, f, [1] * len(points), (n, n), start, 24)
+    r, q = ([v / b**i for i, v in enumerate(k)] for k in (r, q))
     p = [u - a * v for u, v in zip(r, q, strict=True)]
     z = np.append(rng.uniform(0, c, 60000), c).astype(dt)
     hi = np.array([float(erf(mpf(float(v)))) for v in z]).astype(dt)
@@ -72,8 +89,22 @@ for name in sys.argv[1:] or SPEC:
         worst = np.max(np.abs((np.minimum(y, dt(1)) - hi).astype(float) - lo) / np.spacing(hi))
         if y[-1] >= 1 and worst < best[0]:
             best = worst, P.tolist(), Q.tolist()
-    print(
-        f"{name}: c {c}, a {a}, fit {mp.nstr(error, 3)}, ulp {best[0]:.2f}, P, Q =",
-        *best[1:],
-        sep="\n",
-    )
+    print(f"erf {name}: c {c}, a {a}, fit {mp.nstr(error, 3)}, ulp {best[0]:.2f}, P, Q =")
+    print(*best[1:], sep="\n")
+
+
+def fit_tail(name):
+    (n, c), dt = TAIL[name], np.dtype(name).type
+    end = mpf(c) / (c + 2)  # as many points below 2 as above
+    points = [2 * end * v / (1 - end * v) for v in cosines(28 * n)]
+    f = [exp(v * v / 2) * erfc(v / sqrt(2)) / 2 for v in points]
+    allowed = [1 + v * v / 2 for v in points]
+    error, p, q = fit(points, f, allowed, (n - 1, n), [(1 + v) ** n for v in points], 40)
+    P, Q = (np.array([float(v / q[-1]) for v in k]).astype(dt).tolist() for k in (p, q))
+    print(f"tail {name}: c {c}, fit 2^{mp.nstr(log(error, 2), 4)}, P, Q =", P, Q, sep="\n")
+
+
+functions = {"erf": fit_erf, "tail": fit_tail}
+for function in sorted(functions.keys() & set(sys.argv[1:]) or functions):
+    for name in sorted(ERF.keys() & set(sys.argv[1:]) or ERF):
+        functions[function](name)

@@ -30,7 +30,7 @@ from nnxp import kernels
 from nnxp.testing import LIMIT, error_bound, parity_report
 from nnxp.testing.goldens import layer_examples, source_hash
 from nnxp.testing.parity import compare
-from test_torch_oracle import CASES, THEIR_FORMULAS
+from oracles import ORACLES
 
 RESULT = Path(__file__).parents[1] / "bench/results/false_alarms.json"
 CORES = "Prescott", "Nehalem", "Sandybridge", "Haswell", "Zen", "SkylakeX", "Cooperlake"
@@ -85,8 +85,8 @@ class Draw:
             values = values.clip(-10, 10) / (shape[0] if len(shape) == 2 else 1)
         return values.astype(self.kind)
 
-    def x(self):
-        return self._drawn(self.channels, self.rows, scale=self.scale).T.copy()
+    def x(self, times=1):
+        return self._drawn(times * self.channels, self.rows, scale=self.scale).T.copy()
 
     def weight(self):
         return self._drawn(self.channels, self.out)
@@ -119,8 +119,8 @@ def by_numpy(rng):
         name, way = ways[rng.integers(len(ways))]
         return f"{name} {draw}", [compare(name, "", "cpu", way(), value, error)]
     if what == "kernel":
-        name = str(rng.choice(list(CASES)))
-        arrays, options = CASES[name][0](draw)
+        name = str(rng.choice(list(ORACLES)))
+        arrays, options = ORACLES[name].draw(draw)
         kernel = partial(kernels.KERNELS[name], **options)
         return f"{name} {draw}", parity_report(kernel, *arrays, backends=["numpy"]).checks
     if what == "function":
@@ -147,10 +147,11 @@ def by_other(compute, rng, names, floats):
     """One kernel as another library computes it, whose formula may be another."""
     draw = Draw(rng, str(rng.choice(floats)))
     name = str(rng.choice(names))
-    arrays, options = CASES[name][0](draw)
+    arrays, options = ORACLES[name].draw(draw)
     value, error = error_bound(kernels.KERNELS[name], *arrays, **options)
-    if name in THEIR_FORMULAS:
-        error = np.maximum(error, error_bound(THEIR_FORMULAS[name], *arrays, **options)[1])
+    rounded = ORACLES[name].rounded
+    if rounded is not None:
+        error = np.maximum(error, error_bound(rounded, *arrays, **options)[1])
     y = compute(name, arrays, options)
     return f"{name} {draw}", [compare(name, "", "other", y, value, error)]
 
@@ -159,9 +160,9 @@ def by_torch(rng):
     import torch
 
     def compute(name, arrays, options):
-        return CASES[name][1](*map(torch.from_numpy, arrays), **options).numpy()
+        return ORACLES[name].torch(*map(torch.from_numpy, arrays), **options).numpy()
 
-    return by_other(compute, rng, list(CASES), ["float32", "float64"])
+    return by_other(compute, rng, list(ORACLES), ["float32", "float64"])
 
 
 def by_jax(rng):

@@ -22,7 +22,9 @@ from nnxp.io.checkpoint import save as save
 from nnxp.io.columns import Columns as Columns
 from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.layers._layer import Layer as Layer
+from nnxp.layers.activation import GLU as GLU
 from nnxp.layers.activation import Activation as Activation
+from nnxp.layers.activation import PReLU as PReLU
 from nnxp.layers.containers import Residual as Residual
 from nnxp.layers.containers import Sequential as Sequential
 from nnxp.layers.dense import Dense as Dense

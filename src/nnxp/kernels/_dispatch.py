@@ -35,9 +35,8 @@ class Kernel:
 
     __name__: str
 
-    def __init__(self, reference: Body, temporaries: int = 2) -> None:
+    def __init__(self, reference: Body) -> None:
         update_wrapper(self, reference)
-        self.temporaries = temporaries  # arrays like its output that it holds at once, besides it
         self.reference = reference
         self._fused: dict[str, Body] = {}
         self._body: dict[type, Body] = {}

@@ -1,11 +1,11 @@
-"""The error function, for libraries that have none of their own under the name `erf`."""
+"""The error function and the tail of the normal distribution, for libraries that have none."""
 
 from __future__ import annotations
 
 from nnxp._arrays import Array, xp_of
 
-# c, a, and P, Q by ascending powers; bench/fit_erf.py found them.
-FLOAT32 = (
+# All coefficients by ascending powers; bench/fit_erf.py found them.
+FLOAT32 = (  # c, a, P, Q
     3.921875,
     0.3125,
     (
@@ -88,3 +88,75 @@ def erf(x: Array) -> Array:
     y += a
     y *= z
     return xp.clip(y, -1.0, 1.0, out=y)
+
+
+TAIL32 = (  # P and Q, whose leading coefficient is 1
+    (
+        57.13908386230469,
+        48.127742767333984,
+        19.495059967041016,
+        4.158513069152832,
+        0.3989546298980713,
+    ),
+    (
+        114.27816772460938,
+        187.436279296875,
+        131.40342712402344,
+        49.83789825439453,
+        10.425286293029785,
+    ),
+)
+TAIL64 = (
+    (
+        185835.51176295703,
+        281054.88749030605,
+        210786.24814984022,
+        100427.26704203473,
+        33137.44540345021,
+        7815.195410852792,
+        1316.2448082907442,
+        153.02891046448894,
+        11.211912337739522,
+        0.39894228039425883,
+    ),
+    (
+        371671.02352591406,
+        858660.3463497373,
+        920848.8178628295,
+        605105.6059717545,
+        270566.6357046658,
+        86306.37546082077,
+        19971.376811609687,
+        3327.440536365168,
+        384.58659407030837,
+        28.10409647521264,
+    ),
+)
+
+
+def normal_tail(x: Array) -> Array:
+    """1 - Phi(x) = erfc(x / sqrt(2)) / 2 for x from 0 to 100; a new array like x
+
+    As exp(-x^2 / 2) P(x) / Q(x), Mills' ratio times the density: minimax coefficients for each
+    type, all positive, so that nothing cancels. What rounding x^2 / 2 does to the exponential, up
+    to x^2 / 2 units in the last place, is what rounding x itself does.
+    """
+    xp = xp_of(x)
+    native = getattr(xp, "normal_tail", None)
+    if native is not None:
+        return native(x)
+    p, q = TAIL32 if x.dtype.itemsize == 4 else TAIL64
+    above, below = x * p[-1], x + q[-1]
+    for above_next, below_next in zip(p[-2:0:-1], q[-2:0:-1], strict=True):
+        above += above_next
+        above *= x
+        below *= x
+        below += below_next
+    above += p[0]
+    below *= x
+    below += q[0]
+    above /= below
+    density = xp.multiply(x, x, out=below)
+    density *= -0.5
+    above *= xp.exp(density, out=density)
+    return above

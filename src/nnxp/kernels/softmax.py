@@ -1,4 +1,4 @@
-"""Softmax and its logarithm, over the last axis; both take `out=`, which may be their input."""
+"""Softmax and its kin, over the last axis; all take `out=`, which may be their input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nnxp._arrays import Array, xp_of
 from nnxp.kernels.activations import activation
 
 
-@activation(temporaries=0)
+@activation
 def softmax(x: Array, *, out: Array | None = None) -> Array:
     """y_i = exp(x_i - m) / sum_j exp(x_j - m), m = max_j x_j   [Bridle 1990]
 
@@ -23,7 +23,17 @@ def softmax(x: Array, *, out: Array | None = None) -> Array:
     return y
 
 
-@activation(temporaries=1)
+@activation
+def softmin(x: Array, *, out: Array | None = None) -> Array:
+    """y_i = exp(m - x_i) / sum_j exp(m - x_j), m = min_j x_j: softmax of -x
+
+    x (..., c) -> y (..., c).
+    """
+    y = xp_of(x).negative(x, out=out)
+    return softmax.reference(y, out=y)
+
+
+@activation
 def log_softmax(x: Array, *, out: Array | None = None) -> Array:
     """y_i = (x_i - m) - log(sum_j exp(x_j - m)), m = max_j x_j   [as softmax]
 

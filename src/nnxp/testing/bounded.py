@@ -103,7 +103,7 @@ def _finfo(dtype: Any) -> Any:
     return np.finfo(kind)
 
 
-def _rounding(value: HostArray, dtype: Any, times: float = 1.0) -> HostArray:
+def _rounding(value: HostArray, dtype: Any, times: Any = 1.0) -> HostArray:
     """What storing `value` in dtype may add, `times` over; small results may be flushed to zero."""
     if not is_floating(np.dtype(dtype)):
         return np.zeros(np.shape(value))
@@ -446,7 +446,7 @@ def _logaddexp(x: Any, y: Any) -> ndarray:
 # Functions of one number
 
 
-def _function(value: HostArray, slope: Any, x: ndarray, dtype: Any, times: float = 2.0) -> ndarray:
+def _function(value: HostArray, slope: Any, x: ndarray, dtype: Any, times: Any = 2.0) -> ndarray:
     """f(x) with |f'| = slope: the incoming error times the slope, and a few units of its own.
 
     Libraries differ by an ulp or two in such functions: NumPy's vectorised ones reach 4 ulp.
@@ -495,6 +495,19 @@ def erf(x: ndarray) -> ndarray:
     with np.errstate(all="ignore"):
         slope = 2 / root(pi) * np.exp(-(x.value**2))
         return _function(on_host(x.value), slope, x, x.dtype)
+
+
+def normal_tail(x: ndarray) -> ndarray:
+    """1 - Phi(x) for x >= 0, through the reference body that kernels use, in float64.
+
+    The exponential in it is off by x^2 / 2 units, for its argument is rounded.
+    """
+    from nnxp.kernels._erf import normal_tail as on_host
+
+    with np.errstate(all="ignore"):
+        half_square = x.value**2 / 2
+        slope = np.exp(-half_square) / root(2 * pi)
+        return _function(on_host(x.value), slope, x, x.dtype, 2 + half_square)
 
 
 @_rules("floor ceil rint trunc sign")

@@ -115,6 +115,4 @@ def fusable(x: Array, out: Array | None = None) -> bool:
 
 def unfused(kernel: Kernel, x: Array, *arrays: Array | None, **options: Any) -> Array:
     """What the kernel does for a library without a fused body."""
-    if x.dtype.itemsize == 2:
-        return kernel.widened(x, *arrays, **options)
-    return kernel.reference(x, *arrays, **options)
+    return kernel.widened(x, *arrays, **options)

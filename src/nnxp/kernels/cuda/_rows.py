@@ -7,7 +7,7 @@ import numpy as np
 from nnxp._arrays import Array
 from nnxp.kernels.cuda._compiled import Part, launch, next_power, pack
 
-OPS = ("softmax", "log_softmax")  # of the ops of rows.cu, those that are activations
+OPS = ("softmax", "softmin", "log_softmax")  # of the ops of rows.cu, those that are activations
 
 # How many packs of V values a lane may hold, by V: up to 32 values, for more would be spilled.
 HELD = {1: (1, 4, 16), 4: (1, 4, 8), 8: (1, 4)}

@@ -3,59 +3,123 @@
 
 #include "device.cuh"
 
-// Each of the names in nnxp.kernels.ACTIVATIONS, with its option if it has one. Where the reference
-// body has a limit at an infinity, so have these; where it has NaN, so have these.
+// Each of the elementwise ones in nnxp.kernels.ACTIVATIONS, by the formula of its reference body,
+// with the two options a and b, if it has so many. Where the reference has a limit at an infinity, so
+// have these; where it has NaN, so have these: NaN is neither smaller nor larger than any bound.
 namespace act {
 
+INLINE float clip(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+INLINE float below(float x, float high) { return x > high ? high : x; }
+INLINE float above(float x, float low) { return x < low ? low : x; }
+
 struct identity {
-    static INLINE float of(float x, float) { return x; }
+    static INLINE float of(float x, float, float) { return x; }
 };
+
+// Of straight lines
+
 struct relu {
-    static INLINE float of(float x, float) { return x < 0.f ? 0.f : x; }
+    static INLINE float of(float x, float, float) { return above(x, 0.f); }
+};
+struct relu6 {
+    static INLINE float of(float x, float, float) { return clip(x, 0.f, 6.f); }
 };
 struct leaky_relu {
-    static INLINE float of(float x, float slope) { return x < 0.f ? slope * x : x; }
+    static INLINE float of(float x, float slope, float) { return x < 0.f ? slope * x : x; }
 };
+struct threshold {
+    static INLINE float of(float x, float least, float value) { return x <= least ? value : x; }
+};
+struct hard_tanh {
+    static INLINE float of(float x, float low, float high) { return clip(x, low, high); }
+};
+struct hard_sigmoid {
+    static INLINE float of(float x, float, float) { return clip(x + 3.f, 0.f, 6.f) / 6.f; }
+};
+struct hard_swish {
+    static INLINE float of(float x, float, float) { return x * hard_sigmoid::of(x, 0.f, 0.f); }
+};
+struct hard_shrink {
+    static INLINE float of(float x, float size, float) { return fabsf(x) <= size ? 0.f : x; }
+};
+struct soft_shrink {
+    static INLINE float of(float x, float size, float) { return x - clip(x, -size, size); }
+};
+
+// Of one exponential
+
 struct elu {
-    static INLINE float of(float x, float alpha) { return x < 0.f ? alpha * expm1f(x) : x; }
+    static INLINE float of(float x, float alpha, float) { return x < 0.f ? alpha * expm1f(x) : x; }
 };
 struct selu {
-    static INLINE float of(float x, float) {
+    static INLINE float of(float x, float, float) {
         return x < 0.f ? 1.7580993408473766f * expm1f(x) : 1.0507009873554805f * x;
     }
 };
+struct celu {
+    static INLINE float of(float x, float alpha, float) {
+        return x < 0.f ? alpha * expm1f(x / alpha) : x;
+    }
+};
 struct softplus {
-    static INLINE float of(float x, float) { return relu::of(x, 0.f) + log1pf(expf(-fabsf(x))); }
+    static INLINE float of(float x, float, float) {
+        return above(x, 0.f) + log1pf(expf(-fabsf(x)));
+    }
+};
+struct log_sigmoid {
+    static INLINE float of(float x, float, float) {
+        return below(x, 0.f) - log1pf(expf(-fabsf(x)));
+    }
 };
 struct softsign {
-    static INLINE float of(float x, float) { return x / (1.f + fabsf(x)); }
+    static INLINE float of(float x, float, float) { return x / (1.f + fabsf(x)); }
 };
-struct sigmoid {
-    static INLINE float of(float x, float) { return 1.f / (1.f + expf(-x)); }
-};
-struct hard_sigmoid {
-    static INLINE float of(float x, float) {
-        const float y = x / 6.f + 0.5f;
-        return y < 0.f ? 0.f : y > 1.f ? 1.f : y;
+struct sigmoid {  // beyond 40 it is 1, and e must not overflow
+    static INLINE float of(float x, float, float) {
+        const float e = expf(below(x, 40.f));
+        return e / (1.f + e);
     }
 };
 struct tanh {
-    static INLINE float of(float x, float) { return tanhf(x); }
+    static INLINE float of(float x, float, float) { return tanhf(x); }
 };
+struct tanh_shrink {  // near 0 by Lambert's fraction: x - tanh(x) would cancel
+    static INLINE float of(float x, float, float) {
+        if (!(fabsf(x) < 2.f)) return x - tanhf(x);
+        const float square = x * x;
+        float c = square / 25.f;
+        #pragma unroll
+        for (int odd = 23; odd > 1; odd -= 2) c = square / (c + odd);
+        return x * (c / (1.f + c));
+    }
+};
+
+// x times a factor between 0 and 1
+
 struct silu {
-    static INLINE float of(float x, float) { return x / (1.f + expf(-x)); }
+    static INLINE float of(float x, float, float) { return x * sigmoid::of(x, 0.f, 0.f); }
 };
-struct gelu {  // erfc: 1 + erf(x) would cancel on the left
-    static INLINE float of(float x, float) { return 0.5f * x * erfcf(-0.7071067811865476f * x); }
+struct gelu {  // max(x, 0) - |x| (1 - Phi(|x|)), as nnxp.kernels._erf.normal_tail has it
+    static INLINE float of(float x, float, float) {
+        const float a = below(fabsf(x), 39.f);
+        float p = 0.3989546298980713f, q = a + 10.425286293029785f;
+        p = p * a + 4.158513069152832f, q = q * a + 49.83789825439453f;
+        p = p * a + 19.495059967041016f, q = q * a + 131.40342712402344f;
+        p = p * a + 48.127742767333984f, q = q * a + 187.436279296875f;
+        p = p * a + 57.13908386230469f, q = q * a + 114.27816772460938f;
+        return above(x, 0.f) - a * (p / q * expf(-0.5f * (a * a)));
+    }
 };
-struct gelu_tanh {  // x * sigmoid(2 u); where u overflows, the sigmoid is the right 0 or 1
-    static INLINE float of(float x, float) {
-        return x / (1.f + expf(-1.5957691216057308f * x * (1.f + 0.044715f * (x * x))));
+struct gelu_tanh {  // x * sigmoid(2 u)
+    static INLINE float of(float x, float, float) {
+        const float z = clip(x, -32.f, 8.f);
+        const float e = expf(z * (0.07135481627260025f * (z * z) + 1.5957691216057308f));
+        return x * (e / (1.f + e));
     }
 };
 struct mish {  // beyond 40 the factor is 1, and n must not overflow
-    static INLINE float of(float x, float) {
-        const float e = expf(x > 40.f ? 40.f : x), n = e * (e + 2.f);
+    static INLINE float of(float x, float, float) {
+        const float e = expf(below(x, 40.f)), n = e * (e + 2.f);
         return x * (n / (n + 2.f));
     }
 };
@@ -66,16 +130,16 @@ struct mish {  // beyond 40 the factor is 1, and n must not overflow
 template <int V> constexpr int FLIGHT = V == 1 ? 4 : 16 / V;
 
 template <class T, class Act, class X, int V>
-INLINE Pack<T, V> applied(const Pack<X, V>& x, const float* bias, float option) {
+INLINE Pack<T, V> applied(const Pack<X, V>& x, const float* bias, float a, float b) {
     Pack<T, V> y;
     #pragma unroll
-    for (int k = 0; k < V; ++k) y.at[k] = narrow<T>(Act::of(wide(x.at[k]) + bias[k], option));
+    for (int k = 0; k < V; ++k) y.at[k] = narrow<T>(Act::of(wide(x.at[k]) + bias[k], a, b));
     return y;
 }
 
 // y = activation(x) for n neighbours, both aligned to 16 bytes.
 template <class X, class T, class Act>
-__global__ void __launch_bounds__(256) activate(const X* x, T* y, Index n, float option) {
+__global__ void __launch_bounds__(256) activate(const X* x, T* y, Index n, float a, float b) {
     constexpr int V = 16 / sizeof(T), U = FLIGHT<V>;
     const float none[V] = {};
     const Index first = (Index(blockIdx.x) * U * blockDim.x + threadIdx.x) * V;
@@ -87,10 +151,10 @@ __global__ void __launch_bounds__(256) activate(const X* x, T* y, Index n, float
     #pragma unroll
     for (int u = 0; u < U; ++u)
         if (first + u * step + V <= n)
-            store(y + first + u * step, applied<T, Act>(held[u], none, option));
+            store(y + first + u * step, applied<T, Act>(held[u], none, a, b));
     const Index last = n / V * V + threadIdx.x;  // what does not fill a pack
     if (blockIdx.x == 0 && last < n)
-        store(y + last, applied<T, Act>(load<1>(x + last), none, option));
+        store(y + last, applied<T, Act>(load<1>(x + last), none, a, b));
 }
 
 // y = activation(x + bias) for rows of neighbours. A thread keeps to its V columns, so that it reads
@@ -98,15 +162,15 @@ __global__ void __launch_bounds__(256) activate(const X* x, T* y, Index n, float
 template <class X, class T, class Act, int V>
 __global__ void __launch_bounds__(256)
 bias_act(const X* x, const T* bias, T* y, Index rows, Index cols, Index x_stride, Index y_stride,
-         float option) {
+         float a, float b) {
     constexpr int U = FLIGHT<V>;
     const Index c = (Index(blockIdx.x) * blockDim.x + threadIdx.x) * V;
     if (c >= cols) return;
-    float b[V] = {};
+    float added[V] = {};
     if (bias) {
         const Pack<T, V> pack = load<V>(bias + c);
         #pragma unroll
-        for (int k = 0; k < V; ++k) b[k] = wide(pack.at[k]);
+        for (int k = 0; k < V; ++k) added[k] = wide(pack.at[k]);
     }
     const Index step = blockDim.y;
     for (Index first = blockIdx.y * step * U + threadIdx.y; first < rows;
@@ -120,7 +184,7 @@ bias_act(const X* x, const T* bias, T* y, Index rows, Index cols, Index x_stride
         #pragma unroll
         for (int u = 0; u < U; ++u) {
             const Index r = first + u * step;
-            if (r < rows) store(y + r * y_stride + c, applied<T, Act>(held[u], b, option));
+            if (r < rows) store(y + r * y_stride + c, applied<T, Act>(held[u], added, a, b));
         }
     }
 }

@@ -29,19 +29,31 @@ def bias_act(x: Array, bias: Array | None, activation: Kernel, out: Array) -> Ar
     name = activation.__name__
     if name in OPS:
         return over_rows(name, x, out, before=bias)
-    return _fill(name, x, bias, out, _OPTION[name])
+    return _fill(name, x, bias, out, _numbers(DEFAULTS[name]))
 
 
-def _option(activation: Kernel) -> np.float32:
-    """The default of an activation's option; 0 if it has none, for then it is not looked at."""
-    _, *options, _ = signature(activation.reference).parameters.values()
-    return np.float32(options[0].default if options else 0)
+def _defaults(activation: Kernel) -> dict[str, float]:
+    """The options of an activation, in their order, and what they are unless they are given."""
+    parameters = signature(activation.reference).parameters
+    return {name: each.default for name, each in parameters.items() if name not in ("x", "out")}
 
 
-_OPTION = {name: _option(each) for name, each in kernels.ACTIVATIONS.items()}
+DEFAULTS = {name: _defaults(each) for name, each in kernels.ACTIVATIONS.items()}
 
 
-def _fill(name: str, x: Array, bias: Array | None, out: Array, option: np.float32) -> Array:
+def _numbers(options: dict[str, float]) -> tuple[np.float32, np.float32]:
+    """The options as the kernels take them: two, of which those that are not there are 0."""
+    a, b = (*options.values(), 0, 0)[:2]
+    return np.float32(a), np.float32(b)
+
+
+def _fill(
+    name: str,
+    x: Array,
+    bias: Array | None,
+    out: Array,
+    numbers: tuple[np.float32, np.float32],
+) -> Array:
     """bias_act for an elementwise activation; without a bias, of arrays of any shape, too."""
     kind = x.dtype, out.dtype, f"act::{name}"
     y = out
@@ -49,7 +61,7 @@ def _fill(name: str, x: Array, bias: Array | None, out: Array, option: np.float3
         if (x.data.ptr | out.data.ptr) % 16 == 0:
             instance = "activations.cu", "activate", *kind
             blocks = -(-x.size // (THREADS * IN_FLIGHT))
-            launch(instance, (blocks,), (THREADS,), (x, out), x.size, option)
+            launch(instance, (blocks,), (THREADS,), (x, out), x.size, *numbers)
             return out
         x, y = x.reshape(1, -1), out.reshape(1, -1)
     rows, cols = x.shape
@@ -65,40 +77,28 @@ def _fill(name: str, x: Array, bias: Array | None, out: Array, option: np.float3
         cols,
         x.strides[0] // x.itemsize,
         y.strides[0] // y.itemsize,
-        option,
+        *numbers,
     )
     return out
-
-
-def _elementwise(activation: Kernel, x: Array, out: Array | None, **options: float) -> Array:
-    if not fusable(x, out):
-        return unfused(activation, x, out=out, **options)
-    if not x.flags.c_contiguous:
-        x = x.copy()
-    y = cupy.empty(x.shape, x.dtype) if out is None else out
-    option = np.float32(next(iter(options.values()), 0))
-    return _fill(activation.__name__, x, None, y, option)
 
 
 kernels.identity.on("cupy")(kernels.identity.reference)
 
 
 def _fuse(activation: Kernel) -> None:
+    name = activation.__name__
+    defaults = DEFAULTS[name]
+
     @activation.on("cupy")
-    def fused(x: Array, *, out: Array | None = None) -> Array:
-        return _elementwise(activation, x, out)
+    def fused(x: Array, *, out: Array | None = None, **given: float) -> Array:
+        options = defaults | given
+        if options.keys() != defaults.keys() or not fusable(x, out):
+            return unfused(activation, x, out=out, **given)
+        if not x.flags.c_contiguous:
+            x = x.copy()
+        y = cupy.empty(x.shape, x.dtype) if out is None else out
+        return _fill(name, x, None, y, _numbers(options))
 
 
-for _name in """relu selu softplus softsign sigmoid hard_sigmoid tanh silu gelu gelu_tanh
-    mish""".split():
+for _name in kernels.ACTIVATIONS.keys() - {"identity", *OPS}:
     _fuse(kernels.ACTIVATIONS[_name])
-
-
-@kernels.leaky_relu.on("cupy")
-def leaky_relu(x: Array, *, negative_slope: float = 0.01, out: Array | None = None) -> Array:
-    return _elementwise(kernels.leaky_relu, x, out, negative_slope=negative_slope)
-
-
-@kernels.elu.on("cupy")
-def elu(x: Array, *, alpha: float = 1.0, out: Array | None = None) -> Array:
-    return _elementwise(kernels.elu, x, out, alpha=alpha)

@@ -141,8 +141,8 @@ struct Add {
     INLINE float operator()(float a, float b) const { return a + b; }
 };
 
-template <class Row> __device__ __forceinline__ float largest(const Row& row) {
-    return row.fold(__int_as_float(0xff800000), Larger(), [](float v) { return v; });
+template <class Row, class F> __device__ __forceinline__ float largest(const Row& row, F f) {
+    return row.fold(__int_as_float(0xff800000), Larger(), f);
 }
 
 template <class Row, class F> __device__ __forceinline__ float sum(const Row& row, F f) {
@@ -151,15 +151,23 @@ template <class Row, class F> __device__ __forceinline__ float sum(const Row& ro
 
 struct softmax {
     template <class Row> static __device__ __forceinline__ void run(Row& row, float) {
-        const float m = largest(row);
+        const float m = largest(row, [](float v) { return v; });
         const float scale = 1.f / sum(row, [m](float v) { return expf(v - m); });
         row.map([m, scale](float v) { return expf(v - m) * scale; });
     }
 };
 
+struct softmin {  // softmax of -v
+    template <class Row> static __device__ __forceinline__ void run(Row& row, float) {
+        const float m = largest(row, [](float v) { return -v; });
+        const float scale = 1.f / sum(row, [m](float v) { return expf(-v - m); });
+        row.map([m, scale](float v) { return expf(-v - m) * scale; });
+    }
+};
+
 struct log_softmax {
     template <class Row> static __device__ __forceinline__ void run(Row& row, float) {
-        const float m = largest(row);
+        const float m = largest(row, [](float v) { return v; });
         const float log_sum = logf(sum(row, [m](float v) { return expf(v - m); }));
         row.map([m, log_sum](float v) { return v - m - log_sum; });
     }

@@ -16,6 +16,11 @@ def softmax(x: Array, *, out: Array | None = None) -> Array:
     return _over_last_axis(kernels.softmax, x, out)
 
 
+@kernels.softmin.on("cupy")
+def softmin(x: Array, *, out: Array | None = None) -> Array:
+    return _over_last_axis(kernels.softmin, x, out)
+
+
 @kernels.log_softmax.on("cupy")
 def log_softmax(x: Array, *, out: Array | None = None) -> Array:
     return _over_last_axis(kernels.log_softmax, x, out)
