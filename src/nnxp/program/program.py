@@ -329,6 +329,10 @@ def multiply_adds(step: Step) -> int:
         sizes = {c: n for t, v in zip(terms, step.values, strict=True)
                  for c, n in zip(t, v.shape, strict=True)}  # fmt: skip
         return prod(sizes.values())
+    if isinstance(step.function, Kernel):
+        with writing(Tape(expands=True)) as tape:
+            step.function.widened(*map(lifted, step.inputs), **step.options)
+        return sum(map(multiply_adds, tape.steps))
     return 0
 
 

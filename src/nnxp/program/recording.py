@@ -248,9 +248,11 @@ class Recording:
         if view and not any(moves for moves, _ in places):
             made = perform(np, step, [each for _, each in places])
             results = made if step.several else (made,)
-            for value, array in zip(step.outputs, results, strict=True):
-                self._places[value] = False, array
-            return
+            source = places[0][1]
+            if all(np.may_share_memory(array, source) for array in results):
+                for value, array in zip(step.outputs, results, strict=True):
+                    self._places[value] = False, array
+                return  # else a reshape had to copy: it copies anew at each call
         numbers = [self._slot(value) for value in step.outputs]
         slots, shapes = self._slots, [sized(v.shape, self.rows) for v in step.outputs]
         opaque = not isinstance(step.function, str)
@@ -281,11 +283,12 @@ class Recording:
                 np.copyto(into, a, casting="unsafe", where=test)
 
             return [choose]
-        if name == "concatenate":
+        if name in ("concatenate", "stack"):
+            join: Any = getattr(np, name)
             axis = options.get("axis", 0)
 
             def joined(into: HostArray, *parts: HostArray) -> None:
-                np.concatenate(parts, axis, out=into)
+                join(parts, axis, out=into)
 
             return [self._bound(joined, (out, *inputs), {})]
         if KINDS[name] == "reduction" and name in _REDUCES:

@@ -75,12 +75,18 @@ class Summary:
 def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
     """The summary of a layer for inputs of these shapes; ShapeError if such inputs do not fit."""
     output = model.output_shape(*shapes)
-    program = model.program(*zip(shapes, model._dtypes(len(shapes)), strict=True))
+    kinds = zip(shapes, model._dtypes(len(shapes)), strict=True)
+    program = model.program(*(None if shape is None else (shape, kind) for shape, kind in kinds))
     rows = shapes[0][0]
     work: dict[str, int] = {}
     for step in program.steps:
         work[step.path] = work.get(step.path, 0) + multiply_adds(step)
-    leaves = [call for call in program.calls if not any(True for _ in call.layer.children())]
+    at_work = {id(call.layer) for call in program.calls}
+    leaves = [
+        call
+        for call in program.calls
+        if not any(id(child) in at_work for _, child in call.layer.children())
+    ]
     layers = tuple(
         LayerSummary(
             call.path or "output",

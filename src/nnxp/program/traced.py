@@ -156,9 +156,9 @@ class ndarray(_library.ndarray):
 
     @classmethod
     def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """A whole kernel is one step."""
+        """A whole kernel is one step; one with a body of its own for NumPy is never written out."""
         out = options.pop("out", None)
-        if current_tape().expands:
+        if current_tape().expands and kernel.on_library("numpy") is None:
             made = kernel.widened(*arrays, **options)
         else:
             made = record(kernel, arrays, options)
