@@ -23,6 +23,11 @@ from nnxp.io.columns import Columns as Columns
 from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation
+from nnxp.layers.attention import MultiHeadAttention as MultiHeadAttention
+from nnxp.layers.attention import TransformerEncoder as TransformerEncoder
+from nnxp.layers.attention import TransformerEncoderLayer as TransformerEncoderLayer
+from nnxp.layers.containers import Add as Add
+from nnxp.layers.containers import Concatenate as Concatenate
 from nnxp.layers.containers import Residual as Residual
 from nnxp.layers.containers import Sequential as Sequential
 from nnxp.layers.dense import Dense as Dense
@@ -31,6 +36,16 @@ from nnxp.layers.norm import BatchNorm as BatchNorm
 from nnxp.layers.norm import LayerNorm as LayerNorm
 from nnxp.layers.norm import RMSNorm as RMSNorm
 from nnxp.layers.norm import Standardize as Standardize
+from nnxp.layers.positions import Embedding as Embedding
+from nnxp.layers.positions import PositionEmbedding as PositionEmbedding
+from nnxp.layers.positions import RotaryEmbedding as RotaryEmbedding
+from nnxp.layers.positions import SinusoidalEncoding as SinusoidalEncoding
+from nnxp.layers.recurrent import GRU as GRU
+from nnxp.layers.recurrent import LSTM as LSTM
+from nnxp.layers.recurrent import RNN as RNN
+from nnxp.layers.recurrent import GRUCell as GRUCell
+from nnxp.layers.recurrent import LSTMCell as LSTMCell
+from nnxp.layers.recurrent import RNNCell as RNNCell
 from nnxp.layers.shape import Flatten as Flatten
 
 if TYPE_CHECKING:

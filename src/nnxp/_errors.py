@@ -8,6 +8,7 @@ NnxpError
 ├── CheckpointError (ValueError)       a file is not a model that can be trusted
 ├── OptionError (ValueError)           an argument has a value that means nothing here
 ├── ConversionError (ValueError)       another library's model has no counterpart here
+├── IdError (IndexError)               an id names nothing in its table
 ├── UnsupportedFunction (AttributeError)  an array library of ours has no such function
 └── OutOfMemory (MemoryError)          not even one row fits
 """
@@ -20,6 +21,7 @@ __all__ = [
     "ConversionError",
     "DeviceMismatch",
     "DtypeMismatch",
+    "IdError",
     "NnxpError",
     "OptionError",
     "OutOfMemory",
@@ -79,6 +81,10 @@ class OptionError(NnxpError, ValueError):
 
 class ConversionError(NnxpError, ValueError):
     """A model of another library has no counterpart in nnxp."""
+
+
+class IdError(NnxpError, IndexError):
+    """An id names nothing in its table; the message says which ids there are."""
 
 
 class UnsupportedFunction(NnxpError, AttributeError):

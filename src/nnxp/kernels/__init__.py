@@ -18,11 +18,17 @@ from nnxp.kernels.activations import silu as silu
 from nnxp.kernels.activations import softplus as softplus
 from nnxp.kernels.activations import softsign as softsign
 from nnxp.kernels.activations import tanh as tanh
+from nnxp.kernels.attention import attention as attention
 from nnxp.kernels.linear import linear as linear
 from nnxp.kernels.linear import matmul as matmul
 from nnxp.kernels.norms import batch_norm as batch_norm
 from nnxp.kernels.norms import layer_norm as layer_norm
 from nnxp.kernels.norms import rms_norm as rms_norm
 from nnxp.kernels.norms import standardize as standardize
+from nnxp.kernels.positions import embedding as embedding
+from nnxp.kernels.positions import rotary as rotary
+from nnxp.kernels.recurrent import gru as gru
+from nnxp.kernels.recurrent import lstm as lstm
+from nnxp.kernels.recurrent import rnn as rnn
 from nnxp.kernels.softmax import log_softmax as log_softmax
 from nnxp.kernels.softmax import softmax as softmax
