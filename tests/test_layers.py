@@ -119,7 +119,9 @@ def test_every_layer_answers_in_the_shape_it_promised_and_the_type_it_was_given(
     shapes = shape if isinstance(shape, list) else [shape]
     answers = results(layer(*draw_inputs(layer, shape, dtype)))
     promised = layer.output_shape(*shapes)
-    assert [y.shape for y in answers] == (promised if type(promised[0]) is tuple else [promised])
+    assert [y.shape for y in answers] == (
+        list(promised) if type(promised[0]) is tuple else [promised]
+    )
     assert {y.dtype for y in answers} == {layer.dtype or nnxp._arrays.float_dtype(dtype)}
 
 

@@ -25,6 +25,7 @@ from nnxp.kernels.norms import batch_norm as batch_norm
 from nnxp.kernels.norms import layer_norm as layer_norm
 from nnxp.kernels.norms import rms_norm as rms_norm
 from nnxp.kernels.norms import standardize as standardize
+from nnxp.kernels.positions import add_positions as add_positions
 from nnxp.kernels.positions import embedding as embedding
 from nnxp.kernels.positions import rotary as rotary
 from nnxp.kernels.recurrent import gru as gru

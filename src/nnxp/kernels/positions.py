@@ -36,6 +36,15 @@ def embedding_on_the_cpu(ids: Array, weight: Array) -> Array:
 
 
 @kernel
+def add_positions(x: Array, weight: Array) -> Array:
+    """y_t = x_t + weight_t   [Gehring et al. 2017, arXiv:1705.03122]
+
+    x (..., time, c), weight (places, c), of which there are at least as many -> y like x
+    """
+    return x + weight[: x.shape[-2]]
+
+
+@kernel
 def rotary(x: Array, cos: Array, sin: Array, *, interleaved: bool = False) -> Array:
     """Pairs of channels, turned by the angle of their place   [Su et al. 2021, arXiv:2104.09864]
 

@@ -577,8 +577,10 @@ def _written(model: Layer, outlines: tuple[Outline | None, ...], rows: int | Non
 
         return trace(named, *values, layers=layers, rows=rows)
 
-    program = written(1)
-    same_for_any_rows(program, written(2))
+    place = model.place
+    with nullcontext() if place in (None, "cpu") else home_of(place).current():
+        program = written(1)
+        same_for_any_rows(program, written(2))
     return program
 
 

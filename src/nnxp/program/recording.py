@@ -248,11 +248,9 @@ class Recording:
         if view and not any(moves for moves, _ in places):
             made = perform(np, step, [each for _, each in places])
             results = made if step.several else (made,)
-            source = places[0][1]
-            if all(np.may_share_memory(array, source) for array in results):
-                for value, array in zip(step.outputs, results, strict=True):
-                    self._places[value] = False, array
-                return  # else a reshape had to copy: it copies anew at each call
+            for value, array in zip(step.outputs, results, strict=True):
+                self._places[value] = False, array
+            return
         numbers = [self._slot(value) for value in step.outputs]
         slots, shapes = self._slots, [sized(v.shape, self.rows) for v in step.outputs]
         opaque = not isinstance(step.function, str)
