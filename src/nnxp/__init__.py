@@ -21,6 +21,7 @@ from nnxp.io.checkpoint import load as load
 from nnxp.io.checkpoint import save as save
 from nnxp.io.columns import Columns as Columns
 from nnxp.io.sklearn import from_sklearn as from_sklearn
+from nnxp.io.torch import from_torch as from_torch
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation
 from nnxp.layers.attention import MultiHeadAttention as MultiHeadAttention
@@ -47,6 +48,9 @@ from nnxp.layers.recurrent import GRUCell as GRUCell
 from nnxp.layers.recurrent import LSTMCell as LSTMCell
 from nnxp.layers.recurrent import RNNCell as RNNCell
 from nnxp.layers.shape import Flatten as Flatten
+from nnxp.layers.torch_graph import ChannelsFirst as ChannelsFirst
+from nnxp.layers.torch_graph import Constant as Constant
+from nnxp.layers.torch_graph import TorchGraph as TorchGraph
 
 if TYPE_CHECKING:
     from nnxp import sim as sim
