@@ -60,6 +60,10 @@ def from_torch(module: Module, *, inputs: Sequence[str] | None = None, dtype: ob
         ) from error
     if not isinstance(module, torch.nn.Module):
         raise ConversionError(f"from_torch takes a torch.nn.Module, not {module!r:.80}")
+    if "forward" in vars(module):
+        raise ConversionError(
+            f"forward of this {type(module).__name__} is not that of its class, which is what is read"
+        )
     with torch.no_grad(), _evaluating(module):
         graph = _traced(module, inputs)
         return _Reading(module, None if dtype is None else float_dtype(dtype)).model(graph)
@@ -109,6 +113,7 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
 
     class Tracer(fx.Tracer):
         trace_asserts = True
+        proxy_buffer_attributes = True
 
         def is_leaf_module(self, inner: Module, path: str) -> bool:
             return bool(_kind(inner)) or super().is_leaf_module(inner, path)
@@ -140,8 +145,9 @@ class _Reading:
         self.inputs: list[str] = []
         self.problems: list[str] = []
         self.values: dict[Any, Any] = {}  # of each node: a value, a tuple of them, or a plain number
-        self._arrays: dict[Any, Array] = {}
+        self._arrays: dict[Any, tuple[Array, Any]] = {}
         self._made: dict[str, Any] = {}
+        self._same: dict[Any, list[Any]] = {}  # of a node: those that are the same tensor
 
     def model(self, graph: Any) -> Layer:
         nodes = list(graph.nodes)
@@ -152,7 +158,7 @@ class _Reading:
         for node in nodes:
             if node.op == "placeholder":
                 if wanted is None or node.target in wanted:
-                    self.values[node] = {"value": len(self.inputs)}
+                    self.values[node] = {"value": -1 - len(self.inputs)}
                     self.inputs.append(node.target)
             elif node not in needed:
                 continue
@@ -163,7 +169,7 @@ class _Reading:
                     self.values[node] = self._node(node)
                 except (_Unknown, NnxpError) as error:
                     self.problems.append(f"{_where(node)}: {error}")
-                    self.values[node] = {"value": 0}
+                    self.values[node] = {"value": -1}
         answers = tuple(_flat(answer))
         if not all(_is_value(each) for each in answers):
             self.problems.append(f"the answer is no array: {answers!r:.80}")
@@ -184,7 +190,7 @@ class _Reading:
             module = self.module.get_submodule(node.target)
             made = self._module(node.target, module, args, options)
             if getattr(module, "inplace", False):
-                self._written(node.args[0], made)
+                self._written(node, made)
             return made
         name = node.target if node.op == "call_method" else _function_name(node.target)
         if name == "getitem" and type(args[0]) is tuple and isinstance(args[1], int):
@@ -196,7 +202,7 @@ class _Reading:
         options.pop("inplace", None)
         made = self._step(own, args, options)
         if inplace:
-            self._written(node.args[0], made)
+            self._written(node, made)
         return made
 
     def _value(self, x: Any) -> Any:
@@ -224,7 +230,7 @@ class _Reading:
 
     def _step(self, what: str, args: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
         self.steps.append((what, tuple(args), options or {}))
-        return {"value": len(self.steps) - 1 + 1000 * 1000}  # numbered anew once all inputs are known
+        return {"value": len(self.steps) - 1}  # inputs are below 0, until it is known what is needed
 
     def _layer(self, path: str, make: Callable[[], Layer]) -> str:
         """The step that calls this layer, which is made once for each path."""
@@ -257,8 +263,8 @@ class _Reading:
                 array = array.astype(float_dtype("bfloat16"))
             if self.dtype is not None and array.dtype.kind in "fV":
                 array = array.astype(self.dtype)
-            self._arrays[key] = array
-        return self._arrays[key]
+            self._arrays[key] = array, tensor  # which keeps its memory from being another's
+        return self._arrays[key][0]
 
     def _module(self, path: str, module: Module, args: list[Any], options: dict[str, Any]) -> Any:
         kind = _kind(module)
@@ -279,21 +285,25 @@ class _Reading:
     # what writes into its argument
 
     def _written(self, node: Any, made: Any) -> None:
-        """From here on the node stands for what was written into it."""
-        self.values[node] = made
+        """From here on all that are the tensor that this node writes into stand for what it wrote."""
+        target = node.args[0]
+        same = self._same[node] = self._same.setdefault(target, [target])
+        same.append(node)
+        self.values.update(dict.fromkeys(same, made))
 
     def _refuse_hidden_writes(self, nodes: list[Any]) -> None:
         """Refuse a write into an array that another one, needed later, may look at."""
         root: dict[Any, Any] = {}
+        same: dict[Any, Any] = {}
         for i, node in enumerate(nodes):
-            root[node] = node
+            root[node] = same[node] = node
             target = _written_node(node, self.module)
             first = next((a for a in node.args if a in root), None) if node.args else None
             if target is not None:
-                root[node] = root[target]
+                root[node], same[node] = root[target], same[target]
                 later = set(nodes[i + 1 :])
                 for other, its_root in root.items():
-                    hidden = its_root is root[target] and other not in (node, target)
+                    hidden = its_root is root[target] and same[other] is not same[target]
                     if hidden and later & other.users.keys():
                         self.problems.append(
                             f"{_where(node)}: it writes into an array that {other.name} looks at"
@@ -305,16 +315,15 @@ class _Reading:
 
     def _finished(self, answers: tuple[Any, ...]) -> Layer:
         """The steps that are needed as a model, of the simplest kind that says it all."""
-        shift = 1000 * 1000
         wanted = set(_numbers(answers))
         kept = []
         for i in reversed(range(len(self.steps))):
-            if i + shift in wanted:
+            if i in wanted:
                 kept.append(i)
                 wanted |= set(_numbers(self.steps[i][1:]))
         kept.reverse()
         count = len(self.inputs)
-        places = {i: i for i in range(count)} | {s + shift: count + n for n, s in enumerate(kept)}
+        places = {-1 - i: i for i in range(count)} | {s: count + n for n, s in enumerate(kept)}
         steps = tuple(_renumbered(self.steps[i], places) for i in kept)
         answers = _renumbered(answers, places)
         in_a_row = count == 1 and len(answers) == 1 and all(
@@ -409,7 +418,7 @@ def _function_name(target: Any) -> str:
     return name if ours else f"{home}.{name}"
 
 
-_IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "setitem"])
+_IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv"])
 
 
 def _writes(node: Any) -> bool:
@@ -546,39 +555,39 @@ def _linear(m: Module, take: Take) -> Layer:
     return Dense.of(take(m.weight.T), _bias(m.bias, take))
 
 
-def _affine(m: Module, size: int, take: Take) -> tuple[Array, Array]:
+def _affine(m: Module, like: Any, take: Take) -> tuple[Array, Array]:
     """gain and bias of a norm, ones and zeros where it has none"""
-    import torch
-
-    like = next(m.parameters(), next(iter(m.buffers()), torch.empty(0)))
-    gain = getattr(m, "weight", None)
-    bias = getattr(m, "bias", None)
     return (
-        take(torch.ones(size, dtype=like.dtype) if gain is None else gain),
-        take(torch.zeros(size, dtype=like.dtype) if bias is None else bias),
+        take(like.new_ones(like.shape) if m.weight is None else m.weight),
+        take(like.new_zeros(like.shape) if m.bias is None else m.bias),
     )
 
 
-def _layer_norm(m: Module, take: Take) -> Layer:
-    if len(m.normalized_shape) != 1:
-        raise _Unknown(f"LayerNorm over {len(m.normalized_shape)} axes")
-    return LayerNorm.of(*_affine(m, m.normalized_shape[0], take), float(m.eps))
+def _layer_norm(m: Module, take: Take) -> Any:
+    shape = tuple(m.normalized_shape)
+    if m.weight is None:
+        return "layer_norm", {"shape": shape, "eps": float(m.eps)}
+    if len(shape) != 1:
+        raise _Unknown(f"LayerNorm over {len(shape)} axes")
+    return LayerNorm.of(*_affine(m, m.weight, take), float(m.eps))
 
 
-def _rms_norm(m: Module, take: Take) -> Layer:
+def _rms_norm(m: Module, take: Take) -> Any:
     import torch
 
-    if len(m.normalized_shape) != 1:
-        raise _Unknown(f"RMSNorm over {len(m.normalized_shape)} axes")
-    gain, _ = _affine(m, m.normalized_shape[0], take)
-    kind = torch.float32 if m.weight is None else m.weight.dtype
-    return RMSNorm.of(gain, float(torch.finfo(kind).eps if m.eps is None else m.eps))
+    shape = tuple(m.normalized_shape)
+    if m.weight is None:
+        return "rms_norm", {"shape": shape, "eps": m.eps}
+    if len(shape) != 1:
+        raise _Unknown(f"RMSNorm over {len(shape)} axes")
+    eps = torch.finfo(m.weight.dtype).eps if m.eps is None else m.eps
+    return RMSNorm.of(take(m.weight), float(eps))
 
 
 def _batch_norm(m: Module, take: Take) -> Layer:
     if m.running_mean is None:
         raise _Unknown(f"{type(m).__name__} without running statistics mixes rows")
-    gain, bias = _affine(m, m.num_features, take)
+    gain, bias = _affine(m, m.running_mean, take)
     norm = BatchNorm.of(take(m.running_mean), take(m.running_var), gain, bias, float(m.eps))
     return ChannelsFirst(norm)
 
@@ -619,11 +628,12 @@ def _identity(m: Module, take: Take) -> Layer:
 
 
 def _in_order(tensor: Any, gates: str, wanted: str) -> Any:
-    """A tensor (gates * size, ...) with its gates in another order, transposed."""
+    """A tensor (gates * size, ...) with its gates in another order, transposed if it is a matrix."""
     import torch
 
     parts = dict(zip(gates, tensor.chunk(len(gates)), strict=True))
-    return torch.cat([parts[name] for name in wanted]).T
+    whole = torch.cat([parts[name] for name in wanted])
+    return whole.T if whole.ndim == 2 else whole
 
 
 _GATES = {"RNN": ("h", "h"), "GRU": ("rzn", "rzn"), "LSTM": ("ifgo", "ifog")}

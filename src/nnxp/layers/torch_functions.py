@@ -144,6 +144,15 @@ def layer_norm(
     return kernels.layer_norm(flat, flat_weight, flat_bias, eps=eps).reshape(x.shape)
 
 
+@function("rms_norm")
+def rms_norm(x: Array, shape: Any, weight: Array | None = None, eps: float | None = None) -> Array:
+    axes = len(shape) if isinstance(shape, tuple | list) else 1
+    flat = x.reshape(*x.shape[: x.ndim - axes], prod(x.shape[x.ndim - axes :]))
+    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
+    gain = None if weight is None else weight.reshape(-1)
+    return kernels.rms_norm(flat, gain, eps=eps).reshape(x.shape)
+
+
 @function("embedding")
 def embedding(ids: Array, weight: Array, *rest: Any, **options: Any) -> Array:
     return kernels.embedding(ids.astype("int64", copy=False), weight)
@@ -453,13 +462,6 @@ def unbind(x: Array, dim: int = 0) -> Any:
 @function("getitem")
 def getitem(x: Any, key: Any) -> Any:
     return x[tuple(key) if isinstance(key, tuple | list) else key]
-
-
-@function("setitem")
-def setitem(x: Array, key: Any, value: Any) -> Array:
-    y = x.copy()
-    y[tuple(key) if isinstance(key, tuple | list) else key] = value
-    return y
 
 
 @function("flip")

@@ -73,7 +73,7 @@ class Constant(Layer):
         return self.value.astype(self.kind) if self.kind else self.value
 
     def __call__(self, x: Array) -> Array:
-        return xp_of(x).broadcast_to(self.values(), (x.shape[0], *self.value.shape)) + 0
+        return xp_of(x).broadcast_to(self.values(), (x.shape[0], *self.value.shape))
 
     @classmethod
     def examples(cls) -> Iterator[Example]:

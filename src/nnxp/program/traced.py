@@ -245,8 +245,7 @@ def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, A
     options = {name: _plain(value) for name, value in options.items()}
     step = Step(function, inputs, options, "")
     values = step.values
-    creates = KINDS.get(step.name) == "creation" and isinstance(function, str)
-    if all(each.numbers is not None for each in values) and not (creates and _counts_rows(options)):
+    if all(each.numbers is not None for each in values) and not _counts_rows(options):
         xp = xp_of(values[0].numbers) if values else np
         return constants(perform(xp, step, [numbers(each) for each in inputs]))
     made = outline(step)
