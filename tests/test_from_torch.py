@@ -322,8 +322,11 @@ class InPlace(nn.Module):
         z = self.act(y)
         z += 1
         y = y + z
+        y[:, 0] = 0.5
         y.mul_(3)
-        return y + z
+        n = m = x.size(1)
+        n += 1
+        return (y + z) * n - m
 
 
 class VisionTransformer(nn.Module):

@@ -6,6 +6,8 @@ torch is never imported by nnxp: who has a module has it.
 from __future__ import annotations
 
 import inspect
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,14 +113,26 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
         graph.output(graph.call_module("", (), given))
         return graph
 
+    class Writable(fx.Proxy):  # fx itself takes x += y for x = x + y, and knows no x[...] = y
+        def __setitem__(self, key: Any, value: Any) -> None:
+            self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    for name in _IN_PLACE - {"setitem"}:
+
+        def write(self: Any, other: Any, target: Any = getattr(operator, name)) -> Any:
+            return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+        setattr(Writable, f"__{name}__", write)
+
     class Tracer(fx.Tracer):
         trace_asserts = True
         proxy_buffer_attributes = True
 
+        def proxy(self, node: Any) -> Any:
+            return Writable(node, self)
+
         def is_leaf_module(self, inner: Module, path: str) -> bool:
             return bool(_kind(inner)) or super().is_leaf_module(inner, path)
-
-    import math
 
     fixed = {n: p.default for n, p in plain.items() if n not in wanted and p.default is not p.empty}
     try:
@@ -418,11 +432,28 @@ def _function_name(target: Any) -> str:
     return name if ours else f"{home}.{name}"
 
 
-_IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv"])
+_IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "setitem"])
+_SIZES = frozenset(["size", "dim", "numel", "ndimension"])
+
+
+def _is_number(x: Any) -> bool:
+    """Whether an argument is a number, or a size of an array, which nobody writes into."""
+    if not hasattr(x, "op"):
+        return not isinstance(x, tuple | list)
+    if x.op == "call_method":
+        return x.target in _SIZES
+    if x.op != "call_function":
+        return False
+    name = _function_name(x.target)
+    if name == "getattr":
+        return x.args[1] in ("shape", "ndim")
+    return name in ("getitem", *dir(operator)) and all(map(_is_number, x.args))
 
 
 def _writes(node: Any) -> bool:
     """Whether a function or method writes into its first argument."""
+    if node.args and _is_number(node.args[0]):
+        return False
     name = node.target if node.op == "call_method" else _function_name(node.target)
     under = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
     return under or name in _IN_PLACE or node.kwargs.get("inplace") is True

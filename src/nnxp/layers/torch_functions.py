@@ -464,6 +464,13 @@ def getitem(x: Any, key: Any) -> Any:
     return x[tuple(key) if isinstance(key, tuple | list) else key]
 
 
+@function("setitem")
+def setitem(x: Array, key: Any, value: Any) -> Array:
+    y = x.copy()
+    y[tuple(key) if isinstance(key, tuple | list) else key] = value
+    return y
+
+
 @function("flip")
 def flip(x: Array, *dims: Any) -> Array:
     return xp_of(x).flip(x, _sizes(dims))
