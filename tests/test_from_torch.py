@@ -50,9 +50,7 @@ def flat(answer):
 
 
 def tensors(inputs, dtype):
-    return [
-        torch.from_numpy(x.astype(dtype) if x.dtype.kind == "f" else x) for x in inputs
-    ]
+    return [torch.from_numpy(x.astype(dtype) if x.dtype.kind == "f" else x) for x in inputs]
 
 
 def agrees(module, *inputs, tmp_path=None, turn=lambda ys: ys, **options):
@@ -222,7 +220,9 @@ class AttendsByOne(Attends):
         return self.attention(x, keys, values, key_padding_mask=padding, attn_mask=self.fixed)[0]
 
 
-PADDING = np.array([[False, True, False, False, True], [False] * 5, [False, True, True, True, False]])
+PADDING = np.array(
+    [[False, True, False, False, True], [False] * 5, [False, True, True, True, False]]
+)
 AHEAD = np.triu(np.ones((4, 5), bool), 2)
 MASKS = {
     "none": (),
@@ -251,7 +251,9 @@ def test_attention(masks, options, tmp_path):
             names.append(name)
     if masks == "for each head":
         with torch.no_grad():
-            due = module.double()(*tensors(arrays[:3], "float64"), None, *tensors(arrays[3:], "float64"))
+            due = module.double()(
+                *tensors(arrays[:3], "float64"), None, *tensors(arrays[3:], "float64")
+            )
         layer = nnxp.from_torch(module).layers[0]
         y = layer(*arrays[:3], arrays[3].reshape(3, 2, 4, 5))
         np.testing.assert_allclose(y, due.numpy(), rtol=1e-12, atol=1e-14)
@@ -340,11 +342,18 @@ class VisionTransformer(nn.Module):
         self.places = nn.Parameter(torch.zeros(1, (size // patch) ** 2 + 1, channels))
         self.norm, self.qkv = nn.LayerNorm(channels), nn.Linear(channels, 3 * channels)
         self.out, self.head = nn.Linear(channels, channels), nn.Linear(channels, 10)
-        self.mlp = nn.Sequential(nn.Linear(channels, 24), nn.GELU(), nn.Dropout(0.1), nn.Linear(24, channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, 24), nn.GELU(), nn.Dropout(0.1), nn.Linear(24, channels)
+        )
 
     def attend(self, x):
         n, t, c = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x)
+            .reshape(n, t, 3, self.heads, c // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         weights = (q @ k.transpose(-2, -1) / math.sqrt(c // self.heads)).softmax(dim=-1)
         return self.out((weights @ v).transpose(1, 2).reshape(n, t, c))
 
@@ -402,7 +411,9 @@ def test_modules_of_one_s_own(name, tmp_path):
 
 
 def test_modules_in_a_row_are_a_sequential_of_plain_layers():
-    module = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.2)), nn.Linear(4, 2))
+    module = nn.Sequential(
+        nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.2)), nn.Linear(4, 2)
+    )
     model = agrees(drawn(module), x_of(5, 3))
     kinds = [type(each) for each in model.layers]
     assert kinds == [nnxp.Dense, nnxp.Activation, nnxp.Dropout, nnxp.Dense]
@@ -434,7 +445,9 @@ def test_another_type_and_bfloat16():
     assert nnxp.from_torch(module, dtype="float64").dtype == np.float64
     half = nnxp.from_torch(module.bfloat16())
     assert half.dtype.name == "bfloat16"
-    np.testing.assert_array_equal(half.weight.astype("float32"), module.weight.float().detach().numpy().T)
+    np.testing.assert_array_equal(
+        half.weight.astype("float32"), module.weight.float().detach().numpy().T
+    )
 
 
 def test_parametrized_weights_are_read_as_they_are():
@@ -481,7 +494,10 @@ REFUSED = {
     "a write seen through a view": (Aliased, "writes into an array that view looks at"),
     "time first": (lambda: nn.LSTM(3, 4), "batch_first=True"),
     "max_norm": (lambda: nn.Embedding(3, 4, max_norm=1.0), "max_norm"),
-    "bias_kv": (lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True), "add_bias_kv"),
+    "bias_kv": (
+        lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True),
+        "add_bias_kv",
+    ),
     "norms over axes": (lambda: nn.LayerNorm((3, 4)), "over 2 axes"),
     "activation": (
         lambda: nn.TransformerEncoderLayer(4, 2, 4, activation=F.hardtanh, batch_first=True),

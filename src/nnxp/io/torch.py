@@ -33,7 +33,9 @@ Module = Any
 Take = Callable[[Any], Array]
 
 
-def from_torch(module: Module, *, inputs: Sequence[str] | None = None, dtype: object = None) -> Layer:
+def from_torch(
+    module: Module, *, inputs: Sequence[str] | None = None, dtype: object = None
+) -> Layer:
     """The model that computes what a torch module answers in eval().
 
     `module` is any torch.nn.Module made of modules that are known here (layers in `MODULES`) and of
@@ -90,7 +92,9 @@ def _kind(module: Module) -> str:
     cls = type(module)
     if parametrize.is_parametrized(module):
         cls = cls.__mro__[1]
-    return cls.__name__ if cls.__module__.startswith("torch.nn.") and cls.__name__ in MODULES else ""
+    return (
+        cls.__name__ if cls.__module__.startswith("torch.nn.") and cls.__name__ in MODULES else ""
+    )
 
 
 def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
@@ -99,7 +103,9 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
 
     parameters = inspect.signature(module.forward).parameters
     plain = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    wanted = [n for n, p in plain.items() if p.default is p.empty] if inputs is None else list(inputs)
+    wanted = (
+        [n for n, p in plain.items() if p.default is p.empty] if inputs is None else list(inputs)
+    )
     if _kind(module) in NEEDED and inputs is None:
         wanted = wanted[: NEEDED[_kind(module)]]
     unknown = set(wanted) - plain.keys()
@@ -158,7 +164,9 @@ class _Reading:
         self.steps: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.inputs: list[str] = []
         self.problems: list[str] = []
-        self.values: dict[Any, Any] = {}  # of each node: a value, a tuple of them, or a plain number
+        self.values: dict[
+            Any, Any
+        ] = {}  # of each node: a value, a tuple of them, or a plain number
         self._arrays: dict[Any, tuple[Array, Any]] = {}
         self._made: dict[str, Any] = {}
         self._same: dict[Any, list[Any]] = {}  # of a node: those that are the same tensor
@@ -210,7 +218,9 @@ class _Reading:
         if name == "getitem" and type(args[0]) is tuple and isinstance(args[1], int):
             return args[0][args[1]]
         inplace = _writes(node)
-        own = known(name.removesuffix("_") if inplace and name.endswith("_") and name[-2:] != "__" else name)
+        own = known(
+            name.removesuffix("_") if inplace and name.endswith("_") and name[-2:] != "__" else name
+        )
         if not own:
             raise _Unknown(f"{'method' if node.op == 'call_method' else 'function'} {name}")
         options.pop("inplace", None)
@@ -244,7 +254,9 @@ class _Reading:
 
     def _step(self, what: str, args: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
         self.steps.append((what, tuple(args), options or {}))
-        return {"value": len(self.steps) - 1}  # inputs are below 0, until it is known what is needed
+        return {
+            "value": len(self.steps) - 1
+        }  # inputs are below 0, until it is known what is needed
 
     def _layer(self, path: str, make: Callable[[], Layer]) -> str:
         """The step that calls this layer, which is made once for each path."""
@@ -545,7 +557,9 @@ def _attention(self: _Reading, path: str, module: Module, given: dict[str, Any])
         _batch_first(self, path, module, given[name]) for name in ("query", "key", "value")
     )
     dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
-    mask = _mask(self, x, given.get("key_padding_mask"), given.get("attn_mask"), module.num_heads, dtype)
+    mask = _mask(
+        self, x, given.get("key_padding_mask"), given.get("attn_mask"), module.num_heads, dtype
+    )
     y = self._step(what, (x, keys, values, *mask))
     if not module.batch_first:
         y = self._step("transpose", (y, 0, 1))
@@ -794,4 +808,3 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
 
 A module of images is a `ChannelsFirst` of the layer that is meant: torch has its channels on axis 1.
 """
-

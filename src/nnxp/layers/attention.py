@@ -90,7 +90,11 @@ class MultiHeadAttention(Layer):
             raise ShapeError("queries and keys have equally many channels in each head")
 
     def __call__(
-        self, x: Array, keys: Array | None = None, values: Array | None = None, mask: Array | None = None
+        self,
+        x: Array,
+        keys: Array | None = None,
+        values: Array | None = None,
+        mask: Array | None = None,
     ) -> Array:
         keys = x if keys is None else keys
         values = keys if values is None else values

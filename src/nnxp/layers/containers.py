@@ -100,7 +100,9 @@ class Concatenate(Layer):
 
     def validate(self) -> None:
         if type(self.axis) is not int or self.axis == 0:
-            raise OptionError(f"axis is a whole number, and not 0, that of the rows: {self.axis!r:.60}")
+            raise OptionError(
+                f"axis is a whole number, and not 0, that of the rows: {self.axis!r:.60}"
+            )
 
     def __call__(self, *inputs: Array) -> Array:
         return xp_of(inputs[0]).concatenate(list(inputs), axis=self.axis)

@@ -63,7 +63,9 @@ class PositionEmbedding(Layer):
     def __init__(
         self, places: int, channels: int, *, rng: Rng = None, dtype: object = "float32"
     ) -> None:
-        self.weight = _normal((whole("places", places), whole("channels", channels)), rng, dtype, 0.02)
+        self.weight = _normal(
+            (whole("places", places), whole("channels", channels)), rng, dtype, 0.02
+        )
 
     def validate(self) -> None:
         shape = array_shape(self, "weight")
@@ -126,14 +128,14 @@ class RotaryEmbedding(Layer):
     base: float
     interleaved: bool
 
-    def __init__(
-        self, channels: int, *, base: float = 10000.0, interleaved: bool = False
-    ) -> None:
+    def __init__(self, channels: int, *, base: float = 10000.0, interleaved: bool = False) -> None:
         self.channels, self.base, self.interleaved = channels, base, interleaved
 
     def validate(self) -> None:
         if whole("channels", self.channels) % 2:
-            raise OptionError(f"channels are turned in pairs, so they are even, not {self.channels}")
+            raise OptionError(
+                f"channels are turned in pairs, so they are even, not {self.channels}"
+            )
         _check_base(self.base)
 
     def __call__(self, x: Array) -> Array:
@@ -163,5 +165,7 @@ def _check_base(base: float) -> None:
 
 def _normal(shape: tuple[int, int], rng: Rng, dtype: object, deviation: float = 1.0) -> Array:
     kind = float_dtype(dtype)
-    drawn = generator(rng).standard_normal(shape, dtype=np.float64 if kind == np.float64 else np.float32)
+    drawn = generator(rng).standard_normal(
+        shape, dtype=np.float64 if kind == np.float64 else np.float32
+    )
     return (drawn * drawn.dtype.type(deviation)).astype(kind, copy=False)

@@ -28,14 +28,18 @@ class _Cell(Layer):
     weight_h: Array
     bias: Array | None
 
-    def _draw(self, inputs: int, size: int, bias: bool, rng: Rng, dtype: object, states: int) -> Any:
+    def _draw(
+        self, inputs: int, size: int, bias: bool, rng: Rng, dtype: object, states: int
+    ) -> Any:
         """Parameters uniform in ±1 / sqrt(size), as torch's; answers what draws more of them."""
         kind = float_dtype(dtype)
         random, limit = generator(rng), 1 / sqrt(size)
 
         def uniform(*shape: int) -> Array:
             drawn = np.float64 if kind == np.float64 else np.float32
-            return ((2 * random.random(shape, dtype=drawn) - 1) * drawn(limit)).astype(kind, copy=False)
+            return ((2 * random.random(shape, dtype=drawn) - 1) * drawn(limit)).astype(
+                kind, copy=False
+            )
 
         self.weight_x = uniform(inputs, self.gates * size)
         self.weight_h = uniform(states, self.gates * size)
@@ -219,15 +223,18 @@ class LSTMCell(_Cell):
         self.projection = None if projected is None else uniform(size, states)
 
     def validate(self) -> None:
-        if self.projection is not None and len(array_shape(self, "projection")) != 2:
-            raise ShapeError(f"projection is (size, projected), not {self.projection.shape}")
+        if self.projection is not None:
+            shape = array_shape(self, "projection")
+            size, projected = array_shape(self, "weight_h")[::-1]
+            if shape != (size // 4, projected):
+                raise ShapeError(
+                    f"projection of LSTMCell is (size, projected), here {(size // 4, projected)} by "
+                    f"weight_h (projected, 4 * size), but got {shape}"
+                )
         super().validate()
 
     def _state_size(self, size: int) -> int:
-        if self.projection is None:
-            return size
-        inner, projected = self.projection.shape
-        return int(projected) if inner == size else -1
+        return size if self.projection is None else int(self.projection.shape[1])
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -405,7 +412,8 @@ class GRU(_Stack):
 
 class LSTM(_Stack):
     __doc__ = (
-        "c_t = f c_(t-1) + i g, h_t = o tanh(c_t), step by step through time   [see LSTMCell]" + _STACK
+        "c_t = f c_(t-1) + i g, h_t = o tanh(c_t), step by step through time   [see LSTMCell]"
+        + _STACK
     )
     takes = ("float", "int", "float", "float")
 

@@ -510,7 +510,9 @@ def attribute(x: Any, name: str) -> Any:
         return x.swapaxes(-1, -2)
     if name in ("values", "indices"):
         return x[name == "indices"]
-    return {"shape": lambda: tuple(x.shape), "ndim": lambda: x.ndim, "dtype": lambda: x.dtype}[name]()
+    return {"shape": lambda: tuple(x.shape), "ndim": lambda: x.ndim, "dtype": lambda: x.dtype}[
+        name
+    ]()
 
 
 @function("dim", "ndimension")

@@ -56,7 +56,9 @@ class Constant(Layer):
 
     def __init__(self, value: Array) -> None:
         value = np.asarray(value)
-        self.kind = "" if value.dtype.kind in "fV" else "bool" if value.dtype.kind == "b" else "int64"
+        self.kind = (
+            "" if value.dtype.kind in "fV" else "bool" if value.dtype.kind == "b" else "int64"
+        )
         self.value = value if self.kind == "" else value.astype("float64")
 
     @property
@@ -104,7 +106,9 @@ class TorchGraph(Layer):
                 raise OptionError(f"a step of a TorchGraph has no meaning: {step!r:.100}")
             count += 1
         if not self.answers or not _sound(self.answers, count):
-            raise OptionError(f"the answers of a TorchGraph are values of it: {self.answers!r:.100}")
+            raise OptionError(
+                f"the answers of a TorchGraph are values of it: {self.answers!r:.100}"
+            )
 
     def __call__(self, *inputs: Array) -> Any:
         values: list[Any] = list(inputs)
@@ -135,7 +139,11 @@ class TorchGraph(Layer):
         steps = (
             ("layers.0", (x,), {}),
             ("relu", (h,), {}),
-            ("getitem", ({"value": 2}, ({"slice": (None, None, None)}, {"slice": (0, 2, None)})), {}),
+            (
+                "getitem",
+                ({"value": 2}, ({"slice": (None, None, None)}, {"slice": (0, 2, None)})),
+                {},
+            ),
             ("cat", (({"value": 3}, x), 1), {}),
         )
         yield cls.of((Dense(3, 4, rng=0),), steps, ({"value": 4},), ("float",)), (5, 3)
