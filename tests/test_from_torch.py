@@ -1,7 +1,7 @@
 """Modules of torch become models that answer what torch answers in eval().
 
-In float64 to 1e-12 of the largest answer, in float32 within the bound. Every case is also saved, loaded,
-written out as a program and, in float32, run on the simulated device.
+In float64 to 1e-12 of the largest answer, in float32 within the bound. Every case is also written
+out as a program, saved and loaded.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def agrees(module, *inputs, tmp_path=None, turn=lambda ys: ys, **options):
         if dtype == "float32":
             lifted = model.map_arrays(lambda name, value: bounded.asarray(value))
             for i, expected in enumerate(due):
-                value, error = error_bound(lambda *xs, i=i: results(lifted(*xs))[i], *host)
+                value, error = error_bound(lambda *xs, i=i, net=lifted: results(net(*xs))[i], *host)
                 for who, y in (("torch", expected), ("nnxp", answers[i])):
                     check = compare("", "", who, y, value, error)
                     assert check.ok, check.problem
@@ -368,7 +368,7 @@ class VisionTransformer(nn.Module):
 
 
 class Tagger(nn.Module):
-    """Ids, positions from a buffer of whole numbers, a causal mask, tied weights, a dict of answers."""
+    """Ids, positions in a buffer of whole numbers, a causal mask, tied weights, a dict."""
 
     def __init__(self):
         super().__init__()
@@ -383,9 +383,9 @@ class Tagger(nn.Module):
     def forward(self, ids):
         t = ids.size(1)
         x = self.words(ids) + self.places(self.position_ids[:t])[None]
-        y, (h, c) = self.lstm(x.transpose(0, 1))
+        y, (h, _) = self.lstm(x.transpose(0, 1))
         x = x + y.transpose(0, 1) + h[-1][:, None].repeat(1, 1, 2)
-        heads = x.view(len(ids) if False else ids.shape[0], t, 2, 4).transpose(1, 2)
+        heads = x.view(ids.shape[0], t, 2, 4).transpose(1, 2)
         scores = torch.matmul(heads, heads.transpose(-1, -2))
         scores = scores.masked_fill(~self.mask[:t, :t], float("-inf"))
         a = F.softmax(scores, -1) @ heads

@@ -1,4 +1,4 @@
-"""Attention, recurrence, positions and ids against their definitions, spelt out one number at a time."""
+"""Attention, recurrence, positions and ids against definitions spelt out one number at a time."""
 
 from __future__ import annotations
 

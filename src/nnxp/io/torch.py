@@ -1,4 +1,4 @@
-"""Modules of PyTorch as nnxp models: a table of its layers, and what stands between them by tracing.
+"""Modules of PyTorch as nnxp models: its layers by a table, and what is between them by tracing.
 
 torch is never imported by nnxp: who has a module has it.
 """
@@ -16,21 +16,11 @@ import numpy as np
 
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import ConversionError, NnxpError, OptionError
+from nnxp.io._torch_modules import MODULES, Module, Unknown, kind_of
 from nnxp.layers._layer import Layer
-from nnxp.layers.activation import Activation
-from nnxp.layers.attention import MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
 from nnxp.layers.containers import Sequential
-from nnxp.layers.dense import Dense
-from nnxp.layers.dropout import Dropout
-from nnxp.layers.norm import BatchNorm, LayerNorm, RMSNorm
-from nnxp.layers.positions import Embedding
-from nnxp.layers.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from nnxp.layers.shape import Flatten
-from nnxp.layers.torch_functions import VIEWS, known
-from nnxp.layers.torch_graph import ChannelsFirst, Constant, TorchGraph, encoded
-
-Module = Any
-Take = Callable[[Any], Array]
+from nnxp.layers.torch_functions import ATTRIBUTES, FUNCTIONS, MAKERS, VIEWS, known
+from nnxp.layers.torch_graph import Constant, TorchGraph, encoded
 
 
 def from_torch(
@@ -40,16 +30,16 @@ def from_torch(
 
     `module` is any torch.nn.Module made of modules that are known here (layers in `MODULES`) and of
     functions, operators and methods between them (`nnxp.layers.torch_functions`), which torch.fx
-    traces. Modules in a row become a Sequential, all else a TorchGraph. The model takes what `forward`
-    takes, in torch's layout: axis 0 is rows, images are (rows, channels, ...). It answers an array, or
-    a tuple: nested ones are flat, of a dict the values.
+    traces. Modules in a row become a Sequential, all else a TorchGraph. The model takes what
+    `forward` takes, in torch's layout: axis 0 is rows, images are (rows, channels, ...). It answers
+    an array, or a tuple: nested ones are flat, of a dict the values.
 
     `inputs` names the arguments of `forward` that the model takes; without it those that have no
     default. All others are at their defaults. A recurrent module by itself answers y and its last
     states, as `returns="states"` has them: (rows, layers * directions, size).
 
-    Parameters are copied, in their own type or in `dtype`. Tied ones stay tied where the layers keep
-    them in the same form.
+    Parameters are copied, in their own type or in `dtype`. Tied ones stay tied where the layers
+    keep them in the same form.
 
     Raises ConversionError, before anything is converted, with all that cannot be read.
 
@@ -66,7 +56,7 @@ def from_torch(
         raise ConversionError(f"from_torch takes a torch.nn.Module, not {module!r:.80}")
     if "forward" in vars(module):
         raise ConversionError(
-            f"forward of this {type(module).__name__} is not that of its class, which is what is read"
+            f"forward of this {type(module).__name__} is not that of its class, which would be read"
         )
     with torch.no_grad(), _evaluating(module):
         graph = _traced(module, inputs)
@@ -85,18 +75,6 @@ def _evaluating(module: Module) -> Iterator[None]:
             each.training = True
 
 
-def _kind(module: Module) -> str:
-    """The name of a module of torch's in the table; "" for one that is not there."""
-    from torch.nn.utils import parametrize
-
-    cls = type(module)
-    if parametrize.is_parametrized(module):
-        cls = cls.__mro__[1]
-    return (
-        cls.__name__ if cls.__module__.startswith("torch.nn.") and cls.__name__ in MODULES else ""
-    )
-
-
 def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
     """The graph of `forward`: of these arguments, all others being at their defaults."""
     from torch import fx
@@ -106,16 +84,17 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
     wanted = (
         [n for n, p in plain.items() if p.default is p.empty] if inputs is None else list(inputs)
     )
-    if _kind(module) in NEEDED and inputs is None:
-        wanted = wanted[: NEEDED[_kind(module)]]
+    if kind_of(module) in NEEDED and inputs is None:
+        wanted = wanted[: NEEDED[kind_of(module)]]
     unknown = set(wanted) - plain.keys()
     if unknown or not wanted:
         raise OptionError(
-            f"inputs names arguments of forward({', '.join(plain)}), not {', '.join(sorted(unknown))}"
+            f"inputs names arguments of forward({', '.join(plain)}), not "
+            f"{', '.join(sorted(unknown)) or 'none'}"
         )
-    if _kind(module):
+    if kind_of(module):
         graph = fx.Graph(module)
-        given = {name: graph.placeholder(name) for name in wanted}
+        given: dict[str, Any] = {name: graph.placeholder(name) for name in wanted}
         graph.output(graph.call_module("", (), given))
         return graph
 
@@ -123,12 +102,13 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
         def __setitem__(self, key: Any, value: Any) -> None:
             self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def writer(target: Any) -> Callable[[Any, Any], Any]:
+        return lambda self, other: self.tracer.create_proxy(
+            "call_function", target, (self, other), {}
+        )
+
     for name in _IN_PLACE - {"setitem"}:
-
-        def write(self: Any, other: Any, target: Any = getattr(operator, name)) -> Any:
-            return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-        setattr(Writable, f"__{name}__", write)
+        setattr(Writable, f"__{name}__", writer(getattr(operator, name)))
 
     class Tracer(fx.Tracer):
         trace_asserts = True
@@ -138,7 +118,7 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
             return Writable(node, self)
 
         def is_leaf_module(self, inner: Module, path: str) -> bool:
-            return bool(_kind(inner)) or super().is_leaf_module(inner, path)
+            return bool(kind_of(inner)) or super().is_leaf_module(inner, path)
 
     fixed = {n: p.default for n, p in plain.items() if n not in wanted and p.default is not p.empty}
     try:
@@ -146,9 +126,10 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
     except Exception as error:  # whatever a forward may say to arrays without numbers
         raise ConversionError(
             f"forward of {type(module).__name__} cannot be traced: {type(error).__name__}: "
-            f"{str(error):.400}. {_ROAD}"
+            f"{error!s:.400}. {_ROAD}"
         ) from error
-    graph.wanted = wanted
+    for node in graph.nodes:  # what is at its default is no input
+        node.meta["left out"] = node.op == "placeholder" and node.target not in wanted
     return graph
 
 
@@ -173,13 +154,12 @@ class _Reading:
 
     def model(self, graph: Any) -> Layer:
         nodes = list(graph.nodes)
-        wanted = getattr(graph, "wanted", None)
         needed = _needed(nodes)
         self._refuse_hidden_writes(nodes)
         answer: Any = None
         for node in nodes:
             if node.op == "placeholder":
-                if wanted is None or node.target in wanted:
+                if not node.meta.get("left out"):
                     self.values[node] = {"value": -1 - len(self.inputs)}
                     self.inputs.append(node.target)
             elif node not in needed:
@@ -189,7 +169,7 @@ class _Reading:
             else:
                 try:
                     self.values[node] = self._node(node)
-                except (_Unknown, NnxpError) as error:
+                except (Unknown, NnxpError) as error:
                     self.problems.append(f"{_where(node)}: {error}")
                     self.values[node] = {"value": -1}
         answers = tuple(_flat(answer))
@@ -222,9 +202,9 @@ class _Reading:
             name.removesuffix("_") if inplace and name.endswith("_") and name[-2:] != "__" else name
         )
         if not own:
-            raise _Unknown(f"{'method' if node.op == 'call_method' else 'function'} {name}")
+            raise Unknown(f"{'method' if node.op == 'call_method' else 'function'} {name}")
         options.pop("inplace", None)
-        made = self._step(own, args, options)
+        made = self._step(own, *_arguments(own, args, options))
         if inplace:
             self._written(node, made)
         return made
@@ -236,7 +216,7 @@ class _Reading:
 
         if isinstance(x, fx.Node):
             if x not in self.values:
-                raise _Unknown(f"it looks at {x.name}, which is not among the inputs")
+                raise Unknown(f"it looks at {x.name}, which is not among the inputs")
             return self.values[x]
         if isinstance(x, slice):
             return {"slice": tuple(self._value(each) for each in (x.start, x.stop, x.step))}
@@ -293,11 +273,11 @@ class _Reading:
         return self._arrays[key][0]
 
     def _module(self, path: str, module: Module, args: list[Any], options: dict[str, Any]) -> Any:
-        kind = _kind(module)
+        kind = kind_of(module)
         if not kind:
-            raise _Unknown(f"torch has {type(module).__name__}, which has no counterpart here")
+            raise Unknown(f"torch has {type(module).__name__}, which has no counterpart here")
         if module._forward_hooks or module._forward_pre_hooks:
-            raise _Unknown(f"{type(module).__name__} has hooks")
+            raise Unknown(f"{type(module).__name__} has hooks")
         names = list(inspect.signature(module.forward).parameters)
         given = dict(zip(names, args, strict=False)) | options
         special = _CALLS.get(kind)
@@ -311,7 +291,7 @@ class _Reading:
     # what writes into its argument
 
     def _written(self, node: Any, made: Any) -> None:
-        """From here on all that are the tensor that this node writes into stand for what it wrote."""
+        """All that are the tensor written into by this node now stand for what it wrote."""
         target = node.args[0]
         same = self._same[node] = self._same.setdefault(target, [target])
         same.append(node)
@@ -369,16 +349,11 @@ class _Reading:
             kind, dot, number = what.partition(".")
             return f"{kind}.{new[int(number)]}" if dot else what
 
-        kinds = []
         layers = tuple(self.layers[i] for i in used)
         steps = tuple((renamed(what), args, options) for what, args, options in steps)
-        for i in range(len(self.inputs)):
-            kinds.append(_kind_of_input({"value": i}, steps, layers))
-        return TorchGraph.of(layers, steps, answers, tuple(kinds))
-
-
-class _Unknown(Exception):
-    """Something in a module that has no counterpart."""
+        inputs = range(len(self.inputs))
+        kinds = tuple(_kind_of_input({"value": i}, steps, layers) for i in inputs)
+        return TorchGraph.of(layers, steps, answers, kinds)
 
 
 def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]) -> str:
@@ -391,6 +366,29 @@ def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]
             place = args.index(value)
             return takes[place] if place < len(takes) else "float"
     return "any"
+
+
+_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+_FIRST = ("input", "self", "tensors", "tensor", "query", "x1", "condition")
+
+
+def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arguments of a function as it takes them here; Unknown for those that it does not take."""
+    first = [options.pop(each) for each in _FIRST if each in options]
+    second = [options.pop(each) for each in ("other", "mask") if each in options and not args[1:]]
+    args = [*first, *args, *second]
+    options = {_NAMES.get(each, each): value for each, value in options.items()}
+    function = MAKERS.get(name) or FUNCTIONS[name]
+    lead = [None] if name in MAKERS else []
+    try:
+        inspect.signature(function).bind(*lead, *args, **options)
+    except (TypeError, ValueError) as error:
+        raise Unknown(
+            f"function {name} with other arguments than are known here: {error}"
+        ) from None
+    if name == "getattr" and args[1] not in ATTRIBUTES:
+        raise Unknown(f"attribute {args[1]}")
+    return args, options
 
 
 def _is_value(x: Any) -> bool:
@@ -486,7 +484,7 @@ def _may_view(node: Any, module: Module) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if node.op == "call_method" else _function_name(node.target)
-    return known(name) in VIEWS or name in VIEWS or name in ("view", "detach", "contiguous")
+    return known(name) in VIEWS
 
 
 def _needed(nodes: list[Any]) -> set[Any]:
@@ -508,9 +506,9 @@ def _batch_first(self: _Reading, path: str, module: Module, x: Any) -> Any:
     if module.batch_first:
         return x
     if not path:
-        raise _Unknown(
-            f"{type(module).__name__} has batch_first=False, so that its rows are on axis 1; here they "
-            "are on axis 0: set batch_first=True"
+        raise Unknown(
+            f"{type(module).__name__} has batch_first=False, so that its rows are on axis 1; here "
+            "they are on axis 0: set batch_first=True"
         )
     return self._step("transpose", (x, 0, 1))
 
@@ -522,7 +520,7 @@ def _recurrent(self: _Reading, path: str, module: Module, given: dict[str, Any])
     turned = [self._step("transpose", (each, 0, 1)) for each in states]
     x = _batch_first(self, path, module, given["input"])
     made = self._step(what, (x, None, *turned) if turned else (x,))
-    count = 3 if _kind(module) == "LSTM" else 2
+    count = 3 if kind_of(module) == "LSTM" else 2
     y, *last = (self._step("getitem", (made, i)) for i in range(count))
     if not path:
         return (y, *last)
@@ -537,7 +535,7 @@ def _cell(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> A
     states = given.get("hx")
     states = () if states is None else states if type(states) is tuple else (states,)
     made = self._step(what, (given["input"], *states))
-    if _kind(module) != "LSTMCell":
+    if kind_of(module) != "LSTMCell":
         return made
     return tuple(self._step("getitem", (made, i)) for i in range(2))
 
@@ -585,226 +583,5 @@ _CALLS = {
     "TransformerEncoder": _encoder,
 }  # fmt: skip
 
-NEEDED = {name: 1 for name in _CALLS} | {"MultiheadAttention": 3}
+NEEDED = dict.fromkeys(_CALLS, 1) | {"MultiheadAttention": 3}
 """How many arguments such a module takes unless `inputs` names them."""
-
-
-# Modules as layers
-
-
-def _bias(bias: Any, take: Take) -> Array | None:
-    return None if bias is None else take(bias)
-
-
-def _linear(m: Module, take: Take) -> Layer:
-    return Dense.of(take(m.weight.T), _bias(m.bias, take))
-
-
-def _affine(m: Module, like: Any, take: Take) -> tuple[Array, Array]:
-    """gain and bias of a norm, ones and zeros where it has none"""
-    return (
-        take(like.new_ones(like.shape) if m.weight is None else m.weight),
-        take(like.new_zeros(like.shape) if m.bias is None else m.bias),
-    )
-
-
-def _layer_norm(m: Module, take: Take) -> Any:
-    shape = tuple(m.normalized_shape)
-    if m.weight is None:
-        return "layer_norm", {"shape": shape, "eps": float(m.eps)}
-    if len(shape) != 1:
-        raise _Unknown(f"LayerNorm over {len(shape)} axes")
-    return LayerNorm.of(*_affine(m, m.weight, take), float(m.eps))
-
-
-def _rms_norm(m: Module, take: Take) -> Any:
-    import torch
-
-    shape = tuple(m.normalized_shape)
-    if m.weight is None:
-        return "rms_norm", {"shape": shape, "eps": m.eps}
-    if len(shape) != 1:
-        raise _Unknown(f"RMSNorm over {len(shape)} axes")
-    eps = torch.finfo(m.weight.dtype).eps if m.eps is None else m.eps
-    return RMSNorm.of(take(m.weight), float(eps))
-
-
-def _batch_norm(m: Module, take: Take) -> Layer:
-    if m.running_mean is None:
-        raise _Unknown(f"{type(m).__name__} without running statistics mixes rows")
-    gain, bias = _affine(m, m.running_mean, take)
-    norm = BatchNorm.of(take(m.running_mean), take(m.running_var), gain, bias, float(m.eps))
-    return ChannelsFirst(norm)
-
-
-def _embedding(m: Module, take: Take) -> Layer:
-    if m.max_norm is not None:
-        raise _Unknown("Embedding with max_norm changes its weights as it goes")
-    return Embedding.of(take(m.weight))
-
-
-def _flatten(m: Module, take: Take) -> Any:
-    if (m.start_dim, m.end_dim) == (1, -1):
-        return Flatten()
-    return "flatten", {"start_dim": m.start_dim, "end_dim": m.end_dim}
-
-
-def _softmax(name: str) -> Callable[[Module, Take], Any]:
-    def make(m: Module, take: Take) -> Any:
-        return Activation(name) if m.dim == -1 else (name, {"dim": m.dim})
-
-    return make
-
-
-def _softplus(m: Module, take: Take) -> Any:
-    return Activation("softplus") if m.beta == 1 else ("softplus", {"beta": m.beta})
-
-
-def _activation(name: str, **options: str) -> Callable[[Module, Take], Layer]:
-    def make(m: Module, take: Take) -> Layer:
-        return Activation(name, **{ours: float(getattr(m, its)) for ours, its in options.items()})
-
-    return make
-
-
-def _identity(m: Module, take: Take) -> Layer:
-    rate = float(getattr(m, "p", 0.0))
-    return Dropout(rate) if 0 < rate < 1 else Activation("identity")
-
-
-def _in_order(tensor: Any, gates: str, wanted: str) -> Any:
-    """A tensor (gates * size, ...) with its gates in another order, transposed if it is a matrix."""
-    import torch
-
-    parts = dict(zip(gates, tensor.chunk(len(gates)), strict=True))
-    whole = torch.cat([parts[name] for name in wanted])
-    return whole.T if whole.ndim == 2 else whole
-
-
-_GATES = {"RNN": ("h", "h"), "GRU": ("rzn", "rzn"), "LSTM": ("ifgo", "ifog")}
-
-
-def _cell_of(m: Module, kind: str, suffix: str, take: Take) -> Layer:
-    """The cell whose weights are m.weight_ih and so on, with this suffix."""
-    gates = _GATES[kind]
-
-    def part(name: str) -> Any:
-        value = getattr(m, name + suffix, None)
-        return None if value is None else _in_order(value, *gates)
-
-    x, h = take(part("weight_ih")), take(part("weight_hh"))
-    bias_x, bias_h = part("bias_ih"), part("bias_hh")
-    if kind == "GRU":
-        return GRUCell.of(x, h, _bias(bias_x, take), _bias(bias_h, take))
-    bias = None if bias_x is None else take(bias_x + bias_h)
-    if kind == "RNN":
-        return RNNCell.of(x, h, bias, m.nonlinearity)
-    projection = getattr(m, "weight_hr" + suffix, None)
-    return LSTMCell.of(x, h, bias, None if projection is None else take(projection.T))
-
-
-def _stack_of(kind: str, stack: type[Layer]) -> Callable[[Module, Take], Layer]:
-    def make(m: Module, take: Take) -> Layer:
-        ends = ("", "_reverse") if m.bidirectional else ("",)
-        suffixes = [f"_l{layer}{end}" for layer in range(m.num_layers) for end in ends]
-        cells = tuple(_cell_of(m, kind, suffix, take) for suffix in suffixes)
-        return stack.of(cells, m.bidirectional, "states")
-
-    return make
-
-
-def _multi_head(m: Module, take: Take) -> Layer:
-    if m.bias_k is not None or m.add_zero_attn:
-        raise _Unknown("MultiheadAttention with add_bias_kv or add_zero_attn")
-    if m.in_proj_weight is None:
-        weights = [m.q_proj_weight, m.k_proj_weight, m.v_proj_weight]
-    else:
-        weights = list(m.in_proj_weight.chunk(3))
-    biases = [None] * 3 if m.in_proj_bias is None else list(m.in_proj_bias.chunk(3))
-    query, key, value = (
-        Dense.of(take(weight.T), _bias(bias, take))
-        for weight, bias in zip(weights, biases, strict=True)
-    )
-    return MultiHeadAttention.of(
-        query, key, value, _linear(m.out_proj, take), m.num_heads, m.num_heads
-    )
-
-
-def _encoder_layer(m: Module, take: Take) -> Layer:
-    from torch import nn
-    from torch.nn import functional as F
-
-    names = {F.relu: "relu", F.gelu: "gelu"}
-    made = m.activation
-    if isinstance(made, nn.Module):
-        layer = MODULES[_kind(made)](made, take) if _kind(made) else None
-        plain = isinstance(layer, Activation) and not layer.options
-        name = layer.activation if plain else None
-    else:
-        name = names.get(made, getattr(made, "__name__", None))
-    try:
-        Activation(str(name))
-    except OptionError:
-        raise _Unknown(f"TransformerEncoderLayer with the activation {made!r:.60}") from None
-    inner, outer = _linear(m.linear1, take), _linear(m.linear2, take)
-    return TransformerEncoderLayer.of(
-        _multi_head(m.self_attn, take),
-        _layer_norm(m.norm1, take),
-        Dense.of(inner.weight, inner.bias, name),
-        outer,
-        _layer_norm(m.norm2, take),
-        bool(m.norm_first),
-    )
-
-
-def _encoder_stack(m: Module, take: Take) -> Layer:
-    norm = None if m.norm is None else MODULES[_kind(m.norm)](m.norm, take)
-    return TransformerEncoder(*(_encoder_layer(each, take) for each in m.layers), norm=norm)
-
-
-MODULES: dict[str, Callable[[Module, Take], Any]] = {
-    "Linear": _linear,
-    "NonDynamicallyQuantizableLinear": _linear,
-    "Embedding": _embedding,
-    "LayerNorm": _layer_norm,
-    "RMSNorm": _rms_norm,
-    "BatchNorm1d": _batch_norm,
-    "BatchNorm2d": _batch_norm,
-    "BatchNorm3d": _batch_norm,
-    "RNN": _stack_of("RNN", RNN),
-    "GRU": _stack_of("GRU", GRU),
-    "LSTM": _stack_of("LSTM", LSTM),
-    "RNNCell": lambda m, take: _cell_of(m, "RNN", "", take),
-    "GRUCell": lambda m, take: _cell_of(m, "GRU", "", take),
-    "LSTMCell": lambda m, take: _cell_of(m, "LSTM", "", take),
-    "MultiheadAttention": _multi_head,
-    "TransformerEncoderLayer": _encoder_layer,
-    "TransformerEncoder": _encoder_stack,
-    "Identity": _identity,
-    "Dropout": _identity,
-    "Dropout1d": _identity,
-    "Dropout2d": _identity,
-    "Dropout3d": _identity,
-    "AlphaDropout": _identity,
-    "FeatureAlphaDropout": _identity,
-    "Flatten": _flatten,
-    "Unflatten": lambda m, take: ("unflatten", {"dim": m.dim, "sizes": tuple(m.unflattened_size)}),
-    "ReLU": _activation("relu"),
-    "LeakyReLU": _activation("leaky_relu", negative_slope="negative_slope"),
-    "ELU": _activation("elu", alpha="alpha"),
-    "SELU": _activation("selu"),
-    "Sigmoid": _activation("sigmoid"),
-    "Tanh": _activation("tanh"),
-    "SiLU": _activation("silu"),
-    "Mish": _activation("mish"),
-    "Softsign": _activation("softsign"),
-    "Hardsigmoid": _activation("hard_sigmoid"),
-    "Softplus": _softplus,
-    "Softmax": _softmax("softmax"),
-    "LogSoftmax": _softmax("log_softmax"),
-    "GELU": lambda m, take: Activation("gelu_tanh" if m.approximate == "tanh" else "gelu"),
-}
-"""torch's modules: what each is here, a layer or a function with its options.
-
-A module of images is a `ChannelsFirst` of the layer that is meant: torch has its channels on axis 1.
-"""

@@ -1,4 +1,4 @@
-"""Attention: every query looks at all keys and takes the mean of their values, weighted by likeness."""
+"""Attention: a query looks at all keys and takes the mean of their values, weighted by likeness."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def attention(
     arXiv:2305.13245].
 
     `mask` broadcasts to (..., heads, queries, keys). A boolean one is True where a query may look;
-    one of floats is added. `causal` lets query i look at the keys 0 to i only. A query that may look
-    nowhere gets zeros, as from torch's scaled_dot_product_attention.
+    one of floats is added. `causal` lets query i look at the keys 0 to i only. A query that may
+    look nowhere gets zeros, as from torch's scaled_dot_product_attention.
 
     Raises ShapeError for arrays that do not fit, DtypeMismatch for a mask of whole numbers.
     """
     xp = xp_of(q)
     if not _fit(q, k, v):
         raise ShapeError(
-            "attention takes q (..., heads, queries, c), k (..., groups, keys, c) and v (..., groups, "
-            f"keys, d), with heads a multiple of groups; got {q.shape}, {k.shape}, {v.shape}"
+            "attention takes q (..., heads, queries, c), k (..., groups, keys, c) and v "
+            f"(..., groups, keys, d), with heads a multiple of groups; got {q.shape}, {k.shape}, {v.shape}"
         )
     shape, groups = (*q.shape[:-1], v.shape[-1]), k.shape[-3]
     if groups != q.shape[-3]:
@@ -65,7 +65,7 @@ def _fit(q: Array, k: Array, v: Array) -> bool:
     if min(q.ndim, k.ndim, v.ndim) < 3 or 0 in (q.shape[-1], k.shape[-3]):
         return False
     groups, keys, c = k.shape[-3:]
-    return q.shape[-3] % groups == 0 and q.shape[-1] == c and v.shape[-3:-1] == (groups, keys)
+    return bool(q.shape[-3] % groups == 0) and q.shape[-1] == c and v.shape[-3:-1] == (groups, keys)
 
 
 def _in_groups(x: Array, groups: int) -> Array:

@@ -27,7 +27,7 @@ def embedding(ids: Array, weight: Array) -> Array:
 def embedding_on_the_cpu(ids: Array, weight: Array) -> Array:
     """The rows of weight; the ids are looked at first."""
     count = weight.shape[0]
-    if ids.size and not (0 <= ids.min() and ids.max() < count):
+    if ids.size and not (ids.min() >= 0 and ids.max() < count):
         wrong = ids[(ids < 0) | (ids >= count)]
         raise IdError(
             f"ids are 0 to {count - 1}, but {wrong.size} of {ids.size} are not, such as {wrong[0]}"

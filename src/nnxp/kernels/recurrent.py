@@ -1,9 +1,9 @@
 """Recurrence: what comes out at one step goes into the next.
 
 The inputs' part of every step has been computed before, in one large product for all of them:
-`x` is x @ weight_x + bias, (rows, time, gates). Each function answers all outputs (rows, time, size)
-and the states after the last step. `reverse` goes through time from its end; the outputs are in the
-order of the inputs all the same.
+`x` is x @ weight_x + bias, (rows, time, gates). Each function answers all outputs (rows, time,
+size) and the states after the last step. `reverse` goes through time from its end; the outputs are
+in the order of the inputs all the same.
 
 `lengths` (rows,) says how many steps of each row there are: what lies beyond has outputs of zero
 and no part in the states. A length above the number of steps counts as that number.
@@ -127,7 +127,7 @@ def _through_time(
     lengths: Array | None,
     reverse: bool,
 ) -> tuple[Array, ...]:
-    """All outputs and the last states: states, of which the first is the output, go step by step."""
+    """All outputs and the last states; the first state is also the output."""
     xp, (rows, time) = xp_of(x), x.shape[:2]
     if not time:
         raise ShapeError(f"a recurrence takes at least one step of time; x is {x.shape}")

@@ -128,7 +128,7 @@ def _heads(x: Array, heads: int) -> Array:
 
 def _for_every_head(mask: Array, shape: tuple[int, ...]) -> Array:
     """A mask as (rows, heads or 1, queries or 1, keys)."""
-    rows, heads, queries, keys = shape
+    rows, _, queries, keys = shape
     if mask.shape == (rows, keys):
         return mask[:, None, None]
     if mask.shape == (rows, queries, keys):
@@ -136,8 +136,8 @@ def _for_every_head(mask: Array, shape: tuple[int, ...]) -> Array:
     fits = mask.ndim == 4 and all(n in (1, m) for n, m in zip(mask.shape, shape, strict=True))
     if not fits:
         raise ShapeError(
-            f"a mask is (rows, keys), (rows, queries, keys) or (rows, heads, queries, keys), here of "
-            f"{shape}; got {mask.shape}"
+            f"a mask is (rows, keys), (rows, queries, keys) or (rows, heads, queries, keys), here "
+            f"of {shape}; got {mask.shape}"
         )
     return mask
 
@@ -207,7 +207,7 @@ class TransformerEncoderLayer(Layer):
 
 
 class TransformerEncoder(Layer):
-    """y = norm(last(... first(x))): encoder layers, all with the same mask, and a last norm, or none.
+    """y = norm(last(... first(x))): encoder layers with one mask, and a last norm, or none.
 
     x (rows, time, channels) -> y like x; `mask` is as for MultiHeadAttention.
 

@@ -21,7 +21,7 @@ RETURNS = ("sequence", "last", "states")
 
 
 class _Cell(Layer):
-    """One step in time: weight_x (inputs, gates), weight_h (states, gates) and what they lead to."""
+    """One step in time, of weight_x (inputs, gates), weight_h (states, gates) and a bias."""
 
     gates: ClassVar[int]
     weight_x: Array
@@ -53,8 +53,9 @@ class _Cell(Layer):
         fits = len(x) == len(h) == 2 and x[1] == h[1] and not left and 0 not in (*x, *h)
         if not fits or bias not in (None, x[1:]) or self._state_size(size) != h[0]:
             raise ShapeError(
-                f"{type(self).__name__} takes weight_x (inputs, {self.gates} * size), weight_h (size, "
-                f"{self.gates} * size) and bias ({self.gates} * size,); got {x}, {h} and {bias}"
+                f"{type(self).__name__} takes weight_x (inputs, {self.gates} * size), weight_h "
+                f"(size, {self.gates} * size) and bias ({self.gates} * size,); "
+                f"got {x}, {h} and {bias}"
             )
 
     def _state_size(self, size: int) -> int:
@@ -196,8 +197,8 @@ class LSTMCell(_Cell):
     With a projection (size, projected), h' = (o tanh(c')) @ projection   [Sak et al. 2014].
 
     x (rows, inputs), h (rows, size or projected), c (rows, size), zeros if they are left out,
-    -> h', c'. The columns of weight_x (inputs, 4 * size), weight_h (size or projected, 4 * size) and
-    bias (4 * size,) are those of i, f, o, g.
+    -> h', c'. The columns of weight_x (inputs, 4 * size), weight_h (size or projected, 4 * size)
+    and bias (4 * size,) are those of i, f, o, g.
     """
 
     gates = 4
@@ -228,8 +229,8 @@ class LSTMCell(_Cell):
             size, projected = array_shape(self, "weight_h")[::-1]
             if shape != (size // 4, projected):
                 raise ShapeError(
-                    f"projection of LSTMCell is (size, projected), here {(size // 4, projected)} by "
-                    f"weight_h (projected, 4 * size), but got {shape}"
+                    f"projection of LSTMCell is (size, projected), by weight_h (projected, 4 * "
+                    f"size) {(size // 4, projected)}, but got {shape}"
                 )
         super().validate()
 
@@ -324,8 +325,8 @@ _STACK = """
     half goes through time from its end. Each of the `layers` takes what the one before answers.
 
     `lengths` (rows,), whole numbers, are the steps of each row, for rows of unequal length: beyond
-    them outputs are zero, and states are as they were at the end. Initial states are (rows, layers *
-    directions, size), layer by layer, forwards before backwards; zeros if they are left out.
+    them outputs are zero, and states are as they were at the end. Initial states are (rows,
+    layers * directions, size), layer by layer, forwards before backwards; zeros if left out.
 
     `returns` is "sequence" for y; "last" for the last layer's states at the end of its way through
     time (rows, size), of both directions side by side; "states" for y and the last states of all

@@ -24,8 +24,8 @@ MAKERS: dict[str, Callable[..., Any]] = {}
 """Functions that make arrays: they take the library first."""
 
 VIEWS = frozenset(
-    """contiguous chunk detach dropout expand expand_as flatten getitem movedim narrow permute reshape
-    select split squeeze t to transpose unbind unflatten unsqueeze view view_as float double""".split()
+    """chunk clone dropout expand expand_as flatten getitem movedim narrow permute reshape select
+    split squeeze t to transpose unbind unflatten unsqueeze view_as float double""".split()
 )
 """What may answer the memory of its first argument."""
 
@@ -40,24 +40,33 @@ def function(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def _same(*names: str) -> None:
-    """Functions that NumPy has by the same name, of one array, or of a size."""
-    for name in names:
-        FUNCTIONS[name] = lambda x, name=name: getattr(xp_of(x) if is_array(x) else math, name)(x)
+def _of_one(name: str) -> Callable[..., Any]:
+    """A function that NumPy has by the same name, of one array, or of a size."""
+    return lambda x: getattr(xp_of(x) if is_array(x) else math, name)(x)
 
 
-_same("exp", "log", "log1p", "log2", "expm1", "sqrt", "abs", "sin", "cos", "tan", "floor", "ceil",
-      "square", "sign", "isnan", "isinf", "isfinite", "logical_not", "reciprocal")  # fmt: skip
-for _name in "add sub mul pow lt le gt ge eq ne".split():
-    FUNCTIONS[_name] = lambda x, y, name=_name: getattr(operator, name)(*_met(x, y))
-for _name in "floordiv mod neg invert and_ or_ xor".split():
+def _operator(name: str) -> Callable[..., Any]:
+    """An operator of Python's, of arrays or of sizes."""
+    return lambda x, y: getattr(operator, name)(*_met(x, y))
+
+
+def _activation(kernel: kernels.Kernel) -> Callable[..., Any]:
+    return lambda x: kernel(x)
+
+
+for _name in """exp log log1p log2 expm1 sqrt abs sin cos tan floor ceil square sign isnan isinf
+        isfinite logical_not reciprocal""".split():
+    FUNCTIONS[_name] = _of_one(_name)
+for _name in "add sub mul floordiv mod lt le gt ge eq ne".split():
+    FUNCTIONS[_name] = _operator(_name)
+for _name in "neg invert and_ or_ xor".split():
     FUNCTIONS[_name] = getattr(operator, _name)
-for _name, _kernel in [
-    ("relu", kernels.relu), ("sigmoid", kernels.sigmoid), ("tanh", kernels.tanh),
-    ("silu", kernels.silu), ("mish", kernels.mish), ("selu", kernels.selu),
-    ("softsign", kernels.softsign), ("hardsigmoid", kernels.hard_sigmoid),
-]:  # fmt: skip
-    FUNCTIONS[_name] = lambda x, inplace=False, kernel=_kernel: kernel(x)
+for _name, _kernel in {
+    "relu": kernels.relu, "sigmoid": kernels.sigmoid, "tanh": kernels.tanh, "silu": kernels.silu,
+    "mish": kernels.mish, "selu": kernels.selu, "softsign": kernels.softsign,
+    "hardsigmoid": kernels.hard_sigmoid,
+}.items():  # fmt: skip
+    FUNCTIONS[_name] = _activation(_kernel)
 
 SAME = {
     "subtract": "sub", "multiply": "mul", "remainder": "mod", "negative": "neg", "view": "reshape",
@@ -96,6 +105,14 @@ def div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
         x = x.astype("float32")
     x, y = _met(x, y)
     return x / y
+
+
+@function("pow")
+def power(x: Any, y: Any) -> Any:
+    if is_array(x) or is_array(y):
+        return operator.pow(*_met(x, y))
+    result = math.pow(x, y)  # not x**y, which can be made to take for ever
+    return int(result) if isinstance(x, int) and isinstance(y, int) and y >= 0 else result
 
 
 @function("rsqrt")
@@ -160,9 +177,9 @@ def embedding(ids: Array, weight: Array, *rest: Any, **options: Any) -> Array:
 
 @function("scaled_dot_product_attention")
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    query: Array,
+    key: Array,
+    value: Array,
     attn_mask: Array | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -170,10 +187,9 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    if q.ndim < 3:
-        one = attention(q[None], k[None], v[None], attn_mask, 0.0, is_causal, scale=scale)
-        return one[0]
-    return kernels.attention(q, k, v, attn_mask, causal=is_causal, scale=scale)
+    arrays = [x[None] if x.ndim < 3 else x for x in (query, key, value)]
+    y = kernels.attention(*arrays, attn_mask, causal=is_causal, scale=scale)
+    return y[0] if query.ndim < 3 else y
 
 
 @function("mask_of_attention")
@@ -218,12 +234,12 @@ def gelu(x: Array, approximate: str = "none") -> Array:
 
 
 @function("leaky_relu")
-def leaky_relu(x: Array, negative_slope: float = 0.01, inplace: bool = False) -> Array:
+def leaky_relu(x: Array, negative_slope: float = 0.01) -> Array:
     return kernels.leaky_relu(x, negative_slope=negative_slope)
 
 
 @function("elu")
-def elu(x: Array, alpha: float = 1.0, inplace: bool = False) -> Array:
+def elu(x: Array, alpha: float = 1.0) -> Array:
     return kernels.elu(x, alpha=alpha)
 
 
@@ -502,17 +518,22 @@ def size(x: Array, dim: int | None = None) -> Any:
     return tuple(x.shape) if dim is None else x.shape[dim]
 
 
+ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
+    "shape": lambda x: tuple(x.shape),
+    "ndim": lambda x: int(x.ndim),
+    "dtype": lambda x: x.dtype,
+    "device": lambda x: None,  # where an array is, the model says
+    "T": lambda x: x.swapaxes(-1, -2),
+    "mT": lambda x: x.swapaxes(-1, -2),
+    "values": lambda x: x[0],
+    "indices": lambda x: x[1],
+}
+"""Attributes of a tensor, and of what `max` along an axis answers."""
+
+
 @function("getattr")
 def attribute(x: Any, name: str) -> Any:
-    if name == "device":
-        return None
-    if name in ("T", "mT"):
-        return x.swapaxes(-1, -2)
-    if name in ("values", "indices"):
-        return x[name == "indices"]
-    return {"shape": lambda: tuple(x.shape), "ndim": lambda: x.ndim, "dtype": lambda: x.dtype}[
-        name
-    ]()
+    return ATTRIBUTES[name](x)
 
 
 @function("dim", "ndimension")
@@ -541,9 +562,15 @@ def type_as(x: Array, other: Array) -> Array:
     return x.astype(other.dtype, copy=False)
 
 
-for _name, _kind in [("float", "float32"), ("double", "float64"), ("half", "float16"),
-                     ("long", "int64"), ("int", "int32"), ("bool", "bool")]:  # fmt: skip
-    FUNCTIONS[_name] = lambda x, kind=_kind: x.astype(kind, copy=False)
+def _to(kind: str) -> Callable[..., Any]:
+    return lambda x: x.astype(kind, copy=False)
+
+
+for _name, _kind in {
+    "float": "float32", "double": "float64", "half": "float16", "long": "int64", "int": "int32",
+    "bool": "bool",
+}.items():  # fmt: skip
+    FUNCTIONS[_name] = _to(_kind)
 
 
 # arrays from nothing

@@ -1,8 +1,8 @@
-"""A module of PyTorch as a layer: the steps of its `forward`, layers and functions of torch's words.
+"""A module of PyTorch as a layer: the steps of its `forward`, layers and functions of torch's.
 
 The steps are plain values, so that a file holds them: (what, arguments, options), where what is
-"layers.3" or the name of a function in `torch_functions`, and {"value": 5} among the arguments stands
-for the fifth value: the inputs come first, then what each step answers.
+"layers.3" or the name of a function in `torch_functions`, and {"value": 5} among the arguments
+stands for value 5: the inputs come first, then what each step answers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from nnxp.layers.torch_functions import FUNCTIONS, MAKERS, library_of
 class ChannelsFirst(Layer):
     """y = inner(x), for x that has its channels on axis 1, as torch and ONNX do.
 
-    x (rows, channels, ...) -> y (rows, channels', ...). `inner` gets and answers them last. Both are
-    views: nothing is copied.
+    x (rows, channels, ...) -> y (rows, channels', ...). `inner` gets and answers them last. Both
+    ways are views: nothing is copied.
     """
 
     inner: Layer
@@ -48,7 +48,7 @@ class Constant(Layer):
     """y = value, for every row.
 
     x (rows, ...) -> y (rows, *value.shape). With a `kind`, "int64" or "bool", the values are that,
-    and stay so whatever the model's type: they are kept in float64, which holds whole numbers to 2^53.
+    and stay so whatever the model's type: they are kept in float64, exact for numbers to 2^53.
     """
 
     value: Array
@@ -85,8 +85,8 @@ class Constant(Layer):
 class TorchGraph(Layer):
     """What `nnxp.from_torch` makes of a module whose `forward` is more than layers in a row.
 
-    Takes what `forward` takes, in torch's layout, and answers an array or a tuple. `kinds` says what
-    each input is, as `takes` does; `answers` which values are the answer.
+    Takes what `forward` takes, in torch's layout, and answers an array or a tuple. `kinds` says
+    what each input is, as `takes` does; `answers` which values are the answer.
     """
 
     layers: tuple[Layer, ...]
@@ -136,7 +136,7 @@ class TorchGraph(Layer):
     @classmethod
     def examples(cls) -> Iterator[Example]:
         x, h = {"value": 0}, {"value": 1}
-        steps = (
+        steps: tuple[Any, ...] = (
             ("layers.0", (x,), {}),
             ("relu", (h,), {}),
             (
