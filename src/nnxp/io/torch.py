@@ -369,11 +369,11 @@ def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]
 
 
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
-_FIRST = ("input", "self", "tensors", "tensor", "query", "x1", "condition")
+_FIRST = ("input", "self", "tensors", "tensor", "condition")
 
 
 def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The arguments of a function as it takes them here; Unknown for those that it does not take."""
+    """The arguments of a function as it takes them here; Unknown for what it does not take."""
     first = [options.pop(each) for each in _FIRST if each in options]
     second = [options.pop(each) for each in ("other", "mask") if each in options and not args[1:]]
     args = [*first, *args, *second]
@@ -383,9 +383,7 @@ def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[lis
     try:
         inspect.signature(function).bind(*lead, *args, **options)
     except (TypeError, ValueError) as error:
-        raise Unknown(
-            f"function {name} with other arguments than are known here: {error}"
-        ) from None
+        raise Unknown(f"function {name} with arguments not known here: {error}") from None
     if name == "getattr" and args[1] not in ATTRIBUTES:
         raise Unknown(f"attribute {args[1]}")
     return args, options

@@ -38,8 +38,9 @@ def attention(
     xp = xp_of(q)
     if not _fit(q, k, v):
         raise ShapeError(
-            "attention takes q (..., heads, queries, c), k (..., groups, keys, c) and v "
-            f"(..., groups, keys, d), with heads a multiple of groups; got {q.shape}, {k.shape}, {v.shape}"
+            "attention takes q (..., heads, queries, c), k (..., groups, keys, c) and v (..., "
+            "groups, keys, d), with heads a multiple of groups; got "
+            f"{q.shape}, {k.shape}, {v.shape}"
         )
     shape, groups = (*q.shape[:-1], v.shape[-1]), k.shape[-3]
     if groups != q.shape[-3]:

@@ -102,7 +102,7 @@ class TorchGraph(Layer):
         count = len(self.kinds)
         for step in self.steps:
             fits = type(step) is tuple and len(step) == 3 and isinstance(step[0], str)
-            if not fits or not _knows(step[0], len(self.layers)) or not _sound(step[1:], count):
+            if not fits or not _knows(step[0], self.layers) or not _sound(step[1:], count):
                 raise OptionError(f"a step of a TorchGraph has no meaning: {step!r:.100}")
             count += 1
         if not self.answers or not _sound(self.answers, count):
@@ -176,10 +176,11 @@ def _known(x: Any, values: list[Any]) -> Any:
     return x
 
 
-def _knows(what: str, layers: int) -> bool:
+def _knows(what: str, layers: tuple[Layer, ...]) -> bool:
     kind, _, number = what.partition(".")
     if kind in ("layers", "constant"):
-        return number.isdecimal() and int(number) < layers
+        there = number.isdecimal() and int(number) < len(layers)
+        return there and (kind == "layers" or isinstance(layers[int(number)], Constant))
     return what in FUNCTIONS or what in MAKERS
 
 
