@@ -384,6 +384,18 @@ def test_attention_of_several_heads_is_its_parts():
         nnxp.MultiHeadAttention(6, 4)
 
 
+def test_rotary_attention_turns_queries_and_keys_and_no_values():
+    turn = nnxp.RotaryEmbedding(2, base=7.0)
+    net = nnxp.MultiHeadAttention(6, 3, rotary=turn, causal=True, rng=0, dtype="float64")
+    x = draw((2, 4, 6), "float64")
+    q, k, v = (
+        each(x).reshape(2, 4, 3, 2).transpose(0, 2, 1, 3)
+        for each in (net.query, net.key, net.value)
+    )
+    y = attend(turn(q), turn(k), v, causal=True).transpose(0, 2, 1, 3).reshape(2, 4, 6)
+    np.testing.assert_allclose(net(x), net.output_projection(y), rtol=1e-12)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_an_encoder_layer_is_its_formula(norm_first):
     net = nnxp.TransformerEncoderLayer(6, 2, 8, norm_first=norm_first, rng=0, dtype="float64")
