@@ -14,13 +14,29 @@ LAYERS = [
     for each in vars(nnxp).values()
     if isinstance(each, type) and issubclass(each, nnxp.Layer) and each is not nnxp.Layer
 ]
-EXAMPLES = [
-    pytest.param(layer, shape, id=f"{layer!r}-{'x'.join(map(str, shape))}"[:60])
-    for kind in LAYERS
-    for layer, shape in kind.examples()
-]
+SEQUENCES = set("attention rnn gru lstm embedding rotary add_positions".split())
+"""Kernels that have their outside truth, and their faults, in test_sequences.py."""
+PAIRS = [pair for kind in LAYERS for pair in kind.examples()]
 
-every_layer = pytest.mark.parametrize(("layer", "shape"), EXAMPLES)
+
+def _named(pairs):
+    return [
+        pytest.param(layer, shape, id=f"{layer!r}-{'x'.join(map(str, shape))}"[:60])
+        for layer, shape in pairs
+    ]
+
+
+every_layer = pytest.mark.parametrize(("layer", "shape"), _named(PAIRS))
+# The engine takes one array of floats, and answers one.
+every_swept_layer = pytest.mark.parametrize(
+    ("layer", "shape"),
+    _named(
+        (layer, shape)
+        for layer, shape in PAIRS
+        if not isinstance(shape, list) and layer.takes[:1] != ("int",)
+        if type(layer.output_shape(shape)[0]) is int
+    ),
+)
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # the plugin's fixture
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -28,6 +44,29 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def draw(shape, dtype="float32", seed=0):
     """Normal numbers, the same ones each time."""
     return np.random.default_rng(seed).normal(size=shape).astype(nnxp._arrays.float_dtype(dtype))
+
+
+def draw_inputs(layer, shapes, dtype="float32", rows=None):
+    """What a layer takes: numbers, ids from 0 to 2, True and False, None for what is left out."""
+    rng, drawn = np.random.default_rng(0), []
+    for i, shape in enumerate(shapes if isinstance(shapes, list) else [shapes]):
+        kind = layer.takes[i] if i < len(layer.takes) else "float"
+        if shape is not None and rows is not None:
+            shape = (rows, *shape[1:])
+        if shape is None:
+            drawn.append(None)
+        elif kind == "int":
+            drawn.append(rng.integers(0, 3, shape))
+        elif kind == "any":
+            drawn.append(rng.random(shape) < 0.7)
+        else:
+            drawn.append(draw(shape, layer.dtype or dtype, i))
+    return tuple(drawn)
+
+
+def results(y):
+    """What a layer answers, as a tuple."""
+    return y if isinstance(y, tuple) else (y,)
 
 
 @pytest.fixture

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 
 import nnxp
-from conftest import LAYERS, draw, every_backend, every_dtype, every_layer
-from nnxp.testing import assert_parity, error_bound
+from conftest import (
+    LAYERS,
+    draw,
+    draw_inputs,
+    every_backend,
+    every_dtype,
+    every_layer,
+    every_swept_layer,
+    results,
+)
+from nnxp._arrays import place_of
+from nnxp.testing import assert_parity, bounded, error_bound
 from nnxp.testing.parity import compare
 
 
@@ -15,7 +25,28 @@ def rows_for(layer, shape, dtype="float32"):
     return draw(shape, layer.dtype or dtype)
 
 
+def on(backend, inputs):
+    return tuple(None if x is None else backend.put(x) for x in inputs)
+
+
 @every_layer
+@every_backend
+@every_dtype
+def test_every_layer_and_all_its_results_are_as_float64_has_them(layer, shape, backend, dtype):
+    layer = layer.astype(dtype)
+    inputs = draw_inputs(layer, shape, dtype)
+    with backend.current():
+        answers = results(layer.to(backend)(*on(backend, inputs)))
+    lifted = layer.map_arrays(lambda name, value: bounded.asarray(value))
+    for i, answer in enumerate(answers):
+        value, bound = error_bound(lambda *xs, i=i: results(lifted(*xs))[i], *inputs)
+        y = backend.get(answer)
+        check = compare("layer", "", backend.device, y, value, bound)
+        assert check.ok, check.problem
+        assert y.dtype == inputs[0].dtype or inputs[0].dtype.kind in "iu"
+
+
+@every_swept_layer
 @every_backend
 @every_dtype
 def test_every_layer_agrees_with_float64_on_every_backend(layer, shape, backend, dtype):
@@ -49,7 +80,7 @@ ROWS = {  # how rows may lie and what may be in them: made on the host, looked a
 }
 
 
-@every_layer
+@every_swept_layer
 @every_backend
 @every_dtype
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # infinity minus infinity
@@ -87,22 +118,35 @@ def test_every_layer_answers_in_the_shape_it_promised_and_the_type_it_was_given(
     layer, shape, dtype
 ):
     layer = layer.astype(dtype)
-    x = rows_for(layer, shape, dtype)
-    y = layer(x)
-    assert y.shape == layer.output_shape(shape)
-    assert y.dtype == x.dtype
+    shapes = shape if isinstance(shape, list) else [shape]
+    answers = results(layer(*draw_inputs(layer, shape, dtype)))
+    promised = layer.output_shape(*shapes)
+    assert [y.shape for y in answers] == (
+        list(promised) if type(promised[0]) is tuple else [promised]
+    )
+    assert {y.dtype for y in answers} == {layer.dtype or nnxp._arrays.float_dtype(dtype)}
 
 
 @every_layer
 def test_every_layer_treats_rows_on_their_own(layer, shape):
-    x = rows_for(layer, shape)
-    together = layer(x)
-    for i in range(len(x)):
-        alone = layer(x[i : i + 1])
-        np.testing.assert_allclose(alone[0], together[i], rtol=1e-5, atol=1e-6)
+    inputs = draw_inputs(layer, shape)
+    together = results(layer(*inputs))
+    for i in range(len(inputs[0])):
+        alone = layer(*(None if x is None else x[i : i + 1] for x in inputs))
+        for one, all_of_them in zip(results(alone), together, strict=True):
+            np.testing.assert_allclose(one[0], all_of_them[i], rtol=1e-5, atol=1e-6)
 
 
 @every_layer
+@pytest.mark.parametrize("rows", [0, 1])
+def test_every_layer_answers_for_no_rows_and_one_row(layer, shape, rows):
+    inputs = draw_inputs(layer, shape, rows=rows)
+    answers = results(layer(*inputs))
+    full = results(layer(*draw_inputs(layer, shape)))
+    assert [y.shape for y in answers] == [(rows, *y.shape[1:]) for y in full]
+
+
+@every_swept_layer
 @pytest.mark.parametrize("rows", [0, 1])
 def test_every_layer_takes_no_rows_and_one_row(layer, shape, rows):
     x = rows_for(layer, (rows, *shape[1:]))
@@ -110,7 +154,7 @@ def test_every_layer_takes_no_rows_and_one_row(layer, shape, rows):
     assert nnxp.predict(layer, x, "numpy").shape == layer.output_shape(x.shape)
 
 
-@every_layer
+@every_swept_layer
 @every_backend
 def test_the_engine_gives_what_the_layer_gives(layer, shape, backend):
     x = rows_for(layer, (300, *shape[1:]))
@@ -124,48 +168,55 @@ def test_the_engine_gives_what_the_layer_gives(layer, shape, backend):
 
 @every_layer
 def test_no_layer_changes_its_input_or_needs_it_writable_or_contiguous(layer, shape):
-    x = rows_for(layer, shape)
-    expected = layer(x.copy())
-    strided = np.repeat(x, 2, axis=0)[::2]
-    strided.flags.writeable = False
-    assert not strided.flags.c_contiguous or len(x) == 1
-    np.testing.assert_allclose(layer(strided), expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(strided, x)
+    inputs = draw_inputs(layer, shape)
+    expected = results(layer(*inputs))
+    strided = [None if x is None else np.repeat(x, 2, axis=0)[::2] for x in inputs]
+    for x in strided:
+        if x is not None:
+            x.flags.writeable = False
+    for y, due in zip(results(layer(*strided)), expected, strict=True):
+        np.testing.assert_allclose(y, due, rtol=1e-6, atol=1e-6)
+    for after, before in zip(strided, draw_inputs(layer, shape), strict=True):
+        np.testing.assert_array_equal(after, before)
 
 
 @every_layer
 def test_mixing_host_and_device_says_how_to_mend_it(layer, shape, sim):
+    inputs, other = draw_inputs(layer, shape), nnxp.get_backend("sim:1")
     if not layer.parameters():  # in no place: it takes x wherever it is
-        assert layer(nnxp.to_backend(rows_for(layer, shape), "sim")).device is sim
+        assert layer(*on(nnxp.get_backend("sim"), inputs)).device is sim
         return
     with pytest.raises(nnxp.DeviceMismatch, match=r"sim:0.*cpu.*\.to\("):
-        layer.to("sim")(rows_for(layer, shape))
+        layer.to("sim")(*inputs)
     with pytest.raises(nnxp.DeviceMismatch, match=r"sim:0.*sim:1"):
-        layer.to("sim:0")(nnxp.to_backend(rows_for(layer, shape), "sim:1"))
+        layer.to("sim:0")(*on(other, inputs))
 
 
 @every_layer
 def test_nothing_leaves_the_device_inside_a_layer(layer, shape, sim):
     there = layer.to("sim")
-    x = nnxp.to_backend(rows_for(layer, shape), "sim")
+    inputs = on(nnxp.get_backend("sim"), draw_inputs(layer, shape))
     sim.reset()
-    there(x)
+    there(*inputs)
     assert sim.count == nnxp.sim.Count()
 
 
 @every_layer
 def test_every_layer_works_on_a_device_that_is_not_the_current_one(layer, shape):
-    x = rows_for(layer, shape)
-    y = layer.to("sim:1")(nnxp.to_backend(x, "sim:1"))
+    inputs = draw_inputs(layer, shape)
+    answers = results(layer.to("sim:1")(*on(nnxp.get_backend("sim:1"), inputs)))
     assert nnxp.sim.Device.current().id == 0
-    np.testing.assert_allclose(nnxp.asnumpy(y), layer(x), rtol=1e-6, atol=1e-6)
+    for y, due in zip(answers, results(layer(*inputs)), strict=True):
+        assert place_of(y) == "sim:1"
+        np.testing.assert_allclose(nnxp.asnumpy(y), due, rtol=1e-6, atol=1e-6)
 
 
 @every_layer
 def test_parameters_go_out_and_come_back(layer, shape):
     again = layer.with_parameters(layer.parameters())
-    x = rows_for(layer, shape)
-    np.testing.assert_array_equal(again(x), layer(x))
+    inputs = draw_inputs(layer, shape)
+    for y, due in zip(results(again(*inputs)), results(layer(*inputs)), strict=True):
+        np.testing.assert_array_equal(y, due)
     assert repr(again) == repr(layer)
     assert layer.parameter_count == sum(v.size for v in layer.parameters().values())
 
@@ -181,19 +232,21 @@ def test_a_moved_model_is_moved_whole_and_comes_back_the_same(layer, shape):
 
 @every_layer
 def test_the_summary_of_every_layer_counts_its_parameters(layer, shape):
-    summary = layer.summary(shape)
+    shapes = shape if isinstance(shape, list) else [shape]
+    summary = layer.summary(*shapes)
     assert summary.parameters == layer.parameter_count
     assert sum(each.parameters for each in summary.layers) == layer.parameter_count
-    assert summary.output_shape == layer.output_shape(shape)
+    assert summary.output_shape == layer.output_shape(*shapes)
     assert str(summary)
 
 
 @every_layer
 def test_the_last_activation_is_the_output(layer, shape):
-    x = rows_for(layer, shape)
-    name, last = list(layer.activations(x).items())[-1]
+    inputs = draw_inputs(layer, shape)
+    name, last = list(layer.activations(*inputs).items())[-1]
     assert name == "output"
-    np.testing.assert_array_equal(last, layer(x))
+    for y, due in zip(results(last), results(layer(*inputs)), strict=True):
+        np.testing.assert_array_equal(y, due)
 
 
 @every_layer
@@ -302,9 +355,12 @@ def test_parameters_of_another_byte_order_become_the_machine_s_own(layer, shape)
     }
     other = layer.with_parameters(turned)
     assert all(value.dtype.isnative for value in other.parameters().values())
-    x = rows_for(layer, shape)
-    np.testing.assert_array_equal(other(x), layer(x))
-    np.testing.assert_array_equal(nnxp.predict(other, x, "cpu"), nnxp.predict(layer, x, "cpu"))
+    inputs = draw_inputs(layer, shape)
+    for y, due in zip(results(other(*inputs)), results(layer(*inputs)), strict=True):
+        np.testing.assert_array_equal(y, due)
+    if len(inputs) == 1 and inputs[0].dtype.kind == "f":  # the engine takes one array of floats
+        x = inputs[0]
+        np.testing.assert_array_equal(nnxp.predict(other, x, "cpu"), nnxp.predict(layer, x, "cpu"))
 
 
 def test_parameters_that_are_no_arrays_are_refused_by_what_they_are():
@@ -315,7 +371,7 @@ def test_parameters_that_are_no_arrays_are_refused_by_what_they_are():
             net.with_parameters(net.parameters() | {"weight": given})
 
 
-@every_layer
+@every_swept_layer
 @pytest.mark.parametrize("size", [1.0, 100.0])
 def test_results_too_small_for_their_type_raise_nothing(layer, shape, size):
     x = rows_for(layer, shape) * np.float32(size)

@@ -21,10 +21,16 @@ from nnxp.io.checkpoint import load as load
 from nnxp.io.checkpoint import save as save
 from nnxp.io.columns import Columns as Columns
 from nnxp.io.sklearn import from_sklearn as from_sklearn
+from nnxp.io.torch import from_torch as from_torch
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import GLU as GLU
 from nnxp.layers.activation import Activation as Activation
 from nnxp.layers.activation import PReLU as PReLU
+from nnxp.layers.attention import MultiHeadAttention as MultiHeadAttention
+from nnxp.layers.attention import TransformerEncoder as TransformerEncoder
+from nnxp.layers.attention import TransformerEncoderLayer as TransformerEncoderLayer
+from nnxp.layers.containers import Add as Add
+from nnxp.layers.containers import Concatenate as Concatenate
 from nnxp.layers.containers import Residual as Residual
 from nnxp.layers.containers import Sequential as Sequential
 from nnxp.layers.dense import Dense as Dense
@@ -33,7 +39,20 @@ from nnxp.layers.norm import BatchNorm as BatchNorm
 from nnxp.layers.norm import LayerNorm as LayerNorm
 from nnxp.layers.norm import RMSNorm as RMSNorm
 from nnxp.layers.norm import Standardize as Standardize
+from nnxp.layers.positions import Embedding as Embedding
+from nnxp.layers.positions import PositionEmbedding as PositionEmbedding
+from nnxp.layers.positions import RotaryEmbedding as RotaryEmbedding
+from nnxp.layers.positions import SinusoidalEncoding as SinusoidalEncoding
+from nnxp.layers.recurrent import GRU as GRU
+from nnxp.layers.recurrent import LSTM as LSTM
+from nnxp.layers.recurrent import RNN as RNN
+from nnxp.layers.recurrent import GRUCell as GRUCell
+from nnxp.layers.recurrent import LSTMCell as LSTMCell
+from nnxp.layers.recurrent import RNNCell as RNNCell
 from nnxp.layers.shape import Flatten as Flatten
+from nnxp.layers.torch_graph import ChannelsFirst as ChannelsFirst
+from nnxp.layers.torch_graph import Constant as Constant
+from nnxp.layers.torch_graph import TorchGraph as TorchGraph
 
 if TYPE_CHECKING:
     from nnxp import sim as sim

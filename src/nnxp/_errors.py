@@ -9,6 +9,7 @@ NnxpError
 ├── OptionError (ValueError)           an argument has a value that means nothing here
 │   └── FrozenLayer (AttributeError)   a field of a layer cannot be assigned once it is made
 ├── ConversionError (ValueError)       another library's model has no counterpart here
+├── IdError (IndexError)               an id names nothing in its table
 ├── UnsupportedFunction (AttributeError)  an array library of ours has no such function
 └── OutOfMemory (MemoryError)          not even one row fits
 """
@@ -24,6 +25,7 @@ __all__ = [
     "DeviceMismatch",
     "DtypeMismatch",
     "FrozenLayer",
+    "IdError",
     "NnxpError",
     "OptionError",
     "OutOfMemory",
@@ -107,6 +109,10 @@ class FrozenLayer(OptionError, AttributeError):
 
 class ConversionError(NnxpError, ValueError):
     """A model of another library has no counterpart in nnxp."""
+
+
+class IdError(NnxpError, IndexError):
+    """An id names nothing in its table; the message says which ids there are."""
 
 
 class UnsupportedFunction(NnxpError, AttributeError):

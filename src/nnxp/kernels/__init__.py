@@ -27,6 +27,7 @@ from nnxp.kernels.activations import soft_shrink as soft_shrink
 from nnxp.kernels.activations import softplus as softplus
 from nnxp.kernels.activations import softsign as softsign
 from nnxp.kernels.activations import tanh as tanh
+from nnxp.kernels.attention import attention as attention
 from nnxp.kernels.activations import tanh_shrink as tanh_shrink
 from nnxp.kernels.activations import threshold as threshold
 from nnxp.kernels.linear import linear as linear
@@ -35,6 +36,12 @@ from nnxp.kernels.norms import batch_norm as batch_norm
 from nnxp.kernels.norms import layer_norm as layer_norm
 from nnxp.kernels.norms import rms_norm as rms_norm
 from nnxp.kernels.norms import standardize as standardize
+from nnxp.kernels.positions import add_positions as add_positions
+from nnxp.kernels.positions import embedding as embedding
+from nnxp.kernels.positions import rotary as rotary
+from nnxp.kernels.recurrent import gru as gru
+from nnxp.kernels.recurrent import lstm as lstm
+from nnxp.kernels.recurrent import rnn as rnn
 from nnxp.kernels.softmax import log_softmax as log_softmax
 from nnxp.kernels.softmax import softmax as softmax
 from nnxp.kernels.softmax import softmin as softmin

@@ -397,8 +397,8 @@ class Layer(metaclass=_Assembly):
     def program(self, *outlines: Any) -> Program:
         """The formula written out, for inputs of these shapes, such as `net.program((1, 784))`.
 
-        Axis 0 is any number of rows. An outline is a shape, in the model's own type, or a pair
-        (shape, dtype). Layers that look at numbers are one step each, run as Python. Raises
+        Axis 0 is any number of rows. An outline is a shape, in the model's own type, a pair
+        (shape, dtype), or None for an input that is left out. Layers that look at numbers are one step each, run as Python. Raises
         ShapeError, with the layer's path, for shapes that do not fit, and DtypeMismatch.
 
             >>> print(nnxp.Dense(784, 10, "relu", rng=0).program((1, 784)))
@@ -410,7 +410,7 @@ class Layer(metaclass=_Assembly):
             raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
         return self._program(tuple(map(self._outline, outlines)), _rows_said(outlines[0]))
 
-    def _program(self, kinds: tuple[Outline, ...], rows: int | None) -> Program:
+    def _program(self, kinds: tuple[Outline | None, ...], rows: int | None) -> Program:
         """The program for these kinds of inputs; `rows` is what errors say, None for short ones."""
         programs = self.__dict__.setdefault("_programs", {})
         made: Program | NnxpError | None = programs.get(kinds)
@@ -426,7 +426,9 @@ class Layer(metaclass=_Assembly):
             raise made
         return made  # type: ignore[return-value]
 
-    def _outline(self, outline: Any) -> Outline:
+    def _outline(self, outline: Any) -> Outline | None:
+        if outline is None:
+            return None
         shape, dtype = outline, None
         outline = outline if isinstance(outline, tuple | list) else (outline,)
         if len(outline) == 2 and isinstance(outline[0], tuple | list):
@@ -461,9 +463,9 @@ class Layer(metaclass=_Assembly):
         """
         if not shapes:
             raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
-        shapes = tuple(map(self._shape, shapes))
-        outlines = list(zip(shapes, self.input_dtypes(len(shapes)), strict=True))
-        program = self.program(*outlines)
+        shapes = tuple(None if shape is None else self._shape(shape) for shape in shapes)
+        kinds = zip(shapes, self.input_dtypes(len(shapes)), strict=True)
+        program = self.program(*(None if shape is None else (shape, kind) for shape, kind in kinds))
         made = tuple(each.shape for each in program.outline(shapes[0][0]))
         return made if program.several else made[0]
 
@@ -491,8 +493,9 @@ class Layer(metaclass=_Assembly):
         The last one, "output", is the model's own.
         """
         _check(self, inputs)
-        program = self.program(*((x.shape, x.dtype) for x in inputs))
+        program = self.program(*map(_outline_of, inputs))
         calls = [call for call in program.calls if call.path]
+        inputs = tuple(x for x in inputs if x is not None)
         with _current(self, inputs):
             made = program.run(inputs, [v for call in calls for v in call.outputs[:1]])
             output = program(*inputs)
@@ -621,8 +624,13 @@ def _rows_said(outline: Any) -> int:
     return int((outline[0] if pair else outline)[0])
 
 
-def _written(model: Layer, outlines: tuple[Outline, ...], rows: int | None) -> Program:
-    """The program of a model, for inputs of these outlines."""
+def _outline_of(x: Any) -> Any:
+    """(shape, dtype) of an input, None for one that is left out."""
+    return (x.shape, x.dtype) if is_array(x) else None
+
+
+def _written(model: Layer, outlines: tuple[Outline | None, ...], rows: int | None) -> Program:
+    """The program of a model, for inputs of these outlines; None is passed on as it is."""
     lift = _once(lambda value, name: traced.lifted(value, name), named=True)
     lifted = model.map_arrays(lift)
     pairs = zip([*model.walk(), ("", model)], [*lifted.walk(), ("", lifted)], strict=True)
@@ -632,13 +640,21 @@ def _written(model: Layer, outlines: tuple[Outline, ...], rows: int | None) -> P
 
     def written(times: int) -> Program:
         values = [
-            traced.Value((times * shape[0], *shape[1:]), dtype, name=name)
-            for (shape, dtype), name in zip(outlines, names, strict=True)
+            traced.Value((times * each.shape[0], *each.shape[1:]), each.dtype, name=name)
+            for each, name in zip(outlines, names, strict=True)
+            if each is not None
         ]
-        return trace(lambda *inputs: formula(lifted, *inputs), *values, layers=layers, rows=rows)
 
-    program = written(1)
-    same_for_any_rows(program, written(2))
+        def named(*inputs: Any) -> Any:
+            arrays = iter(inputs)
+            return formula(lifted, *(None if each is None else next(arrays) for each in outlines))
+
+        return trace(named, *values, layers=layers, rows=rows)
+
+    place = model.place
+    with nullcontext() if place in (None, "cpu") else home_of(place).current():
+        program = written(1)
+        same_for_any_rows(program, written(2))
     return program
 
 
@@ -742,7 +758,7 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
     if len({len(x) for x in arrays}) > 1:
         raise ShapeError(f"{layer}: the inputs have {[len(x) for x in arrays]} rows")
     with suppress(Untraceable):  # then the formula itself says what fits
-        program = layer.program(*((x.shape, x.dtype) for x in arrays))
+        program = layer.program(*map(_outline_of, inputs))
         if len(arrays) == 1 and type(arrays[0]) is np.ndarray:
             layers = dict(layer.walk())
             for call in program.calls:  # what was asked of the children just now

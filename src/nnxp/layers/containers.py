@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nnxp._arrays import Array, Shape
+from nnxp._arrays import Array, Shape, xp_of
 from nnxp._errors import NnxpError, OptionError, ShapeError
 from nnxp.layers._layer import Example, Layer
 from nnxp.layers.dense import Dense
@@ -68,6 +68,47 @@ class Sequential(Layer):
             ),
             (9, 8),
         )
+
+
+class Add(Layer):
+    """y = x0 + x1 + ...: branches that meet.
+
+    Inputs of one shape, or of shapes that broadcast, (rows, ...) -> y (rows, ...).
+    """
+
+    def __call__(self, *inputs: Array) -> Array:
+        y = inputs[0]
+        for x in inputs[1:]:
+            y = y + x
+        return y
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(), [(4, 3), (4, 3)]
+        yield cls(), [(2, 3, 4), (2, 1, 4), (2, 3, 4)]
+
+
+class Concatenate(Layer):
+    """y = the inputs side by side along an axis: branches that meet.
+
+    Inputs (rows, ...), of one shape but for that axis, which is not that of the rows -> y.
+    """
+
+    axis: int = -1
+
+    def validate(self) -> None:
+        if type(self.axis) is not int or self.axis == 0:
+            raise OptionError(
+                f"axis is a whole number, and not 0, that of the rows: {self.axis!r:.60}"
+            )
+
+    def __call__(self, *inputs: Array) -> Array:
+        return xp_of(inputs[0]).concatenate(list(inputs), axis=self.axis)
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(), [(4, 3), (4, 2)]
+        yield cls(1), [(2, 3, 4), (2, 1, 4), (2, 2, 4)]
 
 
 class Residual(Layer):

@@ -81,7 +81,7 @@ class Program:
         goals = self.outputs if wanted is None else tuple(wanted)
         lives = self.lives if wanted is None else Lives(self, goals)
         for step, reused, ended in zip(self.steps, lives.reused, lives.ended, strict=True):
-            given = [_known(each, known) for each in step.inputs]
+            given = [_known(each, known, xp) for each in step.inputs]
             now = step if rows is None else scaled(step, rows)
             try:
                 if reused is not None:
@@ -98,7 +98,7 @@ class Program:
             known.update(zip(step.outputs, made if step.several else (made,), strict=True))
             for value in ended:
                 known.pop(value, None)
-        return [_known(value, known) for value in goals]
+        return [_known(value, known, xp) for value in goals]
 
     @cached_property
     def lives(self) -> Lives:
@@ -121,6 +121,16 @@ class Program:
     def row_work(self) -> int:
         """About how many multiply-adds a row takes, in products."""
         return sum(map(multiply_adds, self.steps)) // ROWS
+
+    @cached_property
+    def leaves(self) -> tuple[Call, ...]:
+        """The layers at work that call no other layer."""
+        above = {"" for call in self.calls if call.path}
+        for call in self.calls:
+            path = call.path
+            while path := path.rpartition(".")[0]:
+                above.add(path)
+        return tuple(call for call in self.calls if call.path not in above)
 
     @cached_property
     def borrowed(self) -> tuple[bool, ...]:
@@ -289,10 +299,13 @@ def replay(program: Program, arrays: Sequence[Any], change: Callable[..., Any]) 
     return [now(value) for value in program.outputs]
 
 
-def _known(x: Any, known: Mapping[Value, Any]) -> Any:
-    if isinstance(x, Value):
-        return known.get(x, x.numbers)
-    return x
+def _known(x: Any, known: Mapping[Value, Any], xp: Any) -> Any:
+    """What x stands for; a constant that was computed while tracing is brought to the others."""
+    if not isinstance(x, Value):
+        return x
+    if x in known:
+        return known[x]
+    return xp.asarray(x.numbers) if xp is not np and type(x.numbers) is np.ndarray else x.numbers
 
 
 # rows
@@ -338,6 +351,10 @@ def multiply_adds(step: Step) -> int:
         sizes = {c: n for t, v in zip(terms, step.values, strict=True)
                  for c, n in zip(t, v.shape, strict=True)}  # fmt: skip
         return prod(sizes.values())
+    if isinstance(step.function, Kernel):
+        with writing(Tape(expands=True)) as tape:
+            step.function.widened(*map(lifted, step.inputs), **step.options)
+        return sum(map(multiply_adds, tape.steps))
     return 0
 
 

@@ -304,11 +304,12 @@ class Recording:
                 np.copyto(into, a, casting="unsafe", where=test)
 
             return [choose]
-        if name == "concatenate":
+        if name in ("concatenate", "stack"):
+            join: Any = getattr(np, name)
             axis = options.get("axis", 0)
 
             def joined(into: HostArray, *parts: HostArray) -> None:
-                np.concatenate(parts, axis, out=into)
+                join(parts, axis, out=into)
 
             return [self._bound(joined, (out, *inputs), {})]
         if KINDS[name] == "reduction" and name in _REDUCES:

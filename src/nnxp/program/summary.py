@@ -75,13 +75,13 @@ class Summary:
 def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
     """The summary of a layer for inputs of these shapes; ShapeError if such inputs do not fit."""
     output = model.output_shape(*shapes)
-    program = model.program(*zip(shapes, model.input_dtypes(len(shapes)), strict=True))
+    kinds = zip(shapes, model.input_dtypes(len(shapes)), strict=True)
+    program = model.program(*(None if shape is None else (shape, kind) for shape, kind in kinds))
     rows = shapes[0][0]
     work: dict[str, int] = {}
     for step in program.steps:
         work[step.path] = work.get(step.path, 0) + multiply_adds(step)
     of = {**dict(model.walk()), "": model}
-    leaves = [call for call in program.calls if not any(of[call.path].children())]
     layers = tuple(
         LayerSummary(
             call.path or "output",
@@ -90,7 +90,7 @@ def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
             of[call.path].parameter_count,
             work.get(call.path, 0) * rows // ROWS,
         )
-        for call in leaves
+        for call in program.leaves
     )
     values = model.parameters().values()
     return Summary(

@@ -16,6 +16,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from nnxp import _library
 from nnxp._arrays import Array, Shape, float_dtype, is_array, place_of, xp_of
@@ -165,9 +166,9 @@ class ndarray(_library.ndarray):
 
     @classmethod
     def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """A whole kernel is one step."""
+        """A whole kernel is one step; one with a body of its own for NumPy is never written out."""
         out = options.pop("out", None)
-        if current_tape().expands:
+        if current_tape().expands and kernel.on_library("numpy") is None:
             made = kernel.widened(*arrays, **options)
         else:
             made = record(kernel, arrays, options)
@@ -262,12 +263,13 @@ def value_of(x: Any) -> Any:
 
 def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """The result of a function of traced arrays, and a note of it; of constants, the numbers."""
+    if function == "reshape" and not _in_place(value_of(arrays[0]), options["shape"]):
+        arrays = (record("copy", arrays, {}),)
     inputs = tuple(map(value_of, arrays))
     options = {name: _plain(value) for name, value in options.items()}
     step = Step(function, inputs, options, "")
     values = step.values
-    creates = KINDS.get(step.name) == "creation" and isinstance(function, str)
-    if all(each.numbers is not None for each in values) and not (creates and _counts_rows(options)):
+    if all(each.numbers is not None for each in values) and not _counts_rows(options):
         xp = xp_of(values[0].numbers) if values else np
         with _where(values):
             return constants(perform(xp, step, [numbers(each) for each in inputs]))
@@ -363,6 +365,26 @@ def _is_view(step: Step, outlines: list[Any]) -> bool:
         keys = key if isinstance(key, tuple) else (key,)
         return not any(is_array(each) or isinstance(each, list) for each in keys)
     return True
+
+
+def _in_place(x: Value, shape: Any) -> bool:
+    """Whether an array of this shape can look at the memory of x: else a reshape is a copy, first."""
+    if x.memory is None or x.numbers is not None:
+        return True
+    try:
+        _lying(x).reshape(_plain(shape), copy=False)
+    except ValueError:  # a copy, or a shape that does not fit: then whoever makes it says so
+        return False
+    return True
+
+
+def _lying(x: Value) -> Any:
+    """An array that lies as x does, in memory that is in order and that nobody reads."""
+    if x.memory is None or x.step is None:
+        strides = (x.dtype.itemsize * prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
+        return as_strided(np.zeros((), x.dtype), x.shape, tuple(strides))
+    made = compute(np, x.step.name, (_lying(x.memory),), x.step.options)
+    return made[x.step.outputs.index(x)] if x.step.several else made
 
 
 # The shapes and types of results

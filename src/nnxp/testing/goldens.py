@@ -35,13 +35,22 @@ PACKAGE = Path(nnxp.layers._layer.__file__).parents[1]
 
 
 def layer_examples() -> list[tuple[Layer, Shape]]:
-    """The examples of every layer of the library, with the shapes of rows they take."""
+    """The examples of every layer of the library that takes one array of floats and answers one.
+
+    With the shapes of rows they take.
+    """
     kinds = [
         kind
         for name, kind in sorted(Layer.known.items())
         if kind.__module__.startswith("nnxp.") and not name.startswith("_")
     ]
-    return [example for kind in kinds for example in kind.examples()]
+    return [
+        (layer, shape)
+        for kind in kinds
+        for layer, shape in kind.examples()
+        if not isinstance(shape, list) and layer.takes[:1] != ("int",)
+        if type(layer.output_shape(shape)[0]) is int
+    ]
 
 
 def source_hash() -> str:

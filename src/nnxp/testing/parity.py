@@ -514,13 +514,12 @@ def _parts(
 ) -> Iterator[tuple[str, str, Layer | Function, tuple[Any, ...]]]:
     """(name, what, function, inputs) of whatever is judged alone, in order of the work."""
     layers = {**dict(model.walk()), "": model}
-    leaves = [call for call in program.calls if not any(layers[call.path].children())]
-    inside = {call.path for call in leaves}
+    inside = {call.path for call in program.leaves}
     at = {value: i for i, step in enumerate(program.steps) for value in step.outputs}
     parts: list[tuple[int, str, str, Layer | Function, tuple[Any, ...]]] = [
         (at.get(call.outputs[0], -1), call.path, repr(layers[call.path]), layers[call.path],
          call.inputs)
-        for call in leaves
+        for call in program.leaves
     ]  # fmt: skip
     for i, step in enumerate(program.steps):
         if step.path not in inside and any(v.numbers is None for v in step.values):

@@ -1,0 +1,267 @@
+"""torch's modules as layers: the table that `nnxp.from_torch` looks in.
+
+An entry takes the module, and what turns a tensor into an array of ours; it answers a layer, or the
+name of a function in `nnxp.layers.torch_functions` with its options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from nnxp._arrays import Array
+from nnxp._errors import OptionError
+from nnxp.layers._layer import Layer
+from nnxp.layers.activation import Activation
+from nnxp.layers.attention import MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
+from nnxp.layers.dense import Dense
+from nnxp.layers.dropout import Dropout
+from nnxp.layers.norm import BatchNorm, LayerNorm, RMSNorm
+from nnxp.layers.positions import Embedding
+from nnxp.layers.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from nnxp.layers.shape import Flatten
+from nnxp.layers.torch_graph import ChannelsFirst
+
+Module = Any
+Take = Callable[[Any], Array]
+
+
+class Unknown(Exception):
+    """Something in a module that has no counterpart."""
+
+
+def kind_of(module: Module) -> str:
+    """The name of a module of torch's in the table; "" for one that is not there."""
+    from torch.nn.utils import parametrize
+
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        cls = cls.__mro__[1]
+    return (
+        cls.__name__ if cls.__module__.startswith("torch.nn.") and cls.__name__ in MODULES else ""
+    )
+
+
+def _bias(bias: Any, take: Take) -> Array | None:
+    return None if bias is None else take(bias)
+
+
+def _linear(m: Module, take: Take) -> Dense:
+    return Dense.of(take(m.weight.T), _bias(m.bias, take))
+
+
+def _affine(m: Module, like: Any, take: Take) -> tuple[Array, Array]:
+    """gain and bias of a norm, ones and zeros where it has none"""
+    return (
+        take(like.new_ones(like.shape) if m.weight is None else m.weight),
+        take(like.new_zeros(like.shape) if m.bias is None else m.bias),
+    )
+
+
+def _layer_norm(m: Module, take: Take) -> Any:
+    shape = tuple(m.normalized_shape)
+    if m.weight is None:
+        return "layer_norm", {"shape": shape, "eps": float(m.eps)}
+    if len(shape) != 1:
+        raise Unknown(f"LayerNorm over {len(shape)} axes")
+    return LayerNorm.of(*_affine(m, m.weight, take), float(m.eps))
+
+
+def _rms_norm(m: Module, take: Take) -> Any:
+    import torch
+
+    shape = tuple(m.normalized_shape)
+    if m.weight is None:
+        return "rms_norm", {"shape": shape, "eps": m.eps}
+    if len(shape) != 1:
+        raise Unknown(f"RMSNorm over {len(shape)} axes")
+    eps = torch.finfo(m.weight.dtype).eps if m.eps is None else m.eps
+    return RMSNorm.of(take(m.weight), float(eps))
+
+
+def _batch_norm(m: Module, take: Take) -> Layer:
+    if m.running_mean is None:
+        raise Unknown(f"{type(m).__name__} without running statistics mixes rows")
+    gain, bias = _affine(m, m.running_mean, take)
+    norm = BatchNorm.of(take(m.running_mean), take(m.running_var), gain, bias, float(m.eps))
+    return ChannelsFirst(norm)
+
+
+def _embedding(m: Module, take: Take) -> Layer:
+    if m.max_norm is not None:
+        raise Unknown("Embedding with max_norm changes its weights as it goes")
+    return Embedding.of(take(m.weight))
+
+
+def _flatten(m: Module, take: Take) -> Any:
+    if (m.start_dim, m.end_dim) == (1, -1):
+        return Flatten()
+    return "flatten", {"start_dim": m.start_dim, "end_dim": m.end_dim}
+
+
+def _softmax(name: str) -> Callable[[Module, Take], Any]:
+    def make(m: Module, take: Take) -> Any:
+        return Activation(name) if m.dim == -1 else (name, {"dim": m.dim})
+
+    return make
+
+
+def _softplus(m: Module, take: Take) -> Any:
+    return Activation("softplus") if m.beta == 1 else ("softplus", {"beta": m.beta})
+
+
+def _activation(name: str, **options: str) -> Callable[[Module, Take], Layer]:
+    def make(m: Module, take: Take) -> Layer:
+        return Activation(name, **{ours: float(getattr(m, its)) for ours, its in options.items()})
+
+    return make
+
+
+def _identity(m: Module, take: Take) -> Layer:
+    rate = float(getattr(m, "p", 0.0))
+    return Dropout(rate) if 0 < rate < 1 else Activation("identity")
+
+
+def _in_order(tensor: Any, gates: str, wanted: str) -> Any:
+    """A tensor (gates * size, ...) with its gates in another order, a matrix transposed."""
+    import torch
+
+    parts = dict(zip(gates, tensor.chunk(len(gates)), strict=True))
+    whole = torch.cat([parts[name] for name in wanted])
+    return whole.T if whole.ndim == 2 else whole
+
+
+_GATES = {"RNN": ("h", "h"), "GRU": ("rzn", "rzn"), "LSTM": ("ifgo", "ifog")}
+
+
+def _cell_of(m: Module, kind: str, suffix: str, take: Take) -> Layer:
+    """The cell whose weights are m.weight_ih and so on, with this suffix."""
+    gates = _GATES[kind]
+
+    def part(name: str) -> Any:
+        value = getattr(m, name + suffix, None)
+        return None if value is None else _in_order(value, *gates)
+
+    x, h = take(part("weight_ih")), take(part("weight_hh"))
+    bias_x, bias_h = part("bias_ih"), part("bias_hh")
+    if kind == "GRU":
+        return GRUCell.of(x, h, _bias(bias_x, take), _bias(bias_h, take))
+    bias = None if bias_x is None else take(bias_x + bias_h)
+    if kind == "RNN":
+        return RNNCell.of(x, h, bias, m.nonlinearity)
+    projection = getattr(m, "weight_hr" + suffix, None)
+    return LSTMCell.of(x, h, bias, None if projection is None else take(projection.T))
+
+
+def _stack_of(kind: str, stack: type[Layer]) -> Callable[[Module, Take], Layer]:
+    def make(m: Module, take: Take) -> Layer:
+        ends = ("", "_reverse") if m.bidirectional else ("",)
+        suffixes = [f"_l{layer}{end}" for layer in range(m.num_layers) for end in ends]
+        cells = tuple(_cell_of(m, kind, suffix, take) for suffix in suffixes)
+        return stack.of(cells, m.bidirectional, "states")
+
+    return make
+
+
+def _multi_head(m: Module, take: Take) -> Layer:
+    if m.bias_k is not None or m.add_zero_attn:
+        raise Unknown("MultiheadAttention with add_bias_kv or add_zero_attn")
+    if m.in_proj_weight is None:
+        weights = [m.q_proj_weight, m.k_proj_weight, m.v_proj_weight]
+    else:
+        weights = list(m.in_proj_weight.chunk(3))
+    biases = [None] * 3 if m.in_proj_bias is None else list(m.in_proj_bias.chunk(3))
+    query, key, value = (
+        Dense.of(take(weight.T), _bias(bias, take))
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    return MultiHeadAttention.of(
+        query, key, value, _linear(m.out_proj, take), m.num_heads, m.num_heads
+    )
+
+
+def _activation_of(given: Any, take: Take) -> str:
+    """The name of an activation that is a module or a function of torch's."""
+    layer: Any = None
+    if hasattr(given, "forward"):
+        layer = MODULES[kind_of(given)](given, take) if kind_of(given) else None
+    elif str(getattr(given, "__module__", "torch") or "torch").startswith("torch"):
+        with suppress(OptionError):
+            layer = Activation(getattr(given, "__name__", ""))
+    plain = (
+        isinstance(layer, Activation) and not layer.options and "softmax" not in layer.activation
+    )
+    if not plain:
+        raise Unknown(f"TransformerEncoderLayer with the activation {given!r:.60}")
+    return str(layer.activation)
+
+
+def _encoder_layer(m: Module, take: Take) -> Layer:
+    name = _activation_of(m.activation, take)
+    inner, outer = _linear(m.linear1, take), _linear(m.linear2, take)
+    return TransformerEncoderLayer.of(
+        _multi_head(m.self_attn, take),
+        _layer_norm(m.norm1, take),
+        Dense.of(inner.weight, inner.bias, name),
+        outer,
+        _layer_norm(m.norm2, take),
+        bool(m.norm_first),
+    )
+
+
+def _encoder_stack(m: Module, take: Take) -> Layer:
+    if any(kind_of(each) != "TransformerEncoderLayer" for each in m.layers):
+        raise Unknown("TransformerEncoder of layers that are not torch's own")
+    norm = None if m.norm is None else kind_of(m.norm) and MODULES[kind_of(m.norm)](m.norm, take)
+    if not (norm is None or isinstance(norm, Layer)):
+        raise Unknown(f"TransformerEncoder with the norm {m.norm!r:.60}")
+    return TransformerEncoder(*(_encoder_layer(each, take) for each in m.layers), norm=norm)
+
+
+MODULES: dict[str, Callable[[Module, Take], Any]] = {
+    "Linear": _linear,
+    "NonDynamicallyQuantizableLinear": _linear,
+    "Embedding": _embedding,
+    "LayerNorm": _layer_norm,
+    "RMSNorm": _rms_norm,
+    "BatchNorm1d": _batch_norm,
+    "BatchNorm2d": _batch_norm,
+    "BatchNorm3d": _batch_norm,
+    "RNN": _stack_of("RNN", RNN),
+    "GRU": _stack_of("GRU", GRU),
+    "LSTM": _stack_of("LSTM", LSTM),
+    "RNNCell": lambda m, take: _cell_of(m, "RNN", "", take),
+    "GRUCell": lambda m, take: _cell_of(m, "GRU", "", take),
+    "LSTMCell": lambda m, take: _cell_of(m, "LSTM", "", take),
+    "MultiheadAttention": _multi_head,
+    "TransformerEncoderLayer": _encoder_layer,
+    "TransformerEncoder": _encoder_stack,
+    "Identity": _identity,
+    "Dropout": _identity,
+    "Dropout1d": _identity,
+    "Dropout2d": _identity,
+    "Dropout3d": _identity,
+    "AlphaDropout": _identity,
+    "FeatureAlphaDropout": _identity,
+    "Flatten": _flatten,
+    "Unflatten": lambda m, take: ("unflatten", {"dim": m.dim, "sizes": tuple(m.unflattened_size)}),
+    "ReLU": _activation("relu"),
+    "LeakyReLU": _activation("leaky_relu", negative_slope="negative_slope"),
+    "ELU": _activation("elu", alpha="alpha"),
+    "SELU": _activation("selu"),
+    "Sigmoid": _activation("sigmoid"),
+    "Tanh": _activation("tanh"),
+    "SiLU": _activation("silu"),
+    "Mish": _activation("mish"),
+    "Softsign": _activation("softsign"),
+    "Hardsigmoid": _activation("hard_sigmoid"),
+    "Softplus": _softplus,
+    "Softmax": _softmax("softmax"),
+    "LogSoftmax": _softmax("log_softmax"),
+    "GELU": lambda m, take: Activation("gelu_tanh" if m.approximate == "tanh" else "gelu"),
+}
+"""torch's modules: what each is here, a layer or a function with its options.
+
+A module of images is a `ChannelsFirst` of the layer that is meant: torch's channels are on axis 1.
+"""

@@ -1,0 +1,585 @@
+"""Modules of PyTorch as nnxp models: its layers by a table, and what is between them by tracing.
+
+torch is never imported by nnxp: who has a module has it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import Array, float_dtype
+from nnxp._errors import ConversionError, NnxpError, OptionError
+from nnxp.io._torch_modules import MODULES, Module, Unknown, kind_of
+from nnxp.layers._layer import Layer
+from nnxp.layers.containers import Sequential
+from nnxp.layers.torch_functions import ATTRIBUTES, FUNCTIONS, MAKERS, VIEWS, known
+from nnxp.layers.torch_graph import Constant, TorchGraph, encoded
+
+
+def from_torch(
+    module: Module, *, inputs: Sequence[str] | None = None, dtype: object = None
+) -> Layer:
+    """The model that computes what a torch module answers in eval().
+
+    `module` is any torch.nn.Module made of modules that are known here (layers in `MODULES`) and of
+    functions, operators and methods between them (`nnxp.layers.torch_functions`), which torch.fx
+    traces. Modules in a row become a Sequential, all else a TorchGraph. The model takes what
+    `forward` takes, in torch's layout: axis 0 is rows, images are (rows, channels, ...). It answers
+    an array, or a tuple: nested ones are flat, of a dict the values.
+
+    `inputs` names the arguments of `forward` that the model takes; without it those that have no
+    default. All others are at their defaults. A recurrent module by itself answers y and its last
+    states, as `returns="states"` has them: (rows, layers * directions, size).
+
+    Parameters are copied, in their own type or in `dtype`. Tied ones stay tied where the layers
+    keep them in the same form.
+
+    Raises ConversionError, before anything is converted, with all that cannot be read.
+
+        net = nnxp.from_torch(torchvision.models.resnet18(weights="DEFAULT"))
+        y = nnxp.predict(net, images)
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"from_torch takes a module of PyTorch, which is not installed ({error})"
+        ) from error
+    if not isinstance(module, torch.nn.Module):
+        raise ConversionError(f"from_torch takes a torch.nn.Module, not {module!r:.80}")
+    if "forward" in vars(module):
+        raise ConversionError(
+            f"forward of this {type(module).__name__} is not that of its class, which would be read"
+        )
+    with torch.no_grad(), _evaluating(module):
+        graph = _traced(module, inputs)
+        return _Reading(module, None if dtype is None else float_dtype(dtype)).model(graph)
+
+
+@contextmanager
+def _evaluating(module: Module) -> Iterator[None]:
+    """The module in eval(), and afterwards as it was."""
+    training = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
+
+
+def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
+    """The graph of `forward`: of these arguments, all others being at their defaults."""
+    from torch import fx
+
+    parameters = inspect.signature(module.forward).parameters
+    plain = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    wanted = (
+        [n for n, p in plain.items() if p.default is p.empty] if inputs is None else list(inputs)
+    )
+    if kind_of(module) in NEEDED and inputs is None:
+        wanted = wanted[: NEEDED[kind_of(module)]]
+    unknown = set(wanted) - plain.keys()
+    if unknown or not wanted:
+        raise OptionError(
+            f"inputs names arguments of forward({', '.join(plain)}), not "
+            f"{', '.join(sorted(unknown)) or 'none'}"
+        )
+    if kind_of(module):
+        graph = fx.Graph(module)
+        given: dict[str, Any] = {name: graph.placeholder(name) for name in wanted}
+        graph.output(graph.call_module("", (), given))
+        return graph
+
+    class Writable(fx.Proxy):  # fx itself takes x += y for x = x + y, and knows no x[...] = y
+        def __setitem__(self, key: Any, value: Any) -> None:
+            self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def writer(target: Any) -> Callable[[Any, Any], Any]:
+        return lambda self, other: self.tracer.create_proxy(
+            "call_function", target, (self, other), {}
+        )
+
+    for name in _IN_PLACE - {"setitem"}:
+        setattr(Writable, f"__{name}__", writer(getattr(operator, name)))
+
+    class Tracer(fx.Tracer):
+        trace_asserts = True
+        proxy_buffer_attributes = True
+
+        def proxy(self, node: Any) -> Any:
+            return Writable(node, self)
+
+        def is_leaf_module(self, inner: Module, path: str) -> bool:
+            return bool(kind_of(inner)) or super().is_leaf_module(inner, path)
+
+    fixed = {n: p.default for n, p in plain.items() if n not in wanted and p.default is not p.empty}
+    try:
+        graph = Tracer(autowrap_modules=(math,)).trace(module, concrete_args=fixed)
+    except Exception as error:  # whatever a forward may say to arrays without numbers
+        raise ConversionError(
+            f"forward of {type(module).__name__} cannot be traced: {type(error).__name__}: "
+            f"{error!s:.400}. {_ROAD}"
+        ) from error
+    for node in graph.nodes:  # what is at its default is no input
+        node.meta["left out"] = node.op == "placeholder" and node.target not in wanted
+    return graph
+
+
+_ROAD = "torch.onnx.export writes such a module as ONNX, which nnxp.load_onnx reads"
+
+
+class _Reading:
+    """A graph of torch.fx, node by node, as the steps of a TorchGraph."""
+
+    def __init__(self, module: Module, dtype: Any) -> None:
+        self.module, self.dtype = module, dtype
+        self.layers: list[Layer] = []
+        self.steps: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.inputs: list[str] = []
+        self.problems: list[str] = []
+        self.values: dict[
+            Any, Any
+        ] = {}  # of each node: a value, a tuple of them, or a plain number
+        self._arrays: dict[Any, tuple[Array, Any]] = {}
+        self._made: dict[str, Any] = {}
+        self._same: dict[Any, list[Any]] = {}  # of a node: those that are the same tensor
+
+    def model(self, graph: Any) -> Layer:
+        nodes = list(graph.nodes)
+        needed = _needed(nodes)
+        self._refuse_hidden_writes(nodes)
+        answer: Any = None
+        for node in nodes:
+            if node.op == "placeholder":
+                if not node.meta.get("left out"):
+                    self.values[node] = {"value": -1 - len(self.inputs)}
+                    self.inputs.append(node.target)
+            elif node not in needed:
+                continue
+            elif node.op == "output":
+                answer = self._value(node.args[0])
+            else:
+                try:
+                    self.values[node] = self._node(node)
+                except (Unknown, NnxpError) as error:
+                    self.problems.append(f"{_where(node)}: {error}")
+                    self.values[node] = {"value": -1}
+        answers = tuple(_flat(answer))
+        if not all(_is_value(each) for each in answers):
+            self.problems.append(f"the answer is no array: {answers!r:.80}")
+        if self.problems:
+            name = type(self.module).__name__
+            problems = "; ".join(dict.fromkeys(self.problems))
+            raise ConversionError(f"from_torch cannot read {name}: {problems}. {_ROAD}")
+        return self._finished(answers)
+
+    # one node
+
+    def _node(self, node: Any) -> Any:
+        args = [self._value(each) for each in node.args]
+        options = {name: self._value(each) for name, each in node.kwargs.items()}
+        if node.op == "get_attr":
+            return self._constant(node.target)
+        if node.op == "call_module":
+            module = self.module.get_submodule(node.target)
+            made = self._module(node.target, module, args, options)
+            if getattr(module, "inplace", False):
+                self._written(node, made)
+            return made
+        name = node.target if node.op == "call_method" else _function_name(node.target)
+        if name == "getitem" and type(args[0]) is tuple and isinstance(args[1], int):
+            return args[0][args[1]]
+        inplace = _writes(node)
+        own = known(
+            name.removesuffix("_") if inplace and name.endswith("_") and name[-2:] != "__" else name
+        )
+        if not own:
+            raise Unknown(f"{'method' if node.op == 'call_method' else 'function'} {name}")
+        options.pop("inplace", None)
+        made = self._step(own, *_arguments(own, args, options))
+        if inplace:
+            self._written(node, made)
+        return made
+
+    def _value(self, x: Any) -> Any:
+        """An argument of a node: a value, a plain one, or a tuple of them."""
+        import torch
+        from torch import fx
+
+        if isinstance(x, fx.Node):
+            if x not in self.values:
+                raise Unknown(f"it looks at {x.name}, which is not among the inputs")
+            return self.values[x]
+        if isinstance(x, slice):
+            return {"slice": tuple(self._value(each) for each in (x.start, x.stop, x.step))}
+        if isinstance(x, dict):
+            return {name: self._value(each) for name, each in x.items()}
+        if isinstance(x, tuple | list):
+            return tuple(self._value(each) for each in x)
+        if isinstance(x, torch.dtype):
+            return str(x)
+        if isinstance(x, torch.device | torch.memory_format):
+            return None
+        if isinstance(x, torch.Tensor):
+            return self._kept(x)
+        return encoded(x)
+
+    def _step(self, what: str, args: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
+        self.steps.append((what, tuple(args), options or {}))
+        return {
+            "value": len(self.steps) - 1
+        }  # inputs are below 0, until it is known what is needed
+
+    def _layer(self, path: str, make: Callable[[], Layer]) -> str:
+        """The step that calls this layer, which is made once for each path."""
+        if path not in self._made:
+            self.layers.append(make())
+            self._made[path] = f"layers.{len(self.layers) - 1}"
+        return str(self._made[path])
+
+    def _constant(self, target: str) -> Any:
+        value: Any = self.module
+        for name in target.split("."):
+            value = getattr(value, name)
+        return self._kept(value)
+
+    def _kept(self, tensor: Any) -> Any:
+        number = self._layer(f"constant {id(tensor)}", lambda: Constant(self.take(tensor)))
+        return self._step(number.replace("layers", "constant"), ())
+
+    def take(self, tensor: Any) -> Array:
+        """A tensor's numbers in an array of ours, once for tensors that share their memory."""
+        import torch
+
+        tensor = tensor.detach()
+        key = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+        if key not in self._arrays or not tensor.numel():
+            host = tensor.cpu()
+            array = np.array(host.float().numpy() if host.dtype == torch.bfloat16 else host.numpy(),
+                             order="C")  # fmt: skip
+            if host.dtype == torch.bfloat16:
+                array = array.astype(float_dtype("bfloat16"))
+            if self.dtype is not None and array.dtype.kind in "fV":
+                array = array.astype(self.dtype)
+            self._arrays[key] = array, tensor  # which keeps its memory from being another's
+        return self._arrays[key][0]
+
+    def _module(self, path: str, module: Module, args: list[Any], options: dict[str, Any]) -> Any:
+        kind = kind_of(module)
+        if not kind:
+            raise Unknown(f"torch has {type(module).__name__}, which has no counterpart here")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise Unknown(f"{type(module).__name__} has hooks")
+        names = list(inspect.signature(module.forward).parameters)
+        given = dict(zip(names, args, strict=False)) | options
+        special = _CALLS.get(kind)
+        if special is not None:
+            return special(self, path, module, given)
+        made = MODULES[kind](module, self.take)
+        if isinstance(made, tuple):  # a function with these options
+            return self._step(made[0], list(given.values()), dict(made[1]))
+        return self._step(self._layer(path, lambda: made), list(given.values()))
+
+    # what writes into its argument
+
+    def _written(self, node: Any, made: Any) -> None:
+        """All that are the tensor written into by this node now stand for what it wrote."""
+        target = node.args[0]
+        same = self._same[node] = self._same.setdefault(target, [target])
+        same.append(node)
+        self.values.update(dict.fromkeys(same, made))
+
+    def _refuse_hidden_writes(self, nodes: list[Any]) -> None:
+        """Refuse a write into an array that another one, needed later, may look at."""
+        root: dict[Any, Any] = {}
+        same: dict[Any, Any] = {}
+        for i, node in enumerate(nodes):
+            root[node] = same[node] = node
+            target = _written_node(node, self.module)
+            first = next((a for a in node.args if a in root), None) if node.args else None
+            if target is not None:
+                root[node], same[node] = root[target], same[target]
+                later = set(nodes[i + 1 :])
+                for other, its_root in root.items():
+                    hidden = its_root is root[target] and same[other] is not same[target]
+                    if hidden and later & other.users.keys():
+                        self.problems.append(
+                            f"{_where(node)}: it writes into an array that {other.name} looks at"
+                        )
+            elif first is not None and _may_view(node, self.module):
+                root[node] = root[first]
+
+    # the end
+
+    def _finished(self, answers: tuple[Any, ...]) -> Layer:
+        """The steps that are needed as a model, of the simplest kind that says it all."""
+        wanted = set(_numbers(answers))
+        kept = []
+        for i in reversed(range(len(self.steps))):
+            if i in wanted:
+                kept.append(i)
+                wanted |= set(_numbers(self.steps[i][1:]))
+        kept.reverse()
+        count = len(self.inputs)
+        places = {-1 - i: i for i in range(count)} | {s: count + n for n, s in enumerate(kept)}
+        steps = tuple(_renumbered(self.steps[i], places) for i in kept)
+        answers = _renumbered(answers, places)
+        in_a_row = count == 1 and len(answers) == 1 and all(
+            what.startswith("layers.") and args == ({"value": i},) and not options
+            for i, (what, args, options) in enumerate(steps)
+        )  # fmt: skip
+        if in_a_row and answers == ({"value": len(steps)},):
+            layers = [self.layers[int(what.partition(".")[2])] for what, *_ in steps]
+            return layers[0] if len(layers) == 1 else Sequential(*layers)
+        return self._graph(steps, answers)
+
+    def _graph(self, steps: tuple[Any, ...], answers: tuple[Any, ...]) -> TorchGraph:
+        used = sorted({int(w.partition(".")[2]) for w, *_ in steps if "." in w})
+        new = {old: i for i, old in enumerate(used)}
+
+        def renamed(what: str) -> str:
+            kind, dot, number = what.partition(".")
+            return f"{kind}.{new[int(number)]}" if dot else what
+
+        layers = tuple(self.layers[i] for i in used)
+        steps = tuple((renamed(what), args, options) for what, args, options in steps)
+        inputs = range(len(self.inputs))
+        kinds = tuple(_kind_of_input({"value": i}, steps, layers) for i in inputs)
+        return TorchGraph.of(layers, steps, answers, kinds)
+
+
+def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]) -> str:
+    """What an input is: as the layer takes it that it goes into, else anything."""
+    for what, args, _ in steps:
+        if what == "embedding" and args[0] == value:
+            return "int"
+        if what.startswith("layers.") and value in args:
+            takes = layers[int(what.partition(".")[2])].takes
+            place = args.index(value)
+            return takes[place] if place < len(takes) else "float"
+    return "any"
+
+
+_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+_FIRST = ("input", "self", "tensors", "tensor", "condition")
+
+
+def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arguments of a function as it takes them here; Unknown for what it does not take."""
+    first = [options.pop(each) for each in _FIRST if each in options]
+    second = [options.pop(each) for each in ("other", "mask") if each in options and not args[1:]]
+    args = [*first, *args, *second]
+    options = {_NAMES.get(each, each): value for each, value in options.items()}
+    function = MAKERS.get(name) or FUNCTIONS[name]
+    lead = [None] if name in MAKERS else []
+    try:
+        inspect.signature(function).bind(*lead, *args, **options)
+    except (TypeError, ValueError) as error:
+        raise Unknown(f"function {name} with arguments not known here: {error}") from None
+    if name == "getattr" and args[1] not in ATTRIBUTES:
+        raise Unknown(f"attribute {args[1]}")
+    return args, options
+
+
+def _is_value(x: Any) -> bool:
+    return type(x) is dict and x.keys() == {"value"}
+
+
+def _flat(x: Any) -> Iterator[Any]:
+    if type(x) is tuple:
+        for each in x:
+            yield from _flat(each)
+    elif type(x) is dict and not _is_value(x):
+        for each in x.values():
+            yield from _flat(each)
+    elif x is not None:
+        yield x
+
+
+def _numbers(x: Any) -> Iterator[int]:
+    if isinstance(x, tuple | list):
+        for each in x:
+            yield from _numbers(each)
+    elif _is_value(x):
+        yield x["value"]
+    elif type(x) is dict:
+        yield from _numbers(tuple(x.values()))
+
+
+def _renumbered(x: Any, places: dict[int, int]) -> Any:
+    if type(x) is tuple:
+        return tuple(_renumbered(each, places) for each in x)
+    if _is_value(x):
+        return {"value": places[x["value"]]}
+    if type(x) is dict:
+        return {name: _renumbered(each, places) for name, each in x.items()}
+    return x
+
+
+def _where(node: Any) -> str:
+    """Where in the module a node stands."""
+    if node.op == "call_module":
+        return str(node.target) or "the module"
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    return f"forward of {path}" if path else "forward"
+
+
+def _function_name(target: Any) -> str:
+    name = str(getattr(target, "__name__", target))
+    home = str(getattr(target, "__module__", "") or "")
+    ours = home.split(".")[0] in ("torch", "_operator", "builtins", "math", "")
+    return name if ours else f"{home}.{name}"
+
+
+_IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "setitem"])
+_SIZES = frozenset(["size", "dim", "numel", "ndimension"])
+
+
+def _is_number(x: Any) -> bool:
+    """Whether an argument is a number, or a size of an array, which nobody writes into."""
+    if not hasattr(x, "op"):
+        return not isinstance(x, tuple | list)
+    if x.op == "call_method":
+        return x.target in _SIZES
+    if x.op != "call_function":
+        return False
+    name = _function_name(x.target)
+    if name == "getattr":
+        return x.args[1] in ("shape", "ndim")
+    return name in ("getitem", *dir(operator)) and all(map(_is_number, x.args))
+
+
+def _writes(node: Any) -> bool:
+    """Whether a function or method writes into its first argument."""
+    if node.args and _is_number(node.args[0]):
+        return False
+    name = node.target if node.op == "call_method" else _function_name(node.target)
+    under = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
+    return under or name in _IN_PLACE or node.kwargs.get("inplace") is True
+
+
+def _written_node(node: Any, module: Module) -> Any:
+    """The node that this one writes into; None mostly."""
+    if node.op == "call_module":
+        inplace = getattr(module.get_submodule(node.target), "inplace", False)
+        return node.args[0] if inplace and node.args else None
+    return node.args[0] if node.op in ("call_function", "call_method") and _writes(node) else None
+
+
+def _may_view(node: Any, module: Module) -> bool:
+    if node.op == "call_module":
+        kind = type(module.get_submodule(node.target)).__name__
+        return kind in ("Identity", "Flatten", "Unflatten") or "Dropout" in kind
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if node.op == "call_method" else _function_name(node.target)
+    return known(name) in VIEWS
+
+
+def _needed(nodes: list[Any]) -> set[Any]:
+    """The nodes that the answer depends on, and those that write into what others read."""
+    needed: set[Any] = set()
+    for node in reversed(nodes):
+        acts = node.op in ("call_function", "call_method") and _writes(node)
+        if node.op == "output" or node in needed or acts:
+            needed.add(node)
+            needed.update(node.all_input_nodes)
+    return needed
+
+
+# Modules that are called with more than one argument, or answer more than one array
+
+
+def _batch_first(self: _Reading, path: str, module: Module, x: Any) -> Any:
+    """x with its rows on axis 0"""
+    if module.batch_first:
+        return x
+    if not path:
+        raise Unknown(
+            f"{type(module).__name__} has batch_first=False, so that its rows are on axis 1; here "
+            "they are on axis 0: set batch_first=True"
+        )
+    return self._step("transpose", (x, 0, 1))
+
+
+def _recurrent(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+    what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
+    states = given.get("hx")
+    states = () if states is None else states if type(states) is tuple else (states,)
+    turned = [self._step("transpose", (each, 0, 1)) for each in states]
+    x = _batch_first(self, path, module, given["input"])
+    made = self._step(what, (x, None, *turned) if turned else (x,))
+    count = 3 if kind_of(module) == "LSTM" else 2
+    y, *last = (self._step("getitem", (made, i)) for i in range(count))
+    if not path:
+        return (y, *last)
+    if not module.batch_first:
+        y = self._step("transpose", (y, 0, 1))
+    last = [self._step("transpose", (each, 0, 1)) for each in last]
+    return y, (tuple(last) if len(last) > 1 else last[0])
+
+
+def _cell(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+    what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
+    states = given.get("hx")
+    states = () if states is None else states if type(states) is tuple else (states,)
+    made = self._step(what, (given["input"], *states))
+    if kind_of(module) != "LSTMCell":
+        return made
+    return tuple(self._step("getitem", (made, i)) for i in range(2))
+
+
+def _mask(
+    self: _Reading, x: Any, padding: Any, attn: Any, heads: int, dtype: str
+) -> tuple[Any, ...]:
+    if padding is None and attn is None:
+        return ()
+    rows = self._step("size", (x, 0))
+    return (self._step("mask_of_attention", (padding, attn, rows, heads, dtype)),)
+
+
+def _attention(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+    what = self._layer(path, lambda: MODULES["MultiheadAttention"](module, self.take))
+    x, keys, values = (
+        _batch_first(self, path, module, given[name]) for name in ("query", "key", "value")
+    )
+    dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
+    mask = _mask(
+        self, x, given.get("key_padding_mask"), given.get("attn_mask"), module.num_heads, dtype
+    )
+    y = self._step(what, (x, keys, values, *mask))
+    if not module.batch_first:
+        y = self._step("transpose", (y, 0, 1))
+    return y if not path else (y, None)
+
+
+def _encoder(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+    what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
+    first = module.layers[0] if hasattr(module, "layers") else module
+    attention = first.self_attn
+    x = _batch_first(self, path, attention, given["src"])
+    dtype = str(attention.out_proj.weight.dtype).removeprefix("torch.")
+    attn = given.get("mask", given.get("src_mask"))
+    mask = _mask(self, x, given.get("src_key_padding_mask"), attn, attention.num_heads, dtype)
+    y = self._step(what, (x, *mask))
+    return y if attention.batch_first else self._step("transpose", (y, 0, 1))
+
+
+_CALLS = {
+    "RNN": _recurrent, "GRU": _recurrent, "LSTM": _recurrent,
+    "RNNCell": _cell, "GRUCell": _cell, "LSTMCell": _cell,
+    "MultiheadAttention": _attention, "TransformerEncoderLayer": _encoder,
+    "TransformerEncoder": _encoder,
+}  # fmt: skip
+
+NEEDED = dict.fromkeys(_CALLS, 1) | {"MultiheadAttention": 3}
+"""How many arguments such a module takes unless `inputs` names them."""

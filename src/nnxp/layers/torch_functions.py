@@ -1,0 +1,635 @@
+"""What torch's functions and methods do, by their names, in the dialect of NumPy and CuPy.
+
+Each takes arrays where torch takes tensors, and torch's own arguments; sizes are Python's numbers.
+Functions that make arrays take the library first.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from nnxp import kernels
+from nnxp._arrays import Array, get_array_module, is_array, is_floating, xp_of
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""Functions and methods by torch's name."""
+
+MAKERS: dict[str, Callable[..., Any]] = {}
+"""Functions that make arrays: they take the library first."""
+
+VIEWS = frozenset(
+    """chunk clone dropout expand expand_as flatten getitem movedim narrow permute reshape select
+    split squeeze t to transpose unbind unflatten unsqueeze view_as float double""".split()
+)
+"""What may answer the memory of its first argument."""
+
+
+def function(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: this is what torch means by these names."""
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        FUNCTIONS.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+def _of_one(name: str) -> Callable[..., Any]:
+    """A function that NumPy has by the same name, of one array, or of a size."""
+    return lambda x: getattr(xp_of(x) if is_array(x) else math, name)(x)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """An operator of Python's, of arrays or of sizes."""
+    return lambda x, y: getattr(operator, name)(*_met(x, y))
+
+
+def _activation(kernel: kernels.Kernel) -> Callable[..., Any]:
+    return lambda x: kernel(x)
+
+
+for _name in """exp log log1p log2 expm1 sqrt abs sin cos tan floor ceil square sign isnan isinf
+        isfinite logical_not reciprocal""".split():
+    FUNCTIONS[_name] = _of_one(_name)
+for _name in "add sub mul floordiv mod lt le gt ge eq ne".split():
+    FUNCTIONS[_name] = _operator(_name)
+for _name in "neg invert and_ or_ xor".split():
+    FUNCTIONS[_name] = getattr(operator, _name)
+for _name, _kernel in {
+    "relu": kernels.relu, "sigmoid": kernels.sigmoid, "tanh": kernels.tanh, "silu": kernels.silu,
+    "mish": kernels.mish, "selu": kernels.selu, "softsign": kernels.softsign,
+    "hardsigmoid": kernels.hard_sigmoid,
+}.items():  # fmt: skip
+    FUNCTIONS[_name] = _activation(_kernel)
+
+SAME = {
+    "subtract": "sub", "multiply": "mul", "remainder": "mod", "negative": "neg", "view": "reshape",
+    "bmm": "matmul", "concat": "cat", "concatenate": "cat", "clip": "clamp", "absolute": "abs",
+    "floor_divide": "floordiv", "divide": "div", "truediv": "div", "true_divide": "div",
+    "swapaxes": "transpose", "moveaxis": "movedim", "logical_and": "and_", "logical_or": "or_",
+    "bitwise_and": "and_", "bitwise_or": "or_", "bitwise_not": "invert", "type": "to",
+    "greater": "gt", "less": "lt", "iadd": "add", "isub": "sub",
+    "imul": "mul", "itruediv": "div", "contiguous": "clone", "detach": "clone", "cpu": "clone",
+    "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout",
+    "alpha_dropout": "dropout", "feature_dropout": "dropout", "special_expit": "sigmoid",
+}  # fmt: skip
+"""Other names for the same thing."""
+
+
+def _met(x: Any, y: Any) -> tuple[Any, Any]:
+    """Whole numbers that meet floats take their type, as torch has it; NumPy would take float64."""
+    arrays = [each for each in (x, y) if is_array(each)]
+    floats = [each.dtype for each in arrays if is_floating(each.dtype)]
+    if len(arrays) == 2 and len(floats) == 1:
+        x, y = (each.astype(floats[0], copy=False) for each in (x, y))
+    return x, y
+
+
+def _dtype(name: Any) -> Any:
+    return None if name is None else np.dtype(str(name).removeprefix("torch."))
+
+
+@function("div")
+def div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode == "floor":
+        return x // y
+    if rounding_mode == "trunc":
+        return xp_of(x).trunc(x / y)
+    if is_array(x) and not is_floating(x.dtype) and not (is_array(y) and is_floating(y.dtype)):
+        x = x.astype("float32")
+    x, y = _met(x, y)
+    return x / y
+
+
+@function("pow")
+def power(x: Any, y: Any) -> Any:
+    if is_array(x) or is_array(y):
+        return operator.pow(*_met(x, y))
+    result = math.pow(x, y)  # not x**y, which can be made to take for ever
+    return int(result) if isinstance(x, int) and isinstance(y, int) and y >= 0 else result
+
+
+@function("rsqrt")
+def rsqrt(x: Array) -> Array:
+    return 1 / xp_of(x).sqrt(x)
+
+
+@function("rsub")
+def rsub(x: Any, y: Any) -> Any:
+    return y - x
+
+
+FUNCTIONS["maximum"] = lambda x, y: xp_of(x).maximum(x, y)
+FUNCTIONS["minimum"] = lambda x, y: xp_of(x).minimum(x, y)
+
+
+@function("matmul")
+def matmul(x: Array, y: Array) -> Array:
+    return xp_of(x).matmul(x, y)
+
+
+@function("addmm", "baddbmm")
+def addmm(x: Array, a: Array, b: Array, *, beta: float = 1, alpha: float = 1) -> Array:
+    product = xp_of(a).matmul(a, b)
+    return (x if beta == 1 else x * beta) + (product if alpha == 1 else product * alpha)
+
+
+@function("einsum")
+def einsum(subscripts: str, *operands: Any) -> Array:
+    arrays = operands[0] if isinstance(operands[0], tuple | list) else operands
+    return xp_of(arrays[0]).einsum(subscripts, *arrays)
+
+
+@function("linear")
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    return kernels.linear(x, weight.swapaxes(0, 1), bias)
+
+
+@function("layer_norm")
+def layer_norm(
+    x: Array, shape: Any, weight: Array | None = None, bias: Array | None = None, eps: float = 1e-5
+) -> Array:
+    axes = len(shape) if isinstance(shape, tuple | list) else 1
+    flat = x.reshape(*x.shape[: x.ndim - axes], prod(x.shape[x.ndim - axes :]))
+    flat_weight, flat_bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
+    return kernels.layer_norm(flat, flat_weight, flat_bias, eps=eps).reshape(x.shape)
+
+
+@function("rms_norm")
+def rms_norm(x: Array, shape: Any, weight: Array | None = None, eps: float | None = None) -> Array:
+    axes = len(shape) if isinstance(shape, tuple | list) else 1
+    flat = x.reshape(*x.shape[: x.ndim - axes], prod(x.shape[x.ndim - axes :]))
+    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
+    gain = None if weight is None else weight.reshape(-1)
+    return kernels.rms_norm(flat, gain, eps=eps).reshape(x.shape)
+
+
+@function("embedding")
+def embedding(ids: Array, weight: Array, *rest: Any, **options: Any) -> Array:
+    return kernels.embedding(ids.astype("int64", copy=False), weight)
+
+
+@function("scaled_dot_product_attention")
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Array:
+    arrays = [x[None] if x.ndim < 3 else x for x in (query, key, value)]
+    y = kernels.attention(*arrays, attn_mask, causal=is_causal, scale=scale)
+    return y[0] if query.ndim < 3 else y
+
+
+@function("mask_of_attention")
+def mask_of_attention(
+    padding: Array | None, attn: Array | None, rows: int, heads: int, dtype: Any
+) -> Array:
+    """torch's masks, True where nobody looks, as ours: (rows, heads or 1, queries or 1, keys)."""
+    parts = []
+    if padding is not None:
+        parts.append(padding[:, None, None, :])
+    if attn is not None and attn.ndim == 3:
+        parts.append(attn.reshape(rows, heads, *attn.shape[1:]))
+    elif attn is not None:
+        parts.append(attn[None, None])
+    xp = xp_of(parts[0])
+    if all(part.dtype.kind == "b" for part in parts):
+        mask = ~parts[0]
+        for part in parts[1:]:
+            mask = mask & ~part
+    else:
+        added = [
+            xp.where(part, xp.full((), -np.inf, dtype), 0) if part.dtype.kind == "b" else part
+            for part in parts
+        ]
+        mask = added[0] if len(added) == 1 else added[0] + added[1]
+    return xp.broadcast_to(mask, (rows, *mask.shape[1:]))
+
+
+@function("dropout")
+def dropout(x: Array, *args: Any, **options: Any) -> Array:
+    return x
+
+
+@function("clone")
+def clone(x: Array, *args: Any, **options: Any) -> Array:
+    return x
+
+
+@function("gelu")
+def gelu(x: Array, approximate: str = "none") -> Array:
+    return kernels.gelu_tanh(x) if approximate == "tanh" else kernels.gelu(x)
+
+
+@function("leaky_relu")
+def leaky_relu(x: Array, negative_slope: float = 0.01) -> Array:
+    return kernels.leaky_relu(x, negative_slope=negative_slope)
+
+
+@function("elu")
+def elu(x: Array, alpha: float = 1.0) -> Array:
+    return kernels.elu(x, alpha=alpha)
+
+
+@function("softplus")
+def softplus(x: Array, beta: float = 1, threshold: float = 20) -> Array:
+    return kernels.softplus(x) if beta == 1 else kernels.softplus(x * beta) / beta
+
+
+def _along(kernel: Any, x: Array, dim: int | None, dtype: Any) -> Array:
+    """A kernel over the last axis, over another one."""
+    x = x if dtype is None else x.astype(_dtype(dtype))
+    if dim is None:
+        dim = 0 if x.ndim in (0, 1, 3) else 1
+    if dim % x.ndim == x.ndim - 1:
+        return kernel(x)
+    return xp_of(x).moveaxis(kernel(xp_of(x).moveaxis(x, dim, -1)), -1, dim)
+
+
+@function("softmax")
+def softmax(x: Array, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Array:
+    return _along(kernels.softmax, x, dim, dtype)
+
+
+@function("log_softmax")
+def log_softmax(x: Array, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Array:
+    return _along(kernels.log_softmax, x, dim, dtype)
+
+
+@function("clamp")
+def clamp(x: Array, min: Any = None, max: Any = None) -> Array:
+    return xp_of(x).clip(x, min, max)
+
+
+@function("where")
+def where(condition: Array, x: Any, y: Any) -> Array:
+    return xp_of(condition).where(condition, *_met(x, y))
+
+
+@function("masked_fill")
+def masked_fill(x: Array, mask: Array, value: Any) -> Array:
+    return xp_of(x).where(mask, value, x)
+
+
+# sums and what else looks along axes
+
+
+def _axes(dim: Any) -> Any:
+    return tuple(dim) if isinstance(dim, tuple | list) else dim
+
+
+def _reduction(name: str) -> Callable[..., Any]:
+    def reduce(x: Array, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+        x = x if dtype is None else x.astype(_dtype(dtype))
+        return getattr(xp_of(x), name)(x, axis=_axes(dim), keepdims=keepdim)
+
+    return reduce
+
+
+for _name, _theirs in [("mean", "mean"), ("sum", "sum"), ("amax", "max"), ("amin", "min"),
+                       ("any", "any"), ("all", "all"), ("argmax", "argmax"),
+                       ("argmin", "argmin"), ("prod", "prod")]:  # fmt: skip
+    FUNCTIONS[_name] = _reduction(_theirs)
+
+
+def _extreme(name: str) -> Callable[..., Any]:
+    def extreme(x: Array, dim: Any = None, keepdim: bool = False) -> Any:
+        xp = xp_of(x)
+        if dim is None:
+            return getattr(xp, name)(x)
+        if is_array(dim):
+            return getattr(xp, f"{name}imum")(x, dim)
+        best = getattr(xp, name)(x, axis=dim, keepdims=keepdim)
+        return best, getattr(xp, f"arg{name}")(x, axis=dim, keepdims=keepdim)
+
+    return extreme
+
+
+FUNCTIONS["max"], FUNCTIONS["min"] = _extreme("max"), _extreme("min")
+
+
+def _spread(name: str) -> Callable[..., Any]:
+    def spread(
+        x: Array, dim: Any = None, unbiased: bool = True, keepdim: bool = False,
+        *, correction: int | None = None,
+    ) -> Array:  # fmt: skip
+        ddof = int(unbiased) if correction is None else correction
+        return getattr(xp_of(x), name)(x, axis=_axes(dim), ddof=ddof, keepdims=keepdim)
+
+    return spread
+
+
+FUNCTIONS["var"], FUNCTIONS["std"] = _spread("var"), _spread("std")
+
+
+@function("normalize")
+def normalize(x: Array, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Array:
+    xp = xp_of(x)
+    length = xp.linalg.norm(x, ord=None if p == 2 else p, axis=dim, keepdims=True)
+    return x / xp.maximum(length, eps)
+
+
+@function("cumsum")
+def cumsum(x: Array, dim: int, *, dtype: Any = None) -> Array:
+    return xp_of(x).cumsum(x, axis=dim, dtype=_dtype(dtype))
+
+
+# shapes
+
+
+def _sizes(given: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
+
+
+@function("reshape")
+def reshape(x: Array, *shape: Any) -> Array:
+    return x.reshape(_sizes(shape))
+
+
+@function("view_as", "reshape_as")
+def view_as(x: Array, other: Array) -> Array:
+    return x.reshape(other.shape)
+
+
+@function("flatten")
+def flatten(x: Array, start_dim: int = 0, end_dim: int = -1) -> Array:
+    start, end = start_dim % max(1, x.ndim), end_dim % max(1, x.ndim)
+    return x.reshape(*x.shape[:start], prod(x.shape[start : end + 1]), *x.shape[end + 1 :])
+
+
+@function("unflatten")
+def unflatten(x: Array, dim: int, sizes: Any) -> Array:
+    dim = dim % x.ndim
+    known = prod(size for size in sizes if size != -1)
+    sizes = [x.shape[dim] // known if size == -1 else size for size in sizes]
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+@function("permute")
+def permute(x: Array, *dims: Any) -> Array:
+    return x.transpose(_sizes(dims))
+
+
+@function("transpose")
+def transpose(x: Array, a: int, b: int) -> Array:
+    return x.swapaxes(a, b)
+
+
+@function("t")
+def t(x: Array) -> Array:
+    return x.swapaxes(0, 1) if x.ndim == 2 else x
+
+
+@function("movedim")
+def movedim(x: Array, source: Any, destination: Any) -> Array:
+    return xp_of(x).moveaxis(x, source, destination)
+
+
+@function("squeeze")
+def squeeze(x: Array, dim: Any = None) -> Array:
+    dims = [dim] if isinstance(dim, int) else range(x.ndim) if dim is None else dim
+    ones = tuple(d % x.ndim for d in dims if x.shape[d] == 1)
+    return xp_of(x).squeeze(x, ones) if ones else x
+
+
+@function("unsqueeze")
+def unsqueeze(x: Array, dim: int) -> Array:
+    return xp_of(x).expand_dims(x, dim)
+
+
+@function("expand")
+def expand(x: Array, *sizes: Any) -> Array:
+    sizes = _sizes(sizes)
+    own = (1,) * (len(sizes) - x.ndim) + x.shape
+    shape = tuple(a if b == -1 else b for a, b in zip(own, sizes, strict=True))
+    return xp_of(x).broadcast_to(x, shape)
+
+
+@function("expand_as")
+def expand_as(x: Array, other: Array) -> Array:
+    return xp_of(x).broadcast_to(x, other.shape)
+
+
+@function("repeat", "tile")
+def repeat(x: Array, *times: Any) -> Array:
+    return xp_of(x).tile(x, _sizes(times))
+
+
+@function("repeat_interleave")
+def repeat_interleave(x: Array, repeats: int, dim: int | None = None) -> Array:
+    return xp_of(x).repeat(x, repeats, axis=dim)
+
+
+@function("cat")
+def cat(arrays: Any, dim: int = 0, *, axis: int | None = None) -> Array:
+    return xp_of(arrays[0]).concatenate(list(arrays), axis=dim if axis is None else axis)
+
+
+@function("stack")
+def stack(arrays: Any, dim: int = 0) -> Array:
+    return xp_of(arrays[0]).stack(list(arrays), axis=dim)
+
+
+def _part(x: Array, dim: int, start: Any, stop: Any) -> Array:
+    return x[(slice(None),) * (dim % x.ndim) + (slice(start, stop),)]
+
+
+@function("split")
+def split(x: Array, sizes: Any, dim: int = 0) -> Any:
+    total = x.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(_part(x, dim, a, a + n) for a, n in zip(starts, sizes, strict=True))
+
+
+@function("chunk")
+def chunk(x: Array, chunks: int, dim: int = 0) -> Any:
+    return split(x, -(-x.shape[dim] // chunks), dim)
+
+
+@function("narrow")
+def narrow(x: Array, dim: int, start: int, length: int) -> Array:
+    return _part(x, dim, start, start + length)
+
+
+@function("select")
+def select(x: Array, dim: int, index: int) -> Array:
+    return x[(slice(None),) * (dim % x.ndim) + (index,)]
+
+
+@function("unbind")
+def unbind(x: Array, dim: int = 0) -> Any:
+    return tuple(select(x, dim, i) for i in range(x.shape[dim]))
+
+
+@function("getitem")
+def getitem(x: Any, key: Any) -> Any:
+    return x[tuple(key) if isinstance(key, tuple | list) else key]
+
+
+@function("setitem")
+def setitem(x: Array, key: Any, value: Any) -> Array:
+    y = x.copy()
+    y[tuple(key) if isinstance(key, tuple | list) else key] = value
+    return y
+
+
+@function("flip")
+def flip(x: Array, *dims: Any) -> Array:
+    return xp_of(x).flip(x, _sizes(dims))
+
+
+@function("roll")
+def roll(x: Array, shifts: Any, dims: Any = None) -> Array:
+    return xp_of(x).roll(x, shifts, axis=dims)
+
+
+FUNCTIONS["tril"] = lambda x, diagonal=0: xp_of(x).tril(x, diagonal)
+FUNCTIONS["triu"] = lambda x, diagonal=0: xp_of(x).triu(x, diagonal)
+
+
+@function("pad")
+def pad(x: Array, pads: Any, mode: str = "constant", value: float | None = None) -> Array:
+    widths = [(0, 0)] * (x.ndim - len(pads) // 2)
+    widths += [(pads[i], pads[i + 1]) for i in range(len(pads) - 2, -1, -2)]
+    if mode == "constant":
+        return xp_of(x).pad(x, widths, constant_values=value or 0)
+    return xp_of(x).pad(x, widths, mode={"replicate": "edge", "circular": "wrap"}.get(mode, mode))
+
+
+# what an array tells of itself, and its type
+
+
+@function("size")
+def size(x: Array, dim: int | None = None) -> Any:
+    return tuple(x.shape) if dim is None else x.shape[dim]
+
+
+ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
+    "shape": lambda x: tuple(x.shape),
+    "ndim": lambda x: int(x.ndim),
+    "dtype": lambda x: x.dtype,
+    "device": lambda x: None,  # where an array is, the model says
+    "T": lambda x: x.swapaxes(-1, -2),
+    "mT": lambda x: x.swapaxes(-1, -2),
+    "values": lambda x: x[0],
+    "indices": lambda x: x[1],
+}
+"""Attributes of a tensor, and of what `max` along an axis answers."""
+
+
+@function("getattr")
+def attribute(x: Any, name: str) -> Any:
+    return ATTRIBUTES[name](x)
+
+
+@function("dim", "ndimension")
+def dim(x: Array) -> int:
+    return int(x.ndim)
+
+
+@function("numel")
+def numel(x: Array) -> int:
+    return int(x.size)
+
+
+@function("to")
+def to(x: Array, *args: Any, **options: Any) -> Array:
+    """Only the type counts: where an array is, the model says."""
+    for each in (*args, options.get("dtype")):
+        if is_array(each):
+            return x.astype(each.dtype, copy=False)
+        if isinstance(each, np.dtype) or (isinstance(each, str) and each.startswith("torch.")):
+            return x.astype(_dtype(each), copy=False)
+    return x
+
+
+@function("type_as")
+def type_as(x: Array, other: Array) -> Array:
+    return x.astype(other.dtype, copy=False)
+
+
+def _to(kind: str) -> Callable[..., Any]:
+    return lambda x: x.astype(kind, copy=False)
+
+
+for _name, _kind in {
+    "float": "float32", "double": "float64", "half": "float16", "long": "int64", "int": "int32",
+    "bool": "bool",
+}.items():  # fmt: skip
+    FUNCTIONS[_name] = _to(_kind)
+
+
+# arrays from nothing
+
+
+def maker(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        MAKERS.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+@maker("arange")
+def arange(xp: Any, *bounds: Any, dtype: Any = None, device: Any = None, **other: Any) -> Array:
+    start, stop, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+    whole = all(isinstance(each, int) for each in (start, stop, step))
+    return xp.arange(start, stop, step, dtype=_dtype(dtype) or ("int64" if whole else "float32"))
+
+
+def _filled(value: float) -> Callable[..., Any]:
+    def make(xp: Any, *shape: Any, dtype: Any = None, device: Any = None, **other: Any) -> Array:
+        return xp.full(_sizes(shape), value, dtype=_dtype(dtype) or "float32")
+
+    return make
+
+
+MAKERS["zeros"], MAKERS["ones"] = _filled(0), _filled(1)
+
+
+@maker("full")
+def full(
+    xp: Any, shape: Any, value: Any, *, dtype: Any = None, device: Any = None, **other: Any
+) -> Array:
+    default = {bool: "bool", int: "int64"}.get(type(value), "float32")
+    return xp.full(shape, value, dtype=_dtype(dtype) or default)
+
+
+@function("zeros_like")
+def zeros_like(x: Array, *, dtype: Any = None, **other: Any) -> Array:
+    return xp_of(x).zeros_like(x, dtype=_dtype(dtype))
+
+
+@function("ones_like")
+def ones_like(x: Array, *, dtype: Any = None, **other: Any) -> Array:
+    return xp_of(x).ones_like(x, dtype=_dtype(dtype))
+
+
+@function("full_like")
+def full_like(x: Array, value: Any, *, dtype: Any = None, **other: Any) -> Array:
+    return xp_of(x).full_like(x, value, dtype=_dtype(dtype))
+
+
+def known(name: str) -> str:
+    """The name in the tables for a name of torch's; "" if it is not there."""
+    name = SAME.get(name, name)
+    return name if name in FUNCTIONS or name in MAKERS else ""
+
+
+def library_of(arrays: Any) -> Any:
+    """The library of the first array among values of a graph."""
+    return get_array_module(next((each for each in arrays if is_array(each)), None))

@@ -1,0 +1,197 @@
+"""A module of PyTorch as a layer: the steps of its `forward`, layers and functions of torch's.
+
+The steps are plain values, so that a file holds them: (what, arguments, options), where what is
+"layers.3" or the name of a function in `torch_functions`, and {"value": 5} among the arguments
+stands for value 5: the inputs come first, then what each step answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import Array, is_array, xp_of
+from nnxp._errors import OptionError
+from nnxp.layers._layer import Example, Layer, array_shape
+from nnxp.layers.dense import Dense
+from nnxp.layers.norm import BatchNorm
+from nnxp.layers.torch_functions import FUNCTIONS, MAKERS, library_of
+
+
+class ChannelsFirst(Layer):
+    """y = inner(x), for x that has its channels on axis 1, as torch and ONNX do.
+
+    x (rows, channels, ...) -> y (rows, channels', ...). `inner` gets and answers them last. Both
+    ways are views: nothing is copied.
+    """
+
+    inner: Layer
+
+    def __call__(self, x: Array) -> Array:
+        if x.ndim < 3:
+            return self.inner(x)
+        xp = xp_of(x)
+        return xp.moveaxis(self.inner(xp.moveaxis(x, 1, -1)), -1, 1)
+
+    def __repr__(self) -> str:
+        return f"ChannelsFirst({self.inner!r})"
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(Dense(3, 5, rng=0)), (2, 3, 4)
+        yield cls(BatchNorm(3)), (4, 3)
+
+
+class Constant(Layer):
+    """y = value, for every row.
+
+    x (rows, ...) -> y (rows, *value.shape). With a `kind`, "int64" or "bool", the values are that,
+    and stay so whatever the model's type: they are kept in float64, exact for numbers to 2^53.
+    """
+
+    value: Array
+    kind: str = ""
+
+    def __init__(self, value: Array) -> None:
+        value = np.asarray(value)
+        self.kind = (
+            "" if value.dtype.kind in "fV" else "bool" if value.dtype.kind == "b" else "int64"
+        )
+        self.value = value if self.kind == "" else value.astype("float64")
+
+    @property
+    def wide(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("value",) if self.kind else ()
+
+    def validate(self) -> None:
+        array_shape(self, "value")
+        if self.kind not in ("", "int64", "bool"):
+            raise OptionError(f'kind of a Constant is "int64", "bool" or "", not {self.kind!r:.60}')
+
+    def values(self) -> Array:
+        """What it holds, in the type that it is of."""
+        return self.value.astype(self.kind) if self.kind else self.value
+
+    def __call__(self, x: Array) -> Array:
+        return xp_of(x).broadcast_to(self.values(), (x.shape[0], *self.value.shape))
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(np.arange(6, dtype="float32").reshape(2, 3)), (4, 5)
+
+
+class TorchGraph(Layer):
+    """What `nnxp.from_torch` makes of a module whose `forward` is more than layers in a row.
+
+    Takes what `forward` takes, in torch's layout, and answers an array or a tuple. `kinds` says
+    what each input is, as `takes` does; `answers` which values are the answer.
+    """
+
+    layers: tuple[Layer, ...]
+    steps: tuple[Any, ...]
+    answers: tuple[Any, ...]
+    kinds: tuple[str, ...]
+
+    @property
+    def takes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.kinds
+
+    def validate(self) -> None:
+        count = len(self.kinds)
+        for step in self.steps:
+            fits = type(step) is tuple and len(step) == 3 and isinstance(step[0], str)
+            if not fits or not _knows(step[0], self.layers) or not _sound(step[1:], count):
+                raise OptionError(f"a step of a TorchGraph has no meaning: {step!r:.100}")
+            count += 1
+        if not self.answers or not _sound(self.answers, count):
+            raise OptionError(
+                f"the answers of a TorchGraph are values of it: {self.answers!r:.100}"
+            )
+
+    def __call__(self, *inputs: Array) -> Any:
+        values: list[Any] = list(inputs)
+        xp = library_of(inputs)
+        for what, arguments, options in self.steps:
+            given = [_known(each, values) for each in arguments]
+            named = {name: _known(each, values) for name, each in options.items()}
+            kind, _, number = what.partition(".")
+            if kind == "layers":
+                values.append(self.layers[int(number)](*given, **named))
+            elif kind == "constant":
+                constant: Any = self.layers[int(number)]
+                values.append(constant.values())
+            elif kind in MAKERS:
+                values.append(MAKERS[kind](xp, *given, **named))
+            else:
+                values.append(FUNCTIONS[kind](*given, **named))
+        made = tuple(_known(each, values) for each in self.answers)
+        made = tuple(xp.asarray(each) if not is_array(each) else each for each in made)
+        return made if len(made) > 1 else made[0]
+
+    def __repr__(self) -> str:
+        return f"TorchGraph({len(self.steps)} steps, {len(self.layers)} layers)"
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        x, h = {"value": 0}, {"value": 1}
+        steps: tuple[Any, ...] = (
+            ("layers.0", (x,), {}),
+            ("relu", (h,), {}),
+            (
+                "getitem",
+                ({"value": 2}, ({"slice": (None, None, None)}, {"slice": (0, 2, None)})),
+                {},
+            ),
+            ("cat", (({"value": 3}, x), 1), {}),
+        )
+        yield cls.of((Dense(3, 4, rng=0),), steps, ({"value": 4},), ("float",)), (5, 3)
+
+
+def encoded(x: Any) -> Any:
+    """A plain argument as a file holds it."""
+    if isinstance(x, slice):
+        return {"slice": tuple(encoded(each) for each in (x.start, x.stop, x.step))}
+    if x is Ellipsis:
+        return {"ellipsis": True}
+    if isinstance(x, float) and not np.isfinite(x):
+        return {"float": str(x)}
+    if isinstance(x, tuple | list):
+        return tuple(map(encoded, x))
+    return x
+
+
+def _known(x: Any, values: list[Any]) -> Any:
+    """What an argument stands for."""
+    if type(x) is tuple:
+        return tuple(_known(each, values) for each in x)
+    if type(x) is dict:
+        ((kind, what),) = x.items()
+        if kind == "value":
+            return values[what]
+        if kind == "slice":
+            return slice(*(_known(each, values) for each in what))
+        return Ellipsis if kind == "ellipsis" else float(what)
+    return x
+
+
+def _knows(what: str, layers: tuple[Layer, ...]) -> bool:
+    kind, _, number = what.partition(".")
+    if kind in ("layers", "constant"):
+        there = number.isdecimal() and int(number) < len(layers)
+        return there and (kind == "layers" or isinstance(layers[int(number)], Constant))
+    return what in FUNCTIONS or what in MAKERS
+
+
+def _sound(x: Any, count: int) -> bool:
+    """Whether the arguments look at nothing but the first `count` values."""
+    if type(x) is tuple:
+        return all(_sound(each, count) for each in x)
+    if type(x) is not dict:
+        return True
+    if "value" in x:
+        return len(x) == 1 and type(x["value"]) is int and 0 <= x["value"] < count
+    if len(x) == 1 and {"slice", "ellipsis", "float"} & x.keys():
+        return _sound(x.get("slice", ()), count)
+    return all(isinstance(name, str) and _sound(each, count) for name, each in x.items())

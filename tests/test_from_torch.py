@@ -1,0 +1,528 @@
+"""Modules of torch become models that answer what torch answers in eval().
+
+In float64 to 1e-12 of the largest answer, in float32 within the bound. Every case is also written
+out as a program, saved and loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import results
+from nnxp.testing import bounded, error_bound
+from nnxp.testing.parity import compare
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+nn = torch.nn
+F = torch.nn.functional
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore:dropout option adds dropout"),
+]
+
+
+def drawn(module, seed=0):
+    """The module with parameters and running statistics drawn at random, in eval()."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            if value.is_floating_point():
+                fresh = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+                fresh = fresh + 0.5 if "var" in name else (fresh - 0.5) * 1.5
+                value.copy_(fresh)
+    return module.eval()
+
+
+def flat(answer):
+    if isinstance(answer, dict):
+        answer = tuple(answer.values())
+    if isinstance(answer, tuple | list):
+        return [y for each in answer for y in flat(each)]
+    return [] if answer is None else [answer.detach().numpy()]
+
+
+def tensors(inputs, dtype):
+    return [torch.from_numpy(x.astype(dtype) if x.dtype.kind == "f" else x) for x in inputs]
+
+
+def agrees(module, *inputs, tmp_path=None, turn=lambda ys: ys, **options):
+    """Answers the model, once it is seen to answer what the module does."""
+    for dtype, kind in (("float64", torch.float64), ("float32", torch.float32)):
+        module = module.to(kind)
+        given = tensors(inputs, dtype)
+        with torch.no_grad():
+            due = turn(flat(module(*given, **options.get("call", {}))))
+        model = nnxp.from_torch(module, inputs=options.get("inputs"))
+        host = [each.numpy() for each in given]
+        answers = results(model(*host))
+        assert len(answers) == len(due)
+        for y, expected in zip(answers, due, strict=True):
+            assert y.shape == expected.shape
+            assert y.dtype == expected.dtype
+            if dtype == "float64":
+                scale = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
+                np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12 * max(scale, 1e-300))
+        if dtype == "float32":
+            lifted = model.map_arrays(lambda name, value: bounded.asarray(value))
+            for i, expected in enumerate(due):
+                value, error = error_bound(lambda *xs, i=i, net=lifted: results(net(*xs))[i], *host)
+                for who, y in (("torch", expected), ("nnxp", answers[i])):
+                    check = compare("", "", who, y, value, error)
+                    assert check.ok, check.problem
+            program = model.program(*((x.shape, x.dtype) for x in host))
+            for y, again in zip(answers, results(program(*host)), strict=True):
+                np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-6)
+            if tmp_path is not None:
+                nnxp.save(model, tmp_path / "model")
+                loaded = nnxp.load(tmp_path / "model")
+                for y, again in zip(answers, results(loaded(*host)), strict=True):
+                    assert y.tobytes() == again.tobytes()
+    return model
+
+
+def x_of(*shape, seed=1):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def ids_of(count, *shape, seed=1):
+    return np.random.default_rng(seed).integers(0, count, shape)
+
+
+MODULES = {
+    "Linear": (lambda: nn.Linear(3, 5), (4, 3)),
+    "Linear without bias": (lambda: nn.Linear(3, 5, bias=False), (4, 2, 3)),
+    "LayerNorm": (lambda: nn.LayerNorm(6, eps=0.1), (4, 3, 6)),
+    "LayerNorm without weights": (lambda: nn.LayerNorm(6, elementwise_affine=False), (4, 6)),
+    "LayerNorm without bias": (lambda: nn.LayerNorm(6, bias=False), (4, 6)),
+    "LayerNorm over axes": (lambda: nn.LayerNorm((3, 4), elementwise_affine=False), (2, 3, 4)),
+    "RMSNorm without weights": (lambda: nn.RMSNorm(6, elementwise_affine=False), (4, 6)),
+    "RMSNorm": (lambda: nn.RMSNorm(6, eps=0.1), (4, 6)),
+    "RMSNorm with torch's own eps": (lambda: nn.RMSNorm(6), (4, 6)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(6, eps=0.1), (4, 6)),
+    "BatchNorm1d of signals": (lambda: nn.BatchNorm1d(3), (4, 3, 5)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(3, affine=False), (4, 3, 5, 2)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(2), (2, 2, 3, 1, 2)),
+    "Flatten": (lambda: nn.Flatten(), (2, 3, 4)),
+    "Flatten of some": (lambda: nn.Flatten(2, 3), (2, 3, 4, 5)),
+    "Unflatten": (lambda: nn.Unflatten(1, (2, -1)), (3, 6)),
+    "Identity": (lambda: nn.Identity(), (2, 3)),
+    "Dropout": (lambda: nn.Dropout(0.3), (2, 3)),
+    "Dropout of all": (lambda: nn.Dropout(1.0), (2, 3)),
+    "LeakyReLU": (lambda: nn.LeakyReLU(0.3), (4, 6)),
+    "ELU": (lambda: nn.ELU(0.7), (4, 6)),
+    "GELU": (lambda: nn.GELU(), (4, 6)),
+    "GELU by tanh": (lambda: nn.GELU("tanh"), (4, 6)),
+    "Softplus": (lambda: nn.Softplus(beta=2.0), (4, 6)),
+    "Softmax": (lambda: nn.Softmax(-1), (4, 6)),
+    "Softmax along 1": (lambda: nn.Softmax(1), (4, 6, 3)),
+    "LogSoftmax along 1": (lambda: nn.LogSoftmax(1), (4, 6)),
+    **{name: (getattr(nn, name), (4, 6))
+       for name in "ReLU SELU Sigmoid Tanh SiLU Mish Softsign Hardsigmoid".split()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_the_table(name, tmp_path):
+    make, shape = MODULES[name]
+    agrees(drawn(make()), x_of(*shape), tmp_path=tmp_path)
+
+
+def test_embedding(tmp_path):
+    model = agrees(drawn(nn.Embedding(7, 4, padding_idx=0)), ids_of(7, 3, 5), tmp_path=tmp_path)
+    assert type(model) is nnxp.Embedding
+
+
+def rows_first(ys):
+    """torch's last states have the layers first."""
+    return [ys[0], *(y.swapaxes(0, 1) for y in ys[1:])]
+
+
+RECURRENT = [
+    (kind, options)
+    for kind, more in [("RNN", [{}, {"nonlinearity": "relu"}]), ("GRU", [{}]),
+                       ("LSTM", [{}, {"proj_size": 2}])]
+    for extra in more
+    for options in [
+        extra,
+        extra | {"num_layers": 2, "bias": False},
+        extra | {"bidirectional": True},
+        extra | {"num_layers": 2, "bidirectional": True, "dropout": 0.5},
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options"), RECURRENT, ids=str)
+def test_recurrent_modules(kind, options, tmp_path):
+    module = drawn(getattr(nn, kind)(4, 3, batch_first=True, **options))
+    model = agrees(module, x_of(3, 4, 4), turn=rows_first, tmp_path=tmp_path)
+    assert isinstance(model.layers[0], getattr(nnxp, kind))
+
+
+@pytest.mark.parametrize(("kind", "options"), RECURRENT, ids=str)
+def test_rows_of_unequal_length_are_torch_s_packed_sequences(kind, options):
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+    module = drawn(getattr(nn, kind)(4, 3, batch_first=True, **options)).double()
+    layer = nnxp.from_torch(module).layers[0]
+    x, lengths = x_of(5, 6, 4), np.array([6, 1, 4, 5, 2])
+    layers = module.num_layers * (1 + module.bidirectional)
+    sizes = [module.proj_size or 3, 3][: 1 + (kind == "LSTM")]
+    states = [x_of(5, layers, size, seed=i) for i, size in enumerate(sizes)]
+    theirs = tuple(torch.from_numpy(h.swapaxes(0, 1).copy()) for h in states)
+    packed = pack_padded_sequence(torch.from_numpy(x), torch.from_numpy(lengths), True, False)
+    with torch.no_grad():
+        y, last = module(packed, theirs if kind == "LSTM" else theirs[0])
+    due = [pad_packed_sequence(y, True)[0], *(last if kind == "LSTM" else [last])]
+    due = rows_first([each.numpy() for each in due])
+    for ours, expected in zip(layer(x, lengths, *states), due, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+class OneStep(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.cell = getattr(nn, kind)(4, 3, **options)
+
+    def forward(self, x, h, c):
+        state = (h, c) if isinstance(self.cell, nn.LSTMCell) else h
+        return self.cell(x, state)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cells(kind, bias, tmp_path):
+    module = drawn(OneStep(kind, bias=bias))
+    agrees(module, x_of(5, 4), x_of(5, 3, seed=2), x_of(5, 3, seed=3), tmp_path=tmp_path)
+
+
+class Attends(nn.Module):
+    def __init__(self, *args, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(*args, batch_first=True, **options)
+
+    def forward(self, x, keys, values, padding=None, mask=None):
+        y, _ = self.attention(x, keys, values, key_padding_mask=padding, attn_mask=mask)
+        return y
+
+
+class AttendsByOne(Attends):
+    """With one mask for all rows, which the module has."""
+
+    def forward(self, x, keys, values, padding=None):
+        return self.attention(x, keys, values, key_padding_mask=padding, attn_mask=self.fixed)[0]
+
+
+PADDING = np.array(
+    [[False, True, False, False, True], [False] * 5, [False, True, True, True, False]]
+)
+AHEAD = np.triu(np.ones((4, 5), bool), 2)
+MASKS = {
+    "none": (),
+    "padding": (PADDING, None),
+    "padding of floats": (np.where(PADDING, -3.5, 0.25), None),
+    "ahead": (None, AHEAD),
+    "floats": (None, x_of(4, 5, seed=9)),
+    "for each head": (None, x_of(3 * 2, 4, 5, seed=9)),
+    "both": (PADDING, AHEAD),
+    "infinite": (None, np.where(AHEAD, -np.inf, 0.0)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 3, "vdim": 7}], ids=str)
+@pytest.mark.parametrize("masks", MASKS)
+def test_attention(masks, options, tmp_path):
+    module = drawn(Attends(6, 2, **options))
+    arrays = [x_of(3, 4, 6), x_of(3, 5, options.get("kdim", 6)), x_of(3, 5, options.get("vdim", 6))]
+    names = ["x", "keys", "values"]
+    for name, mask in zip(("padding", "mask"), MASKS[masks], strict=False):
+        if mask is not None and name == "mask" and mask.ndim == 2:
+            module.__class__ = AttendsByOne
+            module.register_buffer("fixed", torch.from_numpy(mask))
+        elif mask is not None:
+            arrays.append(mask)
+            names.append(name)
+    if masks == "for each head":
+        with torch.no_grad():
+            due = module.double()(
+                *tensors(arrays[:3], "float64"), None, *tensors(arrays[3:], "float64")
+            )
+        layer = nnxp.from_torch(module).layers[0]
+        y = layer(*arrays[:3], arrays[3].reshape(3, 2, 4, 5))
+        np.testing.assert_allclose(y, due.numpy(), rtol=1e-12, atol=1e-14)
+        return
+    agrees(module, *arrays, inputs=names, tmp_path=tmp_path)
+
+
+ENCODERS = [
+    {},
+    {"norm_first": True, "activation": "gelu"},
+    {"activation": nn.SiLU(), "bias": False},
+    {"layer_norm_eps": 0.1, "activation": F.gelu},
+]
+
+
+@pytest.mark.parametrize("options", ENCODERS, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_encoder_layers(options, padded, tmp_path):
+    module = drawn(nn.TransformerEncoderLayer(6, 2, 9, batch_first=True, **options))
+    if not padded:
+        model = agrees(module, x_of(3, 5, 6), tmp_path=tmp_path)
+        assert type(model) is nnxp.TransformerEncoderLayer
+        return
+    names = ["src", "src_key_padding_mask"]
+    model = nnxp.from_torch(module.double(), inputs=names)
+    x = torch.from_numpy(x_of(3, 5, 6))
+    with torch.no_grad():
+        due = module(x, src_key_padding_mask=torch.from_numpy(PADDING)).numpy()
+    shown = ~PADDING  # torch's fast path gives zeros where it is told to look at nothing
+    np.testing.assert_allclose(model(x.numpy(), PADDING)[shown], due[shown], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_encoders(norm, tmp_path):
+    layer = nn.TransformerEncoderLayer(6, 3, 8, batch_first=True, norm_first=True)
+    module = nn.TransformerEncoder(layer, 3, nn.LayerNorm(6) if norm else None)
+    model = agrees(drawn(module), x_of(3, 5, 6), tmp_path=tmp_path)
+    assert type(model) is nnxp.TransformerEncoder
+
+
+# Modules of one's own
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 6)) for _ in range(3)
+        )
+        self.norms = nn.ModuleDict({"first": nn.LayerNorm(6), "last": nn.LayerNorm(6)})
+
+    def forward(self, x):
+        x = self.norms["first"](x)
+        for block in self.blocks:
+            x = x + block(x)
+        return F.log_softmax(self.norms["last"](x), dim=-1)
+
+
+class InPlace(nn.Module):
+    """What writes into its argument changes what is read later."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = x * 2
+        z = self.act(y)
+        z += 1
+        y = y + z
+        y[:, 0] = 0.5
+        y.mul_(3)
+        n = m = x.size(1)
+        n += 1
+        return (y + z) * n - m
+
+
+class VisionTransformer(nn.Module):
+    """Patches by view and permute, a class token, positions, blocks with attention written out."""
+
+    def __init__(self, size=8, patch=4, channels=12, heads=3):
+        super().__init__()
+        self.patch, self.heads = patch, heads
+        self.embed = nn.Linear(3 * patch * patch, channels)
+        self.token = nn.Parameter(torch.zeros(1, 1, channels))
+        self.places = nn.Parameter(torch.zeros(1, (size // patch) ** 2 + 1, channels))
+        self.norm, self.qkv = nn.LayerNorm(channels), nn.Linear(channels, 3 * channels)
+        self.out, self.head = nn.Linear(channels, channels), nn.Linear(channels, 10)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, 24), nn.GELU(), nn.Dropout(0.1), nn.Linear(24, channels)
+        )
+
+    def attend(self, x):
+        n, t, c = x.shape
+        q, k, v = (
+            self.qkv(x)
+            .reshape(n, t, 3, self.heads, c // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(c // self.heads)).softmax(dim=-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(n, t, c))
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        p = self.patch
+        x = x.view(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = torch.cat([self.token.expand(n, -1, -1), self.embed(x)], dim=1) + self.places
+        x = x + self.attend(self.norm(x))
+        x = x + self.mlp(x)
+        return self.head(x[:, 0]), x.mean(dim=1)
+
+
+class Tagger(nn.Module):
+    """Ids, positions in a buffer of whole numbers, a causal mask, tied weights, a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 8), nn.Embedding(6, 8)
+        self.register_buffer("position_ids", torch.arange(6))
+        self.register_buffer("mask", torch.tril(torch.ones(6, 6, dtype=torch.bool)))
+        self.lstm = nn.LSTM(8, 4, bidirectional=True)
+        self.gru = nn.GRU(8, 8, batch_first=True)
+        self.out = nn.Linear(8, 11, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, ids):
+        t = ids.size(1)
+        x = self.words(ids) + self.places(self.position_ids[:t])[None]
+        y, (h, _) = self.lstm(x.transpose(0, 1))
+        x = x + y.transpose(0, 1) + h[-1][:, None].repeat(1, 1, 2)
+        heads = x.view(ids.shape[0], t, 2, 4).transpose(1, 2)
+        scores = torch.matmul(heads, heads.transpose(-1, -2))
+        scores = scores.masked_fill(~self.mask[:t, :t], float("-inf"))
+        a = F.softmax(scores, -1) @ heads
+        b = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        x = (a + b).transpose(1, 2).contiguous().view(x.shape)
+        x, last = self.gru(x)
+        return {"logits": self.out(x), "last": last[0]}
+
+
+OWN = {
+    "residual": (Residual, x_of(4, 6)),
+    "in place": (InPlace, x_of(4, 6)),
+    "vision": (VisionTransformer, x_of(2, 3, 8, 8)),
+    "tagger": (Tagger, ids_of(11, 3, 5)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_modules_of_one_s_own(name, tmp_path):
+    make, x = OWN[name]
+    model = agrees(drawn(make()), x, tmp_path=tmp_path)
+    assert type(model) is nnxp.TorchGraph
+
+
+def test_modules_in_a_row_are_a_sequential_of_plain_layers():
+    module = nn.Sequential(
+        nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.2)), nn.Linear(4, 2)
+    )
+    model = agrees(drawn(module), x_of(5, 3))
+    kinds = [type(each) for each in model.layers]
+    assert kinds == [nnxp.Dense, nnxp.Activation, nnxp.Dropout, nnxp.Dense]
+
+
+def test_a_graph_is_one_model_on_the_device_too():
+    model = nnxp.from_torch(drawn(VisionTransformer()))
+    x = x_of(2, 3, 8, 8).astype("float32")
+    there = model.to("sim")(nnxp.to_backend(x, "sim"))
+    for y, due in zip(there, model(x), strict=True):
+        np.testing.assert_allclose(nnxp.asnumpy(y), due, rtol=1e-5, atol=1e-6)
+    assert model.parameter_count == sum(p.numel() for p in VisionTransformer().parameters())
+
+
+def test_the_module_is_left_as_it_was_and_shares_nothing():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)).train()
+    module[1].eval()
+    model = nnxp.from_torch(module)
+    assert (module.training, module[0].training, module[1].training) == (True, True, False)
+    x = x_of(2, 3).astype("float32")
+    before = model(x)
+    with torch.no_grad():
+        module[0].weight.zero_()
+    np.testing.assert_array_equal(model(x), before)
+
+
+def test_another_type_and_bfloat16():
+    module = drawn(nn.Linear(3, 4))
+    assert nnxp.from_torch(module, dtype="float64").dtype == np.float64
+    half = nnxp.from_torch(module.bfloat16())
+    assert half.dtype.name == "bfloat16"
+    np.testing.assert_array_equal(
+        half.weight.astype("float32"), module.weight.float().detach().numpy().T
+    )
+
+
+def test_parametrized_weights_are_read_as_they_are():
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    agrees(drawn(module), x_of(5, 3))
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))
+        self.norm = nn.BatchNorm1d(4, track_running_stats=False)
+        self.head = nn.Hardtanh()
+
+    def forward(self, x):
+        return self.head(torch.fft.rfft(self.norm(self.stem[1](self.stem[0](x), x))).logit())
+
+
+def test_all_that_cannot_be_read_is_named_at_once():
+    with pytest.raises(nnxp.ConversionError) as error:
+        nnxp.from_torch(Broken())
+    said = str(error.value)
+    for each in ("stem.1: torch has Bilinear", "norm: BatchNorm1d without running statistics",
+                 "head: torch has Hardtanh", "fft_rfft", "logit", "torch.onnx.export"):  # fmt: skip
+        assert each in said, each
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Aliased(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        view = y.view(-1)
+        y.add_(1)
+        return view
+
+
+REFUSED = {
+    "no module": (lambda: 3, "takes a torch.nn.Module"),
+    "control flow": (Branches, "cannot be traced"),
+    "a write seen through a view": (Aliased, "writes into an array that view looks at"),
+    "time first": (lambda: nn.LSTM(3, 4), "batch_first=True"),
+    "max_norm": (lambda: nn.Embedding(3, 4, max_norm=1.0), "max_norm"),
+    "bias_kv": (
+        lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True),
+        "add_bias_kv",
+    ),
+    "norms over axes": (lambda: nn.LayerNorm((3, 4)), "over 2 axes"),
+    "activation": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 4, activation=F.hardtanh, batch_first=True),
+        "activation",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_refused(name):
+    make, said = REFUSED[name]
+    with pytest.raises(nnxp.ConversionError, match=said):
+        nnxp.from_torch(make())
+
+
+def test_hooks_are_refused_and_inputs_are_known():
+    module = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    module[0].register_forward_hook(lambda *args: None)
+    with pytest.raises(nnxp.ConversionError, match="0: Linear has hooks"):
+        nnxp.from_torch(module)
+    with pytest.raises(nnxp.OptionError, match=r"forward\(x\), not y"):
+        nnxp.from_torch(Residual(), inputs=["y"])
+
+
+def test_nnxp_never_imports_torch():
+    code = "import sys, nnxp; nnxp.from_torch; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
