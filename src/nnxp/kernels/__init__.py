@@ -18,6 +18,8 @@ from nnxp.kernels.activations import silu as silu
 from nnxp.kernels.activations import softplus as softplus
 from nnxp.kernels.activations import softsign as softsign
 from nnxp.kernels.activations import tanh as tanh
+from nnxp.kernels.conv import conv as conv
+from nnxp.kernels.conv import conv_transpose as conv_transpose
 from nnxp.kernels.linear import linear as linear
 from nnxp.kernels.linear import matmul as matmul
 from nnxp.kernels.norms import batch_norm as batch_norm
