@@ -24,9 +24,10 @@ Padding: TypeAlias = "str | int | tuple[int | tuple[int, int], ...]"
 PADDINGS = ("valid", "same", "same_lower")
 
 
-def whole(value: Any, least: int) -> bool:
+def whole(value: Any, least: int | None) -> bool:
     """Whether a value is a whole number of at least so much."""
-    return hasattr(type(value), "__index__") and not isinstance(value, bool) and value >= least
+    number = hasattr(type(value), "__index__") and not isinstance(value, bool)
+    return number and (least is None or value >= least)
 
 
 def per_axis(what: str, value: Any, axes: int, least: int = 1) -> Shape:
@@ -41,20 +42,20 @@ def per_axis(what: str, value: Any, axes: int, least: int = 1) -> Shape:
     return tuple(map(int, given))
 
 
-def pairs(what: str, value: Any, axes: int, least: int = 0) -> Pairs:
+def pairs(what: str, value: Any, axes: int, least: int | None = 0) -> Pairs:
     """What is added before and behind each axis; OptionError for what does not say so."""
     given = (value,) * axes if whole(value, least) else value
     good = isinstance(given, tuple | list) and len(given) == axes
     spread = [(each, each) if whole(each, least) else each for each in given] if good else []
     if not good or not all(_is_pair(each, least) for each in spread):
         raise OptionError(
-            f"{what} is a number, or for each of {axes} axes a number or a pair (before, behind), "
-            f"at least {least}, not {value!r:.60}"
+            f"{what} is a whole number, or for each of {axes} axes a number or a pair (before, "
+            f"behind){'' if least is None else f', at least {least}'}, not {value!r:.60}"
         )
     return tuple((int(before), int(behind)) for before, behind in spread)
 
 
-def _is_pair(value: Any, least: int) -> bool:
+def _is_pair(value: Any, least: int | None) -> bool:
     pair = isinstance(value, tuple | list) and len(value) == 2
     return pair and all(whole(each, least) for each in value)
 
@@ -72,7 +73,8 @@ def padding_option(what: str, value: Any, axes: int) -> str | Pairs:
 class Windows:
     """Windows over the axes between rows and channels: `window` elements, `dilation` apart.
 
-    `positions` is how many there are along each axis, `pads` what is added to x for them.
+    `positions` is how many there are along each axis, `pads` what is added to x for them, and
+    `beyond` what of it nobody asked for: what windows lack that `ceil_mode` lets begin.
     """
 
     window: Shape
@@ -80,17 +82,12 @@ class Windows:
     dilation: Shape
     pads: Pairs
     positions: Shape
+    beyond: Pairs
 
     @property
     def reach(self) -> Shape:
         """From the first element of a window to its last."""
         return reach_of(self.window, self.dilation)
-
-    @property
-    def plain(self) -> bool:
-        """Whether every element is a window of its own."""
-        ones = (1,) * len(self.window)
-        return self.window == self.stride == ones and not any(map(any, self.pads))
 
 
 def reach_of(window: Shape, dilation: Shape) -> Shape:
@@ -130,20 +127,24 @@ def windows(
     option = padding_option(f"padding of {who}", padding, axes)
     if isinstance(option, str):
         option = tuple(map(_named, [option] * axes, space, reach, strides))
-    pads, positions = [], []
+    pads, positions, beyond = [], [], []
     for n, r, s, (before, behind) in zip(space, reach, strides, option, strict=True):
         room = n + before + behind - r
-        if room < 0:
+        count = (-(-room // s) if ceil_mode else room // s) + 1
+        if ceil_mode and (count - 1) * s >= n + before:
+            count -= 1
+        if n < 1 or count < 1:
             raise ShapeError(
                 f"{who} has windows that reach over {reach}, but x with its padding is only "
                 f"{tuple(n + a + b for n, (a, b) in zip(space, option, strict=True))}"
             )
-        count = room // s + 1
-        if ceil_mode and room % s and count * s < n + before:
-            count += 1
-        pads.append((before, max(behind, (count - 1) * s + r - n - before)))
+        lacking = max(0, (count - 1) * s + r - n - before - behind)
+        pads.append((before, behind + lacking))
+        beyond.append((0, lacking))
         positions.append(count)
-    return Windows(tuple(window), strides, apart, tuple(pads), tuple(positions))
+    return Windows(
+        tuple(window), strides, apart, tuple(pads), tuple(positions), tuple(beyond)
+    )
 
 
 def _named(name: str, n: int, reach: int, stride: int) -> tuple[int, int]:
