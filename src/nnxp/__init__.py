@@ -23,15 +23,34 @@ from nnxp.io.columns import Columns as Columns
 from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation
+from nnxp.layers.bilinear import Bilinear as Bilinear
 from nnxp.layers.containers import Residual as Residual
 from nnxp.layers.containers import Sequential as Sequential
+from nnxp.layers.conv import Conv as Conv
+from nnxp.layers.conv import ConvTranspose as ConvTranspose
 from nnxp.layers.dense import Dense as Dense
 from nnxp.layers.dropout import Dropout as Dropout
 from nnxp.layers.norm import BatchNorm as BatchNorm
+from nnxp.layers.norm import GroupNorm as GroupNorm
+from nnxp.layers.norm import InstanceNorm as InstanceNorm
 from nnxp.layers.norm import LayerNorm as LayerNorm
+from nnxp.layers.norm import LocalResponseNorm as LocalResponseNorm
 from nnxp.layers.norm import RMSNorm as RMSNorm
 from nnxp.layers.norm import Standardize as Standardize
+from nnxp.layers.pool import AdaptiveAveragePool as AdaptiveAveragePool
+from nnxp.layers.pool import AdaptiveMaxPool as AdaptiveMaxPool
+from nnxp.layers.pool import AveragePool as AveragePool
+from nnxp.layers.pool import GlobalAveragePool as GlobalAveragePool
+from nnxp.layers.pool import GlobalMaxPool as GlobalMaxPool
+from nnxp.layers.pool import LpPool as LpPool
+from nnxp.layers.pool import MaxPool as MaxPool
+from nnxp.layers.resize import Pad as Pad
+from nnxp.layers.resize import PixelShuffle as PixelShuffle
+from nnxp.layers.resize import PixelUnshuffle as PixelUnshuffle
+from nnxp.layers.resize import Resize as Resize
 from nnxp.layers.shape import Flatten as Flatten
+from nnxp.layers.shape import Reshape as Reshape
+from nnxp.layers.shape import Transpose as Transpose
 
 if TYPE_CHECKING:
     from nnxp import sim as sim

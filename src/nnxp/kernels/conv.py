@@ -186,7 +186,8 @@ def conv_transpose(
             for each in phases
         ]
         y = xp.stack(made, axis=-2) if len(made) > 1 else made[0]
-    return _finished(_woven(y, ways), bias, activation)
+    y = _woven(y, ways)
+    return _finished(y, bias, activation)
 
 
 @dataclass(frozen=True)

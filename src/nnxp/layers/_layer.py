@@ -739,3 +739,12 @@ def generator(rng: Rng) -> np.random.Generator:
             f"rng is a seed (a whole number, 0 or more), a numpy.random.Generator or None, "
             f"not {rng!r:.60}"
         ) from None
+
+
+def uniform(shape: Shape, limit: float, rng: Rng, dtype: np.dtype[Any]) -> Array:
+    """Numbers drawn uniformly from ±limit."""
+    drawn = np.float64 if dtype == np.float64 else np.float32
+    made = generator(rng).random(shape, dtype=drawn)
+    made *= 2 * limit
+    made -= limit
+    return made.astype(dtype, copy=False)

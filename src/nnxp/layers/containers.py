@@ -49,6 +49,8 @@ class Sequential(Layer):
                 row = size
             made = layer.output_shape((1, *row))
             row = made[1:] if isinstance(made[0], int) else None
+            if row is not None and not layer.parameters() and not _keeps_last_axis(layer, row):
+                row = None  # a row of more axes, of which only the last is known, is another size
 
     def __call__(self, x: Array) -> Array:
         for layer in self.layers:
@@ -70,6 +72,12 @@ class Sequential(Layer):
             ),
             (9, 8),
         )
+
+
+def _keeps_last_axis(layer: Layer, row: Shape) -> bool:
+    """Whether rows with one more axis before the last leave a layer with the same last axis."""
+    made = layer._takes((1, 2, *row)) and layer.output_shape((1, 2, *row))
+    return bool(made) and made[-1] == row[-1]
 
 
 class Residual(Layer):
