@@ -57,7 +57,7 @@ def conv(
         if prod(window) == 1:
             seen = x[(slice(None), *(slice(None, None, s) for s in over.stride))]
         else:
-            seen = patches(x, over).reshape(-1, *over.positions, prod(weight.shape[:-1]))
+            seen = patches(x, over).reshape(x.shape[0], *over.positions, prod(weight.shape[:-1]))
         return linear(seen, weight.reshape(-1, weight.shape[-1]), bias, activation=activation)
     apart = weight.shape[-2] == 1
     y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
@@ -92,14 +92,15 @@ def _fitting(who: str, x: Array, weight: Array, groups: int) -> None:
 
 
 def _by_group(x: Array, weight: Array, over: Windows, groups: int) -> Array:
-    """One product for each group, in a stack."""
-    axes, (inner, outputs) = len(over.window), weight.shape[-2:]
-    seen = patches(x, over)
-    seen = seen.reshape(*seen.shape[:-1], groups, inner)
-    seen = xp_of(x).moveaxis(seen, -2, 0).reshape(groups, -1, prod(over.window) * inner)
+    """One product for each group, in a stack; each group's channels are brought together first."""
+    inner, outputs = weight.shape[-2:]
+    *rows, _ = x.shape
+    apart = xp_of(x).moveaxis(x.reshape(*rows, groups, inner), -2, 0)
+    seen = patches(apart.reshape(groups * rows[0], *rows[1:], inner), over)
+    seen = seen.reshape(groups, -1, prod(over.window) * inner)
     stacked = weight.reshape(-1, groups, outputs // groups).swapaxes(0, 1)
     y = xp_of(x).matmul(seen, stacked)
-    return y.swapaxes(0, 1).reshape(-1, *over.positions, outputs)
+    return y.swapaxes(0, 1).reshape(rows[0], *over.positions, outputs)
 
 
 def _by_channel(x: Array, weight: Array, over: Windows) -> Array:
@@ -143,7 +144,7 @@ def _along_lines(x: Array, weight: Array, over: Windows, first: int, step: int) 
     at, window = ascii_letters[: axes - 1], ascii_letters[axes - 1 : 2 * axes - 2]
     formula = f"X{at}Z{window}Y,{window}ZY->X{at}Y"
     y = xp.einsum(formula, seen, xp.tile(weight, positions))
-    return y.reshape(-1, *over.positions, channels)
+    return y.reshape(x.shape[0], *over.positions, channels)
 
 
 @kernel

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from nnxp._arrays import Array, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels._dispatch import kernel
@@ -124,8 +122,19 @@ def group_norm(
             f"group_norm with {groups} groups takes (rows, *space, channels), the channels a multiple "
             f"of {groups}, but got (rows, *{x.shape[1:]})"
         )
-    apart = x.reshape(x.shape[0], prod(x.shape[1:-1]), groups, channels // groups)
-    y = _centred_and_scaled(apart, (1, 3), eps).reshape(x.shape)
+    space = tuple(range(1, x.ndim - 1))
+
+    def mean(a: Array) -> Array:
+        """The mean of each group, for each of its channels: over space first, then over channels."""
+        by_channel = a.mean(axis=space, keepdims=True) if space else a
+        parts = by_channel.reshape(*by_channel.shape[:-1], groups, channels // groups)
+        return xp.repeat(parts.mean(axis=-1), channels // groups, axis=-1)
+
+    xp = xp_of(x)
+    y = x - mean(x)
+    scale = mean(xp.square(y))
+    scale += eps
+    y /= xp.sqrt(scale, out=scale)
     return _gain_and_bias(y, gain, bias)
 
 

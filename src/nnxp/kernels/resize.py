@@ -284,8 +284,8 @@ def _keys(xp: Any, d: Array, a: float) -> Array:
 
 
 def _along(x: Array, axis: int, weight: Array) -> Array:
-    """The product of weight (m, n) with x along an axis of n."""
-    before, behind = x.shape[1:axis], x.shape[axis + 1 :]
-    lines = x.reshape(x.shape[0], prod(before), x.shape[axis], prod(behind))
-    y = xp_of(x).matmul(weight, lines)
-    return y.reshape(x.shape[0], *before, weight.shape[0], *behind)
+    """weight (m, n) along an axis of n of x: one product, of which this is a view."""
+    xp = xp_of(x)
+    first = xp.moveaxis(x, axis, 0)
+    y = xp.matmul(weight, first.reshape(first.shape[0], prod(first.shape[1:])))
+    return xp.moveaxis(y.reshape(weight.shape[0], *first.shape[1:]), 0, axis)

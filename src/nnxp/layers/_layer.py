@@ -361,8 +361,10 @@ class Layer(metaclass=_Assembly):
         if made is None:
             if len(programs) >= MOST_KINDS:
                 programs.clear()
-            try:
-                made = _written(self, kinds, rows)
+            place = self.place
+            try:  # what follows from parameters alone is computed where they are
+                with nullcontext() if place is None or place == "cpu" else home_of(place).current():
+                    made = _written(self, kinds, rows)
             except Untraceable as error:
                 made = error
             programs[kinds] = made

@@ -67,9 +67,8 @@ class LayerNorm(_Norm):
             return kernels.layer_norm(self._fitting(x), self.gain, self.bias, eps=self.eps)
         if x.shape[-axes:] != self.gain.shape or x.ndim <= axes:
             raise ValueError(f"the last axes are {self.gain.shape}")
-        y = x.reshape(*x.shape[:-axes], self.gain.size)
-        gain, bias = self.gain.reshape(-1), self.bias.reshape(-1)
-        return kernels.layer_norm(y, gain, bias, eps=self.eps).reshape(x.shape)
+        last = tuple(range(-axes, 0))
+        return kernels.mean_variance_norm(x, self.gain, self.bias, axes=last, eps=self.eps)
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
