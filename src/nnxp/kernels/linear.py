@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from nnxp._arrays import Array, xp_of
+from nnxp._errors import ShapeError
 from nnxp.kernels._dispatch import Kernel, kernel
 from nnxp.kernels.activations import identity
 
@@ -43,3 +44,26 @@ def linear(
     if bias is not None:
         y += bias
     return y if activation is identity else activation.reference(y, out=y)
+
+
+@kernel
+def bilinear(
+    x: Array, y: Array, weight: Array, bias: Array | None = None, *, activation: Kernel = identity
+) -> Array:
+    """z_o = activation(sum over i, j of x_i weight[i, j, o] y_j + bias_o)
+
+    x (..., i), y (..., j), weight (i, j, o), bias (o,) -> z (..., o): a product with the weight as
+    (i, j o), and of what it makes of each row with y.
+    """
+    left, right, outputs = weight.shape
+    if x.shape[-1] != left or y.shape[-1] != right or x.shape[:-1] != y.shape[:-1]:
+        raise ShapeError(
+            f"bilinear takes x (..., {left}) and y (..., {right}) with the same axes before, but got "
+            f"(rows, *{x.shape[1:]}) and (rows, *{y.shape[1:]})"
+        )
+    made = matmul(x, weight.reshape(left, right * outputs))
+    made = made.reshape(*x.shape[:-1], right, outputs)
+    z = xp_of(x).matmul(y[..., None, :], made)[..., 0, :]
+    if bias is not None:
+        z = z + bias
+    return z if activation is identity else activation(z)

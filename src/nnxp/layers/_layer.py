@@ -417,8 +417,10 @@ class Layer(metaclass=_Assembly):
         if made is None:
             if len(programs) >= MOST_KINDS:
                 programs.clear()
-            try:
-                made = _written(self, kinds, rows)
+            place = self.place
+            try:  # what follows from parameters alone is computed where they are
+                with nullcontext() if place is None or place == "cpu" else home_of(place).current():
+                    made = _written(self, kinds, rows)
             except Untraceable as error:
                 made = error
             programs[kinds] = made
@@ -848,3 +850,12 @@ def generator(rng: Rng) -> np.random.Generator:
             f"rng is a seed (a whole number, 0 or more), a numpy.random.Generator or None, "
             f"not {rng!r:.60}"
         ) from None
+
+
+def uniform(shape: Shape, limit: float, rng: Rng, dtype: np.dtype[Any]) -> Array:
+    """Numbers drawn uniformly from ±limit."""
+    drawn = np.float64 if dtype == np.float64 else np.float32
+    made = generator(rng).random(shape, dtype=drawn)
+    made *= 2 * limit
+    made -= limit
+    return made.astype(dtype, copy=False)

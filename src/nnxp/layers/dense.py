@@ -10,7 +10,7 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer, Rng, array_shape, generator, whole
+from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole
 from nnxp.layers.activation import named
 
 
@@ -44,11 +44,7 @@ class Dense(Layer):
             )
         limit = sqrt(6 / (inputs + outputs))
         kind = float_dtype(dtype)
-        drawn = np.float64 if kind == np.float64 else np.float32
-        weight = generator(rng).random((inputs, outputs), dtype=drawn)
-        weight *= 2 * limit
-        weight -= limit
-        self.weight = weight.astype(kind, copy=False)
+        self.weight = uniform((inputs, outputs), limit, rng, kind)
         self.bias = np.zeros(outputs, kind) if bias else None
         self.activation = activation
 

@@ -17,6 +17,8 @@ from nnxp.layers._layer import Example, Layer, array_shape, generator, is_real, 
 class _Norm(Layer):
     """A normalisation over the last axis, whose size its first parameter has."""
 
+    _several_axes = False
+
     def _fitting(self, x: Array) -> Array:
         """x, if it is (rows, ..., channels): others would be broadcast."""
         (first, *_) = self.parameters().values()
@@ -25,9 +27,10 @@ class _Norm(Layer):
         return x
 
     def validate(self) -> None:
-        names = [name for name, _ in self._fields() if name != "eps"]
+        names = [name for name, _ in self._fields() if name not in ("eps", "groups")]
         shapes = [array_shape(self, name) for name in names]
-        if len(set(shapes)) != 1 or len(shapes[0]) != 1 or shapes[0][0] < 1:
+        axes = len(shapes[0]) if self._several_axes else 1
+        if len(set(shapes)) != 1 or len(shapes[0]) != max(1, axes) or 0 in shapes[0]:
             wanted, came = ", ".join(names), ", ".join(map(str, shapes))
             raise ShapeError(f"{type(self).__name__} takes (channels,) for {wanted}; got {came}")
         eps = getattr(self, "eps", 0.0)
@@ -36,29 +39,43 @@ class _Norm(Layer):
 
 
 class LayerNorm(_Norm):
-    """y = (x - mean) / sqrt(var + eps) * gain + bias, over each row's last axis.
+    """y = (x - mean) / sqrt(var + eps) * gain + bias, over each row's last axis, or last axes.
 
     x (rows, ..., channels) -> y like x; gain (channels,) starts at one, bias (channels,) at zero.
-    [Ba, Kiros, Hinton 2016, arXiv:1607.06450]
+    Several sizes, as in LayerNorm((7, 7, 64)), stand for as many last axes, which are normalised
+    together. [Ba, Kiros, Hinton 2016, arXiv:1607.06450]
     """
+
+    _several_axes = True
 
     gain: Array
     bias: Array
     eps: float
 
-    def __init__(self, channels: int, *, eps: float = 1e-5, dtype: object = "float32") -> None:
-        kind, channels = float_dtype(dtype), whole("a normalisation's channels", channels)
-        self.gain = np.ones(channels, kind)
-        self.bias = np.zeros(channels, kind)
+    def __init__(
+        self, channels: int | tuple[int, ...], *, eps: float = 1e-5, dtype: object = "float32"
+    ) -> None:
+        kind = float_dtype(dtype)
+        sizes = channels if isinstance(channels, tuple | list) else (channels,)
+        shape = tuple(whole("a normalisation's channels", each) for each in sizes)
+        self.gain = np.ones(shape, kind)
+        self.bias = np.zeros(shape, kind)
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return kernels.layer_norm(self._fitting(x), self.gain, self.bias, eps=self.eps)
+        axes = self.gain.ndim
+        if axes == 1:
+            return kernels.layer_norm(self._fitting(x), self.gain, self.bias, eps=self.eps)
+        if x.shape[-axes:] != self.gain.shape or x.ndim <= axes:
+            raise ValueError(f"the last axes are {self.gain.shape}")
+        last = tuple(range(-axes, 0))
+        return kernels.mean_variance_norm(x, self.gain, self.bias, axes=last, eps=self.eps)
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
         yield _drawn(cls(6, eps=1e-3)), (4, 6)
         yield _drawn(cls(33)), (2, 3, 33)
+        yield _drawn(cls((3, 4))), (2, 2, 3, 4)
 
 
 class RMSNorm(_Norm):
@@ -115,6 +132,96 @@ class BatchNorm(_Norm):
     def examples(cls) -> Iterator[Example]:
         yield _drawn(cls(6, eps=1e-3)), (4, 6)
         yield _drawn(cls(5)), (2, 3, 5)
+
+
+class GroupNorm(_Norm):
+    """y = (x - mean) / sqrt(var + eps) * gain + bias, over space and each group's channels.
+
+    x (rows, *space, channels) -> y like x; gain (channels,) starts at one, bias (channels,) at zero.
+    [Wu & He 2018, arXiv:1803.08494]
+    """
+
+    gain: Array
+    bias: Array
+    groups: int
+    eps: float
+
+    def __init__(
+        self, groups: int, channels: int, *, eps: float = 1e-5, dtype: object = "float32"
+    ) -> None:
+        kind, channels = float_dtype(dtype), whole("a normalisation's channels", channels)
+        self.gain = np.ones(channels, kind)
+        self.bias = np.zeros(channels, kind)
+        self.groups, self.eps = groups, eps
+
+    def validate(self) -> None:
+        super().validate()
+        channels = self.gain.shape[0]
+        if channels % whole("GroupNorm's groups", self.groups):
+            raise OptionError(f"groups of GroupNorm divides its {channels} channels, not {self.groups}")
+
+    def __call__(self, x: Array) -> Array:
+        x = self._fitting(x)
+        return kernels.group_norm(x, self.gain, self.bias, groups=self.groups, eps=self.eps)
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield _drawn(cls(2, 6, eps=1e-3)), (3, 4, 5, 6)
+        yield _drawn(cls(3, 6)), (4, 6)
+
+
+class InstanceNorm(_Norm):
+    """y = (x - mean) / sqrt(var + eps) * gain + bias, over each row's space, channel by channel.
+
+    x (rows, *space, channels) -> y like x; gain (channels,) starts at one, bias (channels,) at zero.
+    [Ulyanov, Vedaldi, Lempitsky 2016, arXiv:1607.08022]
+    """
+
+    gain: Array
+    bias: Array
+    eps: float
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, dtype: object = "float32") -> None:
+        kind, channels = float_dtype(dtype), whole("a normalisation's channels", channels)
+        self.gain = np.ones(channels, kind)
+        self.bias = np.zeros(channels, kind)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return kernels.instance_norm(self._fitting(x), self.gain, self.bias, eps=self.eps)
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield _drawn(cls(3, eps=1e-3)), (3, 4, 5, 3)
+        yield _drawn(cls(4)), (2, 7, 4)
+
+
+class LocalResponseNorm(Layer):
+    """y_c = x_c / (k + alpha / size * sum of x_j^2 for the `size` channels j around c)^beta
+
+    x (rows, ..., channels) -> y like x. [Krizhevsky, Sutskever, Hinton 2012]
+    """
+
+    size: int
+    alpha: float
+    beta: float
+    k: float
+
+    def __init__(
+        self, size: int, *, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+    ) -> None:
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+
+    def validate(self) -> None:
+        whole("LocalResponseNorm's size", self.size)
+
+    def __call__(self, x: Array) -> Array:
+        return kernels.local_response_norm(x, **dict(self._fields()))
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(5, alpha=0.5), (3, 2, 7)
+        yield cls(2, alpha=0.1, beta=0.5, k=2.0), (3, 4)
 
 
 class Standardize(_Norm):

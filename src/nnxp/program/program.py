@@ -333,11 +333,15 @@ def _scaled(option: Any, rows: int) -> Any:
 
 
 def multiply_adds(step: Step) -> int:
-    """The multiply-adds of a step that is a product, 0 for others."""
+    """The multiply-adds of a step that is a product, or a kernel that has some; 0 for others."""
+    if isinstance(step.function, Kernel):
+        with writing(Tape(expands=True)) as tape:
+            step.function.widened(*map(lifted, step.inputs), **step.options)
+        return sum(map(multiply_adds, tape.steps))
     if not step.values:
         return 0
     name, first = step.name, step.values[0]
-    if name in ("matmul", "dot", "linear"):
+    if name in ("matmul", "dot"):
         return prod(step.outputs[0].shape) * first.shape[-1]
     if name == "outer":
         return prod(step.outputs[0].shape)

@@ -536,9 +536,9 @@ def _take(step: Step) -> Any:
     x, ids = step.inputs
     axis = step.options.get("axis")
     if axis is None:
-        return ids.shape, x.dtype
+        return np.shape(ids), x.dtype
     (axis,) = axes_of(axis, len(x.shape))
-    return x.shape[:axis] + ids.shape + x.shape[axis + 1 :], x.dtype
+    return x.shape[:axis] + np.shape(ids) + x.shape[axis + 1 :], x.dtype
 
 
 def _take_along_axis(step: Step) -> Any:

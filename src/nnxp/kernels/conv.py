@@ -1,0 +1,286 @@
+"""Convolutions over any number of axes, channels last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import gcd, prod
+from string import ascii_letters
+from typing import Any
+
+from nnxp._arrays import Array, Shape, xp_of
+from nnxp._errors import OptionError, ShapeError
+from nnxp.kernels._dispatch import Kernel, kernel
+from nnxp.kernels._windows import (
+    Padding,
+    PerAxis,
+    Windows,
+    padded,
+    padding_option,
+    patches,
+    per_axis,
+    windows,
+    whole,
+)
+from nnxp.kernels.activations import identity
+from nnxp.kernels.linear import linear
+
+
+@kernel
+def conv(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    activation: Kernel = identity,
+) -> Array:
+    """y[n, p, o] = activation(sum over k, i of x[n, stride p + dilation k - padding, i] weight[k, i, o] + bias[o])
+
+    x (n, *space, c), weight (*window, c / groups, o), bias (o,) -> y (n, *positions, o): a cross-
+    correlation, as everywhere in the field [Dumoulin & Visin 2016, arXiv:1603.07285]. With groups,
+    each c / groups channels make their own o / groups outputs. `padding` is of zeros: a number, for
+    each axis a number or a pair (before, behind), or "same", "same_lower", "valid".
+
+    Patches are laid out in rows, for one product with the weight [Chellapilla et al. 2006]; where a
+    channel is a group of its own, each window's element is multiplied and added where it lies.
+    """
+    _fitting("conv", x, weight, groups)
+    window = weight.shape[:-2]
+    over = windows("conv", x, window, stride=stride, padding=padding, dilation=dilation)
+    x = padded(x, over.pads)
+    if groups == 1:
+        if prod(window) == 1:
+            seen = x[(slice(None), *(slice(None, None, s) for s in over.stride))]
+        else:
+            seen = patches(x, over).reshape(x.shape[0], *over.positions, prod(weight.shape[:-1]))
+        return linear(seen, weight.reshape(-1, weight.shape[-1]), bias, activation=activation)
+    apart = weight.shape[-2] == 1
+    y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
+    return _finished(y, bias, activation)
+
+
+def _finished(y: Array, bias: Array | None, activation: Kernel) -> Array:
+    """activation(y + bias), in place."""
+    if bias is not None:
+        y += bias
+    return y if activation is identity else activation(y, out=y)
+
+
+def _fitting(who: str, x: Array, weight: Array, groups: int) -> None:
+    """ShapeError or OptionError unless weight (*window, c / groups, o) fits x (n, *space, c)."""
+    if weight.ndim < 3 or x.ndim != weight.ndim:
+        raise ShapeError(
+            f"{who} takes (rows, *space, channels) with {max(1, weight.ndim - 2)} axes of space, "
+            f"as its weight {weight.shape} has, but got {x.ndim} axes"
+        )
+    if not whole(groups, 1) or weight.shape[-1] % groups:
+        raise OptionError(
+            f"groups of {who} is a whole number that divides the outputs, {weight.shape[-1]}, "
+            f"not {groups!r:.60}"
+        )
+    if x.shape[-1] != weight.shape[-2] * groups:
+        raise ShapeError(
+            f"{who} takes {weight.shape[-2] * groups} channels on the last axis, but got "
+            f"{x.shape[-1]}"
+            + ("; x.moveaxis(1, -1) brings them there" if x.shape[1] == weight.shape[-2] * groups else "")
+        )
+
+
+def _by_group(x: Array, weight: Array, over: Windows, groups: int) -> Array:
+    """One product for each group, in a stack; each group's channels are brought together first."""
+    inner, outputs = weight.shape[-2:]
+    *rows, _ = x.shape
+    apart = xp_of(x).moveaxis(x.reshape(*rows, groups, inner), -2, 0)
+    seen = patches(apart.reshape(groups * rows[0], *rows[1:], inner), over)
+    seen = seen.reshape(groups, -1, prod(over.window) * inner)
+    stacked = weight.reshape(-1, groups, outputs // groups).swapaxes(0, 1)
+    y = xp_of(x).matmul(seen, stacked)
+    return y.swapaxes(0, 1).reshape(rows[0], *over.positions, outputs)
+
+
+def _by_channel(x: Array, weight: Array, over: Windows) -> Array:
+    """Each channel by itself, as one sum over the window of products element by element.
+
+    Along the last axis of space x is taken apart by the phases of the stride, so that what an
+    element of the window meets there is one stretch of memory, channels and all.
+    """
+    channels = weight.shape[-1]
+    if channels != x.shape[-1]:  # several outputs of each channel
+        x = xp_of(x).repeat(x, channels // x.shape[-1], axis=-1)
+    weight = weight.reshape(*over.window, channels)
+    stride, dilation = over.stride[-1], over.dilation[-1]
+    y = None
+    for phase in range(stride):
+        taps = [k for k in range(over.window[-1]) if k * dilation % stride == phase]
+        if taps:
+            lines = x[..., phase::stride, :]
+            part = weight[..., taps[0] :: stride // gcd(stride, dilation), :]
+            first = (taps[0] * dilation - phase) // stride
+            made = _along_lines(lines, part, over, first, dilation // gcd(stride, dilation))
+            y = made if y is None else y + made
+    return y
+
+
+def _along_lines(x: Array, weight: Array, over: Windows, first: int, step: int) -> Array:
+    """The sum over windows whose elements, along the last axis of space, are `step` apart from
+    `first` on, and whose positions there are next to each other."""
+    xp, axes = xp_of(x), len(over.window)
+    *outer, width, channels = x.shape
+    positions, taps = over.positions[-1], weight.shape[-2]
+    long = positions * channels
+    lines = x.reshape(*outer, width * channels)
+    seen = xp.lib.stride_tricks.sliding_window_view(
+        lines, (*over.reach[:-1], long), axis=tuple(range(1, axes + 1))
+    )
+    starts = first * channels, (first + (taps - 1) * step) * channels + 1
+    steps = [slice(0, (p - 1) * s + 1, s) for p, s in zip(over.positions, over.stride, strict=True)]
+    key = (slice(None), *steps[:-1], slice(*starts, step * channels))
+    seen = seen[(*key, *(slice(None, None, d) for d in over.dilation[:-1]), slice(None))]
+    at, window = ascii_letters[: axes - 1], ascii_letters[axes - 1 : 2 * axes - 2]
+    formula = f"X{at}Z{window}Y,{window}ZY->X{at}Y"
+    y = xp.einsum(formula, seen, xp.tile(weight, positions))
+    return y.reshape(x.shape[0], *over.positions, channels)
+
+
+@kernel
+def conv_transpose(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    output_padding: PerAxis = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    activation: Kernel = identity,
+) -> Array:
+    """y[n, stride p + dilation k - padding, o] = activation(sum over p, k, i of x[n, p, i] weight[k, i, o] + bias[o])
+
+    x (n, *space, c), weight (*window, c / groups, o), bias (o,) -> y (n, *made, o): the transpose of
+    a convolution, as in upsampling [Dumoulin & Visin 2016, arXiv:1603.07285]. Along each axis of n
+    it makes (n - 1) stride - before - behind + reach + output_padding; with "same" n stride.
+
+    Outputs that are a stride apart see the same part of the window: each such phase is a plain
+    convolution with that part, turned over, so that no product is with a zero in between.
+    """
+    _fitting("conv_transpose", x, weight, groups)
+    xp, outputs = xp_of(x), weight.shape[-1]
+    ways = _ways(x.shape[1:-1], weight.shape[:-2], stride, padding, output_padding, dilation)
+    phases = list(product(*(way.phases for way in ways)))
+
+    def part(phase: tuple[Phase | None, ...]) -> Any:
+        return weight[tuple(each.part for each in phase if each is not None)]
+
+    if len(phases) > 1 and groups == 1 and _alike(phases):
+        y = _through(x, xp.concatenate([part(each) for each in phases], axis=-1), phases[0], 1)
+        y = y.reshape(*y.shape[:-1], len(phases), outputs)
+    else:
+        empty = (x.shape[0], *(way.count for way in ways), outputs)
+        made = [
+            xp.zeros(empty, x.dtype) if None in each else _through(x, part(each), each, groups)
+            for each in phases
+        ]
+        y = xp.stack(made, axis=-2) if len(made) > 1 else made[0]
+    y = _woven(y, ways)
+    return _finished(y, bias, activation)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Every stride-th output along an axis: the `taps` of the window that it sees, last one first,
+    `dilation` elements of x apart, with `pads` around x."""
+
+    taps: tuple[int, ...]
+    dilation: int
+    pads: tuple[int, int]
+
+    @property
+    def part(self) -> slice:
+        """What the taps take of the weight, along its axis."""
+        first, *_, last = (*self.taps, self.taps[-1])
+        step = self.taps[1] - first if len(self.taps) > 1 else -1
+        return slice(first, last - 1 if last else None, step)
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a transposed convolution makes along one axis: `length` outputs, in phases that make
+    `count` each. A phase is None if no tap of the window reaches it."""
+
+    phases: tuple[Phase | None, ...]
+    count: int
+    length: int
+
+
+def _ways(
+    space: Shape, window: Shape, stride: Any, padding: Any, output_padding: Any, dilation: Any
+) -> list[Way]:
+    who, axes = "conv_transpose", len(window)
+    strides = per_axis(f"stride of {who}", stride, axes)
+    apart = per_axis(f"dilation of {who}", dilation, axes)
+    more = per_axis(f"output_padding of {who}", output_padding, axes, 0)
+    option = padding_option(f"padding of {who}", padding, axes)
+    ways = []
+    for i, (n, k, s, d) in enumerate(zip(space, window, strides, apart, strict=True)):
+        full = (n - 1) * s + (k - 1) * d + 1 + more[i]
+        before, behind = _cut(option, full - n * s) if isinstance(option, str) else option[i]
+        length = full - before - behind
+        if length < 1 or n < 1:
+            raise ShapeError(
+                f"{who} makes nothing of {space}: {full} along axis {i + 1}, of which its padding "
+                f"takes away {before} and {behind}"
+            )
+        count = -(-length // s)
+        phases = tuple(
+            _phase(r + before, n, k, s, d, count) if r < length else None for r in range(s)
+        )
+        ways.append(Way(phases, count, length))
+    return ways
+
+
+def _cut(name: str, surplus: int) -> tuple[int, int]:
+    half = surplus // 2
+    pairs = {"valid": (0, 0), "same": (half, surplus - half), "same_lower": (surplus - half, half)}
+    return pairs[name]
+
+
+def _phase(at: int, n: int, window: int, stride: int, dilation: int, count: int) -> Phase | None:
+    """The phase of the outputs at, at + stride, ..., counted from where the first window begins."""
+    taps = tuple(k for k in reversed(range(window)) if (at - k * dilation) % stride == 0)
+    if not taps:
+        return None
+    apart = dilation // gcd(stride, dilation)
+    first = (at - taps[0] * dilation) // stride  # the element of x that the last tap meets
+    return Phase(taps, apart, (-first, count + (len(taps) - 1) * apart + first - n))
+
+
+def _through(x: Array, weight: Array, phases: Sequence[Phase], groups: int) -> Array:
+    """The convolution that makes the outputs of a phase along each axis."""
+    x = padded(x, [phase.pads for phase in phases])
+    return conv(x, weight, dilation=tuple(phase.dilation for phase in phases), groups=groups)
+
+
+def _alike(phases: Sequence[tuple[Phase | None, ...]]) -> bool:
+    """Whether all phases see as many elements, and the same ones."""
+    seen = {tuple((len(p.taps), p.dilation, p.pads) if p else None for p in each) for each in phases}
+    return len(seen) == 1 and None not in phases[0]
+
+
+def _woven(y: Array, ways: Sequence[Way]) -> Array:
+    """y (n, *counts, phases, o), the phases between each other -> (n, *lengths, o)"""
+    axes, strides = len(ways), [len(way.phases) for way in ways]
+    if prod(strides) > 1:
+        y = y.reshape(*y.shape[:-2], *strides, y.shape[-1])
+        order = [axis for i in range(1, axes + 1) for axis in (i, i + axes)]
+        y = y.transpose(0, *order, 2 * axes + 1)
+        made = (way.count * s for way, s in zip(ways, strides, strict=True))
+        y = y.reshape(y.shape[0], *made, y.shape[-1])
+    if all(way.count * s == way.length for way, s in zip(ways, strides, strict=True)):
+        return y
+    return y[(slice(None), *(slice(way.length) for way in ways))]

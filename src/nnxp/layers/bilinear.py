@@ -1,0 +1,65 @@
+"""The bilinear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import sqrt
+
+import numpy as np
+
+from nnxp import kernels
+from nnxp._arrays import Array, float_dtype
+from nnxp._errors import ShapeError
+from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole
+from nnxp.layers.activation import named
+
+
+class Bilinear(Layer):
+    """z_o = activation(sum over i, j of x_i weight[i, j, o] y_j + bias_o), of two inputs.
+
+    x (rows, ..., left), y (rows, ..., right) -> z (rows, ..., outputs); weight (left, right,
+    outputs), bias (outputs,). Weights start uniform in ±1 / sqrt(left), biases at zero.
+    """
+
+    weight: Array
+    bias: Array | None = None
+    activation: str = "identity"
+
+    def __init__(
+        self,
+        left: int,
+        right: int,
+        outputs: int,
+        activation: str = "identity",
+        *,
+        bias: bool = True,
+        rng: Rng = None,
+        dtype: object = "float32",
+    ) -> None:
+        left, right = whole("Bilinear's left", left), whole("Bilinear's right", right)
+        outputs, kind = whole("Bilinear's outputs", outputs), float_dtype(dtype)
+        self.weight = uniform((left, right, outputs), 1 / sqrt(left), rng, kind)
+        self.bias = np.zeros(outputs, kind) if bias else None
+        self.activation = activation
+
+    def validate(self) -> None:
+        weight = array_shape(self, "weight")
+        bias = None if self.bias is None else array_shape(self, "bias")
+        if len(weight) != 3 or 0 in weight or bias not in (None, weight[2:]):
+            raise ShapeError(
+                f"Bilinear takes weight (left, right, outputs), bias (outputs,); got {weight} and {bias}"
+            )
+        self.__dict__["activation"] = named(self.activation).__name__
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        activation = kernels.ACTIVATIONS[self.activation]
+        return kernels.bilinear(x, y, self.weight, self.bias, activation=activation)
+
+    def __repr__(self) -> str:
+        left, right, outputs = self.weight.shape
+        return f"Bilinear({left}, {right}, {outputs}, {self.activation})"
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(3, 4, 5, rng=0), [(2, 3), (2, 4)]
+        yield cls(2, 3, 4, "tanh", bias=False, rng=1), [(2, 5, 2), (2, 5, 3)]

@@ -1,0 +1,174 @@
+"""Convolutions and their transposes, over any number of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod, sqrt
+from typing import Any
+
+import numpy as np
+
+from nnxp import kernels
+from nnxp._arrays import Array, float_dtype
+from nnxp._errors import OptionError, ShapeError
+from nnxp.kernels._windows import Padding, PerAxis, padding_option, per_axis
+from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole
+from nnxp.layers.activation import named
+
+
+class _Convolution(Layer):
+    """What a convolution and its transpose share: parameters and options."""
+
+    weight: Array
+    bias: Array | None = None
+    activation: str = "identity"
+    stride: PerAxis = 1
+    padding: Padding = 0
+    dilation: PerAxis = 1
+    groups: int = 1
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        window: tuple[int, ...],
+        activation: str = "identity",
+        *,
+        stride: PerAxis = 1,
+        padding: Padding = 0,
+        dilation: PerAxis = 1,
+        groups: int = 1,
+        bias: bool = True,
+        rng: Rng = None,
+        dtype: object = "float32",
+    ) -> None:
+        name = type(self).__name__
+        inputs, outputs = whole(f"{name}'s inputs", inputs), whole(f"{name}'s outputs", outputs)
+        groups, window = whole(f"{name}'s groups", groups), window_of(name, window)
+        if inputs % groups or outputs % groups:
+            raise OptionError(
+                f"groups of {name} divides its inputs and outputs, {inputs} and {outputs}, not {groups}"
+            )
+        if not isinstance(bias, bool | np.bool_):
+            raise OptionError(
+                f"bias of {name} is True or False, not {bias!r:.60}; {name}.of(weight, bias) takes arrays"
+            )
+        kind = float_dtype(dtype)
+        limit = sqrt(6 * groups / (prod(window) * (inputs + outputs)))
+        self.weight = uniform((*window, inputs // groups, outputs), limit, rng, kind)
+        self.bias = np.zeros(outputs, kind) if bias else None
+        self.activation = activation
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.groups = groups
+
+    def validate(self) -> None:
+        name, weight = type(self).__name__, array_shape(self, "weight")
+        bias = None if self.bias is None else array_shape(self, "bias")
+        if len(weight) < 3 or 0 in weight or bias not in (None, weight[-1:]):
+            raise ShapeError(
+                f"{name} takes weight (*window, channels / groups, outputs), bias (outputs,); got "
+                f"{weight} and {bias}"
+            )
+        if weight[-1] % whole(f"{name}'s groups", self.groups):
+            raise OptionError(f"groups of {name} divides its outputs, {weight[-1]}, not {self.groups}")
+        axes = len(weight) - 2
+        self.__dict__["activation"] = named(self.activation).__name__
+        self.__dict__["stride"] = per_axis(f"stride of {name}", self.stride, axes)
+        self.__dict__["padding"] = padding_option(f"padding of {name}", self.padding, axes)
+        self.__dict__["dilation"] = per_axis(f"dilation of {name}", self.dilation, axes)
+
+    def _options(self) -> dict[str, Any]:
+        names = ("stride", "padding", "dilation", "groups")
+        return {name: getattr(self, name) for name in names} | {
+            "activation": kernels.ACTIVATIONS[self.activation]
+        }
+
+    def __repr__(self) -> str:
+        *window, inner, outputs = self.weight.shape
+        plain = {"stride": (1,) * len(window), "padding": ((0, 0),) * len(window),
+                 "dilation": (1,) * len(window), "groups": 1}  # fmt: skip
+        options = "".join(
+            f", {name}={getattr(self, name)}"
+            for name, default in plain.items()
+            if getattr(self, name) != default
+        )
+        return (
+            f"{type(self).__name__}({inner * self.groups}, {outputs}, {tuple(window)}, "
+            f"{self.activation}{options})"
+        )
+
+
+def window_of(who: str, window: Any) -> tuple[int, ...]:
+    """The size of a window along each axis of space; OptionError for what is none."""
+    if not isinstance(window, tuple | list) or not window:
+        raise OptionError(
+            f"the window of {who} has a size for each axis of space, such as (3, 3), not {window!r:.60}"
+        )
+    return per_axis(f"window of {who}", window, len(window))
+
+
+class Conv(_Convolution):
+    """y = activation(x * weight + bias): each output sees a window of x, the same at all places.
+
+    x (rows, *space, inputs) -> y (rows, *positions, outputs): channels are the last axis. weight
+    (*window, inputs / groups, outputs), bias (outputs,). `window` says how many axes space has.
+    `padding` is of zeros: a number, for each axis a number or a pair (before, behind), or "same",
+    which makes ceil(space / stride) positions. With as many groups as inputs it is depthwise.
+    Weights start uniform in ±sqrt(6 groups / (window * (inputs + outputs))) [Glorot & Bengio 2010],
+    biases at zero. [Dumoulin & Visin 2016, arXiv:1603.07285]
+
+        nnxp.Conv(3, 32, (3, 3), "relu", stride=2, padding="same")
+    """
+
+    def __call__(self, x: Array) -> Array:
+        return kernels.conv(x, self.weight, self.bias, **self._options())
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(3, 4, (3, 3), "relu", padding=1, rng=0), (2, 5, 6, 3)
+        yield cls(2, 3, (1,), rng=1, stride=2, bias=False), (3, 7, 2)
+        yield cls(4, 6, (3, 2), "tanh", groups=2, stride=(1, 2), padding="same", rng=2), (2, 4, 5, 4)
+        yield cls(3, 3, (3, 3), groups=3, stride=2, padding=((0, 1), (1, 2)), rng=3), (2, 5, 6, 3)
+        yield cls(2, 4, (2, 1, 3), groups=2, dilation=(1, 1, 2), rng=4), (2, 3, 2, 6, 2)
+
+
+class ConvTranspose(_Convolution):
+    """y = activation(x *' weight + bias), the transpose of a convolution: each element of x adds a
+    window's worth to y, at places that are a stride apart.
+
+    x (rows, *space, inputs) -> y (rows, *made, outputs), where along an axis of n
+    (n - 1) stride - padding + dilation (window - 1) + 1 + output_padding are made, and n stride with
+    padding "same". weight (*window, inputs / groups, outputs), bias (outputs,); the rest as in Conv.
+    """
+
+    output_padding: PerAxis = 0
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        window: tuple[int, ...],
+        activation: str = "identity",
+        *,
+        output_padding: PerAxis = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(inputs, outputs, window, activation, **options)
+        self.output_padding = output_padding
+
+    def validate(self) -> None:
+        super().validate()
+        axes = len(self.weight.shape) - 2
+        who = f"output_padding of {type(self).__name__}"
+        self.__dict__["output_padding"] = per_axis(who, self.output_padding, axes, 0)
+
+    def __call__(self, x: Array) -> Array:
+        more = {"output_padding": self.output_padding}
+        return kernels.conv_transpose(x, self.weight, self.bias, **self._options(), **more)
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(3, 4, (2, 2), "relu", stride=2, rng=0), (2, 3, 4, 3)
+        yield cls(2, 3, (4,), stride=2, padding=1, output_padding=1, rng=1), (3, 5, 2)
+        yield cls(4, 6, (3, 3), "tanh", groups=2, stride=(1, 2), padding="same", rng=2), (2, 3, 4, 4)
+        yield cls(3, 3, (1, 2), groups=3, stride=3, bias=False, rng=3), (2, 2, 3, 3)
