@@ -82,7 +82,7 @@ class Program:
         goals = self.outputs if wanted is None else tuple(wanted)
         lives = self.lives if wanted is None else Lives(self, goals)
         for step, reused, ended in zip(self.steps, lives.reused, lives.ended, strict=True):
-            given = [_known(each, known) for each in step.inputs]
+            given = [_known(each, known, xp) for each in step.inputs]
             now = step if rows is None else scaled(step, rows)
             if reused is not None:
                 made = compute(xp, step.name, tuple(given), now.options | {"out": known[reused]})
@@ -92,7 +92,7 @@ class Program:
             known.update(zip(step.outputs, made if step.several else (made,), strict=True))
             for value in ended:
                 known.pop(value, None)
-        return [_known(value, known) for value in goals]
+        return [_known(value, known, xp) for value in goals]
 
     @cached_property
     def lives(self) -> Lives:
@@ -280,10 +280,13 @@ def replay(program: Program, arrays: Sequence[Any], change: Callable[..., Any]) 
     return [now(value) for value in program.outputs]
 
 
-def _known(x: Any, known: Mapping[Value, Any]) -> Any:
-    if isinstance(x, Value):
-        return known[x] if x in known else x.numbers
-    return x
+def _known(x: Any, known: Mapping[Value, Any], xp: Any) -> Any:
+    """What x stands for; a constant that was computed while tracing is brought to the others."""
+    if not isinstance(x, Value):
+        return x
+    if x in known:
+        return known[x]
+    return xp.asarray(x.numbers) if xp is not np and type(x.numbers) is np.ndarray else x.numbers
 
 
 # rows

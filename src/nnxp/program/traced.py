@@ -16,6 +16,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from nnxp import _library
 from nnxp._arrays import Array, Shape, float_dtype, is_array, xp_of
@@ -238,6 +239,8 @@ def value_of(x: Any) -> Any:
 
 def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """The result of a function of traced arrays, and a note of it; of constants, the numbers."""
+    if function == "reshape" and not _in_place(value_of(arrays[0]), options["shape"]):
+        arrays = (record("copy", arrays, {}),)
     inputs = tuple(map(value_of, arrays))
     options = {name: _plain(value) for name, value in options.items()}
     step = Step(function, inputs, options, "")
@@ -336,6 +339,26 @@ def _is_view(step: Step, outlines: list[Any]) -> bool:
         keys = key if isinstance(key, tuple) else (key,)
         return not any(is_array(each) or isinstance(each, list) for each in keys)
     return True
+
+
+def _in_place(x: Value, shape: Any) -> bool:
+    """Whether an array of this shape can look at the memory of x: else a reshape is a copy, first."""
+    if x.memory is None or x.numbers is not None:
+        return True
+    try:
+        _lying(x).reshape(_plain(shape), copy=False)
+    except ValueError:  # a copy, or a shape that does not fit: then whoever makes it says so
+        return False
+    return True
+
+
+def _lying(x: Value) -> Any:
+    """An array that lies as x does, in memory that is in order and that nobody reads."""
+    if x.memory is None or x.step is None:
+        strides = (x.dtype.itemsize * prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
+        return as_strided(np.zeros((), x.dtype), x.shape, tuple(strides))
+    made = compute(np, x.step.name, (_lying(x.memory),), x.step.options)
+    return made[x.step.outputs.index(x)] if x.step.several else made
 
 
 # The shapes and types of results
