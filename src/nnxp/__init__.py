@@ -20,6 +20,7 @@ from nnxp.engine import predict_iter as predict_iter
 from nnxp.io.checkpoint import load as load
 from nnxp.io.checkpoint import save as save
 from nnxp.io.columns import Columns as Columns
+from nnxp.io.onnx import load_onnx as load_onnx
 from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation
@@ -27,6 +28,7 @@ from nnxp.layers.containers import Residual as Residual
 from nnxp.layers.containers import Sequential as Sequential
 from nnxp.layers.dense import Dense as Dense
 from nnxp.layers.dropout import Dropout as Dropout
+from nnxp.layers.graph import Graph as Graph
 from nnxp.layers.norm import BatchNorm as BatchNorm
 from nnxp.layers.norm import LayerNorm as LayerNorm
 from nnxp.layers.norm import RMSNorm as RMSNorm
