@@ -115,7 +115,9 @@ class _Reading:
         self._refuse_unknown()
         self._put_aside()
         self.onnx.checker.check_model(model)
-        if 0 < version < OPSET and any(not n.domain or n.domain == "ai.onnx" for n in model.graph.node):
+        if 0 < version < OPSET and any(
+            not n.domain or n.domain == "ai.onnx" for n in model.graph.node
+        ):
             self._upgrade(version)
         return self._described()
 
@@ -143,7 +145,9 @@ class _Reading:
         folder = self.folder.resolve()
         given = Path(name)
         if not name or "\0" in name or given.is_absolute() or ".." in given.parts or "\\" in name:
-            raise CheckpointError(f"{who} are in {name!r:.80}, which is not below the model's folder")
+            raise CheckpointError(
+                f"{who} are in {name!r:.80}, which is not below the model's folder"
+            )
         path = (folder / given).resolve()
         if not path.is_relative_to(folder):
             raise CheckpointError(f"{who} are in {name!r:.80}, a link out of the model's folder")
@@ -172,7 +176,9 @@ class _Reading:
         for each in _nodes(self.model.graph):
             name = _operator_name(each)
             if name not in OPERATORS and name not in ("If", *_UPGRADED):
-                unknown.append({"op": name, "name": each.name, "outputs": list(each.output) or [""]})
+                unknown.append(
+                    {"op": name, "name": each.name, "outputs": list(each.output) or [""]}
+                )
         if unknown:
             raise ConversionError(unknown_operators(unknown))
 
@@ -206,7 +212,9 @@ class _Reading:
             raise CheckpointError(f"{who!r} is of an unknown type {kind}") from None
         name = {"float": "float32", "double": "float64"}.get(name, name)
         if name not in DTYPES:
-            raise ConversionError(f"{who!r} is of the type {name}, which nnxp does not compute with")
+            raise ConversionError(
+                f"{who!r} is of the type {name}, which nnxp does not compute with"
+            )
         return dtype_of(name)
 
     def _array(self, tensor: Any) -> HostArray:
@@ -296,7 +304,11 @@ class _Reading:
                 d.dim_value if d.WhichOneof("value") == "dim_value" and d.dim_value >= 0 else None
                 for d in tensor.shape.dim
             )
-        return {"name": each.name, "dtype": str(self._dtype(tensor.elem_type, each.name)), "shape": shape}
+        return {
+            "name": each.name,
+            "dtype": str(self._dtype(tensor.elem_type, each.name)),
+            "shape": shape,
+        }
 
     def _constant(self, each: Any) -> HostArray:
         (attribute,) = each.attribute
@@ -341,7 +353,9 @@ class _Reading:
         except TypeError:
             items = (None,)
         if not all(isinstance(item, int | float | str) for item in items):
-            raise ConversionError(f"{each.op_type} {each.name!r}: attribute {attribute.name!r} is not known")
+            raise ConversionError(
+                f"{each.op_type} {each.name!r}: attribute {attribute.name!r} is not known"
+            )
         return items
 
     def _branch(self, graph: Any) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import numpy as np
 
 from nnxp._arrays import Array, Shape, is_array, xp_of
 from nnxp._errors import (
-    CheckpointError,
     ConversionError,
     DtypeMismatch,
     NnxpError,
@@ -99,7 +98,7 @@ class Graph(Layer):
         """The number of rows that the graph was made for, if it was made for one number only."""
         first = {each["shape"][0] if each["shape"] else None for each in self.inputs}
         size = first.pop() if len(first) == 1 else None
-        return size if size else None
+        return size or None
 
     def validate(self) -> None:
         if len(self.names) != len(self.weights) or len(set(self.names)) != len(self.names):
@@ -135,7 +134,9 @@ class Graph(Layer):
     def __call__(self, *inputs: Array) -> Any:
         if len(inputs) != len(self.inputs):
             names = ", ".join(self.input_names)
-            raise ShapeError(f"the graph takes {len(self.inputs)} inputs ({names}), not {len(inputs)}")
+            raise ShapeError(
+                f"the graph takes {len(self.inputs)} inputs ({names}), not {len(inputs)}"
+            )
         inputs = tuple(self._fitting(i, x) for i, x in enumerate(inputs))
         if any(type(x) is traced.ndarray for x in inputs):
             made = self._noted(inputs)
@@ -163,11 +164,16 @@ class Graph(Layer):
             return x
         if x.dtype.kind in "iu" and dtype.kind in "iu":
             return x.astype(dtype)
-        raise DtypeMismatch(f"{who} is {dtype}, not {x.dtype}; x.astype({str(dtype)!r}) converts it")
+        raise DtypeMismatch(
+            f"{who} is {dtype}, not {x.dtype}; x.astype({str(dtype)!r}) converts it"
+        )
 
     def _run(self, inputs: Sequence[Array]) -> list[Array]:
         """The outputs, node by node."""
-        values = {**self._numbers, **dict(zip(self.names, (w.value for w in self.weights), strict=True))}
+        values = {
+            **self._numbers,
+            **dict(zip(self.names, (w.value for w in self.weights), strict=True)),
+        }
         values.update(zip(self.input_names, inputs, strict=True))
         with self._at_home():
             self._compiled.run(values)
@@ -223,11 +229,15 @@ class Graph(Layer):
         _, original = tape.layers.get(id(self), ("", self))
         rows = inputs[0].shape[0]
         with traced.writing(traced.Tape()):
-            group = self._run([traced.ndarray(traced.Value((size, *x.shape[1:]), x.dtype)) for x in inputs])
+            group = self._run(
+                [traced.ndarray(traced.Value((size, *x.shape[1:]), x.dtype)) for x in inputs]
+            )
         outlines = []
         for y in group:
             if not y.shape or y.shape[0] % size:
-                raise Untraceable(f"the graph answers {y.shape} for {size} rows: not a row for a row")
+                raise Untraceable(
+                    f"the graph answers {y.shape} for {size} rows: not a row for a row"
+                )
             outlines.append(((y.shape[0] // size * rows, *y.shape[1:]), y.dtype))
         reason = f"the graph is made for {size} rows at a time"
         made = traced.opaque(Groups(original, size), inputs, outlines, reason)
@@ -241,7 +251,10 @@ class Graph(Layer):
     @classmethod
     def examples(cls) -> Iterator[Example]:
         rng = np.random.default_rng(0)
-        weight, bias = rng.normal(size=(6, 4)).astype("float32"), rng.normal(size=4).astype("float32")
+        weight, bias = (
+            rng.normal(size=(6, 4)).astype("float32"),
+            rng.normal(size=4).astype("float32"),
+        )
         yield cls.of(
             nodes=(
                 node("Shape", ["x"], ["shape"]),
@@ -260,7 +273,9 @@ class Graph(Layer):
         ), (5, 2, 3)  # fmt: skip
 
 
-def node(op: str, inputs: Iterable[str], outputs: Iterable[str], **attributes: Any) -> dict[str, Any]:
+def node(
+    op: str, inputs: Iterable[str], outputs: Iterable[str], **attributes: Any
+) -> dict[str, Any]:
     """A node of a Graph."""
     return {"op": op, "name": "", "inputs": tuple(inputs), "outputs": tuple(outputs),
             "attributes": attributes}  # fmt: skip
@@ -338,7 +353,9 @@ class _Nodes:
             uses = set(_uses(each))
             ended = tuple({*uses, *each["outputs"]} - wanted)
             wanted |= uses
-            attributes = {name: _attribute(name, v, retyped) for name, v in each["attributes"].items()}
+            attributes = {
+                name: _attribute(name, v, retyped) for name, v in each["attributes"].items()
+            }
             branches = None
             if each["op"] == "If":
                 parts = (attributes.pop("then_branch"), attributes.pop("else_branch"))
@@ -352,7 +369,13 @@ class _Nodes:
         for each in self.nodes:
             try:
                 each.run(values)
-            except (Untraceable, UnsupportedFunction, OptionError, ShapeError, DtypeMismatch) as error:
+            except (
+                Untraceable,
+                UnsupportedFunction,
+                OptionError,
+                ShapeError,
+                DtypeMismatch,
+            ) as error:
                 raise type(error)(f"{each.label}: {error}") from error
             except (ValueError, IndexError, TypeError, ArithmeticError, AttributeError) as error:
                 if isinstance(error, NnxpError):
@@ -438,9 +461,7 @@ def _check_input(each: Any) -> None:
         raise OptionError(f"no input of a graph: {each!r:.80}")
 
 
-def _check_nodes(
-    nodes: Any, outputs: Any, known: set[str], depth: int = 0
-) -> None:
+def _check_nodes(nodes: Any, outputs: Any, known: set[str], depth: int = 0) -> None:
     """Refuse nodes that are not known, do not fit, or take what no node before them has made."""
     if depth > DEEPEST:
         raise OptionError(f"graphs within graphs, more than {DEEPEST} deep")
@@ -478,15 +499,23 @@ def _check_nodes(
 
 
 def _is_graph(each: Any) -> bool:
-    return isinstance(each, dict) and each.keys() == {"nodes", "outputs"} and all(
-        isinstance(each[name], tuple) for name in each
+    return (
+        isinstance(each, dict)
+        and each.keys() == {"nodes", "outputs"}
+        and all(isinstance(each[name], tuple) for name in each)
     )
 
 
 def _check_known(nodes: Any) -> None:
     """Refuse operators that are not known, all of them at once."""
     for each in nodes:
-        sound = isinstance(each, dict) and each.keys() == {"op", "name", "inputs", "outputs", "attributes"}
+        sound = isinstance(each, dict) and each.keys() == {
+            "op",
+            "name",
+            "inputs",
+            "outputs",
+            "attributes",
+        }
         sound = sound and isinstance(each["op"], str) and isinstance(each["name"], str)
         sound = sound and isinstance(each["attributes"], dict) and all(
             isinstance(each[part], tuple) and all(isinstance(name, str) for name in each[part])

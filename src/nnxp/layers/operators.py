@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from nnxp import kernels
-from nnxp._arrays import Array, HostArray, is_floating, xp_of
+from nnxp import _arrays, kernels
+from nnxp._arrays import Array, HostArray, is_floating
 from nnxp._errors import OptionError, ShapeError
 from nnxp.backend import asnumpy
 from nnxp.kernels._erf import erf
@@ -121,6 +121,11 @@ def operator(
 
 
 # Arrays: on the host, beside others, widened
+
+
+def xp_of(x: Any) -> Any:
+    """The library of an array; NumPy for the numbers that its functions answer without axes."""
+    return np if isinstance(x, np.generic) else _arrays.xp_of(x)
 
 
 def numbers(x: Any) -> HostArray | None:
@@ -331,7 +336,8 @@ def swish(x: Array, *, alpha: float = 1.0) -> Array:
 
 @operator("Gelu")
 def gelu(x: Array, *, approximate: str = "none") -> Array:
-    return kernels.gelu_tanh(x) if approximate == "tanh" else kernels.gelu(x)
+    kernel = kernels.gelu_tanh if approximate == "tanh" else kernels.gelu
+    return kernel(x) if x.ndim else kernel(x.reshape(1)).reshape(())
 
 
 @operator("IsInf")
@@ -344,8 +350,20 @@ def is_inf(x: Array, *, detect_negative: int = 1, detect_positive: int = 1) -> A
 
 @operator("BitShift")
 def bit_shift(x: Array, n: Array, *, direction: str) -> Array:
-    factor = xp_of(x).power(xp_of(x).full_like(n, 2), n)
-    return x * factor if direction == "LEFT" else x // factor
+    """Times a power of two; a shift by as many bits as there are, or by a negative number, is all out."""
+    xp, bits = xp_of(x), x.dtype.itemsize * 8
+    far = (n < 0) | (n >= bits)
+    two = xp.full_like(n, 2)
+    if direction == "LEFT":
+        return xp.where(
+            far, xp.zeros_like(x), x * xp.power(two, xp.where(far, xp.zeros_like(n), n))
+        )
+    out = xp.minimum(xp.sign(x), 0).astype(x.dtype) if x.dtype.kind == "i" else xp.zeros_like(x)
+    most = bits - 1 if x.dtype.kind == "u" else bits - 2  # what a power of two fits
+    near = xp.where(far, xp.zeros_like(n), n)
+    once = xp.minimum(near, most)
+    y = x // xp.power(two, once) // xp.power(two, near - once)
+    return xp.where(far, out, y)
 
 
 @operator("Cast", moves=True)
@@ -466,11 +484,15 @@ def scan(x: Array, axis: HostArray, *, exclusive: int = 0, reverse: int = 0, op:
     y = (xp.cumsum if op == "CumSum" else xp.cumprod)(x, axis=along).astype(x.dtype, copy=False)
     if exclusive:
         first = xp.zeros_like(_cut(y, along, 0, 1)) + (op == "CumProd")
-        y = xp.concatenate([first.astype(x.dtype), _cut(y, along, 0, x.shape[along] - 1)], axis=along)
+        y = xp.concatenate(
+            [first.astype(x.dtype), _cut(y, along, 0, x.shape[along] - 1)], axis=along
+        )
     return xp.flip(y, along) if reverse else y
 
 
-def _cut(x: Array, axis: int, start: int | None, stop: int | None, step: int | None = None) -> Array:
+def _cut(
+    x: Array, axis: int, start: int | None, stop: int | None, step: int | None = None
+) -> Array:
     return x[(slice(None),) * axis + (slice(start, stop, step),)]
 
 
@@ -622,7 +644,9 @@ def pad(x: Array, pads: HostArray, fill: HostArray | None = None, axes: HostArra
 @operator("CenterCropPad", numbers="shape", moves=True)
 def center_crop_pad(x: Array, shape: HostArray, *, axes: Sequence[int] | None = None) -> Array:
     along = _axes(axes, x.ndim)
-    for axis, wanted in zip(range(x.ndim) if along is None else along, ints(shape) or [], strict=True):
+    for axis, wanted in zip(
+        range(x.ndim) if along is None else along, ints(shape) or [], strict=True
+    ):
         n = x.shape[axis]
         if n > wanted:
             x = _cut(x, axis, (n - wanted) // 2, (n - wanted) // 2 + wanted)
@@ -660,7 +684,9 @@ def space_to_depth(x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
 
 
 @operator("ReverseSequence", numbers="lengths", moves=True)
-def reverse_sequence(x: Array, lengths: HostArray, *, batch_axis: int = 1, time_axis: int = 0) -> Array:
+def reverse_sequence(
+    x: Array, lengths: HostArray, *, batch_axis: int = 1, time_axis: int = 0
+) -> Array:
     xp, parts = xp_of(x), []
     for i, n in enumerate(ints(lengths) or []):
         row = _cut(x, batch_axis, i, i + 1)
@@ -745,7 +771,9 @@ def gather_nd(x: Array, ids: Array, *, batch_dims: int = 0) -> Array:
     at: Any = 0
     for i in range(deep):
         if i < batch_dims:
-            along = np.arange(x.shape[i]).reshape([-1 if j == i else 1 for j in range(ids.ndim - 1)])
+            along = np.arange(x.shape[i]).reshape(
+                [-1 if j == i else 1 for j in range(ids.ndim - 1)]
+            )
             own = beside(along, ids)
         else:
             own = ids[..., i - batch_dims]
@@ -829,10 +857,10 @@ def einsum(*arrays: Array, equation: str) -> Array:
 def batch_norm(x: Array, gain: Array, bias: Array, mean: Array, var: Array, *,
                epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0) -> Array:  # fmt: skip
     if training_mode:
-        raise OptionError("BatchNormalization with training_mode=1 is for training: export the model for inference")
-    return _channels_last(
-        lambda x: kernels.batch_norm(x, mean, var, gain, bias, eps=epsilon), x
-    )
+        raise OptionError(
+            "BatchNormalization with training_mode=1 is for training: export the model for inference"
+        )
+    return _channels_last(lambda x: kernels.batch_norm(x, mean, var, gain, bias, eps=epsilon), x)
 
 
 @operator("LayerNormalization")

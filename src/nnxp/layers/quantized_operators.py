@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, xp_of
+from nnxp._arrays import Array
 from nnxp._errors import ShapeError
-from nnxp.layers.operators import beside, dtype_of, operator
+from nnxp.layers.operators import beside, dtype_of, operator, xp_of
 from nnxp.layers.window_operators import conv
 
 
@@ -55,12 +55,14 @@ def dequantize(x: Array, scale: Array, zero: Array | None = None, *, axis: int =
 @operator("DynamicQuantizeLinear")
 def dynamic_quantize(x: Array) -> tuple[Array, Array, Array]:
     xp = xp_of(x)
-    low, high = xp.minimum(xp.min(x), 0), xp.maximum(xp.max(x), 0)
+    flat = x.reshape(-1)
+    low = xp.minimum(xp.min(flat, axis=0, keepdims=True), 0)
+    high = xp.maximum(xp.max(flat, axis=0, keepdims=True), 0)
     scale = (high - low) / 255
     scale = xp.where(scale == 0, xp.ones_like(scale), scale).astype(x.dtype)
     zero = _saturated(xp.rint(-low / scale), np.dtype("uint8"))
     y = _saturated(xp.rint(x / scale) + zero.astype(x.dtype), np.dtype("uint8"))
-    return y, scale, zero
+    return y, scale.reshape(()), zero.reshape(())
 
 
 def _exact(x: Array, zero: Array | None, axis: int) -> Array:
@@ -75,7 +77,9 @@ def _exact(x: Array, zero: Array | None, axis: int) -> Array:
 
 
 @operator("MatMulInteger")
-def matmul_integer(a: Array, b: Array, a_zero: Array | None = None, b_zero: Array | None = None) -> Array:
+def matmul_integer(
+    a: Array, b: Array, a_zero: Array | None = None, b_zero: Array | None = None
+) -> Array:
     y = xp_of(a).matmul(_exact(a, a_zero, -2), _exact(b, b_zero, -1))
     return y.astype("int32")
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import Array, HostArray, xp_of
+from nnxp._arrays import Array
 from nnxp._errors import OptionError
-from nnxp.layers.operators import beside, ints, operator
+from nnxp.layers.operators import beside, operator, xp_of
+from nnxp.program import traced
 
 Step = Callable[[Array, list[Array], Array, Array, Any], list[Array]]
 
@@ -23,6 +24,8 @@ def _recurrent(
     xp = xp_of(x)
     x = x.swapaxes(0, 1) if layout else x
     time, n = x.shape[:2]
+    if traced.counts_rows(time):
+        raise traced.Untraceable("it goes along axis 0, which does not hold rows")
     ways, outputs, ends = w.shape[0], [], []
     for way in range(ways):
         own = [xp.zeros((n, hidden), dtype=x.dtype) if state is None
@@ -61,7 +64,9 @@ def _gates(names: Sequence[str] | None, defaults: Sequence[str], way: int, alpha
     }  # fmt: skip
     unknown = [name for name in chosen if name not in known]
     if unknown or alpha is not None or beta is not None:
-        raise OptionError(f"recurrent activations {', '.join(chosen)} with alpha or beta: not known")
+        raise OptionError(
+            f"recurrent activations {', '.join(chosen)} with alpha or beta: not known"
+        )
     return [known[name] for name in chosen]
 
 
@@ -126,7 +131,9 @@ def lstm(x: Array, w: Array, r: Array, b: Array | None = None, lengths: Array | 
     n, xp = r.shape[-1], xp_of(x)
 
     def one(way: int) -> Step:
-        f, g, out = _gates(activations, ["Sigmoid", "Tanh", "Tanh"], way, activation_alpha, activation_beta)
+        f, g, out = _gates(
+            activations, ["Sigmoid", "Tanh", "Tanh"], way, activation_alpha, activation_beta
+        )
         peep = None if p is None else p[way]
 
         def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
@@ -152,7 +159,8 @@ def attention(
     q: Array, key: Array, value: Array, mask: Array | None = None, past_key: Array | None = None,
     past_value: Array | None = None, nonpad: Array | None = None, *, q_num_heads: int = 0,
     kv_num_heads: int = 0, scale: float | None = None, is_causal: int = 0, softcap: float = 0.0,
-    qk_matmul_output_mode: int = 0, softmax_precision: Any = None, count: int,
+    qk_matmul_output_mode: int = 0, softmax_precision: Any = None, left_window_size: int = -1,
+    right_window_size: int = -1, count: int,
 ) -> Any:  # fmt: skip
     """softmax(q k' * scale + mask) v for each head   [Vaswani et al. 2017, arXiv:1706.03762]"""
     xp, flat = xp_of(q), q.ndim == 3
@@ -168,17 +176,14 @@ def attention(
         key, value = xp.repeat(key, share, axis=1), xp.repeat(value, share, axis=1)
     root = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
     scores = raw = xp.matmul(q * root, key.swapaxes(-1, -2) * root)
-    if softcap and qk_matmul_output_mode is not None:
+    if softcap:
         scores = softcap * xp.tanh(scores / softcap)
     capped = scores
     rows, columns = scores.shape[-2:]
-    if is_causal:
-        past = past_key.shape[2] if past_key is not None else 0
-        if nonpad is not None:
-            own = nonpad.reshape(-1, 1, 1, 1) - rows + beside(np.arange(rows).reshape(1, 1, -1, 1), q)
-            seen = beside(np.arange(columns).reshape(1, 1, 1, -1), q) <= own
-        else:
-            seen = beside(np.tril(np.ones((rows, columns), bool), past), q)
+    seen = _in_sight(
+        rows, columns, is_causal, left_window_size, right_window_size, past_key, nonpad, q
+    )
+    if seen is not None:
         scores = xp.where(seen, scores, xp.full_like(scores, -np.inf))
     if mask is not None:
         missing = columns - mask.shape[-1]
@@ -200,7 +205,29 @@ def attention(
     y = xp.matmul(weights, value)
     if flat:
         y = y.transpose(0, 2, 1, 3).reshape(y.shape[0], y.shape[2], y.shape[1] * y.shape[3])
-    return (y, *present, (raw, biased, capped, weights)[qk_matmul_output_mode]) if count > 1 else y
+    return (y, *present, (raw, capped, biased, weights)[qk_matmul_output_mode]) if count > 1 else y
+
+
+def _in_sight(
+    rows: int, columns: int, causal: int, left: int, right: int, past_key: Array | None,
+    nonpad: Array | None, like: Array,
+) -> Array | None:  # fmt: skip
+    """Which keys a query may see, by their places alone; None for all of them."""
+    right = 0 if causal else right
+    if left < 0 and right < 0:
+        return None
+    own: Array = np.arange(rows).reshape(-1, 1)
+    keys: Array = np.arange(columns)
+    if past_key is not None:
+        own = own + past_key.shape[2]
+    elif nonpad is not None:
+        own = nonpad.reshape(-1, 1, 1, 1) - rows + beside(own, nonpad)
+        keys = beside(keys, nonpad)
+    seen = keys <= own + right if right >= 0 else None
+    if left >= 0:
+        near = keys >= own - left
+        seen = near if seen is None else seen & near
+    return beside(seen, like)
 
 
 def _heads(x: Array, heads: int) -> Array:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, xp_of
+from nnxp._arrays import Array, HostArray
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers.operators import beside, ints, operator
+from nnxp.layers.operators import beside, ints, operator, xp_of
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -148,7 +148,9 @@ def conv_transpose(x: Array, weight: Array, bias: Array | None = None, *, kernel
             for length, a, w, b, e in zip(x.shape[2:], s, size, d, extra, strict=True)]  # fmt: skip
     begin, end = (list(pads or [0] * 2 * n)[i * n : (i + 1) * n] for i in (0, 1))
     if output_shape or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        wanted = list(output_shape or [])[-n:] or [k * a for k, a in zip(x.shape[2:], s, strict=True)]
+        wanted = list(output_shape or [])[-n:] or [
+            k * a for k, a in zip(x.shape[2:], s, strict=True)
+        ]
         total = [f - w for f, w in zip(full, wanted, strict=True)]
         less = [t // 2 for t in total]
         more = [t - h for t, h in zip(total, less, strict=True)]
@@ -199,14 +201,22 @@ def max_pool(x: Array, *, kernel_shape: Sequence[int], strides: Any = None, dila
     return y if count == 1 else (y, best)
 
 
-def _flat_places(x: Array, window: Window, shape: Sequence[int], at: Sequence[int], order: int) -> Array:
+def _flat_places(
+    x: Array, window: Window, shape: Sequence[int], at: Sequence[int], order: int
+) -> Array:
     """For each place of the window, where in x it looks at `at`, counted over all of x."""
     n = len(window.size)
     space, total = x.shape[2:], np.zeros((1,) * (n + 2), "int64")
     weights = [prod(space[i + 1 :]) if not order else prod(space[:i]) for i in range(n)]
     for i in range(n):
-        along = at[i] * window.dilation[i] - window.padding[i][0] + np.arange(shape[2 + i]) * window.stride[i]
-        total = total + (along * weights[i]).reshape([-1 if j == i + 2 else 1 for j in range(n + 2)])
+        along = (
+            at[i] * window.dilation[i]
+            - window.padding[i][0]
+            + np.arange(shape[2 + i]) * window.stride[i]
+        )
+        total = total + (along * weights[i]).reshape(
+            [-1 if j == i + 2 else 1 for j in range(n + 2)]
+        )
     planes = np.arange(prod(x.shape[:2])).reshape((*x.shape[:2], *(1,) * n)) * prod(space)
     return beside(np.ascontiguousarray(np.broadcast_to(planes + total, shape)), x)
 
@@ -328,7 +338,9 @@ def resize(x: Array, roi: HostArray | None = None, scales: HostArray | None = No
         wanted = [floor(s * x.shape[a]) for s, a in zip(factor, along, strict=True)]
     else:
         raise OptionError("Resize takes scales or sizes")
-    regions = np.asarray([0.0] * len(along) + [1.0] * len(along) if roi is None or not roi.size else roi)
+    regions = np.asarray(
+        [0.0] * len(along) + [1.0] * len(along) if roi is None or not roi.size else roi
+    )
     for i, (axis, size, scale) in enumerate(zip(along, wanted, factor, strict=True)):
         n = x.shape[axis]
         crops = coordinate_transformation_mode == "tf_crop_and_resize"
@@ -344,7 +356,13 @@ def resize(x: Array, roi: HostArray | None = None, scales: HostArray | None = No
         else:
             stretch = max(1.0, 1 / scale) if antialias else 1.0
             a = cubic_coeff_a if mode == "cubic" else None
-            matrix = _interpolation(at, n, a, stretch, bool(exclude_outside or antialias and a is not None and exclude_outside))
+            matrix = _interpolation(
+                at,
+                n,
+                a,
+                stretch,
+                bool(exclude_outside or (antialias and a is not None and exclude_outside)),
+            )
             x = _along_axis(x, matrix, axis)
         if outside is not None and outside.any():
             here = outside.reshape([-1 if j == axis else 1 for j in range(x.ndim)])
@@ -353,7 +371,9 @@ def resize(x: Array, roi: HostArray | None = None, scales: HostArray | None = No
     return x
 
 
-def _interpolation(at: HostArray, n: int, a: float | None, stretch: float, exclude: bool) -> HostArray:
+def _interpolation(
+    at: HostArray, n: int, a: float | None, stretch: float, exclude: bool
+) -> HostArray:
     """The weights (out, in) of a linear filter, or of a cubic one with this coefficient."""
     reach = (1 if a is None else 2) * stretch
     matrix = np.zeros((len(at), n))
