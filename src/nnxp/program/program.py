@@ -84,7 +84,7 @@ class Program:
         for step, reused, ended in zip(self.steps, lives.reused, lives.ended, strict=True):
             given = [_known(each, known, xp) for each in step.inputs]
             now = step if rows is None else scaled(step, rows)
-            if reused is not None:
+            if reused is not None and not isinstance(known[reused], np.generic):
                 made = compute(xp, step.name, tuple(given), now.options | {"out": known[reused]})
             else:
                 made = perform(xp, now, given)

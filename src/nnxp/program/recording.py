@@ -281,11 +281,11 @@ class Recording:
                 np.copyto(into, a, casting="unsafe", where=test)
 
             return [choose]
-        if name == "concatenate":
-            axis = options.get("axis", 0)
+        if name in ("concatenate", "stack"):
+            axis, join = options.get("axis", 0), getattr(np, name)
 
             def joined(into: HostArray, *parts: HostArray) -> None:
-                np.concatenate(parts, axis, out=into)
+                join(parts, axis, out=into)
 
             return [self._bound(joined, (out, *inputs), {})]
         if KINDS[name] == "reduction" and name in _REDUCES:
