@@ -114,6 +114,8 @@ class _Reading:
             self.model = model = self.onnx.inliner.inline_local_functions(model)
         self._refuse_unknown()
         self._put_aside()
+        if 3 <= model.ir_version < 4:  # initialisers had to be inputs, too, and are not always
+            model.ir_version = 4
         self.onnx.checker.check_model(model)
         if 0 < version < OPSET and any(
             not n.domain or n.domain == "ai.onnx" for n in model.graph.node

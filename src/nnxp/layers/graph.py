@@ -206,7 +206,7 @@ class Graph(Layer):
         if not all(x.shape and traced.counts_rows(x.shape[0]) for x in inputs):
             return self._run(inputs)
         mark = len(tape.steps)
-        token = row_by_row.set(fixed == 1)
+        token = row_by_row.set(inputs[0].shape[0] if fixed == 1 else 0)
         try:
             made = self._run(inputs)
             if fixed is None:

@@ -30,8 +30,9 @@ from nnxp.program import traced
 home: ContextVar[Any] = ContextVar("nnxp_home_of_constants", default=np)
 """The library that constants are brought to, when they meet arrays without numbers."""
 
-row_by_row: ContextVar[bool] = ContextVar("nnxp_row_by_row", default=False)
-"""Whether what a graph says of axis 0, it says of one row: it was made for a single one."""
+row_by_row: ContextVar[int] = ContextVar("nnxp_row_by_row", default=0)
+"""How many rows go through a graph that was made for a single one: what it says of axis 0, it says
+of each of them. 0 for graphs that say it of all."""
 
 MOST_NUMBERS = 1 << 31
 """What one operator may make out of a few numbers that name a shape."""
@@ -133,7 +134,9 @@ def numbers(x: Any) -> HostArray | None:
     if x is None or isinstance(x, np.ndarray):
         return x
     if isinstance(x, traced.ndarray):
-        held = x._number("the shape or an axis is computed from")
+        held = x.value.numbers
+        if held is None:
+            raise traced.Untraceable("a shape or an axis depends on numbers that are not known yet")
         return held if isinstance(held, np.ndarray) else asnumpy(held)
     if xp_of(x).__name__.endswith("bounded"):
         return np.asarray(x.tolist(), x.dtype).reshape(x.shape)
@@ -408,7 +411,7 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
     "Mean": lambda xp, x, **o: xp.mean(x, **o),
     "Max": lambda xp, x, **o: xp.max(x, **o),
     "Min": lambda xp, x, **o: xp.min(x, **o),
-    "Prod": lambda xp, x, **o: xp.prod(x, **o),
+    "Prod": lambda xp, x, **o: x.prod(**o),
     "L1": lambda xp, x, **o: xp.sum(xp.absolute(x), **o),
     "L2": lambda xp, x, **o: xp.sqrt(xp.sum(xp.square(x), **o)),
     "SumSquare": lambda xp, x, **o: xp.sum(xp.square(x), **o),
@@ -512,16 +515,17 @@ def size(x: Array) -> Array:
 @operator("Reshape", numbers="shape", moves=True)
 def reshape(x: Array, shape: HostArray, *, allowzero: int = 0) -> Array:
     wanted, own = ints(shape) or [], x.shape
-    one_row = bool(row_by_row.get() and wanted and own and traced.counts_rows(own[0]))
+    rows = row_by_row.get()
+    one_row = bool(rows and wanted and own and own[0] and own[0] % rows == 0)
     one_row = one_row and not any(map(traced.counts_rows, wanted))
     if one_row:
-        own = (own[0] // traced.ROWS, *own[1:])  # of one row
+        own = (own[0] // rows, *own[1:])
     if not allowzero:
         wanted = [own[i] if n == 0 else n for i, n in enumerate(wanted)]
     if one_row:
         if -1 in wanted:
             wanted[wanted.index(-1)] = prod(own) // max(1, -prod(wanted))
-        wanted[0] *= traced.ROWS
+        wanted[0] *= rows
     return x.reshape(tuple(wanted))
 
 
@@ -555,10 +559,11 @@ def unsqueeze(x: Array, axes: HostArray) -> Array:
 
 @operator("Concat", moves=True)
 def concat(*arrays: Array, axis: int) -> Array:
-    rows = next((x.shape[0] for x in arrays if x.shape and traced.counts_rows(x.shape[0])), None)
-    if rows and row_by_row.get() and axis % arrays[0].ndim:
-        arrays = tuple(expand(x, np.array([rows, *x.shape[1:]])) if x.shape[0] == 1 else x
-                       for x in arrays)  # fmt: skip
+    rows = row_by_row.get()
+    if rows and axis % arrays[0].ndim and any(x.shape[0] == rows for x in arrays):
+        arrays = tuple(
+            expand(x, np.array([rows, *x.shape[1:]])) if x.shape[0] == 1 else x for x in arrays
+        )
     return xp_of(arrays[0]).concatenate(list(arrays), axis=axis)
 
 
