@@ -21,6 +21,7 @@ from nnxp.io.checkpoint import load as load
 from nnxp.io.checkpoint import save as save
 from nnxp.io.columns import Columns as Columns
 from nnxp.io.onnx import load_onnx as load_onnx
+from nnxp.io.onnx_export import save_onnx as save_onnx
 from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation

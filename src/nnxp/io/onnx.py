@@ -281,6 +281,8 @@ class _Reading:
                 sizes[str(array.dtype)] += array.nbytes
         inputs = [self._input(each) for each in graph.input if each.name not in self.arrays]
         floats = [each["dtype"] for each in inputs if "float" in each["dtype"]]
+        if "float32" in floats:  # statistics of a scaler, of twice the width
+            del sizes["float64"]
         kind = max(sizes, key=sizes.__getitem__) if sizes else (floats or ["float32"])[0]
         used = {name for each in _nodes(graph) for name in each.input}
         used |= {each.name for part in _graphs(graph) for each in part.output}

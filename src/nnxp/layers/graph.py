@@ -31,7 +31,7 @@ from nnxp.layers import (  # noqa: F401  (these make their operators known)
 from nnxp.layers._layer import Example, Layer
 from nnxp.layers.operators import OPERATORS, Operator, beside, dtype_of, home, numbers, row_by_row
 from nnxp.program import traced
-from nnxp.program.program import mixes
+from nnxp.program.program import Program, mixes
 from nnxp.program.traced import Untraceable
 
 DTYPES = frozenset(
@@ -92,6 +92,21 @@ class Graph(Layer):
     def input_names(self) -> list[str]:
         """The names of the inputs, in their order."""
         return [each["name"] for each in self.inputs]
+
+    def program(self, *outlines: Any) -> Program:
+        """The graph written out, for inputs of these shapes, in the types that it says."""
+        plain = [not (len(each) == 2 and isinstance(each[0], tuple | list)) for each in outlines]
+        kinds = self._dtypes(len(outlines))
+        return super().program(*(
+            (each, kind) if bare else each
+            for each, kind, bare in zip(outlines, kinds, plain, strict=True)
+        ))  # fmt: skip
+
+    def _dtypes(self, count: int) -> list[Any]:
+        if count != len(self.inputs):
+            names = ", ".join(self.input_names)
+            raise ShapeError(f"the graph takes {len(self.inputs)} inputs ({names}), not {count}")
+        return [self._retyped(each["dtype"]) for each in self.inputs]
 
     @property
     def fixed_rows(self) -> int | None:
