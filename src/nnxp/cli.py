@@ -138,7 +138,7 @@ Missing = Annotated[
 ]
 Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")]
 ROWS = ".npy, .npz, .csv, .tsv (.gz), .parquet, .arrow or .feather"
-Model = Annotated[Path, typer.Argument(help="A model, as nnxp.save writes it.", metavar="MODEL")]
+Model = Annotated[Path, typer.Argument(help="A model, as nnxp.save writes it, or in ONNX.", metavar="MODEL")]
 
 
 def main() -> NoReturn:
@@ -217,7 +217,7 @@ def predict(
     or those of the model's classes.
     """
     from nnxp.engine import Engine
-    from nnxp.io.checkpoint import load
+    from nnxp.io.onnx import load_model as load
     from nnxp.io.rows import ending, open_rows
     from nnxp.io.tables import Table
 
@@ -344,7 +344,7 @@ def summary(
     The shape of a row is found out where the model takes only one.
     """
     from nnxp.engine import Engine
-    from nnxp.io.checkpoint import load
+    from nnxp.io.onnx import load_model as load
 
     row = None if shape is None else _parse_shape(shape)
     engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
@@ -380,7 +380,7 @@ def doctor(backend: OnBackend = "auto", as_json: AsJson = False) -> None:
 def verify(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="[MODEL]", help="A model to judge, as nnxp.save writes it."),
+        typer.Argument(metavar="[MODEL]", help="A model to judge, as nnxp.save writes it, or in ONNX."),
     ] = None,
     rows: Annotated[
         Path | None, typer.Argument(metavar="[INPUT]", help=f"Rows for it: {ROWS}.")
@@ -415,7 +415,7 @@ def verify(
     products of float32 numbers are in float32, or rounded to TF32.
     """
     from nnxp import verify as verifying
-    from nnxp.io.checkpoint import load
+    from nnxp.io.onnx import load_model as load
     from nnxp.io.rows import read_rows
 
     found = verifying.verify(
@@ -438,7 +438,7 @@ def bench(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MODEL]", help="A model, as nnxp.save writes it; without it, the demo's."
+            metavar="[MODEL]", help="A model, as nnxp.save writes it, or in ONNX; without it, the demo's."
         ),
     ] = None,
     rows: Annotated[
@@ -458,7 +458,7 @@ def bench(
     """
     from nnxp.demo import _HERE
     from nnxp.floor import against_floor
-    from nnxp.io.checkpoint import load
+    from nnxp.io.onnx import load_model as load
 
     path = _HERE / "digits.safetensors" if model is None else model
     net = load(path)

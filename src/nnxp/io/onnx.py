@@ -19,7 +19,17 @@ import numpy as np
 
 from nnxp._arrays import HostArray
 from nnxp._errors import CheckpointError, ConversionError, NnxpError
-from nnxp.layers.graph import DTYPE_ATTRIBUTES, DTYPES, Graph, Weight, packed, unknown_operators
+from nnxp.io.checkpoint import load
+from nnxp.layers._layer import Layer
+from nnxp.layers.graph import (
+    DTYPE_ATTRIBUTES,
+    DTYPES,
+    Graph,
+    Weight,
+    packed,
+    unknown_operators,
+    unpacked,
+)
 from nnxp.layers.operators import OPERATORS, dtype_of
 
 OPSET = 21
@@ -71,6 +81,11 @@ def load_onnx(source: Any) -> Graph:
     except Exception as error:  # whatever else a hostile file provokes in another's code
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"{name} cannot be loaded: {reason:.400}") from error
+
+
+def load_model(path: str | os.PathLike[str]) -> Layer:
+    """The model in a file of either kind: in ONNX if its name ends in .onnx, else of `nnxp.save`."""
+    return load_onnx(path) if Path(path).suffix.lower() == ".onnx" else load(path)
 
 
 def _parsed(onnx: Any, source: Any) -> Any:
@@ -318,8 +333,6 @@ class _Reading:
         (attribute,) = each.attribute
         value = self._attribute(attribute, each)
         if isinstance(value, dict) and "data" in value:
-            from nnxp.layers.graph import unpacked
-
             array: HostArray = unpacked(value)
             return array
         kind = {"value_float": "float32", "value_floats": "float32", "value_int": "int64",

@@ -108,6 +108,13 @@ class Graph(Layer):
             raise ShapeError(f"the graph takes {len(self.inputs)} inputs ({names}), not {count}")
         return [self._retyped(each["dtype"]) for each in self.inputs]
 
+    def row_shape(self) -> Shape:
+        """The shape of a row of the only input, if the graph says it."""
+        shapes = [each["shape"] for each in self.inputs]
+        if len(shapes) != 1 or not shapes[0] or None in shapes[0][1:]:
+            raise OptionError(f"{self} does not tell the shape of its rows: name it, as in (1, 784)")
+        return tuple(shapes[0][1:])
+
     @property
     def fixed_rows(self) -> int | None:
         """The number of rows that the graph was made for, if it was made for one number only."""
