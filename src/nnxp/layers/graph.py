@@ -161,7 +161,12 @@ class Graph(Layer):
             )
         inputs = tuple(self._fitting(i, x) for i, x in enumerate(inputs))
         if any(type(x) is traced.ndarray for x in inputs):
-            made = self._noted(inputs)
+            try:
+                made = self._noted(inputs)
+            except (Untraceable, UnsupportedFunction) as error:
+                raise ShapeError(
+                    f"the graph is not the same for any number of rows: {error}; call it as it is"
+                ) from error
         elif self.fixed_rows and inputs and len(inputs[0]) != self.fixed_rows:
             program = self.program(*((x.shape, x.dtype) for x in inputs))
             made = program.run(inputs)

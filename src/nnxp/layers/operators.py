@@ -34,7 +34,7 @@ row_by_row: ContextVar[int] = ContextVar("nnxp_row_by_row", default=0)
 """How many rows go through a graph that was made for a single one: what it says of axis 0, it says
 of each of them. 0 for graphs that say it of all."""
 
-MOST_NUMBERS = 1 << 31
+MOST_NUMBERS = 1 << 28
 """What one operator may make out of a few numbers that name a shape."""
 
 
@@ -162,7 +162,7 @@ def _widened(x: Array) -> Array:
     return x.astype("float32") if is_floating(x.dtype) and x.dtype.itemsize == 2 else x
 
 
-def _library_of_shape(shape: Sequence[int]) -> Any:
+def library_of_shape(shape: Sequence[int]) -> Any:
     """NumPy for what is made out of a shape, unless the shape counts rows that are not there yet."""
     if any(map(traced.counts_rows, shape)):
         return traced
@@ -621,7 +621,7 @@ def numbers_known(x: Array) -> bool:
 @operator("Tile", numbers="repeats", moves=True)
 def tile(x: Array, repeats: HostArray) -> Array:
     reps = ints(repeats) or []
-    _library_of_shape([n * r for n, r in zip(x.shape, reps, strict=True)])
+    library_of_shape([n * r for n, r in zip(x.shape, reps, strict=True)])
     return xp_of(x).tile(x, tuple(reps))
 
 
@@ -639,7 +639,7 @@ def pad(x: Array, pads: HostArray, fill: HostArray | None = None, axes: HostArra
         widths = [(max(0, a), max(0, b)) for a, b in widths]
     if not any(map(any, widths)):
         return x
-    _library_of_shape([n + a + b for n, (a, b) in zip(x.shape, widths, strict=True)])
+    library_of_shape([n + a + b for n, (a, b) in zip(x.shape, widths, strict=True)])
     if mode != "constant":
         return xp_of(x).pad(x, tuple(widths), mode=mode)
     value = 0 if fill is None else fill.ravel()[0].item()
@@ -720,7 +720,7 @@ def constant(*, value: Any = None, value_float: Any = None, value_int: Any = Non
 def constant_of_shape(shape: HostArray, *, value: HostArray | None = None) -> Array:
     fill = np.zeros(1, "float32") if value is None else value
     sizes = tuple(ints(shape) or [])
-    xp = _library_of_shape(sizes)
+    xp = library_of_shape(sizes)
     return xp.full(sizes, fill.ravel()[0].item(), dtype=fill.dtype)
 
 
@@ -740,6 +740,7 @@ def eye_like(x: Array, *, dtype: str | None = None, k: int = 0) -> Array:
 @operator("OneHot", numbers="depth", moves=True)
 def one_hot(ids: Array, depth: HostArray, values: Array, *, axis: int = -1) -> Array:
     xp, n = xp_of(ids), int(depth.ravel()[0])
+    library_of_shape((*ids.shape, n))
     ids = xp.where(ids < 0, ids + n, ids)
     hot = xp.expand_dims(ids, -1) == beside(np.arange(n).astype(ids.dtype), ids)
     y = xp.where(hot, values[1], values[0])

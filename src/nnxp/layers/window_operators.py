@@ -14,7 +14,7 @@ import numpy as np
 
 from nnxp._arrays import Array, HostArray
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers.operators import beside, ints, operator, xp_of
+from nnxp.layers.operators import beside, ints, library_of_shape, operator, xp_of
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -345,6 +345,7 @@ def resize(x: Array, roi: HostArray | None = None, scales: HostArray | None = No
         n = x.shape[axis]
         crops = coordinate_transformation_mode == "tf_crop_and_resize"
         region = (regions[i], regions[i + len(along)]) if crops else (0.0, 1.0)
+        library_of_shape((*x.shape[:axis], max(size, 0), *x.shape[axis + 1 :]))
         if size == n and scale == 1 and region == (0.0, 1.0):
             continue
         at = _TO_INPUT[coordinate_transformation_mode](
