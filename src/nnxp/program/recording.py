@@ -228,6 +228,22 @@ class Recording:
 
         return call
 
+    def _bound_ufunc(self, fn: np.ufunc, inputs: tuple[Any, ...], out: Value) -> Call:
+        """A ufunc that writes into `out`, by that name: NumPy's maximum takes no third argument."""
+        places = [self._place(each) for each in inputs]
+        moving, into = self._place(out)
+        slots = self._slots
+        if not moving and not any(moves for moves, _ in places):
+            return partial(fn, *(each for _, each in places), out=into)
+
+        def call() -> object:
+            return fn(
+                *[slots[each] if moves else each for moves, each in places],
+                out=slots[into] if moving else into,
+            )
+
+        return call
+
     def _result(self, output: Value, value: Value, number: int, shape: Shape) -> tuple[bool, Any]:
         """Where a value is that lies in the caller's array for `output`."""
         if output is value or sized(output.shape, self.rows) == shape:
@@ -296,7 +312,7 @@ class Recording:
             calls = []
             for bound, fn in ((low, np.maximum), (high, np.minimum)):
                 if bound is not None:
-                    calls.append(self._bound(fn, (clipped, self._scalar(bound, out), out), {}))
+                    calls.append(self._bound_ufunc(fn, (clipped, self._scalar(bound, out)), out))
                     clipped = out
             return calls
         if name == "matmul" and _flat(inputs):
@@ -304,7 +320,8 @@ class Recording:
         else:
             fn = getattr(np, name)
         if isinstance(fn, np.ufunc) and not options:
-            return [self._bound(fn, (*(self._scalar(each, inputs[0]) for each in inputs), out), {})]
+            scalars = tuple(self._scalar(each, inputs[0]) for each in inputs)
+            return [self._bound_ufunc(fn, scalars, out)]
         return [self._bound(partial(_into, fn, options), (out, *inputs), {})]
 
     def _scalar(self, x: Any, like: Any) -> Any:
