@@ -139,7 +139,6 @@ DEPENDS_ON_NUMBERS = ("_expanded", "test_if", "nonzero")
 """Their shapes, or what they do, depend on numbers in the inputs."""
 
 
-@pytest.mark.filterwarnings("ignore:Passing more than 2 positional arguments:DeprecationWarning")
 def test_cases_written_out_say_the_same():
     traced = 0
 

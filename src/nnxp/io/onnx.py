@@ -131,7 +131,7 @@ class _Reading:
         self._put_aside()
         if 3 <= model.ir_version < 4:  # initialisers had to be inputs, too, and are not always
             model.ir_version = 4
-        self.onnx.checker.check_model(model)
+        self._check()
         if 0 < version < OPSET and any(
             not n.domain or n.domain == "ai.onnx" for n in model.graph.node
         ):
@@ -220,6 +220,18 @@ class _Reading:
             kept = [type(each).FromString(each.SerializeToString()) for each in kept]
             del graph.initializer[:]
             graph.initializer.extend(kept)
+
+    def _check(self) -> None:
+        """Refuse what does not follow the standard; outputs may go without a type or a shape."""
+        model = self.onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for graph in _graphs(model.graph):
+            for each in (*graph.input, *graph.output):
+                if each.type.WhichOneof("value") in (None, "tensor_type"):
+                    tensor = each.type.tensor_type
+                    tensor.elem_type = tensor.elem_type or self.onnx.TensorProto.FLOAT
+                    tensor.shape.SetInParent()
+        self.onnx.checker.check_model(model)
 
     def _dtype(self, kind: int, who: str) -> np.dtype[Any]:
         """The type of numbers for ONNX's code of it."""
