@@ -32,8 +32,8 @@ def proto(nodes, inputs, outputs=("y",), arrays=None, opset=17, domains=(), **op
             for op, takes, gives, *rest in nodes]  # fmt: skip
     held = [numpy_helper.from_array(np.asarray(a), name) for name, a in (arrays or {}).items()]
     ends = [info(y, None) if isinstance(y, str) else y for y in outputs]
-    graph = helper.make_graph(made, "g", [x if not isinstance(x, tuple) else info(*x) for x in inputs],
-                              ends, held)  # fmt: skip
+    starts = [x if not isinstance(x, tuple) else info(*x) for x in inputs]
+    graph = helper.make_graph(made, "g", starts, ends, held)
     opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 3) for d in domains)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=options.get("ir", 8))
 
@@ -125,8 +125,12 @@ def test_what_does_not_fit_is_refused_by_the_input_s_name():
 
 
 def test_errors_name_the_node():
-    model = load_onnx(proto([("Reshape", "x s", "y")], [("x", None)], arrays={"s": np.array([5, 5])}))
-    with pytest.raises(ShapeError, match=r"Reshape 'y' of \(2, 6\), \(2\)|Reshape 'y' of \(2, 6\), \(2,\)"):
+    model = load_onnx(
+        proto([("Reshape", "x s", "y")], [("x", None)], arrays={"s": np.array([5, 5])})
+    )
+    with pytest.raises(
+        ShapeError, match=r"Reshape 'y' of \(2, 6\), \(2\)|Reshape 'y' of \(2, 6\), \(2,\)"
+    ):
         model(draw((2, 6)))
 
 
@@ -165,7 +169,11 @@ def test_a_constant_is_laid_beside_every_row():
 
 def test_a_graph_for_one_row_is_written_out_for_any_number():
     arrays = {"s": np.array([1, 6]), "w": W, "b": B, "token": draw((1, 2))}
-    nodes = [("Reshape", "x s", "v"), ("Gemm", "v w b", "p"), ("Concat", "token p", "y", {"axis": 1})]
+    nodes = [
+        ("Reshape", "x s", "v"),
+        ("Gemm", "v w b", "p"),
+        ("Concat", "token p", "y", {"axis": 1}),
+    ]
     model = load_onnx(proto(nodes, [("x", [1, 2, 3])], [info("y", [1, 6])], arrays))
     x = draw((5, 2, 3))
     wanted = np.concatenate([model(row[None]) for row in x])
@@ -257,8 +265,8 @@ def test_a_softmax_before_opset_13_is_of_all_axes_from_its_own():
 def test_slopes_before_opset_9_are_for_channels(opset):
     slope = np.array([0.1, 0.2, 0.3], "float32")
     given = slope if opset < 7 else slope.reshape(3, 1, 1)
-    model = load_onnx(proto([("PRelu", "x s", "y")], [("x", [2, 3, 4, 5])], [info("y", [2, 3, 4, 5])],
-                            {"s": given}, opset=opset))  # fmt: skip
+    ends = [("x", [2, 3, 4, 5])], [info("y", [2, 3, 4, 5])]
+    model = load_onnx(proto([("PRelu", "x s", "y")], *ends, {"s": given}, opset=opset))
     x = draw((2, 3, 4, 5))
     np.testing.assert_allclose(model(x), np.where(x < 0, x * slope.reshape(3, 1, 1), x), rtol=1e-6)
 
@@ -303,7 +311,9 @@ def test_a_small_network_agrees_with_onnx_runtime():
         ("GlobalAveragePool", "m", "p"), ("Flatten", "p", "f"), ("Gemm", "f w", "l"),
         ("Softmax", "l", "y"),
     ]  # fmt: skip
-    arrays = {"k": kernel, "w": draw((8, 5), seed=3)} | {f"g{i}": row for i, row in enumerate(scale)}
+    arrays = {"k": kernel, "w": draw((8, 5), seed=3)} | {
+        f"g{i}": row for i, row in enumerate(scale)
+    }
     source = proto(nodes, [("x", ["n", 3, 15, 15])], [info("y", ["n", 5])], arrays)
     x = draw((4, 3, 15, 15))
     session = runtime.InferenceSession(source.SerializeToString())
@@ -318,7 +328,9 @@ def test_a_small_network_agrees_with_onnx_runtime():
 
 def test_operators_that_are_not_known_are_all_named_at_once():
     nodes = [("Multinomial", "x", "a"), ("Det", "a", "b"), ("Multinomial", "b", "y")]
-    with pytest.raises(ConversionError, match=r"Det \(1; first: 'b'\), Multinomial \(2; first: 'a'\)"):
+    with pytest.raises(
+        ConversionError, match=r"Det \(1; first: 'b'\), Multinomial \(2; first: 'a'\)"
+    ):
         load_onnx(proto(nodes, [("x", ["n", 6])]))
 
 
@@ -338,15 +350,18 @@ def test_what_is_no_model_is_refused(source):
 def test_files_that_cannot_be_read_say_why(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_onnx(tmp_path / "nothing.onnx")
-    with pytest.raises(OSError, match="directory|folder"):
+    with pytest.raises(OSError, match=r"directory|folder"):
         load_onnx(tmp_path)
     with pytest.raises(ConversionError, match="takes a path, bytes or a ModelProto, not int"):
         load_onnx(3)
 
 
 def test_damaged_files_are_refused_or_are_other_models():
-    """Cut short, bits flipped, parts doubled: an error of ours, or a model that runs or says why not."""
-    rng, sources = np.random.default_rng(0), [m.SerializeToString() for m in (dense(), flattened("n"))]
+    """Cut short, bits flipped, parts doubled: an error of ours, or another model."""
+    rng, sources = (
+        np.random.default_rng(0),
+        [m.SerializeToString() for m in (dense(), flattened("n"))],
+    )
     refused = 0
     for i in range(400):
         data = bytearray(sources[i % 2])
@@ -439,8 +454,15 @@ def test_a_shape_that_its_numbers_do_not_fill_is_refused_before_memory_is_taken(
      ("Range", "zero s one", 1 << 40), ("OneHot", "zero s two", 1 << 40)],
 )  # fmt: skip
 def test_few_numbers_do_not_make_many(op, takes, value):
-    arrays = {"s": np.array(value), "zero": np.array(0), "one": np.array(1), "two": np.array([0, 1])}
-    model = load_onnx(proto([("Identity", "x", "z"), (op, takes, "y")], [("x", [2, 2])], ["y"], arrays))
+    arrays = {
+        "s": np.array(value),
+        "zero": np.array(0),
+        "one": np.array(1),
+        "two": np.array([0, 1]),
+    }
+    model = load_onnx(
+        proto([("Identity", "x", "z"), (op, takes, "y")], [("x", [2, 2])], ["y"], arrays)
+    )
     with pytest.raises(ShapeError):
         model(draw((2, 2)))
 

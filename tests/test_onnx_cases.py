@@ -29,8 +29,8 @@ NOT_OURS = {
     "test_training_dropout_default_mask": "training",
     "test_training_dropout": "training",
     "test_training_dropout_mask": "training",
-    "test_resize_downsample_scales_linear_align_corners": "ONNX Runtime and PyTorch answer as we do",
-    "test_resize_downsample_scales_cubic_align_corners": "ONNX Runtime and PyTorch answer as we do",
+    "test_resize_downsample_scales_linear_align_corners": "ONNX Runtime answers as we do",
+    "test_resize_downsample_scales_cubic_align_corners": "ONNX Runtime answers as we do",
 }
 ON_NUMPY_ONLY = ("scatter_elements_with_reduction", "scatter_elements_with_dup", "scatternd_a",
                  "scatternd_m", "nonzero")  # fmt: skip

@@ -138,7 +138,9 @@ Missing = Annotated[
 ]
 Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")]
 ROWS = ".npy, .npz, .csv, .tsv (.gz), .parquet, .arrow or .feather"
-Model = Annotated[Path, typer.Argument(help="A model, as nnxp.save writes it, or in ONNX.", metavar="MODEL")]
+Model = Annotated[
+    Path, typer.Argument(help="A model, as nnxp.save writes it, or in ONNX.", metavar="MODEL")
+]
 
 
 def main() -> NoReturn:
@@ -380,7 +382,9 @@ def doctor(backend: OnBackend = "auto", as_json: AsJson = False) -> None:
 def verify(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="[MODEL]", help="A model to judge, as nnxp.save writes it, or in ONNX."),
+        typer.Argument(
+            metavar="[MODEL]", help="A model to judge, as nnxp.save writes it, or in ONNX."
+        ),
     ] = None,
     rows: Annotated[
         Path | None, typer.Argument(metavar="[INPUT]", help=f"Rows for it: {ROWS}.")
@@ -438,7 +442,8 @@ def bench(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MODEL]", help="A model, as nnxp.save writes it, or in ONNX; without it, the demo's."
+            metavar="[MODEL]",
+            help="A model, as nnxp.save writes it, or in ONNX; without it, the demo's.",
         ),
     ] = None,
     rows: Annotated[

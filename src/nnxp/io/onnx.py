@@ -1,8 +1,8 @@
 """Models in ONNX files, as Graphs.
 
-The package onnx parses a file, checks it and brings it to one version of the standard; nothing of it
-is run while it is read. What a model keeps in files of its own must lie below the model's folder, and
-its size must be what the model says, before a byte of it is read.
+The package onnx parses a file, checks it and brings it to one version of the standard; nothing of
+it is run while it is read. What a model keeps in files of its own must lie below the model's
+folder, and its size must be what the model says, before a byte of it is read.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ LARGEST = 1 << 31
 def load_onnx(source: Any) -> Graph:
     """The model in an ONNX file, as a layer like any other.
 
-    `source` is a path, the bytes of a file, or a ModelProto. Operators of ONNX and what dense models
-    need of ai.onnx.ml are known, in any version up to 28. The result takes arrays in the order of
-    the graph's inputs, and answers an array, or a tuple of several. `nnxp.save` writes it to a file
-    that is read without the package onnx.
+    `source` is a path, the bytes of a file, or a ModelProto. Operators of ONNX and what dense
+    models need of ai.onnx.ml are known, in any version up to 28. The result takes arrays in the
+    order of the graph's inputs, and answers an array, or a tuple of several. `nnxp.save` writes it
+    to a file that is read without the package onnx.
 
         model = nnxp.load_onnx("model.onnx")
         y = model(x)
 
     Raises CheckpointError for a file that is not whole or not sound, ConversionError for operators
-    that are not known (all of them are named) and where the package onnx is missing, and an OSError,
-    such as FileNotFoundError, if the file cannot be read.
+    that are not known (all of them are named) and where the package onnx is missing, and an
+    OSError, such as FileNotFoundError, if the file cannot be read.
     """
     try:
         import onnx
@@ -84,7 +84,7 @@ def load_onnx(source: Any) -> Graph:
 
 
 def load_model(path: str | os.PathLike[str]) -> Layer:
-    """The model in a file of either kind: in ONNX if its name ends in .onnx, else of `nnxp.save`."""
+    """The model in a file: in ONNX if its name ends in .onnx, else as `nnxp.save` writes it."""
     return load_onnx(path) if Path(path).suffix.lower() == ".onnx" else load(path)
 
 
@@ -252,7 +252,8 @@ class _Reading:
         if tensor.HasField("raw_data"):
             if len(tensor.raw_data) != prod(tensor.dims) * dtype.itemsize:
                 raise CheckpointError(
-                    f"{tensor.name!r} {list(tensor.dims)} of {dtype} has {len(tensor.raw_data)} bytes"
+                    f"{tensor.name!r}, {list(tensor.dims)} of {dtype}, has "
+                    f"{len(tensor.raw_data)} bytes"
                 )
         else:
             fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
@@ -267,9 +268,6 @@ class _Reading:
         """Bring the model to the one version of the standard."""
         if version < 7:
             self._reshape_slopes()
-        for each in self.model.graph.node:
-            if each.op_type == "Upsample" and version < 9:
-                break
         self.model = self.onnx.version_converter.convert_version(self.model, OPSET)
 
     def _reshape_slopes(self) -> None:

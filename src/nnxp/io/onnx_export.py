@@ -60,8 +60,7 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
         raise OptionError(f"save_onnx takes a model made of nnxp layers, not {model!r:.60}")
     rows = [model.row_shape()] if row is None else row if isinstance(row, list) else [row]
     outlines = [
-        ((1, *shape), dtype)
-        for shape, dtype in zip(rows, model._dtypes(len(rows)), strict=True)
+        ((1, *shape), dtype) for shape, dtype in zip(rows, model._dtypes(len(rows)), strict=True)
     ]
     program = model.to("numpy").program(*outlines)
     proto = _Writing(onnx, program).model()
@@ -232,8 +231,8 @@ class _Writing:
         kinds = [v.dtype for v in step.values]
         if step.name == "where":
             condition, *others = step.inputs
-            dtype = step.outputs[0].dtype
-            return [self.name(condition, "bool"), *(self.name(x, dtype) for x in others)]
+            kind = step.outputs[0].dtype
+            return [self.name(condition, "bool"), *(self.name(x, kind) for x in others)]
         compares = KINDS[step.name] == "comparison"
         if step.name.startswith("logical"):
             dtype: Any = np.dtype("bool")
@@ -317,7 +316,9 @@ def _reduction(op: str) -> Callable[[_Writing, Step], str]:
         dtype = step.outputs[0].dtype
         axes = axes_of(options.get("axis"), len(x.shape))
         names = [w.name(x, dtype if dtype.kind == "f" or op == "ReduceSum" else None)]
-        made: str = w.node(op, [*names, w.ints(*axes)], keepdims=int(options.get("keepdims", False)))
+        made: str = w.node(
+            op, [*names, w.ints(*axes)], keepdims=int(options.get("keepdims", False))
+        )
         return made
 
     return write
@@ -400,7 +401,8 @@ def _getitem(w: _Writing, step: Step) -> str:
     """Slices, then single places, then new axes; or one array of places."""
     (x,) = step.values
     key = step.options["key"]
-    keys = list(key) if isinstance(key, tuple) else [key]
+    keys = [np.asarray(each) if isinstance(each, list) else each
+            for each in (key if isinstance(key, tuple) else (key,))]  # fmt: skip
     used = sum(each is not None and each is not Ellipsis for each in keys)
     if any(each is Ellipsis for each in keys):
         i = next(i for i, each in enumerate(keys) if each is Ellipsis)
@@ -416,13 +418,17 @@ def _getitem(w: _Writing, step: Step) -> str:
             continue
         n = x.shape[axis]
         if isinstance(each, slice):
-            if (each.start, each.stop, each.step) != (None, None, None) and each != slice(0, n, None):
+            if (each.start, each.stop, each.step) != (None, None, None) and each != slice(
+                0, n, None
+            ):
                 step_by = each.step or 1
                 most = np.iinfo("int64").max
                 start = (0 if step_by > 0 else most) if each.start is None else each.start
                 stop = (most if step_by > 0 else -most) if each.stop is None else each.stop
                 if counts_rows(start) or (counts_rows(stop) and stop != n):
-                    raise ConversionError(f"{step.path or 'the model'} cannot be written: {key} of rows")
+                    raise ConversionError(
+                        f"{step.path or 'the model'} cannot be written: {key} of rows"
+                    )
                 slices.append((axis, start, most if counts_rows(stop) else stop, step_by))
             made += 1
         elif isinstance(each, int | np.integer):
@@ -430,10 +436,16 @@ def _getitem(w: _Writing, step: Step) -> str:
             end = index + 1 if index != -1 else np.iinfo("int64").max
             slices.append((axis, index, end, 1))
             gone.append(axis)
-        elif is_array(each) and len(keys) - len(new) == len(x.shape) and sum(map(is_array, keys)) == 1:
+        elif (
+            is_array(each)
+            and len(keys) - len(new) == len(x.shape)
+            and sum(map(is_array, keys)) == 1
+        ):
             if each.dtype == np.bool_:
                 each = np.flatnonzero(asnumpy(each))
-            name = w.node("Gather", [name, w.constant(np.asarray(asnumpy(each), "int64"))], axis=axis)
+            name = w.node(
+                "Gather", [name, w.constant(np.asarray(asnumpy(each), "int64"))], axis=axis
+            )
             made += each.ndim
         else:
             raise ConversionError(f"{step.path or 'the model'} cannot be written: x[{key!r:.60}]")
@@ -476,7 +488,9 @@ def _take(w: _Writing, step: Step) -> str:
     axis, name = step.options.get("axis"), w.name(x)
     if axis is None:
         name = w.node("Reshape", [name, w.ints(-1)])
-    return str(w.node("Gather", [name, w.name(ids, "int64")], axis=0 if axis is None else int(axis)))
+    return str(
+        w.node("Gather", [name, w.name(ids, "int64")], axis=0 if axis is None else int(axis))
+    )
 
 
 def _einsum(w: _Writing, step: Step) -> str:
@@ -565,7 +579,8 @@ def _tile(w: _Writing, step: Step) -> str:
 
 
 _SPECIAL: dict[str, Callable[[_Writing, Step], Any]] = {
-    "sum": _reduction("ReduceSum"), "mean": _reduction("ReduceMean"), "max": _reduction("ReduceMax"),
+    "sum": _reduction("ReduceSum"), "mean": _reduction("ReduceMean"),
+    "max": _reduction("ReduceMax"),
     "min": _reduction("ReduceMin"), "prod": _reduction("ReduceProd"), "any": _truths("ReduceMax"),
     "all": _truths("ReduceMin"), "var": _variance(False), "std": _variance(True),
     "argmax": _arg("ArgMax"), "argmin": _arg("ArgMin"), "reshape": _reshape,

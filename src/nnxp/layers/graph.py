@@ -35,7 +35,8 @@ from nnxp.program.program import Program, mixes
 from nnxp.program.traced import Untraceable
 
 DTYPES = frozenset(
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16".split()
+    """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64
+    float16 float32 float64 bfloat16""".split()
 )
 """The types that a graph computes with."""
 DTYPE_ATTRIBUTES = frozenset(["to", "dtype", "output_dtype"])
@@ -112,7 +113,9 @@ class Graph(Layer):
         """The shape of a row of the only input, if the graph says it."""
         shapes = [each["shape"] for each in self.inputs]
         if len(shapes) != 1 or not shapes[0] or None in shapes[0][1:]:
-            raise OptionError(f"{self} does not tell the shape of its rows: name it, as in (1, 784)")
+            raise OptionError(
+                f"{self} does not tell the shape of its rows: name it, as in (1, 784)"
+            )
         return tuple(shapes[0][1:])
 
     @property
@@ -273,7 +276,8 @@ class Graph(Layer):
     def __repr__(self) -> str:
         counts = Counter(each["op"] for each in self.nodes).most_common(3)
         most = ", ".join(f"{n} {name}" for name, n in counts)
-        return f"Graph({', '.join(self.input_names)} -> {', '.join(self.outputs)}; {len(self.nodes)} nodes: {most})"
+        ends = f"{', '.join(self.input_names)} -> {', '.join(self.outputs)}"
+        return f"Graph({ends}; {len(self.nodes)} nodes: {most})"
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
@@ -309,7 +313,7 @@ def node(
 
 
 class Groups:
-    """Rows through a graph that takes so many at a time; the last group is filled up with its last row."""
+    """Rows through a graph that takes so many at a time; its last row fills up the last group."""
 
     def __init__(self, graph: Graph, size: int) -> None:
         self.graph, self.size = graph, size
@@ -355,16 +359,14 @@ class _Node:
         given = [values[name] if name else None for name in self.inputs]
         if self.branches is not None:
             (condition,) = given
-            chosen = self.branches[0 if bool(numbers(condition).ravel()[0]) else 1]
+            chosen = self.branches[0 if bool(numbers(condition).all()) else 1]
             inner = dict(values)
             chosen.run(inner, keep=True)
             made = tuple(inner[name] for name in chosen.outputs)
         else:
             assert self.operator is not None
             made = self.operator(given, self.attributes, self.op, len(self.outputs))
-        for name, y in zip(self.outputs, made, strict=False):
-            if name:
-                values[name] = y
+        values.update((name, y) for name, y in zip(self.outputs, made, strict=False) if name)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """What each ONNX operator does, as a formula in the dialect.   https://onnx.ai/onnx/operators
 
-Inputs are positional, None where one is left out; attributes are keywords under their own names, with
-the defaults of the standard. `count` is how many outputs are wanted, `op` which of several operators
-a formula stands for. Formulas are those of opset 21 and above: older models are brought to it first.
-They write into nothing that they are given.
+Inputs are positional, None where one is left out; attributes are keywords under their own names,
+with the defaults of the standard. `count` is how many outputs are wanted, `op` which of several
+operators a formula stands for. Formulas are those of opset 21 and above: older models are brought
+to it first. They write into nothing that they are given.
 
-Inputs that decide a shape or an axis are `numbers`: they are in host memory before anything runs. An
-operator that only `moves` numbers leaves 16-bit floats alone; all others compute them in float32.
+Inputs that decide a shape or an axis are `numbers`: they are in host memory before anything runs.
+An operator that only `moves` numbers leaves 16-bit floats alone; others compute them in float32.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Operator:
     def __call__(
         self, inputs: Sequence[Any], attributes: Mapping[str, Any], op: str, count: int
     ) -> tuple[Any, ...]:
-        arrays = [numbers(x) if i in self.numbers else x for i, x in enumerate(inputs)]
+        arrays: list[Any] = list(inputs)
+        for i in self.numbers.intersection(range(len(arrays))):
+            arrays[i] = None if arrays[i] is None else numbers(arrays[i])
         free = [i for i, x in enumerate(arrays) if x is not None and i not in self.numbers]
         like = next((arrays[i] for i in free if not isinstance(arrays[i], np.ndarray)), None)
         for i in free:
@@ -129,9 +131,9 @@ def xp_of(x: Any) -> Any:
     return np if isinstance(x, np.generic) else _arrays.xp_of(x)
 
 
-def numbers(x: Any) -> HostArray | None:
+def numbers(x: Any) -> HostArray:
     """An array in host memory. Untraceable for one that has no numbers yet."""
-    if x is None or isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray):
         return x
     if isinstance(x, traced.ndarray):
         held = x.value.numbers
@@ -163,7 +165,7 @@ def _widened(x: Array) -> Array:
 
 
 def library_of_shape(shape: Sequence[int]) -> Any:
-    """NumPy for what is made out of a shape, unless the shape counts rows that are not there yet."""
+    """NumPy for what is made out of a shape, unless it counts rows that are not there yet."""
     if any(map(traced.counts_rows, shape)):
         return traced
     if prod(map(int, shape)) > MOST_NUMBERS:
@@ -206,22 +208,56 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 for _name, _spelt in {
-    "Abs": "absolute", "Acos": "arccos", "Acosh": "arccosh", "Add": "add", "And": "logical_and",
-    "Asin": "arcsin", "Asinh": "arcsinh", "Atan": "arctan", "Atanh": "arctanh",
-    "BitwiseAnd": "bitwise_and", "BitwiseNot": "invert", "BitwiseOr": "bitwise_or",
-    "BitwiseXor": "bitwise_xor", "Ceil": "ceil", "Cos": "cos", "Cosh": "cosh", "Equal": "equal",
-    "Exp": "exp", "Floor": "floor", "Greater": "greater", "GreaterOrEqual": "greater_equal",
-    "IsNaN": "isnan", "Less": "less", "LessOrEqual": "less_equal", "Log": "log",
-    "Mul": "multiply", "Neg": "negative", "Not": "logical_not", "Or": "logical_or",
-    "Reciprocal": "reciprocal", "Round": "rint", "Sign": "sign", "Sin": "sin", "Sinh": "sinh",
-    "Sqrt": "sqrt", "Sub": "subtract", "Tan": "tan", "Where": "where", "Xor": "logical_xor",
-}.items():  # fmt: skip
+    "Abs": "absolute",
+    "Acos": "arccos",
+    "Acosh": "arccosh",
+    "Add": "add",
+    "And": "logical_and",
+    "Asin": "arcsin",
+    "Asinh": "arcsinh",
+    "Atan": "arctan",
+    "Atanh": "arctanh",
+    "BitwiseAnd": "bitwise_and",
+    "BitwiseNot": "invert",
+    "BitwiseOr": "bitwise_or",
+    "BitwiseXor": "bitwise_xor",
+    "Ceil": "ceil",
+    "Cos": "cos",
+    "Cosh": "cosh",
+    "Equal": "equal",
+    "Exp": "exp",
+    "Floor": "floor",
+    "Greater": "greater",
+    "GreaterOrEqual": "greater_equal",
+    "IsNaN": "isnan",
+    "Less": "less",
+    "LessOrEqual": "less_equal",
+    "Log": "log",
+    "Mul": "multiply",
+    "Neg": "negative",
+    "Not": "logical_not",
+    "Or": "logical_or",
+    "Reciprocal": "reciprocal",
+    "Round": "rint",
+    "Sign": "sign",
+    "Sin": "sin",
+    "Sinh": "sinh",
+    "Sqrt": "sqrt",
+    "Sub": "subtract",
+    "Tan": "tan",
+    "Where": "where",
+    "Xor": "logical_xor",
+}.items():
     operator(_name)(_function(_spelt))
 
 for _name, _kernel in {
-    "Relu": kernels.relu, "Sigmoid": kernels.sigmoid, "Softplus": kernels.softplus,
-    "Softsign": kernels.softsign, "Mish": kernels.mish, "Tanh": kernels.tanh,
-}.items():  # fmt: skip
+    "Relu": kernels.relu,
+    "Sigmoid": kernels.sigmoid,
+    "Softplus": kernels.softplus,
+    "Softsign": kernels.softsign,
+    "Mish": kernels.mish,
+    "Tanh": kernels.tanh,
+}.items():
 
     def _activation(x: Array, *, op: str = "", _kernel: Any = _kernel) -> Array:
         if x.dtype.kind != "f":  # relu of whole numbers
@@ -298,8 +334,9 @@ def celu(x: Array, *, alpha: float = 1.0) -> Array:
 
 
 @operator("Selu")
-def selu(x: Array, *, alpha: float = 1.67326319217681884765625,
-         gamma: float = 1.05070102214813232421875) -> Array:  # fmt: skip
+def selu(
+    x: Array, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
+) -> Array:
     return kernels.elu(x, alpha=alpha) * gamma
 
 
@@ -353,7 +390,7 @@ def is_inf(x: Array, *, detect_negative: int = 1, detect_positive: int = 1) -> A
 
 @operator("BitShift")
 def bit_shift(x: Array, n: Array, *, direction: str) -> Array:
-    """Times a power of two; a shift by as many bits as there are, or by a negative number, is all out."""
+    """Times a power of two; a shift by all bits, or by a negative number, leaves the sign alone."""
     xp, bits = xp_of(x), x.dtype.itemsize * 8
     far = (n < 0) | (n >= bits)
     two = xp.full_like(n, 2)
@@ -426,10 +463,19 @@ def _log_sum_exp(xp: Any, x: Array, axis: Any, keepdims: bool) -> Array:
     return y if keepdims else xp.sum(y, axis=axis)
 
 
-@operator("ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceSumSquare "
-          "ReduceLogSum ReduceLogSumExp", numbers="axes")  # fmt: skip
-def reduce(x: Array, axes: HostArray | None = None, *, keepdims: int = 1,
-           noop_with_empty_axes: int = 0, op: str) -> Array:  # fmt: skip
+@operator(
+    "ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceSumSquare "
+    "ReduceLogSum ReduceLogSumExp",
+    numbers="axes",
+)
+def reduce(
+    x: Array,
+    axes: HostArray | None = None,
+    *,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+    op: str,
+) -> Array:
     kind, along = op.removeprefix("Reduce"), _axes(axes, x.ndim)
     xp, keep = xp_of(x), bool(keepdims)
     axis = tuple(along) if along else None
@@ -452,14 +498,15 @@ def _extreme_of_nothing(x: Array, kind: str, over: Sequence[int], keep: bool) ->
     if x.dtype.kind == "f":
         least = np.inf
     else:
-        least = True if x.dtype.kind == "b" else np.iinfo(x.dtype).max  # type: ignore[assignment]
+        least = True if x.dtype.kind == "b" else np.iinfo(x.dtype).max
     most = -np.inf if x.dtype.kind == "f" else 0 if x.dtype.kind in "bu" else -least - 1
     return xp_of(x).full(tuple(sizes), most if kind == "Max" else least, dtype=x.dtype)
 
 
 @operator("ArgMax ArgMin")
-def arg_extreme(x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0,
-                op: str) -> Array:  # fmt: skip
+def arg_extreme(
+    x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0, op: str
+) -> Array:
     xp, axis = xp_of(x), _axis(axis, x.ndim)
     find = xp.argmax if op == "ArgMax" else xp.argmin
     if select_last_index:
@@ -471,8 +518,9 @@ def arg_extreme(x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index
 
 
 @operator("TopK", numbers="k", moves=True)
-def top_k(x: Array, k: HostArray, *, axis: int = -1, largest: int = 1, sorted: int = 1
-          ) -> tuple[Array, Array]:  # fmt: skip
+def top_k(
+    x: Array, k: HostArray, *, axis: int = -1, largest: int = 1, sorted: int = 1
+) -> tuple[Array, Array]:
     xp, axis = xp_of(x), _axis(axis, x.ndim)
     key = (xp.invert(x) if x.dtype.kind in "iub" else -x) if largest else x
     order = np.argsort(key, axis=axis, kind="stable") if xp is np else xp.argsort(key, axis=axis)
@@ -568,8 +616,14 @@ def concat(*arrays: Array, axis: int) -> Array:
 
 
 @operator("Split", numbers="sizes", moves=True)
-def split(x: Array, sizes: HostArray | None = None, *, axis: int = 0,
-          num_outputs: int | None = None, count: int) -> tuple[Array, ...]:  # fmt: skip
+def split(
+    x: Array,
+    sizes: HostArray | None = None,
+    *,
+    axis: int = 0,
+    num_outputs: int | None = None,
+    count: int,
+) -> tuple[Array, ...]:
     axis = _axis(axis, x.ndim)
     parts = ints(sizes)
     if parts is None:
@@ -582,8 +636,13 @@ def split(x: Array, sizes: HostArray | None = None, *, axis: int = 0,
 
 
 @operator("Slice", numbers="starts ends axes steps", moves=True)
-def slice_(x: Array, starts: HostArray, ends: HostArray, axes: HostArray | None = None,
-           steps: HostArray | None = None) -> Array:  # fmt: skip
+def slice_(
+    x: Array,
+    starts: HostArray,
+    ends: HostArray,
+    axes: HostArray | None = None,
+    steps: HostArray | None = None,
+) -> Array:
     begin, end = ints(starts) or [], ints(ends) or []
     along = _axes(axes, x.ndim)
     along = list(range(len(begin))) if along is None else along
@@ -626,16 +685,25 @@ def tile(x: Array, repeats: HostArray) -> Array:
 
 
 @operator("Pad", numbers="pads fill axes", moves=True)
-def pad(x: Array, pads: HostArray, fill: HostArray | None = None, axes: HostArray | None = None,
-        *, mode: str = "constant") -> Array:  # fmt: skip
+def pad(
+    x: Array,
+    pads: HostArray,
+    fill: HostArray | None = None,
+    axes: HostArray | None = None,
+    *,
+    mode: str = "constant",
+) -> Array:
     along = _axes(axes, x.ndim)
     along = list(range(x.ndim)) if along is None else along
     given, widths = ints(pads) or [], [(0, 0)] * x.ndim
     for i, axis in enumerate(along):
         widths[axis] = given[i], given[i + len(along)]
     if any(min(width) < 0 for width in widths):
-        x = x[tuple(slice(max(0, -a), n - max(0, -b))
-                    for n, (a, b) in zip(x.shape, widths, strict=True))]  # fmt: skip
+        x = x[
+            tuple(
+                slice(max(0, -a), n - max(0, -b)) for n, (a, b) in zip(x.shape, widths, strict=True)
+            )
+        ]
         widths = [(max(0, a), max(0, b)) for a, b in widths]
     if not any(map(any, widths)):
         return x
@@ -695,9 +763,12 @@ def reverse_sequence(
     xp, parts = xp_of(x), []
     for i, n in enumerate(ints(lengths) or []):
         row = _cut(x, batch_axis, i, i + 1)
-        parts.append(xp.concatenate(
-            [xp.flip(_cut(row, time_axis, 0, n), time_axis), _cut(row, time_axis, n, None)],
-            axis=time_axis))  # fmt: skip
+        parts.append(
+            xp.concatenate(
+                [xp.flip(_cut(row, time_axis, 0, n), time_axis), _cut(row, time_axis, n, None)],
+                axis=time_axis,
+            )
+        )
     return xp.concatenate(parts, axis=batch_axis)
 
 
@@ -705,12 +776,22 @@ def reverse_sequence(
 
 
 @operator("Constant", moves=True)
-def constant(*, value: Any = None, value_float: Any = None, value_int: Any = None,
-             value_floats: Any = None, value_ints: Any = None) -> Array:  # fmt: skip
+def constant(
+    *,
+    value: Any = None,
+    value_float: Any = None,
+    value_int: Any = None,
+    value_floats: Any = None,
+    value_ints: Any = None,
+) -> Array:
     if value is not None:
         return value
-    for numbers_given, dtype in ((value_float, "float32"), (value_floats, "float32"),
-                                 (value_int, "int64"), (value_ints, "int64")):  # fmt: skip
+    for numbers_given, dtype in (
+        (value_float, "float32"),
+        (value_floats, "float32"),
+        (value_int, "int64"),
+        (value_ints, "int64"),
+    ):
         if numbers_given is not None:
             return np.asarray(numbers_given, dtype)
     raise OptionError("Constant without a value")
@@ -820,8 +901,9 @@ def scatter_nd(x: Array, ids: Array, updates: Array, *, reduction: str = "none")
 
 
 @operator("ScatterElements", moves=True)
-def scatter_elements(x: Array, ids: Array, updates: Array, *, axis: int = 0,
-                     reduction: str = "none") -> Array:  # fmt: skip
+def scatter_elements(
+    x: Array, ids: Array, updates: Array, *, axis: int = 0, reduction: str = "none"
+) -> Array:
     axis = _axis(axis, x.ndim)
     grid = np.ogrid[tuple(slice(n) for n in ids.shape)]
     key = tuple(ids % x.shape[axis] if i == axis else beside(g, ids) for i, g in enumerate(grid))
@@ -839,8 +921,16 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 @operator("Gemm")
-def gemm(a: Array, b: Array, c: Array | None = None, *, alpha: float = 1.0, beta: float = 1.0,
-         transA: int = 0, transB: int = 0) -> Array:  # fmt: skip
+def gemm(
+    a: Array,
+    b: Array,
+    c: Array | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,
+    transB: int = 0,
+) -> Array:
     a, b = (a.T if transA else a), (b.T if transB else b)
     if alpha == beta == 1 and c is not None and c.ndim == 1 and c.shape[0] == b.shape[1]:
         return kernels.linear(a, b, c)
@@ -860,18 +950,35 @@ def einsum(*arrays: Array, equation: str) -> Array:
 
 
 @operator("BatchNormalization")
-def batch_norm(x: Array, gain: Array, bias: Array, mean: Array, var: Array, *,
-               epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0) -> Array:  # fmt: skip
+def batch_norm(
+    x: Array,
+    gain: Array,
+    bias: Array,
+    mean: Array,
+    var: Array,
+    *,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    training_mode: int = 0,
+) -> Array:
     if training_mode:
         raise OptionError(
-            "BatchNormalization with training_mode=1 is for training: export the model for inference"
+            "BatchNormalization with training_mode=1 is for training: export it for inference"
         )
     return _channels_last(lambda x: kernels.batch_norm(x, mean, var, gain, bias, eps=epsilon), x)
 
 
 @operator("LayerNormalization")
-def layer_norm(x: Array, gain: Array, bias: Array | None = None, *, axis: int = -1,
-               epsilon: float = 1e-5, stash_type: int = 1, count: int) -> Any:  # fmt: skip
+def layer_norm(
+    x: Array,
+    gain: Array,
+    bias: Array | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+    count: int,
+) -> Any:
     axis = _axis(axis, x.ndim)
     if axis == x.ndim - 1 and count == 1 and gain.ndim == 1 and (bias is None or bias.ndim == 1):
         return kernels.layer_norm(x, gain, bias, eps=epsilon)
@@ -884,8 +991,9 @@ def layer_norm(x: Array, gain: Array, bias: Array | None = None, *, axis: int = 
 
 
 @operator("RMSNormalization")
-def rms_norm(x: Array, gain: Array, *, axis: int = -1, epsilon: float = 1e-5,
-             stash_type: int = 1) -> Array:  # fmt: skip
+def rms_norm(
+    x: Array, gain: Array, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
+) -> Array:
     axis = _axis(axis, x.ndim)
     if axis == x.ndim - 1 and gain.ndim == 1:
         return kernels.rms_norm(x, gain, eps=epsilon)
@@ -911,8 +1019,14 @@ def lp_norm(x: Array, *, axis: int = -1, p: int = 2) -> Array:
 
 
 @operator("Dropout", numbers="ratio training_mode", moves=True)
-def dropout(x: Array, ratio: HostArray | None = None, training_mode: HostArray | None = None, *,
-            seed: int | None = None, count: int) -> Any:  # fmt: skip
+def dropout(
+    x: Array,
+    ratio: HostArray | None = None,
+    training_mode: HostArray | None = None,
+    *,
+    seed: int | None = None,
+    count: int,
+) -> Any:
     drops = ratio is None or bool((ratio != 0).any())
     if training_mode is not None and training_mode.any() and drops:
         raise OptionError("Dropout in training mode: export the model for inference")

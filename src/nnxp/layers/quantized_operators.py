@@ -33,8 +33,17 @@ def _saturated(y: Array, dtype: np.dtype[Any]) -> Array:
 
 
 @operator("QuantizeLinear")
-def quantize(x: Array, scale: Array, zero: Array | None = None, *, axis: int = 1, block_size: int = 0,
-             output_dtype: str | None = None, precision: Any = None, saturate: int = 1) -> Array:  # fmt: skip
+def quantize(
+    x: Array,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: str | None = None,
+    precision: Any = None,
+    saturate: int = 1,
+) -> Array:
     dtype = zero.dtype if zero is not None else dtype_of(output_dtype or "uint8")
     y = xp_of(x).rint(x / _along(scale, x, axis, block_size).astype(x.dtype))
     if zero is not None:
@@ -43,8 +52,15 @@ def quantize(x: Array, scale: Array, zero: Array | None = None, *, axis: int = 1
 
 
 @operator("DequantizeLinear")
-def dequantize(x: Array, scale: Array, zero: Array | None = None, *, axis: int = 1, block_size: int = 0,
-               output_dtype: str | None = None) -> Array:  # fmt: skip
+def dequantize(
+    x: Array,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: str | None = None,
+) -> Array:
     y = x.astype("int32" if x.dtype.kind in "iu" else scale.dtype)
     if zero is not None:
         y = y - _along(zero, x, axis, block_size).astype(y.dtype)
@@ -85,8 +101,16 @@ def matmul_integer(
 
 
 @operator("QLinearMatMul")
-def qlinear_matmul(a: Array, a_scale: Array, a_zero: Array, b: Array, b_scale: Array, b_zero: Array,
-                   y_scale: Array, y_zero: Array) -> Array:  # fmt: skip
+def qlinear_matmul(
+    a: Array,
+    a_scale: Array,
+    a_zero: Array,
+    b: Array,
+    b_scale: Array,
+    b_zero: Array,
+    y_scale: Array,
+    y_zero: Array,
+) -> Array:
     y = xp_of(a).matmul(_exact(a, a_zero, -2), _exact(b, b_zero, -1))
     y = y * (_matrix(a_scale, a, -2) * _matrix(b_scale, b, -1)) / _matrix(y_scale, y, -2)
     return _saturated(xp_of(y).rint(y) + _matrix(y_zero, y, -2).astype("float64"), y_zero.dtype)
@@ -98,22 +122,61 @@ def _matrix(scale: Array, x: Array, axis: int) -> Array:
 
 
 @operator("ConvInteger")
-def conv_integer(x: Array, weight: Array, x_zero: Array | None = None, w_zero: Array | None = None,
-                 *, kernel_shape: Any = None, strides: Any = None, dilations: Any = None,
-                 pads: Any = None, group: int = 1, auto_pad: str = "NOTSET") -> Array:  # fmt: skip
-    y = conv(_exact(x, x_zero, 1), _exact(weight, w_zero, 0), None, strides=strides,
-             dilations=dilations, pads=pads, group=group, auto_pad=auto_pad)  # fmt: skip
+def conv_integer(
+    x: Array,
+    weight: Array,
+    x_zero: Array | None = None,
+    w_zero: Array | None = None,
+    *,
+    kernel_shape: Any = None,
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    group: int = 1,
+    auto_pad: str = "NOTSET",
+) -> Array:
+    y = conv(
+        _exact(x, x_zero, 1),
+        _exact(weight, w_zero, 0),
+        None,
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        group=group,
+        auto_pad=auto_pad,
+    )
     return y.astype("int32")
 
 
 @operator("QLinearConv")
-def qlinear_conv(x: Array, x_scale: Array, x_zero: Array, weight: Array, w_scale: Array,
-                 w_zero: Array, y_scale: Array, y_zero: Array, bias: Array | None = None, *,
-                 kernel_shape: Any = None, strides: Any = None, dilations: Any = None,
-                 pads: Any = None, group: int = 1, auto_pad: str = "NOTSET") -> Array:  # fmt: skip
-    y = conv(_exact(x, x_zero, 1), _exact(weight, w_zero, 0),
-             None if bias is None else bias.astype("float64"), strides=strides,
-             dilations=dilations, pads=pads, group=group, auto_pad=auto_pad)  # fmt: skip
+def qlinear_conv(
+    x: Array,
+    x_scale: Array,
+    x_zero: Array,
+    weight: Array,
+    w_scale: Array,
+    w_zero: Array,
+    y_scale: Array,
+    y_zero: Array,
+    bias: Array | None = None,
+    *,
+    kernel_shape: Any = None,
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    group: int = 1,
+    auto_pad: str = "NOTSET",
+) -> Array:
+    y = conv(
+        _exact(x, x_zero, 1),
+        _exact(weight, w_zero, 0),
+        None if bias is None else bias.astype("float64"),
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        group=group,
+        auto_pad=auto_pad,
+    )
     scale = x_scale.astype("float64").reshape(()) / y_scale.astype("float64").reshape(())
     y = y * (scale * _along(w_scale.astype("float64"), y, 1, 0))
     return _saturated(xp_of(y).rint(y) + y_zero.reshape(()).astype("float64"), y_zero.dtype)
@@ -153,10 +216,19 @@ def array_feature_extractor(x: Array, ids: Array) -> Array:
 
 
 @operator("ai.onnx.ml.LabelEncoder")
-def label_encoder(x: Array, *, keys_int64s: Any = None, keys_floats: Any = None,
-                  values_int64s: Any = None, values_floats: Any = None, keys_tensor: Any = None,
-                  values_tensor: Any = None, default_int64: int = -1, default_float: float = -0.0,
-                  default_tensor: Any = None) -> Array:  # fmt: skip
+def label_encoder(
+    x: Array,
+    *,
+    keys_int64s: Any = None,
+    keys_floats: Any = None,
+    values_int64s: Any = None,
+    values_floats: Any = None,
+    keys_tensor: Any = None,
+    values_tensor: Any = None,
+    default_int64: int = -1,
+    default_float: float = -0.0,
+    default_tensor: Any = None,
+) -> Array:
     """The value whose key x is; one comparison for each key."""
     keys = next(k for k in (keys_int64s, keys_floats, keys_tensor) if k is not None)
     if values_tensor is not None:
@@ -176,8 +248,14 @@ def label_encoder(x: Array, *, keys_int64s: Any = None, keys_floats: Any = None,
 
 
 @operator("ai.onnx.ml.LinearRegressor")
-def linear_regressor(x: Array, *, coefficients: Sequence[float] = (), intercepts: Sequence[float] = (),
-                     post_transform: str = "NONE", targets: int = 1) -> Array:  # fmt: skip
+def linear_regressor(
+    x: Array,
+    *,
+    coefficients: Sequence[float] = (),
+    intercepts: Sequence[float] = (),
+    post_transform: str = "NONE",
+    targets: int = 1,
+) -> Array:
     if post_transform != "NONE":
         raise ShapeError(f"LinearRegressor with post_transform {post_transform}")
     weight = np.asarray(coefficients, "float32").reshape(targets, -1).T

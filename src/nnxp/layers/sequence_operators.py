@@ -17,9 +17,17 @@ Step = Callable[[Array, list[Array], Array, Array, Any], list[Array]]
 
 
 def _recurrent(
-    step: Callable[[int], Step], states: Sequence[Array | None], x: Array, w: Array, r: Array,
-    b: Array | None, lengths: Array | None, direction: str, layout: int, hidden: int,
-) -> tuple[Array, ...]:  # fmt: skip
+    step: Callable[[int], Step],
+    states: Sequence[Array | None],
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None,
+    lengths: Array | None,
+    direction: str,
+    layout: int,
+    hidden: int,
+) -> tuple[Array, ...]:
     """y (time, directions, n, hidden) and the last states, for x (time, n, inputs)."""
     xp = xp_of(x)
     x = x.swapaxes(0, 1) if layout else x
@@ -28,8 +36,12 @@ def _recurrent(
         raise traced.Untraceable("it goes along axis 0, which does not hold rows")
     ways, outputs, ends = w.shape[0], [], []
     for way in range(ways):
-        own = [xp.zeros((n, hidden), dtype=x.dtype) if state is None
-               else (state.swapaxes(0, 1) if layout else state)[way] for state in states]  # fmt: skip
+        own = [
+            xp.zeros((n, hidden), dtype=x.dtype)
+            if state is None
+            else (state.swapaxes(0, 1) if layout else state)[way]
+            for state in states
+        ]
         wi, ri = w[way].T, r[way].T
         bias = None if b is None else b[way]
         seen: list[Any] = [None] * time
@@ -52,16 +64,20 @@ def _recurrent(
     return (y, *last)
 
 
-def _gates(names: Sequence[str] | None, defaults: Sequence[str], way: int, alpha: Any, beta: Any
-           ) -> list[Callable[[Array], Array]]:  # fmt: skip
+def _gates(
+    names: Sequence[str] | None, defaults: Sequence[str], way: int, alpha: Any, beta: Any
+) -> list[Callable[[Array], Array]]:
     """The activations of one direction."""
     count = len(defaults)
     chosen = list(names)[way * count : (way + 1) * count] if names else list(defaults)
     known: dict[str, Callable[[Array], Array]] = {
-        "Tanh": kernels.tanh, "Sigmoid": kernels.sigmoid, "Relu": kernels.relu,
-        "Softsign": kernels.softsign, "Softplus": kernels.softplus,
+        "Tanh": kernels.tanh,
+        "Sigmoid": kernels.sigmoid,
+        "Relu": kernels.relu,
+        "Softsign": kernels.softsign,
+        "Softplus": kernels.softplus,
         "HardSigmoid": lambda x: xp_of(x).minimum(xp_of(x).maximum(0.2 * x + 0.5, 0), 1),
-    }  # fmt: skip
+    }
     unknown = [name for name in chosen if name not in known]
     if unknown or alpha is not None or beta is not None:
         raise OptionError(
@@ -75,10 +91,22 @@ def _clipped(x: Array, clip: float | None) -> Array:
 
 
 @operator("RNN")
-def rnn(x: Array, w: Array, r: Array, b: Array | None = None, lengths: Array | None = None,
-        h: Array | None = None, *, hidden_size: int | None = None, direction: str = "forward",
-        layout: int = 0, activations: Any = None, activation_alpha: Any = None,
-        activation_beta: Any = None, clip: float | None = None) -> tuple[Array, ...]:  # fmt: skip
+def rnn(
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None = None,
+    lengths: Array | None = None,
+    h: Array | None = None,
+    *,
+    hidden_size: int | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+    activations: Any = None,
+    activation_alpha: Any = None,
+    activation_beta: Any = None,
+    clip: float | None = None,
+) -> tuple[Array, ...]:
     n, xp = r.shape[-1], xp_of(x)
 
     def one(way: int) -> Step:
@@ -94,11 +122,23 @@ def rnn(x: Array, w: Array, r: Array, b: Array | None = None, lengths: Array | N
 
 
 @operator("GRU")
-def gru(x: Array, w: Array, r: Array, b: Array | None = None, lengths: Array | None = None,
-        h: Array | None = None, *, hidden_size: int | None = None, direction: str = "forward",
-        layout: int = 0, linear_before_reset: int = 0, activations: Any = None,
-        activation_alpha: Any = None, activation_beta: Any = None,
-        clip: float | None = None) -> tuple[Array, ...]:  # fmt: skip
+def gru(
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None = None,
+    lengths: Array | None = None,
+    h: Array | None = None,
+    *,
+    hidden_size: int | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+    linear_before_reset: int = 0,
+    activations: Any = None,
+    activation_alpha: Any = None,
+    activation_beta: Any = None,
+    clip: float | None = None,
+) -> tuple[Array, ...]:
     n, xp = r.shape[-1], xp_of(x)
 
     def one(way: int) -> Step:
@@ -123,11 +163,25 @@ def gru(x: Array, w: Array, r: Array, b: Array | None = None, lengths: Array | N
 
 
 @operator("LSTM")
-def lstm(x: Array, w: Array, r: Array, b: Array | None = None, lengths: Array | None = None,
-         h: Array | None = None, c: Array | None = None, p: Array | None = None, *,
-         hidden_size: int | None = None, direction: str = "forward", layout: int = 0,
-         activations: Any = None, activation_alpha: Any = None, activation_beta: Any = None,
-         clip: float | None = None, input_forget: int = 0) -> tuple[Array, ...]:  # fmt: skip
+def lstm(
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None = None,
+    lengths: Array | None = None,
+    h: Array | None = None,
+    c: Array | None = None,
+    p: Array | None = None,
+    *,
+    hidden_size: int | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+    activations: Any = None,
+    activation_alpha: Any = None,
+    activation_beta: Any = None,
+    clip: float | None = None,
+    input_forget: int = 0,
+) -> tuple[Array, ...]:
     n, xp = r.shape[-1], xp_of(x)
 
     def one(way: int) -> Step:
@@ -156,12 +210,25 @@ def lstm(x: Array, w: Array, r: Array, b: Array | None = None, lengths: Array | 
 
 @operator("Attention")
 def attention(
-    q: Array, key: Array, value: Array, mask: Array | None = None, past_key: Array | None = None,
-    past_value: Array | None = None, nonpad: Array | None = None, *, q_num_heads: int = 0,
-    kv_num_heads: int = 0, scale: float | None = None, is_causal: int = 0, softcap: float = 0.0,
-    qk_matmul_output_mode: int = 0, softmax_precision: Any = None, left_window_size: int = -1,
-    right_window_size: int = -1, count: int,
-) -> Any:  # fmt: skip
+    q: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    past_key: Array | None = None,
+    past_value: Array | None = None,
+    nonpad: Array | None = None,
+    *,
+    q_num_heads: int = 0,
+    kv_num_heads: int = 0,
+    scale: float | None = None,
+    is_causal: int = 0,
+    softcap: float = 0.0,
+    qk_matmul_output_mode: int = 0,
+    softmax_precision: Any = None,
+    left_window_size: int = -1,
+    right_window_size: int = -1,
+    count: int,
+) -> Any:
     """softmax(q k' * scale + mask) v for each head   [Vaswani et al. 2017, arXiv:1706.03762]"""
     xp, flat = xp_of(q), q.ndim == 3
     if flat:
@@ -209,9 +276,15 @@ def attention(
 
 
 def _in_sight(
-    rows: int, columns: int, causal: int, left: int, right: int, past_key: Array | None,
-    nonpad: Array | None, like: Array,
-) -> Array | None:  # fmt: skip
+    rows: int,
+    columns: int,
+    causal: int,
+    left: int,
+    right: int,
+    past_key: Array | None,
+    nonpad: Array | None,
+    like: Array,
+) -> Array | None:
     """Which keys a query may see, by their places alone; None for all of them."""
     right = 0 if causal else right
     if left < 0 and right < 0:
@@ -236,8 +309,16 @@ def _heads(x: Array, heads: int) -> Array:
 
 
 @operator("RotaryEmbedding", loose="ids")
-def rotary(x: Array, cos: Array, sin: Array, ids: Array | None = None, *, interleaved: int = 0,
-           num_heads: int = 0, rotary_embedding_dim: int = 0) -> Array:  # fmt: skip
+def rotary(
+    x: Array,
+    cos: Array,
+    sin: Array,
+    ids: Array | None = None,
+    *,
+    interleaved: int = 0,
+    num_heads: int = 0,
+    rotary_embedding_dim: int = 0,
+) -> Array:
     """[Su et al. 2021, arXiv:2104.09864]"""
     xp, shape = xp_of(x), x.shape
     if x.ndim == 4:

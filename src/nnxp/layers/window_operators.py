@@ -32,8 +32,16 @@ class Window(NamedTuple):
     over: tuple[int, ...]
 
     @classmethod
-    def of(cls, space: Sequence[int], size: Sequence[int], strides: Any, dilations: Any, pads: Any,
-           auto_pad: str, ceil_mode: int = 0) -> Window:  # fmt: skip
+    def of(
+        cls,
+        space: Sequence[int],
+        size: Sequence[int],
+        strides: Any,
+        dilations: Any,
+        pads: Any,
+        auto_pad: str,
+        ceil_mode: int = 0,
+    ) -> Window:
         n = len(size)
         if len(space) != n:
             raise ShapeError(f"a window {tuple(size)} moves over {n} axes, not over {tuple(space)}")
@@ -68,23 +76,36 @@ class Window(NamedTuple):
 
     def places(self, space: Sequence[int]) -> tuple[int, ...]:
         """How many places the window has in space that is padded already."""
-        return tuple((n - (w - 1) * d - 1) // s + 1
-                     for n, w, s, d in zip(space, self.size, self.stride, self.dilation, strict=True))  # fmt: skip
+        return tuple(
+            (n - (w - 1) * d - 1) // s + 1
+            for n, w, s, d in zip(space, self.size, self.stride, self.dilation, strict=True)
+        )
 
     def shifts(self, x: Array) -> Iterator[tuple[tuple[int, ...], Array]]:
         """For each place in the window, what is seen there, over all places of the window."""
         n = len(self.size)
         places = self.places(x.shape[-n:])
         for at in product(*map(range, self.size)):
-            key = tuple(slice(i * d, i * d + (k - 1) * s + 1, s) for i, d, k, s in
-                        zip(at, self.dilation, places, self.stride, strict=True))  # fmt: skip
+            key = tuple(
+                slice(i * d, i * d + (k - 1) * s + 1, s)
+                for i, d, k, s in zip(at, self.dilation, places, self.stride, strict=True)
+            )
             yield at, x[(..., *key)]
 
 
 @operator("Conv")
-def conv(x: Array, weight: Array, bias: Array | None = None, *, kernel_shape: Any = None,
-         strides: Any = None, dilations: Any = None, pads: Any = None, group: int = 1,
-         auto_pad: str = "NOTSET") -> Array:  # fmt: skip
+def conv(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    kernel_shape: Any = None,
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    group: int = 1,
+    auto_pad: str = "NOTSET",
+) -> Array:
     window = Window.of(x.shape[2:], weight.shape[2:], strides, dilations, pads, auto_pad)
     if x.shape[1] != weight.shape[1] * group or weight.shape[0] % group:
         raise ShapeError(f"Conv of {x.shape} with {weight.shape} in {group} groups")
@@ -92,8 +113,10 @@ def conv(x: Array, weight: Array, bias: Array | None = None, *, kernel_shape: An
     if group == x.shape[1] == weight.shape[0]:
         y = _depthwise(x, weight, window)
     else:
-        parts = [_conv(*each, window) for each in zip(_halves(x, 1, group), _halves(weight, 0, group),
-                                                       strict=True)]  # fmt: skip
+        parts = [
+            _conv(*each, window)
+            for each in zip(_halves(x, 1, group), _halves(weight, 0, group), strict=True)
+        ]
         y = parts[0] if group == 1 else xp_of(x).concatenate(parts, axis=1)
     return y if bias is None else y + _along_channels(bias, x.ndim)
 
@@ -135,17 +158,31 @@ def _conv(x: Array, weight: Array, window: Window) -> Array:
 
 
 @operator("ConvTranspose")
-def conv_transpose(x: Array, weight: Array, bias: Array | None = None, *, kernel_shape: Any = None,
-                   strides: Any = None, dilations: Any = None, pads: Any = None, group: int = 1,
-                   auto_pad: str = "NOTSET", output_padding: Any = None,
-                   output_shape: Any = None) -> Array:  # fmt: skip
+def conv_transpose(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    kernel_shape: Any = None,
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    group: int = 1,
+    auto_pad: str = "NOTSET",
+    output_padding: Any = None,
+    output_shape: Any = None,
+) -> Array:
     """Zeros between the places of x, then a convolution with the window turned over."""
     xp, size = xp_of(x), weight.shape[2:]
     n = len(size)
-    s, d, extra = (list(v or [default] * n)
-                   for v, default in ((strides, 1), (dilations, 1), (output_padding, 0)))  # fmt: skip
-    full = [(length - 1) * a + (w - 1) * b + 1 + e
-            for length, a, w, b, e in zip(x.shape[2:], s, size, d, extra, strict=True)]  # fmt: skip
+    s, d, extra = (
+        list(v or [default] * n)
+        for v, default in ((strides, 1), (dilations, 1), (output_padding, 0))
+    )
+    full = [
+        (length - 1) * a + (w - 1) * b + 1 + e
+        for length, a, w, b, e in zip(x.shape[2:], s, size, d, extra, strict=True)
+    ]
     begin, end = (list(pads or [0] * 2 * n)[i * n : (i + 1) * n] for i in (0, 1))
     if output_shape or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         wanted = list(output_shape or [])[-n:] or [
@@ -160,14 +197,27 @@ def conv_transpose(x: Array, weight: Array, bias: Array | None = None, *, kernel
     spread = _spread(x, s)
     reach = [(w - 1) * b for w, b in zip(size, d, strict=True)]
     widths = [(r - a, r - b + e) for r, a, b, e in zip(reach, begin, end, extra, strict=True)]
-    spread = xp.pad(spread, ((0, 0), (0, 0), *((max(0, a), max(0, b)) for a, b in widths)),
-                    mode="constant", constant_values=0)  # fmt: skip
-    spread = spread[(..., *(slice(max(0, -a), k - max(0, -b))
-                            for k, (a, b) in zip(spread.shape[2:], widths, strict=True)))]  # fmt: skip
+    spread = xp.pad(
+        spread,
+        ((0, 0), (0, 0), *((max(0, a), max(0, b)) for a, b in widths)),
+        mode="constant",
+        constant_values=0,
+    )
+    spread = spread[
+        (
+            ...,
+            *(
+                slice(max(0, -a), k - max(0, -b))
+                for k, (a, b) in zip(spread.shape[2:], widths, strict=True)
+            ),
+        )
+    ]
     turned = xp.flip(weight, tuple(range(2, x.ndim)))
     window = Window(size, (1,) * n, tuple(d), ((0, 0),) * n, (0,) * n)
-    parts = [_conv(part, w.swapaxes(0, 1), window)
-             for part, w in zip(_halves(spread, 1, group), _halves(turned, 0, group), strict=True)]  # fmt: skip
+    parts = [
+        _conv(part, w.swapaxes(0, 1), window)
+        for part, w in zip(_halves(spread, 1, group), _halves(turned, 0, group), strict=True)
+    ]
     y = parts[0] if group == 1 else xp.concatenate(parts, axis=1)
     return y if bias is None else y + _along_channels(bias, x.ndim)
 
@@ -186,9 +236,18 @@ def _spread(x: Array, stride: Sequence[int]) -> Array:
 
 
 @operator("MaxPool")
-def max_pool(x: Array, *, kernel_shape: Sequence[int], strides: Any = None, dilations: Any = None,
-             pads: Any = None, auto_pad: str = "NOTSET", ceil_mode: int = 0, storage_order: int = 0,
-             count: int) -> Any:  # fmt: skip
+def max_pool(
+    x: Array,
+    *,
+    kernel_shape: Sequence[int],
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    storage_order: int = 0,
+    count: int,
+) -> Any:
     window = Window.of(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
     least = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
     xp, wide = xp_of(x), window.padded(x, least)
@@ -222,9 +281,19 @@ def _flat_places(
 
 
 @operator("AveragePool LpPool")
-def average_pool(x: Array, *, kernel_shape: Sequence[int], strides: Any = None, dilations: Any = None,
-                 pads: Any = None, auto_pad: str = "NOTSET", ceil_mode: int = 0,
-                 count_include_pad: int = 0, p: int = 2, op: str) -> Array:  # fmt: skip
+def average_pool(
+    x: Array,
+    *,
+    kernel_shape: Sequence[int],
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+    count_include_pad: int = 0,
+    p: int = 2,
+    op: str,
+) -> Array:
     window = Window.of(x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode)
     xp = xp_of(x)
     if op == "LpPool":
@@ -271,8 +340,15 @@ def instance_norm(x: Array, gain: Array, bias: Array, *, epsilon: float = 1e-5) 
 
 
 @operator("GroupNormalization")
-def group_norm(x: Array, gain: Array, bias: Array, *, num_groups: int, epsilon: float = 1e-5,
-               stash_type: int = 1) -> Array:  # fmt: skip
+def group_norm(
+    x: Array,
+    gain: Array,
+    bias: Array,
+    *,
+    num_groups: int,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+) -> Array:
     xp = xp_of(x)
     y = x.reshape(x.shape[0], num_groups, prod(x.shape[1:]) // num_groups)
     y = y - y.mean(axis=2, keepdims=True)
@@ -281,8 +357,9 @@ def group_norm(x: Array, gain: Array, bias: Array, *, num_groups: int, epsilon: 
 
 
 @operator("LRN")
-def local_response_norm(x: Array, *, size: int, alpha: float = 1e-4, beta: float = 0.75,
-                        bias: float = 1.0) -> Array:  # fmt: skip
+def local_response_norm(
+    x: Array, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0
+) -> Array:
     xp, before = xp_of(x), (size - 1) // 2
     widths = ((0, 0), (before, size - 1 - before), *((0, 0),) * (x.ndim - 2))
     squares = xp.pad(xp.square(x), widths, mode="constant", constant_values=0)
@@ -319,12 +396,22 @@ _NEAREST: dict[str, Callable[[HostArray], HostArray]] = {
 
 
 @operator("Resize", numbers="roi scales sizes")
-def resize(x: Array, roi: HostArray | None = None, scales: HostArray | None = None,
-           sizes: HostArray | None = None, *, antialias: int = 0, axes: Any = None,
-           coordinate_transformation_mode: str = "half_pixel", cubic_coeff_a: float = -0.75,
-           exclude_outside: int = 0, extrapolation_value: float = 0.0,
-           keep_aspect_ratio_policy: str = "stretch", mode: str = "nearest",
-           nearest_mode: str = "round_prefer_floor") -> Array:  # fmt: skip
+def resize(
+    x: Array,
+    roi: HostArray | None = None,
+    scales: HostArray | None = None,
+    sizes: HostArray | None = None,
+    *,
+    antialias: int = 0,
+    axes: Any = None,
+    coordinate_transformation_mode: str = "half_pixel",
+    cubic_coeff_a: float = -0.75,
+    exclude_outside: int = 0,
+    extrapolation_value: float = 0.0,
+    keep_aspect_ratio_policy: str = "stretch",
+    mode: str = "nearest",
+    nearest_mode: str = "round_prefer_floor",
+) -> Array:
     along = list(range(x.ndim)) if axes is None else [a % x.ndim for a in axes]
     if sizes is not None and sizes.size:
         wanted = ints(sizes) or []
@@ -349,7 +436,8 @@ def resize(x: Array, roi: HostArray | None = None, scales: HostArray | None = No
         if size == n and scale == 1 and region == (0.0, 1.0):
             continue
         at = _TO_INPUT[coordinate_transformation_mode](
-            np.arange(size, dtype="float64"), scale, n, size, region)  # fmt: skip
+            np.arange(size, dtype="float64"), scale, n, size, region
+        )
         outside = (at < 0) | (at > n - 1) if crops else None
         if mode == "nearest":
             ids = np.clip(_NEAREST[nearest_mode](at), 0, n - 1).astype("int64")
