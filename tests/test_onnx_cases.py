@@ -1,6 +1,6 @@
 """ONNX's own cases: what each operator must answer, on every library and written out as a program.
 
-All of them run on NumPy, every second elsewhere; NNXP_ONNX_CASES=all runs all of them everywhere.
+All of them run on NumPy, every fourth elsewhere; NNXP_ONNX_CASES=all runs all of them everywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nnxp.program.recording import Recording
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: its cases are the judge")
 
-EVERY = 1 if os.environ.get("NNXP_ONNX_CASES") == "all" else 2
+EVERY = 1 if os.environ.get("NNXP_ONNX_CASES") == "all" else 4
 DATA = Path(onnx.__file__).parent / "backend/test/data"
 NOT_OURS = {
     "test_batchnorm_example_training_mode": "training",

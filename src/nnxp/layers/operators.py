@@ -6,7 +6,8 @@ operators a formula stands for. Formulas are those of opset 21 and above: older 
 to it first. They write into nothing that they are given.
 
 Inputs that decide a shape or an axis are `numbers`: they are in host memory before anything runs.
-An operator that only `moves` numbers leaves 16-bit floats alone; others compute them in float32.
+Operators take 16-bit floats in float32 and round what they make, but for those that take them
+`as_is`: they move numbers, or are one function or kernel, which does so itself.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Operator:
     function: Callable[..., Any]
     numbers: frozenset[int]
     loose: frozenset[int]
-    moves: bool
+    as_is: bool
     options: frozenset[str]
     least_inputs: int
     most_inputs: int | None
@@ -71,22 +72,12 @@ class Operator:
         for i in free:
             if like is not None and i not in self.loose:
                 arrays[i] = beside(arrays[i], like)
-        narrow = None
-        if not self.moves:
-            kinds = {arrays[i].dtype for i in free if is_floating(arrays[i].dtype)}
-            narrow = next((kind for kind in kinds if kind.itemsize == 2), None)
-            if narrow is not None:
-                arrays = [_widened(x) if i in free else x for i, x in enumerate(arrays)]
         options = dict(attributes)
         options |= {k: v for k, v in (("op", op), ("count", count)) if k in self.options}
         with np.errstate(all="ignore"):  # infinity and NaN are answers here
-            made = self.function(*arrays, **options)
-            results = tuple(made) if isinstance(made, tuple | list) else (made,)
-            if narrow is not None:
-                results = tuple(
-                    y.astype(narrow) if y is not None and y.dtype == np.float32 else y
-                    for y in results
-                )
+            call = self.function if self.as_is else in_float32(self.function)
+            made = call(*arrays, **options)
+        results = tuple(made) if isinstance(made, tuple | list) else (made,)
         return tuple(np.asarray(y) if isinstance(y, np.generic) else y for y in results)
 
 
@@ -95,7 +86,7 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def operator(
-    names: str, *, numbers: str = "", loose: str = "", moves: bool = False
+    names: str, *, numbers: str = "", loose: str = "", as_is: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: this function is the formula of these operators.
 
@@ -110,7 +101,7 @@ def operator(
             function,
             frozenset(places.index(name) for name in numbers.split()),
             frozenset(places.index(name) for name in loose.split()),
-            moves,
+            as_is,
             frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
             sum(p.default is p.empty for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
             + variadic,
@@ -160,8 +151,28 @@ def beside(x: Array, like: Array) -> Array:
     return traced.lifted(x if at is np else at.asarray(x))
 
 
-def _widened(x: Array) -> Array:
-    return x.astype("float32") if is_floating(x.dtype) and x.dtype.itemsize == 2 else x
+def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, of 16-bit floats in float32, its results rounded."""
+
+    def call(*arrays: Any, **options: Any) -> Any:
+        kinds = {x.dtype for x in arrays if x is not None and is_floating(x.dtype)}
+        narrow = next((kind for kind in kinds if kind.itemsize == 2), None)
+        if narrow is None:
+            return function(*arrays, **options)
+        wide = [
+            x.astype("float32")
+            if x is not None and x.dtype in kinds and x.dtype.itemsize == 2
+            else x
+            for x in arrays
+        ]
+
+        def rounded(y: Any) -> Any:
+            return y.astype(narrow) if y is not None and y.dtype == np.float32 else y
+
+        made = function(*wide, **options)
+        return tuple(map(rounded, made)) if isinstance(made, tuple | list) else rounded(made)
+
+    return call
 
 
 def library_of_shape(shape: Sequence[int]) -> Any:
@@ -248,7 +259,7 @@ for _name, _spelt in {
     "Where": "where",
     "Xor": "logical_xor",
 }.items():
-    operator(_name)(_function(_spelt))
+    operator(_name, as_is=True)(_function(_spelt))
 
 for _name, _kernel in {
     "Relu": kernels.relu,
@@ -264,7 +275,7 @@ for _name, _kernel in {
             return xp_of(x).maximum(x, 0)
         return _kernel(x)
 
-    operator(_name)(_activation)
+    operator(_name, as_is=True)(_activation)
 
 
 @operator("Erf")
@@ -272,12 +283,12 @@ def _erf(x: Array) -> Array:
     return erf(x) if x.dtype.kind == "f" else erf(x.astype("float64")).astype(x.dtype)
 
 
-@operator("Identity", moves=True)
+@operator("Identity", as_is=True)
 def identity(x: Array) -> Array:
     return x
 
 
-@operator("Div")
+@operator("Div", as_is=True)
 def div(a: Array, b: Array) -> Array:
     if a.dtype.kind not in "iu":
         return a / b
@@ -288,7 +299,7 @@ def div(a: Array, b: Array) -> Array:
     return xp.where((a < 0) != (b < 0), -quotient, quotient)
 
 
-@operator("Mod")
+@operator("Mod", as_is=True)
 def mod(a: Array, b: Array, *, fmod: int = 0) -> Array:
     return xp_of(a).fmod(a, b) if fmod else xp_of(a).remainder(a, b)
 
@@ -309,7 +320,7 @@ def fold(*arrays: Array, op: str) -> Array:
     return y / len(arrays) if op == "Mean" else y
 
 
-@operator("Clip")
+@operator("Clip", as_is=True)
 def clip(x: Array, low: Array | None = None, high: Array | None = None) -> Array:
     xp = xp_of(x)
     if low is not None:
@@ -317,12 +328,12 @@ def clip(x: Array, low: Array | None = None, high: Array | None = None) -> Array
     return x if high is None else xp.minimum(x, high)
 
 
-@operator("LeakyRelu")
+@operator("LeakyRelu", as_is=True)
 def leaky_relu(x: Array, *, alpha: float = 0.01) -> Array:
     return kernels.leaky_relu(x, negative_slope=alpha)
 
 
-@operator("Elu")
+@operator("Elu", as_is=True)
 def elu(x: Array, *, alpha: float = 1.0) -> Array:
     return kernels.elu(x, alpha=alpha)
 
@@ -340,7 +351,7 @@ def selu(
     return kernels.elu(x, alpha=alpha) * gamma
 
 
-@operator("PRelu")
+@operator("PRelu", as_is=True)
 def prelu(x: Array, slope: Array) -> Array:
     xp = xp_of(x)
     return xp.where(x < 0, slope * x, x)
@@ -374,13 +385,13 @@ def swish(x: Array, *, alpha: float = 1.0) -> Array:
     return kernels.silu(x) if alpha == 1 else x * kernels.sigmoid(x * alpha)
 
 
-@operator("Gelu")
+@operator("Gelu", as_is=True)
 def gelu(x: Array, *, approximate: str = "none") -> Array:
     kernel = kernels.gelu_tanh if approximate == "tanh" else kernels.gelu
     return kernel(x) if x.ndim else kernel(x.reshape(1)).reshape(())
 
 
-@operator("IsInf")
+@operator("IsInf", as_is=True)
 def is_inf(x: Array, *, detect_negative: int = 1, detect_positive: int = 1) -> Array:
     y = xp_of(x).isinf(x)
     if not detect_negative:
@@ -406,12 +417,12 @@ def bit_shift(x: Array, n: Array, *, direction: str) -> Array:
     return xp.where(far, out, y)
 
 
-@operator("Cast", moves=True)
+@operator("Cast", as_is=True)
 def cast(x: Array, *, to: str, saturate: int = 1, round_mode: str = "up") -> Array:
     return x.astype(dtype_of(to))
 
 
-@operator("CastLike", moves=True)
+@operator("CastLike", as_is=True)
 def cast_like(x: Array, like: Array, *, saturate: int = 1, round_mode: str = "up") -> Array:
     return x.astype(like.dtype)
 
@@ -428,7 +439,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
 # Along axes
 
 
-@operator("Softmax LogSoftmax")
+@operator("Softmax LogSoftmax", as_is=True)
 def softmax(x: Array, *, axis: int = -1, op: str) -> Array:
     kernel = kernels.softmax if op == "Softmax" else kernels.log_softmax
     return _with_axis_last(kernel, x, axis)
@@ -517,7 +528,7 @@ def arg_extreme(
     return xp.expand_dims(y, axis) if keepdims else y
 
 
-@operator("TopK", numbers="k", moves=True)
+@operator("TopK", numbers="k", as_is=True)
 def top_k(
     x: Array, k: HostArray, *, axis: int = -1, largest: int = 1, sorted: int = 1
 ) -> tuple[Array, Array]:
@@ -550,17 +561,17 @@ def _cut(
 # Shapes
 
 
-@operator("Shape", moves=True)
+@operator("Shape", as_is=True)
 def shape(x: Array, *, start: int = 0, end: int | None = None) -> Array:
     return np.array(x.shape[start:end], "int64")
 
 
-@operator("Size", moves=True)
+@operator("Size", as_is=True)
 def size(x: Array) -> Array:
     return np.array(x.size, "int64")
 
 
-@operator("Reshape", numbers="shape", moves=True)
+@operator("Reshape", numbers="shape", as_is=True)
 def reshape(x: Array, shape: HostArray, *, allowzero: int = 0) -> Array:
     wanted, own = ints(shape) or [], x.shape
     rows = row_by_row.get()
@@ -574,21 +585,24 @@ def reshape(x: Array, shape: HostArray, *, allowzero: int = 0) -> Array:
         if -1 in wanted:
             wanted[wanted.index(-1)] = prod(own) // max(1, -prod(wanted))
         wanted[0] *= rows
+    if -1 in wanted and 0 in wanted:  # no rows: what is left out is as large as with some
+        known = prod(n for n in wanted if n > 0)
+        wanted[wanted.index(-1)] = prod(n for n in x.shape if n) // known
     return x.reshape(tuple(wanted))
 
 
-@operator("Flatten", moves=True)
+@operator("Flatten", as_is=True)
 def flatten(x: Array, *, axis: int = 1) -> Array:
     axis = axis + x.ndim if axis < 0 else axis
     return x.reshape(prod(x.shape[:axis]), prod(x.shape[axis:]))
 
 
-@operator("Transpose", moves=True)
+@operator("Transpose", as_is=True)
 def transpose(x: Array, *, perm: Sequence[int] | None = None) -> Array:
     return x.transpose(tuple(range(x.ndim))[::-1] if perm is None else tuple(perm))
 
 
-@operator("Squeeze", numbers="axes", moves=True)
+@operator("Squeeze", numbers="axes", as_is=True)
 def squeeze(x: Array, axes: HostArray | None = None) -> Array:
     along = _axes(axes, x.ndim)
     gone = [i for i, n in enumerate(x.shape) if n == 1] if along is None else along
@@ -597,7 +611,7 @@ def squeeze(x: Array, axes: HostArray | None = None) -> Array:
     return x.reshape(tuple(n for i, n in enumerate(x.shape) if i not in gone))
 
 
-@operator("Unsqueeze", numbers="axes", moves=True)
+@operator("Unsqueeze", numbers="axes", as_is=True)
 def unsqueeze(x: Array, axes: HostArray) -> Array:
     sizes = list(x.shape)
     for axis in sorted(_axes(axes, x.ndim + axes.size) or []):
@@ -605,7 +619,7 @@ def unsqueeze(x: Array, axes: HostArray) -> Array:
     return x.reshape(tuple(sizes))
 
 
-@operator("Concat", moves=True)
+@operator("Concat", as_is=True)
 def concat(*arrays: Array, axis: int) -> Array:
     rows = row_by_row.get()
     if rows and axis % arrays[0].ndim and any(x.shape[0] == rows for x in arrays):
@@ -615,7 +629,7 @@ def concat(*arrays: Array, axis: int) -> Array:
     return xp_of(arrays[0]).concatenate(list(arrays), axis=axis)
 
 
-@operator("Split", numbers="sizes", moves=True)
+@operator("Split", numbers="sizes", as_is=True)
 def split(
     x: Array,
     sizes: HostArray | None = None,
@@ -635,7 +649,7 @@ def split(
     return tuple(_cut(x, axis, end - n, end) for n, end in zip(parts, ends, strict=True))
 
 
-@operator("Slice", numbers="starts ends axes steps", moves=True)
+@operator("Slice", numbers="starts ends axes steps", as_is=True)
 def slice_(
     x: Array,
     starts: HostArray,
@@ -659,7 +673,7 @@ def slice_(
     return x[tuple(key)]
 
 
-@operator("Expand", numbers="shape", moves=True)
+@operator("Expand", numbers="shape", as_is=True)
 def expand(x: Array, shape: HostArray) -> Array:
     sizes = np.broadcast_shapes(x.shape, tuple(ints(shape) or []))
     made_of_rows = any(map(traced.counts_rows, sizes))
@@ -677,14 +691,14 @@ def numbers_known(x: Array) -> bool:
     )
 
 
-@operator("Tile", numbers="repeats", moves=True)
+@operator("Tile", numbers="repeats", as_is=True)
 def tile(x: Array, repeats: HostArray) -> Array:
     reps = ints(repeats) or []
     library_of_shape([n * r for n, r in zip(x.shape, reps, strict=True)])
     return xp_of(x).tile(x, tuple(reps))
 
 
-@operator("Pad", numbers="pads fill axes", moves=True)
+@operator("Pad", numbers="pads fill axes", as_is=True)
 def pad(
     x: Array,
     pads: HostArray,
@@ -714,7 +728,7 @@ def pad(
     return xp_of(x).pad(x, tuple(widths), mode="constant", constant_values=value)
 
 
-@operator("CenterCropPad", numbers="shape", moves=True)
+@operator("CenterCropPad", numbers="shape", as_is=True)
 def center_crop_pad(x: Array, shape: HostArray, *, axes: Sequence[int] | None = None) -> Array:
     along = _axes(axes, x.ndim)
     for axis, wanted in zip(
@@ -730,13 +744,13 @@ def center_crop_pad(x: Array, shape: HostArray, *, axes: Sequence[int] | None = 
     return x
 
 
-@operator("Trilu", numbers="k", moves=True)
+@operator("Trilu", numbers="k", as_is=True)
 def trilu(x: Array, k: HostArray | None = None, *, upper: int = 1) -> Array:
     offset = 0 if k is None else int(k.ravel()[0])
     return xp_of(x).triu(x, offset) if upper else xp_of(x).tril(x, offset)
 
 
-@operator("DepthToSpace", moves=True)
+@operator("DepthToSpace", as_is=True)
 def depth_to_space(x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
     n, c, h, w = x.shape
     b, c = blocksize, c // blocksize**2
@@ -747,7 +761,7 @@ def depth_to_space(x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
     return y.reshape(n, c, h * b, w * b)
 
 
-@operator("SpaceToDepth", moves=True)
+@operator("SpaceToDepth", as_is=True)
 def space_to_depth(x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
     n, c, h, w = x.shape
     b = blocksize
@@ -756,7 +770,7 @@ def space_to_depth(x: Array, *, blocksize: int, mode: str = "DCR") -> Array:
     return y.reshape(n, c * b * b, h // b, w // b)
 
 
-@operator("ReverseSequence", numbers="lengths", moves=True)
+@operator("ReverseSequence", numbers="lengths", as_is=True)
 def reverse_sequence(
     x: Array, lengths: HostArray, *, batch_axis: int = 1, time_axis: int = 0
 ) -> Array:
@@ -775,7 +789,7 @@ def reverse_sequence(
 # Made out of a shape
 
 
-@operator("Constant", moves=True)
+@operator("Constant", as_is=True)
 def constant(
     *,
     value: Any = None,
@@ -797,7 +811,7 @@ def constant(
     raise OptionError("Constant without a value")
 
 
-@operator("ConstantOfShape", numbers="shape", moves=True)
+@operator("ConstantOfShape", numbers="shape", as_is=True)
 def constant_of_shape(shape: HostArray, *, value: HostArray | None = None) -> Array:
     fill = np.zeros(1, "float32") if value is None else value
     sizes = tuple(ints(shape) or [])
@@ -805,7 +819,7 @@ def constant_of_shape(shape: HostArray, *, value: HostArray | None = None) -> Ar
     return xp.full(sizes, fill.ravel()[0].item(), dtype=fill.dtype)
 
 
-@operator("Range", numbers="start limit delta", moves=True)
+@operator("Range", numbers="start limit delta", as_is=True)
 def range_(start: HostArray, limit: HostArray, delta: HostArray) -> Array:
     a, b, step = (x.ravel()[0].item() for x in (start, limit, delta))
     if not step or (b - a) / step > MOST_NUMBERS:
@@ -813,12 +827,12 @@ def range_(start: HostArray, limit: HostArray, delta: HostArray) -> Array:
     return np.arange(a, b, step).astype(start.dtype)
 
 
-@operator("EyeLike", moves=True)
+@operator("EyeLike", as_is=True)
 def eye_like(x: Array, *, dtype: str | None = None, k: int = 0) -> Array:
     return xp_of(x).eye(*x.shape, k=k, dtype=dtype_of(dtype) if dtype else x.dtype)
 
 
-@operator("OneHot", numbers="depth", moves=True)
+@operator("OneHot", numbers="depth", as_is=True)
 def one_hot(ids: Array, depth: HostArray, values: Array, *, axis: int = -1) -> Array:
     xp, n = xp_of(ids), int(depth.ravel()[0])
     library_of_shape((*ids.shape, n))
@@ -831,7 +845,7 @@ def one_hot(ids: Array, depth: HostArray, values: Array, *, axis: int = -1) -> A
 # Picked by ids
 
 
-@operator("Gather", loose="ids", moves=True)
+@operator("Gather", loose="ids", as_is=True)
 def gather(x: Array, ids: Array, *, axis: int = 0) -> Array:
     axis = _axis(axis, x.ndim)
     if isinstance(ids, np.ndarray) and ids.ndim == 0:
@@ -842,7 +856,7 @@ def gather(x: Array, ids: Array, *, axis: int = 0) -> Array:
     return xp_of(x).take(x, beside(ids, x), axis=axis)
 
 
-@operator("GatherElements", moves=True)
+@operator("GatherElements", as_is=True)
 def gather_elements(x: Array, ids: Array, *, axis: int = 0) -> Array:
     axis = _axis(axis, x.ndim)
     for i, n in enumerate(ids.shape):
@@ -851,7 +865,7 @@ def gather_elements(x: Array, ids: Array, *, axis: int = 0) -> Array:
     return xp_of(x).take_along_axis(x, ids % x.shape[axis], axis=axis)
 
 
-@operator("GatherND", moves=True)
+@operator("GatherND", as_is=True)
 def gather_nd(x: Array, ids: Array, *, batch_dims: int = 0) -> Array:
     """The leading axes as one, of which each tuple of ids picks a place."""
     deep = batch_dims + ids.shape[-1]
@@ -869,13 +883,13 @@ def gather_nd(x: Array, ids: Array, *, batch_dims: int = 0) -> Array:
     return xp_of(x).take(flat, at, axis=0)
 
 
-@operator("Compress", numbers="condition", moves=True)
+@operator("Compress", numbers="condition", as_is=True)
 def compress(x: Array, condition: HostArray, *, axis: int | None = None) -> Array:
     ids = np.flatnonzero(condition)
     return xp_of(x).take(x if axis is not None else x.reshape(-1), beside(ids, x), axis=axis or 0)
 
 
-@operator("NonZero", moves=True)
+@operator("NonZero", as_is=True)
 def non_zero(x: Array) -> Array:
     return np.stack(np.nonzero(x)) if isinstance(x, np.ndarray) else xp_of(x).nonzero(x)
 
@@ -894,13 +908,13 @@ def _scattered(x: Array, key: tuple[Array, ...], updates: Array, reduction: str)
     return y
 
 
-@operator("ScatterND", moves=True)
+@operator("ScatterND", as_is=True)
 def scatter_nd(x: Array, ids: Array, updates: Array, *, reduction: str = "none") -> Array:
     key = tuple(ids[..., i] for i in range(ids.shape[-1]))
     return _scattered(x, key, updates, reduction)
 
 
-@operator("ScatterElements", moves=True)
+@operator("ScatterElements", as_is=True)
 def scatter_elements(
     x: Array, ids: Array, updates: Array, *, axis: int = 0, reduction: str = "none"
 ) -> Array:
@@ -913,14 +927,14 @@ def scatter_elements(
 # Products
 
 
-@operator("MatMul")
+@operator("MatMul", as_is=True)
 def matmul(a: Array, b: Array) -> Array:
     if b.ndim == 2 and a.ndim >= 2:
         return kernels.matmul(a, b)
-    return xp_of(a).matmul(a, b)
+    return in_float32(xp_of(a).matmul)(a, b)
 
 
-@operator("Gemm")
+@operator("Gemm", as_is=True)
 def gemm(
     a: Array,
     b: Array,
@@ -934,11 +948,15 @@ def gemm(
     a, b = (a.T if transA else a), (b.T if transB else b)
     if alpha == beta == 1 and c is not None and c.ndim == 1 and c.shape[0] == b.shape[1]:
         return kernels.linear(a, b, c)
-    y = kernels.matmul(a, b)
-    y = (y if alpha == 1 else y * alpha).astype(a.dtype, copy=False)
-    if c is None or beta == 0:
-        return y
-    return y + (c if beta == 1 else c * beta).astype(a.dtype, copy=False)
+
+    def product(a: Array, b: Array, c: Array | None) -> Array:
+        y = kernels.matmul(a, b)
+        y = (y if alpha == 1 else y * alpha).astype(a.dtype, copy=False)
+        if c is None or beta == 0:
+            return y
+        return y + (c if beta == 1 else c * beta).astype(a.dtype, copy=False)
+
+    return in_float32(product)(a, b, c)
 
 
 @operator("Einsum")
@@ -949,7 +967,7 @@ def einsum(*arrays: Array, equation: str) -> Array:
 # Norms
 
 
-@operator("BatchNormalization")
+@operator("BatchNormalization", as_is=True)
 def batch_norm(
     x: Array,
     gain: Array,
@@ -968,7 +986,7 @@ def batch_norm(
     return _channels_last(lambda x: kernels.batch_norm(x, mean, var, gain, bias, eps=epsilon), x)
 
 
-@operator("LayerNormalization")
+@operator("LayerNormalization", as_is=True)
 def layer_norm(
     x: Array,
     gain: Array,
@@ -982,23 +1000,32 @@ def layer_norm(
     axis = _axis(axis, x.ndim)
     if axis == x.ndim - 1 and count == 1 and gain.ndim == 1 and (bias is None or bias.ndim == 1):
         return kernels.layer_norm(x, gain, bias, eps=epsilon)
-    xp, axes = xp_of(x), tuple(range(axis, x.ndim))
-    mean = x.mean(axis=axes, keepdims=True)
-    y = x - mean
-    inverse = 1 / xp.sqrt(xp.square(y).mean(axis=axes, keepdims=True) + epsilon)
-    y = y * inverse * gain
-    return (y if bias is None else y + bias, mean, inverse)
+    axes = tuple(range(axis, x.ndim))
+
+    def norm(x: Array, gain: Array, bias: Array | None) -> tuple[Array, ...]:
+        xp, mean = xp_of(x), x.mean(axis=axes, keepdims=True)
+        y = x - mean
+        inverse = 1 / xp.sqrt(xp.square(y).mean(axis=axes, keepdims=True) + epsilon)
+        y = y * inverse * gain
+        return (y if bias is None else y + bias, mean, inverse)
+
+    return in_float32(norm)(x, gain, bias)
 
 
-@operator("RMSNormalization")
+@operator("RMSNormalization", as_is=True)
 def rms_norm(
     x: Array, gain: Array, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Array:
     axis = _axis(axis, x.ndim)
     if axis == x.ndim - 1 and gain.ndim == 1:
         return kernels.rms_norm(x, gain, eps=epsilon)
-    xp, axes = xp_of(x), tuple(range(axis, x.ndim))
-    return x / xp.sqrt(xp.square(x).mean(axis=axes, keepdims=True) + epsilon) * gain
+    axes = tuple(range(axis, x.ndim))
+
+    def norm(x: Array, gain: Array) -> Array:
+        xp = xp_of(x)
+        return x / xp.sqrt(xp.square(x).mean(axis=axes, keepdims=True) + epsilon) * gain
+
+    return in_float32(norm)(x, gain)
 
 
 @operator("MeanVarianceNormalization")
@@ -1018,7 +1045,7 @@ def lp_norm(x: Array, *, axis: int = -1, p: int = 2) -> Array:
     return xp.where(scale == 0, xp.zeros_like(x), x / scale)
 
 
-@operator("Dropout", numbers="ratio training_mode", moves=True)
+@operator("Dropout", numbers="ratio training_mode", as_is=True)
 def dropout(
     x: Array,
     ratio: HostArray | None = None,

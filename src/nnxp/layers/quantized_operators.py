@@ -210,7 +210,7 @@ def binarizer(x: Array, *, threshold: float = 0.0) -> Array:
     return (x > threshold).astype(x.dtype)
 
 
-@operator("ai.onnx.ml.ArrayFeatureExtractor", moves=True)
+@operator("ai.onnx.ml.ArrayFeatureExtractor", as_is=True)
 def array_feature_extractor(x: Array, ids: Array) -> Array:
     return xp_of(x).take(x, ids.reshape(-1), axis=-1)
 

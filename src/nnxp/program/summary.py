@@ -80,7 +80,12 @@ def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
     work: dict[str, int] = {}
     for step in program.steps:
         work[step.path] = work.get(step.path, 0) + multiply_adds(step)
-    leaves = [call for call in program.calls if not any(True for _ in call.layer.children())]
+    called = {id(call.layer) for call in program.calls}
+    leaves = [
+        call
+        for call in program.calls
+        if not any(id(child) in called for _, child in call.layer.children())
+    ]
     layers = tuple(
         LayerSummary(
             call.path or "output",
