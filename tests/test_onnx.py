@@ -409,6 +409,7 @@ def test_data_beside_the_model_are_read(tmp_path):
         ("..\\w.bin", {}),
         ("link.bin", {}),
         ("linked/w.bin", {}),
+        ("folder/../w.bin", {}),
         ("", {}),
         ("folder", {}),
         ("pipe", {}),
