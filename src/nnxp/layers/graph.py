@@ -31,7 +31,7 @@ from nnxp.layers import (  # noqa: F401  (these make their operators known)
 from nnxp.layers._layer import Example, Layer
 from nnxp.layers.operators import OPERATORS, Operator, beside, dtype_of, home, numbers, row_by_row
 from nnxp.program import traced
-from nnxp.program.program import Program, mixes
+from nnxp.program.program import Program
 from nnxp.program.traced import Untraceable
 
 DTYPES = frozenset(
@@ -241,9 +241,8 @@ class Graph(Layer):
             made = self._run(inputs)
             if fixed is None:
                 return made
-            if not any(map(mixes, tape.steps[mark:])) and all(
-                y.shape and y.shape[0] == inputs[0].shape[0] for y in made
-            ):
+            row_for_row = all(y.shape and y.shape[0] == inputs[0].shape[0] for y in made)
+            if row_for_row and not Program((), (), tuple(tape.steps[mark:])).mixing:
                 return made
         except (NnxpError, ValueError, TypeError, IndexError):
             if fixed is None:

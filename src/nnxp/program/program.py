@@ -120,7 +120,7 @@ class Program:
     def mixing(self) -> str:
         """What mixes rows, in words; empty if each row is treated on its own."""
         for step in self.steps:
-            if mixes(step):
+            if _mixes(step):
                 return f"{step.path or 'the model'} mixes rows: {step.name} along the rows"
         for value in self.outputs:
             if not value.shape or value.shape[0] != ROWS:
@@ -335,7 +335,7 @@ def multiply_adds(step: Step) -> int:
     return 0
 
 
-def mixes(step: Step) -> bool:
+def _mixes(step: Step) -> bool:
     """Whether a step's results for one row may depend on another."""
     kind, values = KINDS.get(step.name), step.values
     if not isinstance(step.function, str) or not values:
