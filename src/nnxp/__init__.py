@@ -20,6 +20,8 @@ from nnxp.engine import predict_iter as predict_iter
 from nnxp.io.checkpoint import load as load
 from nnxp.io.checkpoint import save as save
 from nnxp.io.columns import Columns as Columns
+from nnxp.io.onnx import load_onnx as load_onnx
+from nnxp.io.onnx_export import save_onnx as save_onnx
 from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.io.torch import from_torch as from_torch
 from nnxp.layers._layer import Layer as Layer
@@ -38,6 +40,7 @@ from nnxp.layers.conv import Conv as Conv
 from nnxp.layers.conv import ConvTranspose as ConvTranspose
 from nnxp.layers.dense import Dense as Dense
 from nnxp.layers.dropout import Dropout as Dropout
+from nnxp.layers.graph import Graph as Graph
 from nnxp.layers.norm import BatchNorm as BatchNorm
 from nnxp.layers.norm import GroupNorm as GroupNorm
 from nnxp.layers.norm import InstanceNorm as InstanceNorm

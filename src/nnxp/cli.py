@@ -202,7 +202,9 @@ Imports = Annotated[
     ),
 ]
 ROWS = ".npy, .npz, .csv, .tsv (.gz), .parquet, .arrow or .feather"
-Model = Annotated[Path, typer.Argument(help="A model, as nnxp.save writes it.", metavar="MODEL")]
+Model = Annotated[
+    Path, typer.Argument(help="A model, as nnxp.save writes it, or in ONNX.", metavar="MODEL")
+]
 
 
 def main() -> NoReturn:
@@ -282,7 +284,7 @@ def predict(
     or those of the model's classes.
     """
     from nnxp.engine import Engine
-    from nnxp.io.checkpoint import load
+    from nnxp.io.onnx import load_model as load
     from nnxp.io.rows import ending, open_rows
     from nnxp.io.tables import Table
 
@@ -442,7 +444,7 @@ def summary(
     The shape of a row is found out where the model takes only one.
     """
     from nnxp.engine import Engine
-    from nnxp.io.checkpoint import load
+    from nnxp.io.onnx import load_model as load
 
     engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
     whole = (rows, *_row_of(engine.model, shape))
@@ -477,7 +479,9 @@ def doctor(backend: OnBackend = "auto", as_json: AsJson = False) -> None:
 def verify(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="[MODEL]", help="A model to judge, as nnxp.save writes it."),
+        typer.Argument(
+            metavar="[MODEL]", help="A model to judge, as nnxp.save writes it, or in ONNX."
+        ),
     ] = None,
     rows: Annotated[
         Path | None, typer.Argument(metavar="[INPUT]", help=f"Rows for it: {ROWS}.")
@@ -522,7 +526,7 @@ def verify(
     products of float32 numbers are in float32, or rounded to TF32.
     """
     from nnxp import verify as verifying
-    from nnxp.io.checkpoint import load
+    from nnxp.io.onnx import load_model as load
     from nnxp.io.rows import read_rows
 
     found = verifying.verify(
@@ -545,7 +549,8 @@ def bench(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MODEL]", help="A model, as nnxp.save writes it; without it, the demo's."
+            metavar="[MODEL]",
+            help="A model, as nnxp.save writes it, or in ONNX; without it, the demo's.",
         ),
     ] = None,
     rows: Annotated[
@@ -566,7 +571,7 @@ def bench(
     """
     from nnxp.demo import _HERE
     from nnxp.floor import against_floor
-    from nnxp.io.checkpoint import load
+    from nnxp.io.onnx import load_model as load
 
     path = _HERE / "digits.safetensors" if model is None else model
     net = load(path)

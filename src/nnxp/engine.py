@@ -536,7 +536,7 @@ def _kind(model: Layer, index: int, rows: Any) -> Kind:
     elif takes == "int":
         if given is not None and given.kind not in "iub":
             raise DtypeMismatch(f"{model!r:.200} takes whole numbers, but the rows are {given}")
-        dtype = given if given is not None and given.kind != "b" else np.dtype("int64")
+        dtype = np.dtype(model.input_dtypes(index + 1)[index])
     else:
         dtype = given or np.dtype("float32")
     return Kind(tuple(map(int, rows.shape[1:])), given or dtype, dtype)

@@ -87,6 +87,9 @@ class Layer(metaclass=_Assembly):
     wide: ClassVar[tuple[str, ...]] = ()
     """The fields that stay in float64 whatever the model's type."""
 
+    by_rows: ClassVar[bool] = True
+    """Whether axis 0 of every input holds the rows; a layer that says no checks what it takes."""
+
     known: ClassVar[dict[str, type[Layer]]] = {}
     """Layers by class name, so that a file can name them."""
 
@@ -556,7 +559,7 @@ def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Layer, *inputs: Any, **named: Any) -> Any:
         if named or len(inputs) != 1:
             inputs = _in_order(self, signature, inputs, named)
-        x = inputs[0]
+        x = inputs[0] if inputs else None
         try:
             if type(x) is traced.ndarray or any(type(each) is traced.ndarray for each in inputs):
                 return _noted(self, formula, inputs)
@@ -744,7 +747,7 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
         if x is None or isinstance(x, bool | int | float):
             continue
         at = place_of(x)
-        if x.ndim == 0:
+        if x.ndim == 0 and layer.by_rows:
             raise ShapeError(f"{layer} takes (rows, ...) but got a single number")
         if place is not None and at != place:
             raise DeviceMismatch(
@@ -753,6 +756,8 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
                 "and nnxp.predict(model, x) takes host rows wherever the model is"
             )
     _check_types(layer, inputs)
+    if not layer.by_rows:
+        return
     arrays = [x for x in inputs if is_array(x)]
     if not arrays:
         came = ", ".join(f"{x!r:.60}" for x in inputs) or "nothing"

@@ -84,7 +84,7 @@ class Program:
             given = [_known(each, known, xp) for each in step.inputs]
             now = step if rows is None else scaled(step, rows)
             try:
-                if reused is not None:
+                if reused is not None and not isinstance(known[reused], np.generic):
                     options = now.options | {"out": known[reused]}
                     made = compute(xp, step.name, tuple(given), options)
                 else:

@@ -1,0 +1,438 @@
+"""Models in ONNX files, as Graphs.
+
+The package onnx parses a file, checks it and brings it to one version of the standard; nothing of
+it is run while it is read. What a model keeps in files of its own must lie below the model's
+folder, and its size must be what the model says, before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import HostArray
+from nnxp._errors import CheckpointError, ConversionError, NnxpError
+from nnxp.io.checkpoint import load
+from nnxp.layers._layer import Layer
+from nnxp.layers.graph import (
+    DTYPE_ATTRIBUTES,
+    DTYPES,
+    Graph,
+    Weight,
+    packed,
+    unknown_operators,
+    unpacked,
+)
+from nnxp.layers.operators import OPERATORS, dtype_of
+
+OPSET = 21
+"""Older models are brought to this version of the standard."""
+NEWEST = 28
+"""Newer ones may say other things by the same words."""
+IR_NEWEST = 14
+SMALL = 1024
+"""Numbers in an array that takes part in the checks; larger ones are put aside meanwhile."""
+LARGEST = 1 << 31
+"""Bytes of a file, and of one that ends in .onnx: protobuf reads no larger ones."""
+
+
+def load_onnx(source: Any) -> Graph:
+    """The model in an ONNX file, as a layer like any other.
+
+    `source` is a path, the bytes of a file, or a ModelProto. Operators of ONNX and what dense
+    models need of ai.onnx.ml are known, in any version up to 28. The result takes arrays in the
+    order of the graph's inputs, and answers an array, or a tuple of several. `nnxp.save` writes it
+    to a file that is read without the package onnx.
+
+        model = nnxp.load_onnx("model.onnx")
+        y = model(x)
+
+    Raises CheckpointError for a file that is not whole or not sound, ConversionError for operators
+    that are not known (all of them are named) and where the package onnx is missing, and an
+    OSError, such as FileNotFoundError, if the file cannot be read.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ConversionError(
+            f'load_onnx needs the package onnx ({error}); pip install "nnxp[onnx]" brings it'
+        ) from error
+
+    name, folder = "the model", None
+    if isinstance(source, str | os.PathLike):
+        name, folder = os.fspath(source), Path(os.fspath(source)).parent
+    elif not isinstance(source, bytes | bytearray | memoryview | onnx.ModelProto):
+        raise ConversionError(
+            f"load_onnx takes a path, bytes or a ModelProto, not {type(source).__name__}"
+        )
+    try:
+        return _Reading(onnx, _parsed(onnx, source), folder).graph()
+    except (OSError, MemoryError, ConversionError):
+        raise
+    except NnxpError as error:
+        raise CheckpointError(f"{name} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever else a hostile file provokes in another's code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{name} cannot be loaded: {reason:.400}") from error
+
+
+def load_model(path: str | os.PathLike[str]) -> Layer:
+    """The model in a file: in ONNX if its name ends in .onnx, else as `nnxp.save` writes it."""
+    return load_onnx(path) if Path(path).suffix.lower() == ".onnx" else load(path)
+
+
+def _parsed(onnx: Any, source: Any) -> Any:
+    """The ModelProto, without what lies in other files."""
+    if isinstance(source, onnx.ModelProto):
+        model = onnx.ModelProto()
+        model.CopyFrom(source)
+        return model
+    if isinstance(source, str | os.PathLike):
+        found = os.stat(source)
+        if stat.S_ISREG(found.st_mode) and found.st_size > LARGEST:
+            raise CheckpointError(f"{found.st_size:,} bytes, more than protobuf reads")
+        source = Path(source).read_bytes()
+    model = onnx.ModelProto()
+    model.ParseFromString(bytes(source))
+    return model
+
+
+class _Reading:
+    """One model that is being read."""
+
+    def __init__(self, onnx: Any, model: Any, folder: Path | None) -> None:
+        self.onnx, self.model, self.folder = onnx, model, folder
+        self.arrays: dict[str, HostArray] = {}
+
+    def graph(self) -> Graph:
+        model = self.model
+        if not model.graph.output:
+            raise CheckpointError("it is no ONNX model: its graph has no outputs")
+        opsets = {each.domain or "ai.onnx": each.version for each in model.opset_import}
+        version = opsets.pop("ai.onnx", 1 if not opsets else OPSET)
+        if version > NEWEST or model.ir_version > IR_NEWEST:
+            raise ConversionError(
+                f"it is of opset {version} and IR {model.ir_version}; nnxp knows up to "
+                f"{NEWEST} and {IR_NEWEST}"
+            )
+        if model.graph.sparse_initializer:
+            raise ConversionError("it has sparse initialisers, which nnxp does not know")
+        self._refuse_foreign_data()
+        if model.functions:
+            self.model = model = self.onnx.inliner.inline_local_functions(model)
+        self._refuse_unknown()
+        self._put_aside()
+        if 3 <= model.ir_version < 4:  # initialisers had to be inputs, too, and are not always
+            model.ir_version = 4
+        self._check()
+        if 0 < version < OPSET and any(
+            not n.domain or n.domain == "ai.onnx" for n in model.graph.node
+        ):
+            self._upgrade(version)
+        return self._described()
+
+    # before anything is done
+
+    def _refuse_foreign_data(self) -> None:
+        """Read what lies in other files, and only in those that may be read; check all sizes."""
+        for tensor in _tensors(self.model.graph, self.model.functions):
+            if any(n < 0 for n in tensor.dims):
+                raise CheckpointError(f"{tensor.name!r} has the shape {list(tensor.dims)}")
+            if tensor.data_location != self.onnx.TensorProto.EXTERNAL:
+                continue
+            dtype = self._dtype(tensor.data_type, tensor.name)
+            size = prod(tensor.dims) * dtype.itemsize
+            tensor.raw_data = self._external(tensor, size)
+            tensor.data_location = self.onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+
+    def _external(self, tensor: Any, size: int) -> bytes:
+        """The bytes of a tensor that lie in a file below the model's folder."""
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        name, who = said.get("location", ""), f"the data of {tensor.name!r}"
+        if self.folder is None:
+            raise CheckpointError(f"{who} are in a file {name!r:.80}: load the model by its path")
+        folder = self.folder.resolve()
+        given = Path(name)
+        if not name or "\0" in name or given.is_absolute() or ".." in given.parts or "\\" in name:
+            raise CheckpointError(
+                f"{who} are in {name!r:.80}, which is not below the model's folder"
+            )
+        path = (folder / given).resolve()
+        if not path.is_relative_to(folder):
+            raise CheckpointError(f"{who} are in {name!r:.80}, a link out of the model's folder")
+        try:
+            offset, length = int(said.get("offset", 0)), int(said.get("length", size))
+        except ValueError:
+            raise CheckpointError(f"{who} are at {said!r:.100}") from None
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{who} are in {name!r:.80}, which is not a regular file")
+        if length != size or offset < 0 or offset + size > found.st_size:
+            raise CheckpointError(
+                f"{who} are {size:,} bytes, but {name!r:.80} has {length:,} of them at {offset:,} "
+                f"of {found.st_size:,}"
+            )
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise CheckpointError(f"{who}: {name!r:.80} ends early")
+        return data
+
+    def _refuse_unknown(self) -> None:
+        """Refuse operators that are not known, all of them at once."""
+        unknown = []
+        for each in _nodes(self.model.graph):
+            name = _operator_name(each)
+            if name not in OPERATORS and name not in ("If", *_UPGRADED):
+                unknown.append(
+                    {"op": name, "name": each.name, "outputs": list(each.output) or [""]}
+                )
+        if unknown:
+            raise ConversionError(unknown_operators(unknown))
+
+    def _put_aside(self) -> None:
+        """Take large arrays out, so that what checks and upgrades the model has little to carry."""
+        graph = self.model.graph
+        given = {each.name for each in graph.input}
+        kept = []
+        for tensor in graph.initializer:
+            size = prod(tensor.dims)
+            if size <= SMALL or tensor.name in self.arrays:
+                kept.append(tensor)
+                continue
+            self.arrays[tensor.name] = self._array(tensor)
+            if tensor.name not in given:
+                graph.input.append(
+                    self.onnx.helper.make_tensor_value_info(
+                        tensor.name, tensor.data_type, list(tensor.dims)
+                    )
+                )
+        if len(kept) != len(graph.initializer):
+            kept = [type(each).FromString(each.SerializeToString()) for each in kept]
+            del graph.initializer[:]
+            graph.initializer.extend(kept)
+
+    def _check(self) -> None:
+        """Refuse what does not follow the standard; outputs may go without a type or a shape."""
+        model = self.onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for graph in _graphs(model.graph):
+            for each in (*graph.input, *graph.output):
+                if each.type.WhichOneof("value") in (None, "tensor_type"):
+                    tensor = each.type.tensor_type
+                    tensor.elem_type = tensor.elem_type or self.onnx.TensorProto.FLOAT
+                    tensor.shape.SetInParent()
+        self.onnx.checker.check_model(model)
+
+    def _dtype(self, kind: int, who: str) -> np.dtype[Any]:
+        """The type of numbers for ONNX's code of it."""
+        try:
+            name = self.onnx.TensorProto.DataType.Name(kind).lower()
+        except ValueError:
+            raise CheckpointError(f"{who!r} is of an unknown type {kind}") from None
+        name = {"float": "float32", "double": "float64"}.get(name, name)
+        if name not in DTYPES:
+            raise ConversionError(
+                f"{who!r} is of the type {name}, which nnxp does not compute with"
+            )
+        return dtype_of(name)
+
+    def _array(self, tensor: Any) -> HostArray:
+        """The numbers of a tensor, as many as it says."""
+        dtype = self._dtype(tensor.data_type, tensor.name)
+        if tensor.HasField("raw_data"):
+            if len(tensor.raw_data) != prod(tensor.dims) * dtype.itemsize:
+                raise CheckpointError(
+                    f"{tensor.name!r}, {list(tensor.dims)} of {dtype}, has "
+                    f"{len(tensor.raw_data)} bytes"
+                )
+        else:
+            fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+            if sum(len(getattr(tensor, name)) for name in fields) != prod(tensor.dims):
+                raise CheckpointError(f"{tensor.name!r} has not as many numbers as its shape says")
+        array: HostArray = self.onnx.numpy_helper.to_array(tensor)
+        return array.astype(dtype, copy=False)
+
+    # to one version
+
+    def _upgrade(self, version: int) -> None:
+        """Bring the model to the one version of the standard."""
+        if version < 7:
+            self._reshape_slopes()
+        self.model = self.onnx.version_converter.convert_version(self.model, OPSET)
+
+    def _reshape_slopes(self) -> None:
+        """A slope for each channel was (c,) before PRelu broadcast as all others do."""
+        model = self.onnx.shape_inference.infer_shapes(self.model)
+        graph = model.graph
+        ndims = {v.name: len(v.type.tensor_type.shape.dim)
+                 for v in (*graph.input, *graph.value_info, *graph.output)}  # fmt: skip
+        small = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        for each in self.model.graph.node:
+            if each.op_type != "PRelu" or each.domain:
+                continue
+            tensor, ndim = small.get(each.input[1]), ndims.get(each.input[0], 0)
+            if tensor is not None and len(tensor.dims) == 1 and ndim > 2:
+                tensor.dims.extend([1] * (ndim - 2))
+                for value in self.model.graph.input:
+                    if value.name == tensor.name:
+                        for _ in range(ndim - 2):
+                            value.type.tensor_type.shape.dim.add().dim_value = 1
+
+    # as a Graph
+
+    def _described(self) -> Graph:
+        graph = self.model.graph
+        for tensor in graph.initializer:
+            self.arrays.setdefault(tensor.name, self._array(tensor))
+        nodes = []
+        for each in graph.node:
+            if each.op_type == "Constant" and not each.domain:
+                self.arrays[each.output[0]] = self._constant(each)
+            else:
+                nodes.append(self._node(each))
+        sizes: Counter[str] = Counter()
+        for array in self.arrays.values():
+            if array.ndim and _is_float(array):
+                sizes[str(array.dtype)] += array.nbytes
+        inputs = [self._input(each) for each in graph.input if each.name not in self.arrays]
+        floats = [each["dtype"] for each in inputs if "float" in each["dtype"]]
+        if "float32" in floats:  # statistics of a scaler, of twice the width
+            del sizes["float64"]
+        kind = max(sizes, key=sizes.__getitem__) if sizes else (floats or ["float32"])[0]
+        used = {name for each in _nodes(graph) for name in each.input}
+        used |= {each.name for part in _graphs(graph) for each in part.output}
+        own = {name: array for name, array in self.arrays.items() if name in used}
+        weights = {n: a for n, a in own.items() if a.ndim and str(a.dtype) == kind}
+        return Graph.of(
+            nodes=tuple(nodes),
+            inputs=tuple(inputs),
+            outputs=tuple(each.name for each in graph.output),
+            constants={name: packed(array) for name, array in own.items() if name not in weights},
+            names=tuple(weights),
+            weights=tuple(map(Weight, weights.values())),
+            kind=kind,
+        )
+
+    def _input(self, each: Any) -> dict[str, Any]:
+        if each.type.WhichOneof("value") != "tensor_type":
+            raise ConversionError(f"the input {each.name!r} is no tensor")
+        tensor = each.type.tensor_type
+        shape = None
+        if tensor.HasField("shape"):
+            shape = tuple(
+                d.dim_value if d.WhichOneof("value") == "dim_value" and d.dim_value >= 0 else None
+                for d in tensor.shape.dim
+            )
+        return {
+            "name": each.name,
+            "dtype": str(self._dtype(tensor.elem_type, each.name)),
+            "shape": shape,
+        }
+
+    def _constant(self, each: Any) -> HostArray:
+        (attribute,) = each.attribute
+        value = self._attribute(attribute, each)
+        if isinstance(value, dict) and "data" in value:
+            array: HostArray = unpacked(value)
+            return array
+        kind = {"value_float": "float32", "value_floats": "float32", "value_int": "int64",
+                "value_ints": "int64"}.get(attribute.name)  # fmt: skip
+        if kind is None:
+            raise ConversionError(f"Constant {each.output[0]!r} has a {attribute.name}")
+        value = float(value["float"]) if isinstance(value, dict) else value
+        return np.asarray(value, kind)
+
+    def _node(self, each: Any) -> dict[str, Any]:
+        return {
+            "op": _operator_name(each),
+            "name": each.name,
+            "inputs": tuple(each.input),
+            "outputs": tuple(each.output),
+            "attributes": {a.name: self._attribute(a, each) for a in each.attribute},
+        }
+
+    def _attribute(self, attribute: Any, each: Any) -> Any:
+        value = self.onnx.helper.get_attribute_value(attribute)
+        if attribute.name in DTYPE_ATTRIBUTES and isinstance(value, int):
+            return str(self._dtype(value, each.output[0]))
+        if isinstance(value, self.onnx.TensorProto):
+            return packed(self._array(value))
+        if isinstance(value, self.onnx.GraphProto):
+            return self._branch(value)
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, float):
+            return value if isfinite(value) else {"float": str(value)}
+        if isinstance(value, int | str):
+            return value
+        try:
+            items = tuple(item.decode() if isinstance(item, bytes) else item for item in value)
+        except TypeError:
+            items = (None,)
+        if not all(isinstance(item, int | float | str) for item in items):
+            raise ConversionError(
+                f"{each.op_type} {each.name!r}: attribute {attribute.name!r} is not known"
+            )
+        return items
+
+    def _branch(self, graph: Any) -> dict[str, Any]:
+        """A graph within a graph; its constants become nodes."""
+        if graph.input or graph.sparse_initializer:
+            raise ConversionError("a graph within the graph has inputs of its own")
+        nodes = [
+            {"op": "Constant", "name": "", "inputs": (), "outputs": (tensor.name,),
+             "attributes": {"value": packed(self._array(tensor))}}
+            for tensor in graph.initializer
+        ]  # fmt: skip
+        nodes += [self._node(each) for each in graph.node]
+        return {"nodes": tuple(nodes), "outputs": tuple(each.name for each in graph.output)}
+
+
+_UPGRADED = ("Upsample", "Scatter")
+"""Operators of old versions that others have taken the place of."""
+
+
+def _is_float(array: HostArray) -> bool:
+    return "float" in str(array.dtype)
+
+
+def _operator_name(each: Any) -> str:
+    plain = each.domain in ("", "ai.onnx")
+    return each.op_type if plain else f"{each.domain}.{each.op_type}"
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """A graph and those within it."""
+    yield graph
+    for each in graph.node:
+        for attribute in each.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+            for inner in attribute.graphs:
+                yield from _graphs(inner)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    for part in _graphs(graph):
+        yield from part.node
+
+
+def _tensors(graph: Any, functions: Any) -> Iterator[Any]:
+    """Every tensor in a graph, in those within it, and in its functions."""
+    for part in _graphs(graph):
+        yield from part.initializer
+    for each in [*_nodes(graph), *(node for function in functions for node in function.node)]:
+        for attribute in each.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors

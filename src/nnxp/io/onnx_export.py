@@ -1,0 +1,612 @@
+"""Models of ours in ONNX files: a program, written in ONNX's words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from math import e, log2, log10, prod
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import Shape, is_array
+from nnxp._errors import ConversionError, OptionError
+from nnxp._library import KINDS
+from nnxp.backend import asnumpy
+from nnxp.io._atomic import written_beside
+from nnxp.kernels import Kernel
+from nnxp.layers._layer import Layer
+from nnxp.program.program import Program
+from nnxp.program.traced import (
+    ROWS,
+    Step,
+    Tape,
+    Value,
+    axes_of,
+    counts_rows,
+    einsum_terms,
+    lifted,
+    value_of,
+    writing,
+)
+
+OPSET, IR = 20, 9
+"""What is written: the first version that knows Gelu."""
+LARGEST = (1 << 31) - (1 << 20)
+"""Bytes of parameters in one file; larger ones are written beside it, as onnx does."""
+
+
+def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> None:
+    """Write a model to an ONNX file, of opset 20, that takes any number of rows.
+
+    `row` is the shape of one row, such as (784,); a list of shapes for several inputs; None where
+    the parameters tell. Kernels that ONNX has no name for are written out as what they do. Inputs
+    are named as the formula names them, outputs "y", or "y0", "y1", ....
+
+        nnxp.save_onnx(net, "net.onnx", row=(784,))
+
+    Raises ConversionError for a layer that looks at numbers, and for functions that ONNX does not
+    have, with the layer's path; ShapeError for rows that do not fit; an OSError if the file cannot
+    be written.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ConversionError(
+            f'save_onnx needs the package onnx ({error}); pip install "nnxp[onnx]" brings it'
+        ) from error
+
+    if not isinstance(model, Layer):
+        raise OptionError(f"save_onnx takes a model made of nnxp layers, not {model!r:.60}")
+    rows = [model.row_shape()] if row is None else row if isinstance(row, list) else [row]
+    outlines = [
+        ((1, *shape), dtype) for shape, dtype in zip(rows, model._dtypes(len(rows)), strict=True)
+    ]
+    program = model.to("numpy").program(*outlines)
+    proto = _Writing(onnx, program).model()
+    onnx.checker.check_model(proto)
+    size = sum(tensor.ByteSize() for tensor in proto.graph.initializer)
+    if size > LARGEST:
+        onnx.save_model(proto, os.fspath(path), save_as_external_data=True)
+        return
+    with written_beside(path) as beside, open(beside, "wb") as file:
+        file.write(proto.SerializeToString())
+
+
+# What has a name in ONNX
+
+SAME = {
+    "absolute": "Abs", "arccos": "Acos", "arccosh": "Acosh", "arcsin": "Asin", "arcsinh": "Asinh",
+    "arctan": "Atan", "arctanh": "Atanh", "ceil": "Ceil", "cos": "Cos", "cosh": "Cosh",
+    "exp": "Exp", "floor": "Floor", "log": "Log", "negative": "Neg", "positive": "Identity",
+    "copy": "Identity", "reciprocal": "Reciprocal", "rint": "Round", "sign": "Sign", "sin": "Sin",
+    "sinh": "Sinh", "sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh", "isnan": "IsNaN",
+    "logical_not": "Not", "add": "Add", "divide": "Div", "maximum": "Max", "minimum": "Min",
+    "multiply": "Mul", "power": "Pow", "remainder": "Mod", "subtract": "Sub", "equal": "Equal",
+    "greater": "Greater", "greater_equal": "GreaterOrEqual", "less": "Less",
+    "less_equal": "LessOrEqual", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
+    "where": "Where", "matmul": "MatMul", "dot": "MatMul", "bitwise_and": "BitwiseAnd",
+    "bitwise_or": "BitwiseOr", "bitwise_xor": "BitwiseXor", "invert": "BitwiseNot",
+    "isinf": "IsInf",
+}  # fmt: skip
+"""Functions of the dialect that are one operator."""
+
+KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "relu": ("Relu", {}), "sigmoid": ("Sigmoid", {}), "tanh": ("Tanh", {}),
+    "softplus": ("Softplus", {}), "softsign": ("Softsign", {}), "mish": ("Mish", {}),
+    "elu": ("Elu", {}), "leaky_relu": ("LeakyRelu", {}), "gelu": ("Gelu", {}),
+    "gelu_tanh": ("Gelu", {"approximate": "tanh"}), "softmax": ("Softmax", {"axis": -1}),
+    "log_softmax": ("LogSoftmax", {"axis": -1}),
+    "hard_sigmoid": ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
+    "identity": ("Identity", {}), "matmul": ("MatMul", {}),
+}  # fmt: skip
+"""Kernels that are one operator, with its attributes."""
+OPTIONS = {"alpha": "alpha", "negative_slope": "alpha"}
+
+
+class _Writing:
+    """A program that is being written."""
+
+    def __init__(self, onnx: Any, program: Program) -> None:
+        self.onnx, self.program = onnx, program
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self.names: dict[Value, str] = {}
+        self.shared: dict[tuple[str, Shape, bytes], str] = {}
+        self.taken: set[str] = set()
+        self.path = ""
+
+    def model(self) -> Any:
+        program, helper = self.program, self.onnx.helper
+        for i, value in enumerate(program.inputs):
+            self.names[value] = self._fresh(value.name or f"x{i}")
+        for step in program.steps:
+            self.write(step)
+        several = len(program.outputs) > 1
+        outputs = []
+        for i, value in enumerate(program.outputs):
+            name = self._fresh(f"y{i}" if several else "y")
+            self.nodes.append(helper.make_node("Identity", [self.name(value)], [name]))
+            outputs.append(self._info(name, value))
+        inputs = [self._info(self.names[value], value) for value in program.inputs]
+        graph = helper.make_graph(self.nodes, "nnxp", inputs, outputs, self.constants)
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR,
+            producer_name="nnxp",
+        )  # fmt: skip
+
+    def _info(self, name: str, value: Value) -> Any:
+        sizes = [
+            ("rows" if n == ROWS else f"rows_{n // ROWS}") if counts_rows(n) else n
+            for n in value.shape
+        ]
+        kind = self.onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        return self.onnx.helper.make_tensor_value_info(name, kind, sizes)
+
+    # names, nodes and constants
+
+    def _fresh(self, name: str) -> str:
+        made, i = name, 0
+        while made in self.taken:
+            i += 1
+            made = f"{name}_{i}"
+        self.taken.add(made)
+        return made
+
+    def name(self, x: Any, dtype: Any = None) -> str:
+        """The name of a value, as this type; numbers become constants."""
+        if not isinstance(x, Value):
+            return self.constant(np.asarray(x, dtype))
+        if x not in self.names:
+            assert x.numbers is not None
+            self.names[x] = self.constant(np.asarray(asnumpy(x.numbers)), x.name)
+        name = self.names[x]
+        if dtype is not None and x.dtype != dtype:
+            return self.cast(name, np.dtype(dtype))
+        return name
+
+    def constant(self, array: Any, name: str = "") -> str:
+        array = np.asarray(array, order="C")
+        key = (str(array.dtype), array.shape, array.tobytes()) if array.size < 100 else None
+        if key is not None and not name and key in self.shared:
+            return self.shared[key]
+        made = self._fresh(name or "constant")
+        if key is not None and not name:
+            self.shared[key] = made
+        self.constants.append(self.onnx.numpy_helper.from_array(array, made))
+        return made
+
+    def ints(self, *values: Any) -> str:
+        return self.constant(np.asarray(values, "int64"))
+
+    def node(self, op: str, inputs: Sequence[str], count: int = 1, **attributes: Any) -> Any:
+        made = [self._fresh(f"{op.lower()}") for _ in range(count)]
+        self.nodes.append(self.onnx.helper.make_node(op, list(inputs), made, **attributes))
+        return made[0] if count == 1 else made
+
+    def cast(self, name: str, dtype: np.dtype[Any]) -> str:
+        made: str = self.node("Cast", [name], to=self.onnx.helper.np_dtype_to_tensor_dtype(dtype))
+        return made
+
+    def sizes(self, shape: Sequence[int]) -> str:
+        """A shape as whole numbers, those that count rows computed from the first input."""
+        if not any(map(counts_rows, shape)):
+            return self.ints(*shape)
+        first = self.program.inputs[0]
+        rows = self.node("Shape", [self.names[first]], start=0, end=1)
+        parts = [
+            (self.node("Mul", [rows, self.ints(n // ROWS)]) if n != ROWS else rows)
+            if counts_rows(n)
+            else self.ints(n)
+            for n in shape
+        ]
+        made: str = self.node("Concat", parts, axis=0) if len(parts) > 1 else parts[0]
+        return made
+
+    # steps
+
+    def write(self, step: Step) -> None:
+        self.path = step.path or self.path
+        if isinstance(step.function, Kernel):
+            self._kernel(step, step.function)
+            return
+        if not isinstance(step.function, str):
+            raise ConversionError(
+                f"{step.path or 'the model'} cannot be written: it is run as Python ({step.reason})"
+            )
+        special = _SPECIAL.get(step.name)
+        if special is not None:
+            made = special(self, step)
+        elif step.name in SAME:
+            made = self.node(SAME[step.name], self._alike(step))
+        else:
+            raise ConversionError(
+                f"{step.path or 'the model'} cannot be written: ONNX has no {step.name}"
+            )
+        names = made if isinstance(made, list) else [made]
+        self.names.update(zip(step.outputs, names, strict=True))
+
+    def _alike(self, step: Step) -> list[str]:
+        """The inputs, brought to one type as the library does."""
+        kinds = [v.dtype for v in step.values]
+        if step.name == "where":
+            condition, *others = step.inputs
+            kind = step.outputs[0].dtype
+            return [self.name(condition, "bool"), *(self.name(x, kind) for x in others)]
+        compares = KINDS[step.name] == "comparison"
+        if step.name.startswith("logical"):
+            dtype: Any = np.dtype("bool")
+        elif compares:
+            scalars = [x for x in step.inputs if isinstance(x, int | float)]
+            dtype = np.result_type(*kinds, *scalars)
+        else:
+            dtype = step.outputs[0].dtype
+        return [self.name(x, dtype) for x in step.inputs if x is not None]
+
+    def _kernel(self, step: Step, kernel: Kernel) -> None:
+        named, options = KERNELS.get(kernel.__name__), step.options
+        x = step.values[0]
+        if kernel.__name__ == "linear" and len(x.shape) >= 2 and _one_type(step):
+            made = self._linear(step)
+        elif kernel.__name__ == "layer_norm" and _one_type(step):
+            _, gain, bias = (*step.inputs, None, None)[:3]
+            gain = self.name(gain) if gain is not None else self.constant(
+                np.ones(x.shape[-1:], x.dtype))  # fmt: skip
+            names = [self.name(x), gain] + ([] if bias is None else [self.name(bias)])
+            made = self.node("LayerNormalization", names, axis=-1, epsilon=options.get("eps", 1e-5))
+        elif kernel.__name__ == "batch_norm" and len(x.shape) == 2 and _one_type(step):
+            _, mean, var, gain, bias = (*step.inputs, None, None)[:5]
+            gain = gain if gain is not None else np.ones(x.shape[1], x.dtype)
+            bias = bias if bias is not None else np.zeros(x.shape[1], x.dtype)
+            names = [self.name(each) for each in (x, gain, bias, mean, var)]
+            made = self.node("BatchNormalization", names, epsilon=options.get("eps", 1e-5))
+        elif named and x.dtype.kind == "f" and options.keys() <= OPTIONS.keys():
+            attributes = named[1] | {OPTIONS[key]: float(v) for key, v in options.items()}
+            if kernel.__name__ == "leaky_relu":
+                attributes = {"alpha": 0.01} | attributes
+            made = self.node(named[0], [self.name(each) for each in step.values], **attributes)
+        else:
+            self._written_out(step, kernel)
+            return
+        self.names[step.outputs[0]] = made
+
+    def _linear(self, step: Step) -> str:
+        x, weight, bias = (*step.inputs, None)[:3]
+        names = [self.name(x), self.name(weight)]
+        if len(x.shape) == 2:
+            y = self.node("Gemm", names + ([] if bias is None else [self.name(bias)]))
+        else:
+            y = self.node("MatMul", names)
+            y = y if bias is None else self.node("Add", [y, self.name(bias)])
+        activation = step.options.get("activation")
+        if activation is None or activation.__name__ == "identity":
+            return str(y)
+        sums, out = Value(step.outputs[0].shape, x.dtype), Value(step.outputs[0].shape, x.dtype)
+        self.names[sums] = y
+        inner = Step(activation, (sums,), {}, step.path, (out,))
+        self._kernel(inner, activation)
+        return self.names[out]
+
+    def _written_out(self, step: Step, kernel: Kernel) -> None:
+        """A kernel as what its reference body does."""
+        with writing(Tape(expands=True, path=step.path)) as tape:
+            made = kernel.widened(*map(lifted, step.inputs), **step.options)
+        for inner in tape.steps:
+            self.write(inner)
+        results = made if isinstance(made, tuple | list) else (made,)
+        for value, result in zip(step.outputs, results, strict=True):
+            self.names[value] = self.name(value_of(result))
+
+
+def _one_type(step: Step) -> bool:
+    return len({value.dtype for value in step.values}) == 1
+
+
+def _axis(step: Step, default: Any, ndim: int) -> int:
+    (axis,) = axes_of(step.options.get("axis", default), ndim)
+    return axis
+
+
+# Functions that take more than their name
+
+
+def _reduction(op: str) -> Callable[[_Writing, Step], str]:
+    def write(w: _Writing, step: Step) -> str:
+        (x,), options = step.values, step.options
+        dtype = step.outputs[0].dtype
+        axes = axes_of(options.get("axis"), len(x.shape))
+        names = [w.name(x, dtype if dtype.kind == "f" or op == "ReduceSum" else None)]
+        made: str = w.node(
+            op, [*names, w.ints(*axes)], keepdims=int(options.get("keepdims", False))
+        )
+        return made
+
+    return write
+
+
+def _truths(op: str) -> Callable[[_Writing, Step], str]:
+    def write(w: _Writing, step: Step) -> str:
+        (x,), options = step.values, step.options
+        axes = axes_of(options.get("axis"), len(x.shape))
+        truth = w.cast(w.name(x, "bool"), np.dtype("int32"))
+        keep = int(options.get("keepdims", False))
+        return w.cast(w.node(op, [truth, w.ints(*axes)], keepdims=keep), np.dtype("bool"))
+
+    return write
+
+
+def _variance(root: bool) -> Callable[[_Writing, Step], str]:
+    def write(w: _Writing, step: Step) -> str:
+        (x,), options = step.values, step.options
+        dtype, axes = step.outputs[0].dtype, axes_of(options.get("axis"), len(step.values[0].shape))
+        name, along = w.name(x, dtype), w.ints(*axes)
+        middle = w.node("ReduceMean", [name, along], keepdims=1)
+        off = w.node("Sub", [name, middle])
+        sums = w.node("ReduceSum", [w.node("Mul", [off, off]), along],
+                      keepdims=int(options.get("keepdims", False)))  # fmt: skip
+        count = prod(x.shape[axis] for axis in axes) - options.get("ddof", 0)
+        y = w.node("Div", [sums, w.constant(np.asarray(count, dtype))])
+        return str(w.node("Sqrt", [y]) if root else y)
+
+    return write
+
+
+def _arg(op: str) -> Callable[[_Writing, Step], str]:
+    def write(w: _Writing, step: Step) -> str:
+        (x,), options = step.values, step.options
+        keep = int(options.get("keepdims", False))
+        return str(w.node(op, [w.name(x)], axis=_axis(step, 0, len(x.shape)), keepdims=keep))
+
+    return write
+
+
+def _reshape(w: _Writing, step: Step) -> str:
+    """To the shape of the result: reshape, expand_dims and squeeze."""
+    shape = step.outputs[0].shape
+    counted = [i for i, n in enumerate(shape) if counts_rows(n)]
+    if len(counted) == 1 and 0 not in shape:
+        sizes = w.ints(*(-1 if i in counted else n for i, n in enumerate(shape)))
+        return str(w.node("Reshape", [w.name(step.values[0]), sizes]))
+    return str(w.node("Reshape", [w.name(step.values[0]), w.sizes(shape)], allowzero=1))
+
+
+def _transpose(w: _Writing, step: Step) -> str:
+    (x,), options = step.values, step.options
+    axes = list(range(len(x.shape)))
+    if step.name == "transpose":
+        perm = list(options.get("axes") or axes[::-1])
+    elif step.name == "swapaxes":
+        perm = axes
+        a, b = options["axis1"], options["axis2"]
+        perm[a], perm[b] = perm[b], perm[a]
+    else:
+        source = [int(a) % len(axes) for a in np.atleast_1d(options["source"])]
+        target = [int(a) % len(axes) for a in np.atleast_1d(options["destination"])]
+        perm = [a for a in axes if a not in source]
+        for to, at in sorted(zip(target, source, strict=True)):
+            perm.insert(to, at)
+    return str(w.node("Transpose", [w.name(x)], perm=[int(a) % len(axes) for a in perm]))
+
+
+def _concatenate(w: _Writing, step: Step) -> str:
+    dtype = step.outputs[0].dtype
+    names = [w.name(x, dtype) for x in step.values]
+    axis = _axis(step, 0, len(step.outputs[0].shape))
+    if step.name == "stack":
+        names = [w.node("Unsqueeze", [name, w.ints(axis)]) for name in names]
+    return str(w.node("Concat", names, axis=axis))
+
+
+def _getitem(w: _Writing, step: Step) -> str:
+    """Slices, then single places, then new axes; or one array of places."""
+    (x,) = step.values
+    key = step.options["key"]
+    keys = [np.asarray(each) if isinstance(each, list) else each
+            for each in (key if isinstance(key, tuple) else (key,))]  # fmt: skip
+    used = sum(each is not None and each is not Ellipsis for each in keys)
+    if any(each is Ellipsis for each in keys):
+        i = next(i for i, each in enumerate(keys) if each is Ellipsis)
+        keys[i : i + 1] = [slice(None)] * (len(x.shape) - used)
+    else:
+        keys += [slice(None)] * (len(x.shape) - used)
+    name, axis, made, gone, new = w.name(x), 0, 0, [], []
+    slices: list[tuple[int, int, int, int]] = []
+    for each in keys:
+        if each is None:
+            new.append(made)
+            made += 1
+            continue
+        n = x.shape[axis]
+        if isinstance(each, slice):
+            if (each.start, each.stop, each.step) != (None, None, None) and each != slice(
+                0, n, None
+            ):
+                step_by = each.step or 1
+                most = np.iinfo("int64").max
+                start = (0 if step_by > 0 else most) if each.start is None else each.start
+                stop = (most if step_by > 0 else -most) if each.stop is None else each.stop
+                if counts_rows(start) or (counts_rows(stop) and stop != n):
+                    raise ConversionError(
+                        f"{step.path or 'the model'} cannot be written: {key} of rows"
+                    )
+                slices.append((axis, start, most if counts_rows(stop) else stop, step_by))
+            made += 1
+        elif isinstance(each, int | np.integer):
+            index = int(each)
+            end = index + 1 if index != -1 else np.iinfo("int64").max
+            slices.append((axis, index, end, 1))
+            gone.append(axis)
+        elif (
+            is_array(each)
+            and len(keys) - len(new) == len(x.shape)
+            and sum(map(is_array, keys)) == 1
+        ):
+            if each.dtype == np.bool_:
+                each = np.flatnonzero(asnumpy(each))
+            name = w.node(
+                "Gather", [name, w.constant(np.asarray(asnumpy(each), "int64"))], axis=axis
+            )
+            made += each.ndim
+        else:
+            raise ConversionError(f"{step.path or 'the model'} cannot be written: x[{key!r:.60}]")
+        axis += 1
+    if slices:
+        axes, starts, stops, steps = zip(*slices, strict=True)
+        name = w.node("Slice", [name, *(w.ints(*each) for each in (starts, stops, axes, steps))])
+    if gone:
+        name = w.node("Squeeze", [name, w.ints(*gone)])
+    return str(w.node("Unsqueeze", [name, w.ints(*new)]) if new else name)
+
+
+def _split(w: _Writing, step: Step) -> Any:
+    (x,) = step.values
+    axis = _axis(step, 0, len(x.shape))
+    sizes = [value.shape[axis] for value in step.outputs]
+    return w.node("Split", [w.name(x), w.sizes(sizes)], count=len(sizes), axis=axis)
+
+
+def _pad(w: _Writing, step: Step) -> str:
+    (x,), options = step.values, step.options
+    widths = np.broadcast_to(np.asarray(options["pad_width"]), (len(x.shape), 2))
+    names = [w.name(x), w.ints(*widths[:, 0], *widths[:, 1])]
+    mode = options.get("mode", "constant")
+    if mode == "constant":
+        names.append(w.constant(np.asarray(options.get("constant_values", 0), x.dtype)))
+    return str(w.node("Pad", names, mode=mode))
+
+
+def _clip(w: _Writing, step: Step) -> str:
+    x, low, high = (*step.inputs, None)[:3]
+    dtype = step.outputs[0].dtype
+    name = w.name(x, dtype)
+    name = name if low is None else w.node("Max", [name, w.name(low, dtype)])
+    return str(name if high is None else w.node("Min", [name, w.name(high, dtype)]))
+
+
+def _take(w: _Writing, step: Step) -> str:
+    x, ids = step.inputs
+    axis, name = step.options.get("axis"), w.name(x)
+    if axis is None:
+        name = w.node("Reshape", [name, w.ints(-1)])
+    return str(
+        w.node("Gather", [name, w.name(ids, "int64")], axis=0 if axis is None else int(axis))
+    )
+
+
+def _einsum(w: _Writing, step: Step) -> str:
+    dtype, parts = step.outputs[0].dtype, step.values
+    terms, result = einsum_terms(step.options["subscripts"], [len(v.shape) for v in parts])
+    equation = f"{','.join(terms)}->{result}"
+    return str(w.node("Einsum", [w.name(v, dtype) for v in parts], equation=equation))
+
+
+def _creation(w: _Writing, step: Step) -> str:
+    out = step.outputs[0]
+    fill = {"ones": 1, "zeros": 0, "empty": 0}.get(step.name.removesuffix("_like"))
+    fill = step.options["fill_value"] if fill is None else fill
+    value = w.onnx.numpy_helper.from_array(np.asarray([fill], out.dtype).reshape(1), "value")
+    return str(w.node("ConstantOfShape", [w.sizes(out.shape)], value=value))
+
+
+def _with_one(op: str, first: str) -> Callable[[_Writing, Step], str]:
+    """exp(x) - 1 and log(1 + x), for which ONNX has no name."""
+
+    def write(w: _Writing, step: Step) -> str:
+        (x,) = step.values
+        dtype = step.outputs[0].dtype
+        name, one = w.name(x, dtype), w.constant(np.asarray(1, dtype))
+        if first == "Add":
+            return str(w.node(op, [w.node("Add", [name, one])]))
+        return str(w.node("Sub", [w.node(op, [name]), one]))
+
+    return write
+
+
+def _logarithm(factor: float) -> Callable[[_Writing, Step], str]:
+    def write(w: _Writing, step: Step) -> str:
+        dtype = step.outputs[0].dtype
+        logs = w.node("Log", [w.name(step.values[0], dtype)])
+        return str(w.node("Mul", [logs, w.constant(np.asarray(factor, dtype))]))
+
+    return write
+
+
+def _not(op: str) -> Callable[[_Writing, Step], str]:
+    return lambda w, step: str(w.node("Not", [w.node(op, w._alike(step))]))
+
+
+def _finite(w: _Writing, step: Step) -> str:
+    name = w.name(step.values[0])
+    return str(w.node("Not", [w.node("Or", [w.node("IsInf", [name]), w.node("IsNaN", [name])])]))
+
+
+def _square(w: _Writing, step: Step) -> str:
+    name = w.name(step.values[0])
+    return str(w.node("Mul", [name, name]))
+
+
+def _scan(w: _Writing, step: Step) -> str:
+    (x,) = step.values
+    name = w.name(x, step.outputs[0].dtype)
+    return str(w.node("CumSum", [name, w.ints(_axis(step, 0, len(x.shape)))]))
+
+
+def _flip(w: _Writing, step: Step) -> str:
+    (x,) = step.values
+    axes = axes_of(step.options.get("axis"), len(x.shape))
+    n, least = len(axes), int(np.iinfo("int64").min)
+    ends = [w.ints(*[each] * n) for each in (-1, least)]
+    return str(w.node("Slice", [w.name(x), *ends, w.ints(*axes), w.ints(*[-1] * n)]))
+
+
+def _repeat(w: _Writing, step: Step) -> str:
+    (x,) = step.values
+    axis = step.options.get("axis")
+    if axis is None or counts_rows(x.shape[axis]):
+        raise ConversionError(f"{step.path or 'the model'} cannot be written: repeat of rows")
+    ids = np.repeat(np.arange(x.shape[axis]), step.options["repeats"])
+    return str(w.node("Gather", [w.name(x), w.ints(*ids)], axis=int(axis)))
+
+
+def _tile(w: _Writing, step: Step) -> str:
+    (x,) = step.values
+    reps = list(np.atleast_1d(step.options["reps"]))
+    name, lead = w.name(x), len(step.outputs[0].shape) - len(x.shape)
+    if lead:
+        name = w.node("Unsqueeze", [name, w.ints(*range(lead))])
+    reps = [1] * (len(step.outputs[0].shape) - len(reps)) + reps
+    return str(w.node("Tile", [name, w.ints(*reps)]))
+
+
+_SPECIAL: dict[str, Callable[[_Writing, Step], Any]] = {
+    "sum": _reduction("ReduceSum"), "mean": _reduction("ReduceMean"),
+    "max": _reduction("ReduceMax"),
+    "min": _reduction("ReduceMin"), "prod": _reduction("ReduceProd"), "any": _truths("ReduceMax"),
+    "all": _truths("ReduceMin"), "var": _variance(False), "std": _variance(True),
+    "argmax": _arg("ArgMax"), "argmin": _arg("ArgMin"), "reshape": _reshape,
+    "expand_dims": _reshape, "squeeze": _reshape, "transpose": _transpose, "swapaxes": _transpose,
+    "moveaxis": _transpose, "concatenate": _concatenate, "stack": _concatenate,
+    "getitem": _getitem, "split": _split, "pad": _pad, "clip": _clip, "take": _take,
+    "einsum": _einsum, "square": _square, "isfinite": _finite, "not_equal": _not("Equal"),
+    "expm1": _with_one("Exp", "Exp"), "log1p": _with_one("Log", "Add"),
+    "log10": _logarithm(log10(e)), "log2": _logarithm(log2(e)), "cumsum": _scan, "flip": _flip,
+    "repeat": _repeat, "tile": _tile,
+    "astype": lambda w, step: w.cast(w.name(step.values[0]), step.outputs[0].dtype),
+    "broadcast_to": lambda w, step: w.node(
+        "Expand", [w.name(step.values[0]), w.sizes(step.outputs[0].shape)]
+    ),
+    "take_along_axis": lambda w, step: w.node(
+        "GatherElements", [w.name(step.inputs[0]), w.name(step.inputs[1], "int64")],
+        axis=_axis(step, -1, len(step.values[0].shape)),
+    ),
+    "tril": lambda w, step: w.node(
+        "Trilu", [w.name(step.values[0]), w.ints(step.options.get("k", 0))], upper=0
+    ),
+    "triu": lambda w, step: w.node(
+        "Trilu", [w.name(step.values[0]), w.ints(step.options.get("k", 0))], upper=1
+    ),
+    **dict.fromkeys(
+        ["zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"],
+        _creation,
+    ),
+}  # fmt: skip

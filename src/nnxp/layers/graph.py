@@ -1,0 +1,573 @@
+"""A model in ONNX's words: nodes, each an operator's name, what it takes and what it makes."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import Array, Shape, is_array, xp_of
+from nnxp._errors import (
+    ConversionError,
+    DtypeMismatch,
+    NnxpError,
+    OptionError,
+    ShapeError,
+    UnsupportedFunction,
+)
+from nnxp.backend import home_of
+from nnxp.layers import (  # noqa: F401  (these make their operators known)
+    quantized_operators,
+    sequence_operators,
+    window_operators,
+)
+from nnxp.layers._layer import Example, Layer
+from nnxp.layers.operators import OPERATORS, Operator, beside, dtype_of, home, numbers, row_by_row
+from nnxp.program import traced
+from nnxp.program.mixing import mixing
+from nnxp.program.program import Program
+from nnxp.program.traced import Untraceable
+
+DTYPES = frozenset(
+    """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64
+    float16 float32 float64 bfloat16""".split()
+)
+"""The types that a graph computes with."""
+DTYPE_ATTRIBUTES = frozenset(["to", "dtype", "output_dtype"])
+DEEPEST = 20
+"""Graphs within graphs, as the branches of `If`."""
+
+
+class Weight(Layer):
+    """An array of a graph that can be trained: a field that holds many arrays holds these."""
+
+    value: Array
+
+    def __init__(self, value: Array) -> None:
+        self.value = value
+
+    def validate(self) -> None:
+        if not is_array(self.value):
+            raise OptionError(f"a weight is an array, not {self.value!r:.60}")
+
+    def __call__(self, x: Array) -> Array:
+        return x * self.value
+
+
+class Graph(Layer):
+    """The nodes of an ONNX graph, one after the other; `nnxp.load_onnx` makes it.
+
+    `y = graph(*inputs)` takes arrays in the order of the graph's inputs and answers an array, or a
+    tuple where the graph has several outputs. Axis 0 of an input is mostly rows, but need not be: a
+    graph whose rows are found goes through an engine, others run as they are.
+
+    Fields: `nodes` (dicts with op, name, inputs, outputs, attributes), `inputs` (dicts with name,
+    dtype, shape; None for a size that is free), `outputs` (names), `constants` (arrays that are no
+    parameters, packed), `weights` and their `names`, and `kind`, the type of floats in the file.
+    A file may hold all of them, so the machine that predicts needs no onnx.
+    """
+
+    nodes: tuple[dict[str, Any], ...]
+    inputs: tuple[dict[str, Any], ...]
+    outputs: tuple[str, ...]
+    constants: dict[str, Any]
+    names: tuple[str, ...]
+    weights: tuple[Weight, ...]
+    kind: str
+
+    by_rows = False  # what fits is asked here, not of a program
+
+    @property
+    def takes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(
+            {"i": "int", "u": "int", "f": "float"}.get(np.dtype(each["dtype"]).kind, "any")
+            for each in self.inputs
+        )
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs, in their order."""
+        return tuple(each["name"] for each in self.inputs)
+
+    @property
+    def required_inputs(self) -> int:
+        return len(self.inputs)
+
+    def program(self, *outlines: Any) -> Program:
+        """The graph written out, for inputs of these shapes, in the types that it says."""
+        plain = [not (len(each) == 2 and isinstance(each[0], tuple | list)) for each in outlines]
+        kinds = self.input_dtypes(len(outlines))
+        return super().program(*(
+            (each, kind) if bare else each
+            for each, kind, bare in zip(outlines, kinds, plain, strict=True)
+        ))  # fmt: skip
+
+    def input_dtypes(self, count: int) -> list[Any]:
+        if count != len(self.inputs):
+            names = ", ".join(self.input_names)
+            raise ShapeError(f"the graph takes {len(self.inputs)} inputs ({names}), not {count}")
+        return [self._retyped(each["dtype"]) for each in self.inputs]
+
+    def row_shape(self) -> Shape:
+        """The shape of a row of the only input, if the graph says it."""
+        shapes = [each["shape"] for each in self.inputs]
+        if len(shapes) != 1 or not shapes[0] or None in shapes[0][1:]:
+            raise OptionError(
+                f"{self} does not tell the shape of its rows: name it, as in (1, 784)"
+            )
+        return tuple(shapes[0][1:])
+
+    @property
+    def fixed_rows(self) -> int | None:
+        """The number of rows that the graph was made for, if it was made for one number only."""
+        first = {each["shape"][0] if each["shape"] else None for each in self.inputs}
+        size = first.pop() if len(first) == 1 else None
+        return size or None
+
+    def validate(self) -> None:
+        if len(self.names) != len(self.weights) or len(set(self.names)) != len(self.names):
+            raise OptionError("a Graph has one name for each weight")
+        if self.kind not in DTYPES or self.kind[0] not in "bf" or self.kind == "bool":
+            raise OptionError(f"kind of a Graph is a type of floats, not {self.kind!r:.40}")
+        for each in self.inputs:
+            _check_input(each)
+        for each in self.constants.values():
+            _packed(each)
+        if not self.outputs:
+            raise OptionError("a Graph has no outputs")
+        known = {*self.input_names, *self.constants, *self.names}
+        _check_nodes(self.nodes, self.outputs, known)
+
+    @cached_property
+    def _compiled(self) -> _Nodes:
+        return _Nodes.of(self.nodes, self.outputs, self._retyped)
+
+    @cached_property
+    def _numbers(self) -> dict[str, Any]:
+        """The constants, in the type of the model where they were in the type of the file."""
+        made = {}
+        for name, each in self.constants.items():
+            array = unpacked(each)
+            made[name] = array.astype(self._retyped(str(array.dtype)), copy=False)
+        return made
+
+    def _retyped(self, dtype: str) -> Any:
+        """A type of the file, as it is in this model: `astype` changes that of the floats."""
+        return self.dtype if dtype == self.kind and self.dtype is not None else dtype_of(dtype)
+
+    def __call__(self, *inputs: Array) -> Any:
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(self.input_names)
+            raise ShapeError(
+                f"the graph takes {len(self.inputs)} inputs ({names}), not {len(inputs)}"
+            )
+        inputs = tuple(self._fitting(i, x) for i, x in enumerate(inputs))
+        if any(type(x) is traced.ndarray for x in inputs):
+            try:
+                made = self._noted(inputs)
+            except (Untraceable, UnsupportedFunction) as error:
+                raise ShapeError(
+                    f"the graph is not the same for any number of rows: {error}; call it as it is"
+                ) from error
+        elif self.fixed_rows and inputs and len(inputs[0]) != self.fixed_rows:
+            program = self.program(*((x.shape, x.dtype) for x in inputs))
+            made = program.run(inputs)
+        else:
+            made = self._run(inputs)
+        return tuple(made) if len(made) > 1 else made[0]
+
+    def _fitting(self, i: int, x: Array) -> Array:
+        """Input i, if it is of the type and has as many axes as the graph says."""
+        said = self.inputs[i]
+        shape, dtype = said["shape"], self._retyped(said["dtype"])
+        who = f"input {said['name']}"
+        if shape is not None:
+            fits = len(shape) == x.ndim and all(
+                n is None or n == m or (axis == 0 and self.fixed_rows)
+                for axis, (n, m) in enumerate(zip(shape, x.shape, strict=True))
+            )
+            if not fits:
+                wanted = ", ".join("any" if n is None else str(n) for n in shape)
+                raise ShapeError(f"{who} is ({wanted}), not {_said(x.shape)}")
+        if x.dtype == dtype:
+            return x
+        if x.dtype.kind in "iu" and dtype.kind in "iu":
+            return x.astype(dtype)
+        raise DtypeMismatch(
+            f"{who} is {dtype}, not {x.dtype}; x.astype({str(dtype)!r}) converts it"
+        )
+
+    def _run(self, inputs: Sequence[Array]) -> list[Array]:
+        """The outputs, node by node."""
+        values = {
+            **self._numbers,
+            **dict(zip(self.names, (w.value for w in self.weights), strict=True)),
+        }
+        values.update(zip(self.input_names, inputs, strict=True))
+        with self._at_home():
+            self._compiled.run(values)
+            like = next((x for x in inputs if not isinstance(x, np.ndarray)), None)
+            results = [values[name] for name in self.outputs]
+            return results if like is None else [beside(y, like) for y in results]
+
+    @contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """A block in which constants go to where the weights are, if they must."""
+        held = self.weights[0].value if self.weights else None
+        held = held.value.numbers if isinstance(held, traced.ndarray) else held
+        token = home.set(np if held is None else xp_of(held))
+        place = self.place if held is not None else None
+        try:
+            with home_of(place).current() if place not in (None, "cpu") else nullcontext():
+                yield
+        finally:
+            home.reset(token)
+
+    # rows
+
+    def _noted(self, inputs: tuple[Any, ...]) -> list[Any]:
+        """The outputs for arrays without numbers, whose axis 0 counts rows.
+
+        A graph that was made for one row is written out for any number of them: what it says of
+        axis 0, it says of each row. If that does not do, rows go through it in groups, as Python.
+        """
+        tape, fixed = traced.current_tape(), self.fixed_rows
+        if not all(x.shape and traced.counts_rows(x.shape[0]) for x in inputs):
+            return self._run(inputs)
+        mark = len(tape.steps)
+        token = row_by_row.set(inputs[0].shape[0] if fixed == 1 else 0)
+        try:
+            made = self._run(inputs)
+            if fixed is None:
+                return made
+            row_for_row = all(y.shape and y.shape[0] == inputs[0].shape[0] for y in made)
+            if row_for_row and not mixing(Program((), (), tuple(tape.steps[mark:]))):
+                return made
+        except (NnxpError, ValueError, TypeError, IndexError):
+            if fixed is None:
+                raise
+        finally:
+            row_by_row.reset(token)
+        del tape.steps[mark:]
+        return self._in_groups(inputs, fixed)
+
+    def _in_groups(self, inputs: tuple[Any, ...], size: int) -> list[Any]:
+        """One step that sends rows through the graph in groups of the size it was made for."""
+        tape = traced.current_tape()
+        _, original = tape.layers.get(id(self), ("", self))
+        rows = inputs[0].shape[0]
+        with traced.writing(traced.Tape()):
+            group = self._run(
+                [traced.ndarray(traced.Value((size, *x.shape[1:]), x.dtype)) for x in inputs]
+            )
+        outlines = []
+        for y in group:
+            if not y.shape or y.shape[0] % size:
+                raise Untraceable(
+                    f"the graph answers {y.shape} for {size} rows: not a row for a row"
+                )
+            outlines.append(((y.shape[0] // size * rows, *y.shape[1:]), y.dtype))
+        reason = f"the graph is made for {size} rows at a time"
+        made = traced.opaque(Groups(original, size), inputs, outlines, reason)
+        return list(made) if isinstance(made, tuple) else [made]
+
+    def __repr__(self) -> str:
+        counts = Counter(each["op"] for each in self.nodes).most_common(3)
+        most = ", ".join(f"{n} {name}" for name, n in counts)
+        ends = f"{', '.join(self.input_names)} -> {', '.join(self.outputs)}"
+        return f"Graph({ends}; {len(self.nodes)} nodes: {most})"
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        rng = np.random.default_rng(0)
+        weight, bias = (
+            rng.normal(size=(6, 4)).astype("float32"),
+            rng.normal(size=4).astype("float32"),
+        )
+        yield cls.of(
+            nodes=(
+                node("Shape", ["x"], ["shape"]),
+                node("Gather", ["shape", "zero"], ["rows"]),
+                node("Concat", ["rows", "rest"], ["flat"], axis=0),
+                node("Reshape", ["x", "flat"], ["vectors"]),
+                node("Gemm", ["vectors", "weight", "bias"], ["sums"]),
+                node("Softmax", ["sums"], ["y"]),
+            ),
+            inputs=({"name": "x", "dtype": "float32", "shape": (None, 2, 3)},),
+            outputs=("y",),
+            constants={"zero": packed(np.array([0])), "rest": packed(np.array([-1]))},
+            names=("weight", "bias"),
+            weights=(Weight(weight), Weight(bias)),
+            kind="float32",
+        ), (5, 2, 3)  # fmt: skip
+
+
+def node(
+    op: str, inputs: Iterable[str], outputs: Iterable[str], **attributes: Any
+) -> dict[str, Any]:
+    """A node of a Graph."""
+    return {"op": op, "name": "", "inputs": tuple(inputs), "outputs": tuple(outputs),
+            "attributes": attributes}  # fmt: skip
+
+
+class Groups:
+    """Rows through a graph that takes so many at a time; its last row fills up the last group."""
+
+    def __init__(self, graph: Graph, size: int) -> None:
+        self.graph, self.size = graph, size
+
+    def __call__(self, *inputs: Array) -> Any:
+        rows, parts = len(inputs[0]), []
+        for start in range(0, max(rows, 1), self.size):
+            group = [x[start : start + self.size] for x in inputs]
+            if missing := self.size - len(group[0]):
+                group = [self._filled(x, missing) for x in group]
+            parts.append(self.graph._run(group))
+        joined = []
+        for each in zip(*parts, strict=True):
+            each_row = each[0].shape[0] // self.size
+            joined.append(xp_of(each[0]).concatenate(list(each), axis=0)[: rows * each_row])
+        return tuple(joined) if len(joined) > 1 else joined[0]
+
+    @staticmethod
+    def _filled(x: Array, missing: int) -> Array:
+        xp = xp_of(x)
+        last = x[-1:] if len(x) else xp.zeros((1, *x.shape[1:]), dtype=x.dtype)
+        return xp.concatenate([x, *[last] * missing], axis=0)
+
+    def __repr__(self) -> str:
+        return f"{self.graph!r} on {self.size} rows at a time"
+
+
+# Running
+
+
+@dataclass(frozen=True)
+class _Node:
+    operator: Operator | None
+    op: str
+    label: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+    branches: tuple[_Nodes, _Nodes] | None
+    ended: tuple[str, ...]
+
+    def run(self, values: dict[str, Any]) -> None:
+        given = [values[name] if name else None for name in self.inputs]
+        if self.branches is not None:
+            (condition,) = given
+            chosen = self.branches[0 if bool(numbers(condition).all()) else 1]
+            inner = dict(values)
+            chosen.run(inner, keep=True)
+            made = tuple(inner[name] for name in chosen.outputs)
+        else:
+            assert self.operator is not None
+            made = self.operator(given, self.attributes, self.op, len(self.outputs))
+        values.update((name, y) for name, y in zip(self.outputs, made, strict=False) if name)
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    nodes: tuple[_Node, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, nodes: Sequence[Mapping[str, Any]], outputs: Sequence[str], retyped: Any) -> _Nodes:
+        """The nodes as they are run, each with the names that nobody asks for after it."""
+        wanted, made = set(outputs), []
+        for each in reversed(nodes):
+            uses = set(_uses(each))
+            ended = tuple({*uses, *each["outputs"]} - wanted)
+            wanted |= uses
+            attributes = {
+                name: _attribute(name, v, retyped) for name, v in each["attributes"].items()
+            }
+            branches = None
+            if each["op"] == "If":
+                parts = (attributes.pop("then_branch"), attributes.pop("else_branch"))
+                branches = tuple(cls.of(part["nodes"], part["outputs"], retyped) for part in parts)
+            label = f"{each['op']} {each['name'] or each['outputs'][0]!r}"
+            made.append(_Node(OPERATORS.get(each["op"]), each["op"].rpartition(".")[2], label,
+                              each["inputs"], each["outputs"], attributes, branches, ended))  # type: ignore[arg-type]  # fmt: skip
+        return cls(tuple(reversed(made)), tuple(outputs))
+
+    def run(self, values: dict[str, Any], keep: bool = False) -> None:
+        for each in self.nodes:
+            try:
+                each.run(values)
+            except (
+                Untraceable,
+                UnsupportedFunction,
+                OptionError,
+                ShapeError,
+                DtypeMismatch,
+            ) as error:
+                raise type(error)(f"{each.label}: {error}") from error
+            except (ValueError, IndexError, TypeError, ArithmeticError, AttributeError) as error:
+                if isinstance(error, NnxpError):
+                    raise
+                shapes = [_said(getattr(values.get(n), "shape", ())) for n in each.inputs if n]
+                raise ShapeError(f"{each.label} of {', '.join(shapes)}: {error}") from error
+            for name in () if keep else each.ended:
+                values.pop(name, None)
+
+
+def _uses(each: Mapping[str, Any]) -> Iterator[str]:
+    """The names that a node looks at, those within its branches included."""
+    yield from (name for name in each["inputs"] if name)
+    for value in each["attributes"].values():
+        if isinstance(value, dict) and "nodes" in value:
+            for inner in value["nodes"]:
+                yield from _uses(inner)
+            yield from value["outputs"]
+
+
+def _said(shape: Shape) -> str:
+    return str(tuple("rows" if traced.counts_rows(n) else n for n in shape)).replace("'", "")
+
+
+# Constants and attributes, as a file holds them
+
+
+def packed(array: Any) -> dict[str, Any]:
+    """An array that is no parameter, as plain values."""
+    array = np.asarray(array)
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {"dtype": str(array.dtype), "shape": tuple(array.shape), "data": data}
+
+
+def unpacked(each: Mapping[str, Any]) -> Any:
+    """The array that `packed` put away."""
+    data = base64.b64decode(each["data"])
+    return np.frombuffer(data, dtype_of(each["dtype"])).reshape(each["shape"])
+
+
+def _packed(each: Any) -> None:
+    """Refuse what `packed` cannot have made."""
+    if not (isinstance(each, dict) and each.keys() == {"dtype", "shape", "data"}):
+        raise OptionError(f"a constant is dtype, shape and data, not {each!r:.60}")
+    shape, dtype, data = each["shape"], each["dtype"], each["data"]
+    if dtype not in DTYPES or not isinstance(data, str) or not isinstance(shape, tuple):
+        raise OptionError(f"a constant of type {dtype!r:.40} is not known")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise OptionError(f"a constant has the shape {shape!r:.60}")
+    size = prod(shape) * dtype_of(dtype).itemsize
+    if len(data) != -(-size // 3) * 4:
+        raise OptionError(f"a constant of {size} bytes has {len(data)} characters")
+    try:
+        found = len(base64.b64decode(data, validate=True))
+    except ValueError as error:
+        raise OptionError(f"a constant's data: {error}") from None
+    if found != size:
+        raise OptionError(f"a constant of {size} bytes has {found}")
+
+
+def _attribute(name: str, value: Any, retyped: Any) -> Any:
+    if name in DTYPE_ATTRIBUTES and isinstance(value, str):
+        return str(retyped(value))
+    if isinstance(value, dict) and value.keys() == {"dtype", "shape", "data"}:
+        array = unpacked(value)
+        return array.astype(retyped(str(array.dtype)), copy=False)
+    if isinstance(value, dict) and value.keys() == {"float"}:
+        return float(value["float"])
+    return value
+
+
+# What a graph must be
+
+
+def _check_input(each: Any) -> None:
+    if not (isinstance(each, dict) and each.keys() == {"name", "dtype", "shape"}):
+        raise OptionError(f"an input is name, dtype and shape, not {each!r:.60}")
+    sizes = each["shape"]
+    sound = sizes is None or (
+        isinstance(sizes, tuple) and all(n is None or (type(n) is int and n >= 0) for n in sizes)
+    )
+    if not isinstance(each["name"], str) or each["dtype"] not in DTYPES or not sound:
+        raise OptionError(f"no input of a graph: {each!r:.80}")
+
+
+def _check_nodes(nodes: Any, outputs: Any, known: set[str], depth: int = 0) -> None:
+    """Refuse nodes that are not known, do not fit, or take what no node before them has made."""
+    if depth > DEEPEST:
+        raise OptionError(f"graphs within graphs, more than {DEEPEST} deep")
+    _check_known(nodes)
+    for each in nodes:
+        label = f"{each['op']} {each['name'] or ', '.join(each['outputs'])!r}"
+        missing = [name for name in each["inputs"] if name and name not in known]
+        if missing:
+            raise OptionError(f"{label} takes {missing[0]!r}, which nothing before it makes")
+        attributes = each["attributes"]
+        if each["op"] == "If":
+            parts = [attributes.get(name) for name in ("then_branch", "else_branch")]
+            if len(attributes) != 2 or not all(map(_is_graph, parts)) or len(each["inputs"]) != 1:
+                raise OptionError(f"{label} has one input and two branches")
+            for part in parts:
+                if len(part["outputs"]) != len(each["outputs"]):
+                    raise OptionError(f"{label}: its branches answer otherwise than it does")
+                _check_nodes(part["nodes"], part["outputs"], set(known), depth + 1)
+        else:
+            OPERATORS[each["op"]].check(label, each["inputs"], attributes)
+            for name, value in attributes.items():
+                if name in DTYPE_ATTRIBUTES and value not in DTYPES:
+                    raise OptionError(f"{label}: the type {value!r:.40} is not known")
+                if isinstance(value, dict):
+                    if value.keys() == {"float"} and value["float"] in ("inf", "-inf", "nan"):
+                        continue
+                    _packed(value)
+        twice = [name for name in each["outputs"] if name in known]
+        if twice:
+            raise OptionError(f"{label} makes {twice[0]!r}, which is there already")
+        known.update(name for name in each["outputs"] if name)
+    for name in outputs:
+        if name not in known:
+            raise OptionError(f"the output {name!r} is made by no node")
+
+
+def _is_graph(each: Any) -> bool:
+    return (
+        isinstance(each, dict)
+        and each.keys() == {"nodes", "outputs"}
+        and all(isinstance(each[name], tuple) for name in each)
+    )
+
+
+def _check_known(nodes: Any) -> None:
+    """Refuse operators that are not known, all of them at once."""
+    for each in nodes:
+        sound = isinstance(each, dict) and each.keys() == {
+            "op",
+            "name",
+            "inputs",
+            "outputs",
+            "attributes",
+        }
+        sound = sound and isinstance(each["op"], str) and isinstance(each["name"], str)
+        sound = sound and isinstance(each["attributes"], dict) and all(
+            isinstance(each[part], tuple) and all(isinstance(name, str) for name in each[part])
+            for part in ("inputs", "outputs")
+        )  # fmt: skip
+        if not sound or not each["outputs"]:
+            raise OptionError(f"no node of a graph: {each!r:.80}")
+    unknown = [each for each in nodes if each["op"] not in OPERATORS and each["op"] != "If"]
+    if unknown:
+        raise ConversionError(unknown_operators(unknown))
+
+
+def unknown_operators(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """What is said of a graph with operators that are not known."""
+    counts = Counter(each["op"] for each in nodes)
+    first = {each["op"]: each for each in reversed(nodes)}
+    said = ", ".join(
+        f"{name} ({n}; first: {first[name]['name'] or first[name]['outputs'][0]!r})"
+        for name, n in sorted(counts.items())
+    )
+    return f"the graph has operators that nnxp does not know: {said}"

@@ -1,0 +1,263 @@
+"""ONNX operators on whole numbers that stand for others, and those of classical machine learning.
+
+Products of small whole numbers are computed in float64, where they and their sums are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import Array
+from nnxp._errors import ShapeError
+from nnxp.layers.operators import beside, dtype_of, operator, xp_of
+from nnxp.layers.window_operators import conv
+
+
+def _along(scale: Array, x: Array, axis: int, block: int) -> Array:
+    """A scale for all, for each place along an axis, or for blocks along it, shaped to meet x."""
+    if scale.size == 1 and not block:
+        return scale.reshape(())
+    axis %= x.ndim
+    if block:
+        wide = xp_of(scale).repeat(scale, block, axis=axis)
+        return wide[(slice(None),) * axis + (slice(0, x.shape[axis]),)]
+    return scale.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+
+
+def _saturated(y: Array, dtype: np.dtype[Any]) -> Array:
+    limits, xp = np.iinfo(dtype), xp_of(y)
+    return xp.minimum(xp.maximum(y, float(limits.min)), float(limits.max)).astype(dtype)
+
+
+@operator("QuantizeLinear")
+def quantize(
+    x: Array,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: str | None = None,
+    precision: Any = None,
+    saturate: int = 1,
+) -> Array:
+    dtype = zero.dtype if zero is not None else dtype_of(output_dtype or "uint8")
+    y = xp_of(x).rint(x / _along(scale, x, axis, block_size).astype(x.dtype))
+    if zero is not None:
+        y = y + _along(zero, x, axis, block_size).astype(y.dtype)
+    return _saturated(y, dtype)
+
+
+@operator("DequantizeLinear")
+def dequantize(
+    x: Array,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: str | None = None,
+) -> Array:
+    y = x.astype("int32" if x.dtype.kind in "iu" else scale.dtype)
+    if zero is not None:
+        y = y - _along(zero, x, axis, block_size).astype(y.dtype)
+    y = y.astype(scale.dtype) * _along(scale, x, axis, block_size)
+    return y.astype(dtype_of(output_dtype)) if output_dtype else y
+
+
+@operator("DynamicQuantizeLinear")
+def dynamic_quantize(x: Array) -> tuple[Array, Array, Array]:
+    xp = xp_of(x)
+    flat = x.reshape(-1)
+    low = xp.minimum(xp.min(flat, axis=0, keepdims=True), 0)
+    high = xp.maximum(xp.max(flat, axis=0, keepdims=True), 0)
+    scale = (high - low) / 255
+    scale = xp.where(scale == 0, xp.ones_like(scale), scale).astype(x.dtype)
+    zero = _saturated(xp.rint(-low / scale), np.dtype("uint8"))
+    y = _saturated(xp.rint(x / scale) + zero.astype(x.dtype), np.dtype("uint8"))
+    return y, scale.reshape(()), zero.reshape(())
+
+
+def _exact(x: Array, zero: Array | None, axis: int) -> Array:
+    y = x.astype("float64")
+    if zero is None:
+        return y
+    if zero.size == 1:
+        return y - zero.reshape(()).astype("float64")
+    if zero.ndim == x.ndim:
+        return y - zero.astype("float64")
+    return y - _along(zero, x, axis, 0).astype("float64")
+
+
+@operator("MatMulInteger")
+def matmul_integer(
+    a: Array, b: Array, a_zero: Array | None = None, b_zero: Array | None = None
+) -> Array:
+    y = xp_of(a).matmul(_exact(a, a_zero, -2), _exact(b, b_zero, -1))
+    return y.astype("int32")
+
+
+@operator("QLinearMatMul")
+def qlinear_matmul(
+    a: Array,
+    a_scale: Array,
+    a_zero: Array,
+    b: Array,
+    b_scale: Array,
+    b_zero: Array,
+    y_scale: Array,
+    y_zero: Array,
+) -> Array:
+    y = xp_of(a).matmul(_exact(a, a_zero, -2), _exact(b, b_zero, -1))
+    y = y * (_matrix(a_scale, a, -2) * _matrix(b_scale, b, -1)) / _matrix(y_scale, y, -2)
+    return _saturated(xp_of(y).rint(y) + _matrix(y_zero, y, -2).astype("float64"), y_zero.dtype)
+
+
+def _matrix(scale: Array, x: Array, axis: int) -> Array:
+    scale = scale.astype("float64") if scale.dtype.kind == "f" else scale
+    return scale if scale.ndim == x.ndim and scale.size > 1 else _along(scale, x, axis, 0)
+
+
+@operator("ConvInteger")
+def conv_integer(
+    x: Array,
+    weight: Array,
+    x_zero: Array | None = None,
+    w_zero: Array | None = None,
+    *,
+    kernel_shape: Any = None,
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    group: int = 1,
+    auto_pad: str = "NOTSET",
+) -> Array:
+    y = conv(
+        _exact(x, x_zero, 1),
+        _exact(weight, w_zero, 0),
+        None,
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        group=group,
+        auto_pad=auto_pad,
+    )
+    return y.astype("int32")
+
+
+@operator("QLinearConv")
+def qlinear_conv(
+    x: Array,
+    x_scale: Array,
+    x_zero: Array,
+    weight: Array,
+    w_scale: Array,
+    w_zero: Array,
+    y_scale: Array,
+    y_zero: Array,
+    bias: Array | None = None,
+    *,
+    kernel_shape: Any = None,
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    group: int = 1,
+    auto_pad: str = "NOTSET",
+) -> Array:
+    y = conv(
+        _exact(x, x_zero, 1),
+        _exact(weight, w_zero, 0),
+        None if bias is None else bias.astype("float64"),
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        group=group,
+        auto_pad=auto_pad,
+    )
+    scale = x_scale.astype("float64").reshape(()) / y_scale.astype("float64").reshape(())
+    y = y * (scale * _along(w_scale.astype("float64"), y, 1, 0))
+    return _saturated(xp_of(y).rint(y) + y_zero.reshape(()).astype("float64"), y_zero.dtype)
+
+
+# ai.onnx.ml
+
+
+@operator("ai.onnx.ml.Scaler")
+def scaler(x: Array, *, offset: Sequence[float] = (), scale: Sequence[float] = ()) -> Array:
+    kind = "float64" if x.dtype == np.float64 else "float32"
+    y = x.astype(kind, copy=False)
+    y = y - beside(np.asarray(offset, kind), x)
+    return y * beside(np.asarray(scale, kind), x)
+
+
+@operator("ai.onnx.ml.Normalizer")
+def normalizer(x: Array, *, norm: str = "MAX") -> Array:
+    xp = xp_of(x)
+    y = x.astype("float32", copy=False)
+    if norm == "L2":
+        size = xp.sqrt(xp.square(y).sum(axis=-1, keepdims=True))
+    else:
+        measure = xp.max if norm == "MAX" else xp.sum
+        size = measure(xp.absolute(y), axis=-1, keepdims=True)
+    return y / xp.where(size == 0, xp.ones_like(size), size)
+
+
+@operator("ai.onnx.ml.Binarizer")
+def binarizer(x: Array, *, threshold: float = 0.0) -> Array:
+    return (x > threshold).astype(x.dtype)
+
+
+@operator("ai.onnx.ml.ArrayFeatureExtractor", as_is=True)
+def array_feature_extractor(x: Array, ids: Array) -> Array:
+    return xp_of(x).take(x, ids.reshape(-1), axis=-1)
+
+
+@operator("ai.onnx.ml.LabelEncoder")
+def label_encoder(
+    x: Array,
+    *,
+    keys_int64s: Any = None,
+    keys_floats: Any = None,
+    values_int64s: Any = None,
+    values_floats: Any = None,
+    keys_tensor: Any = None,
+    values_tensor: Any = None,
+    default_int64: int = -1,
+    default_float: float = -0.0,
+    default_tensor: Any = None,
+) -> Array:
+    """The value whose key x is; one comparison for each key."""
+    keys = next(k for k in (keys_int64s, keys_floats, keys_tensor) if k is not None)
+    if values_tensor is not None:
+        values, default = values_tensor, default_tensor
+    elif values_int64s is not None:
+        values, default = np.asarray(values_int64s, "int64"), default_int64
+    else:
+        values, default = np.asarray(values_floats, "float32"), default_float
+    keys, xp = np.asarray(keys, x.dtype), xp_of(x)
+    if keys.size != values.size:
+        raise ShapeError(f"LabelEncoder with {keys.size} keys and {values.size} values")
+    y = xp.full_like(x, np.asarray(default).ravel()[0].item(), dtype=values.dtype)
+    for key, value in zip(keys.ravel(), values.ravel(), strict=True):
+        here = xp.isnan(x) if key != key else x == key.item()
+        y = xp.where(here, xp.full_like(y, value.item()), y)
+    return y
+
+
+@operator("ai.onnx.ml.LinearRegressor")
+def linear_regressor(
+    x: Array,
+    *,
+    coefficients: Sequence[float] = (),
+    intercepts: Sequence[float] = (),
+    post_transform: str = "NONE",
+    targets: int = 1,
+) -> Array:
+    if post_transform != "NONE":
+        raise ShapeError(f"LinearRegressor with post_transform {post_transform}")
+    weight = np.asarray(coefficients, "float32").reshape(targets, -1).T
+    y = xp_of(x).matmul(x.astype("float32", copy=False), beside(np.ascontiguousarray(weight), x))
+    return y + beside(np.asarray(intercepts, "float32"), x) if len(intercepts) else y

@@ -1,0 +1,343 @@
+"""ONNX operators over sequences: recurrent networks and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from nnxp import kernels
+from nnxp._arrays import Array
+from nnxp._errors import OptionError
+from nnxp.layers.operators import beside, operator, xp_of
+from nnxp.program import traced
+
+Step = Callable[[Array, list[Array], Array, Array, Any], list[Array]]
+
+
+def _recurrent(
+    step: Callable[[int], Step],
+    states: Sequence[Array | None],
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None,
+    lengths: Array | None,
+    direction: str,
+    layout: int,
+    hidden: int,
+) -> tuple[Array, ...]:
+    """y (time, directions, n, hidden) and the last states, for x (time, n, inputs)."""
+    xp = xp_of(x)
+    x = x.swapaxes(0, 1) if layout else x
+    time, n = x.shape[:2]
+    if traced.counts_rows(time):
+        raise traced.Untraceable("it goes along axis 0, which does not hold rows")
+    ways, outputs, ends = w.shape[0], [], []
+    for way in range(ways):
+        own = [
+            xp.zeros((n, hidden), dtype=x.dtype)
+            if state is None
+            else (state.swapaxes(0, 1) if layout else state)[way]
+            for state in states
+        ]
+        wi, ri = w[way].T, r[way].T
+        bias = None if b is None else b[way]
+        seen: list[Any] = [None] * time
+        backward = direction == "reverse" or way == 1
+        forward = step(way)
+        for t in reversed(range(time)) if backward else range(time):
+            new = forward(x[t], own, wi, ri, bias)
+            if lengths is None:
+                own, seen[t] = new, new[0]
+                continue
+            on = lengths.reshape(n, 1) > t
+            seen[t] = xp.where(on, new[0], xp.zeros_like(new[0]))
+            own = [xp.where(on, a, old) for a, old in zip(new, own, strict=True)]
+        outputs.append(xp.stack(seen))
+        ends.append(own)
+    y = xp.stack(outputs, axis=1)
+    last = [xp.stack([end[i] for end in ends]) for i in range(len(states))]
+    if layout:
+        return (y.transpose(2, 0, 1, 3), *(each.swapaxes(0, 1) for each in last))
+    return (y, *last)
+
+
+def _gates(
+    names: Sequence[str] | None, defaults: Sequence[str], way: int, alpha: Any, beta: Any
+) -> list[Callable[[Array], Array]]:
+    """The activations of one direction."""
+    count = len(defaults)
+    chosen = list(names)[way * count : (way + 1) * count] if names else list(defaults)
+    known: dict[str, Callable[[Array], Array]] = {
+        "Tanh": kernels.tanh,
+        "Sigmoid": kernels.sigmoid,
+        "Relu": kernels.relu,
+        "Softsign": kernels.softsign,
+        "Softplus": kernels.softplus,
+        "HardSigmoid": lambda x: xp_of(x).minimum(xp_of(x).maximum(0.2 * x + 0.5, 0), 1),
+    }
+    unknown = [name for name in chosen if name not in known]
+    if unknown or alpha is not None or beta is not None:
+        raise OptionError(
+            f"recurrent activations {', '.join(chosen)} with alpha or beta: not known"
+        )
+    return [known[name] for name in chosen]
+
+
+def _clipped(x: Array, clip: float | None) -> Array:
+    return x if clip is None else xp_of(x).minimum(xp_of(x).maximum(x, -clip), clip)
+
+
+@operator("RNN")
+def rnn(
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None = None,
+    lengths: Array | None = None,
+    h: Array | None = None,
+    *,
+    hidden_size: int | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+    activations: Any = None,
+    activation_alpha: Any = None,
+    activation_beta: Any = None,
+    clip: float | None = None,
+) -> tuple[Array, ...]:
+    n, xp = r.shape[-1], xp_of(x)
+
+    def one(way: int) -> Step:
+        (act,) = _gates(activations, ["Tanh"], way, activation_alpha, activation_beta)
+
+        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
+            z = xp.matmul(x, w) + xp.matmul(state[0], r)
+            return [act(_clipped(z if b is None else z + (b[:n] + b[n:]), clip))]
+
+        return step
+
+    return _recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
+
+
+@operator("GRU")
+def gru(
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None = None,
+    lengths: Array | None = None,
+    h: Array | None = None,
+    *,
+    hidden_size: int | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+    linear_before_reset: int = 0,
+    activations: Any = None,
+    activation_alpha: Any = None,
+    activation_beta: Any = None,
+    clip: float | None = None,
+) -> tuple[Array, ...]:
+    n, xp = r.shape[-1], xp_of(x)
+
+    def one(way: int) -> Step:
+        f, g = _gates(activations, ["Sigmoid", "Tanh"], way, activation_alpha, activation_beta)
+
+        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
+            (h,) = state
+            a, q = xp.matmul(x, w), xp.matmul(h, r[:, : 2 * n])
+            if b is not None:
+                a, q = a + b[: 3 * n], q + b[3 * n : 5 * n]
+            update = f(_clipped(a[:, :n] + q[:, :n], clip))
+            reset = f(_clipped(a[:, n : 2 * n] + q[:, n:], clip))
+            inner = xp.matmul(h if linear_before_reset else reset * h, r[:, 2 * n :])
+            inner = inner if b is None else inner + b[5 * n :]
+            inner = reset * inner if linear_before_reset else inner
+            new = g(_clipped(a[:, 2 * n :] + inner, clip))
+            return [(1 - update) * new + update * h]
+
+        return step
+
+    return _recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
+
+
+@operator("LSTM")
+def lstm(
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None = None,
+    lengths: Array | None = None,
+    h: Array | None = None,
+    c: Array | None = None,
+    p: Array | None = None,
+    *,
+    hidden_size: int | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+    activations: Any = None,
+    activation_alpha: Any = None,
+    activation_beta: Any = None,
+    clip: float | None = None,
+    input_forget: int = 0,
+) -> tuple[Array, ...]:
+    n, xp = r.shape[-1], xp_of(x)
+
+    def one(way: int) -> Step:
+        f, g, out = _gates(
+            activations, ["Sigmoid", "Tanh", "Tanh"], way, activation_alpha, activation_beta
+        )
+        peep = None if p is None else p[way]
+
+        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
+            h, cell = state
+            z = xp.matmul(x, w) + xp.matmul(h, r)
+            z = z if b is None else z + (b[: 4 * n] + b[4 * n :])
+            i, o, forget, new = (z[:, k * n : (k + 1) * n] for k in range(4))
+            if peep is not None:
+                i, forget = i + peep[:n] * cell, forget + peep[2 * n :] * cell
+            i = f(_clipped(i, clip))
+            keep = 1 - i if input_forget else f(_clipped(forget, clip))
+            cell = keep * cell + i * g(_clipped(new, clip))
+            o = o if peep is None else o + peep[n : 2 * n] * cell
+            return [f(_clipped(o, clip)) * out(cell), cell]
+
+        return step
+
+    return _recurrent(one, [h, c], x, w, r, b, lengths, direction, layout, n)
+
+
+@operator("Attention")
+def attention(
+    q: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    past_key: Array | None = None,
+    past_value: Array | None = None,
+    nonpad: Array | None = None,
+    *,
+    q_num_heads: int = 0,
+    kv_num_heads: int = 0,
+    scale: float | None = None,
+    is_causal: int = 0,
+    softcap: float = 0.0,
+    qk_matmul_output_mode: int = 0,
+    softmax_precision: Any = None,
+    left_window_size: int = -1,
+    right_window_size: int = -1,
+    count: int,
+) -> Any:
+    """softmax(q k' * scale + mask) v for each head   [Vaswani et al. 2017, arXiv:1706.03762]"""
+    xp, flat = xp_of(q), q.ndim == 3
+    if flat:
+        q = _heads(q, q_num_heads)
+        key, value = _heads(key, kv_num_heads), _heads(value, kv_num_heads)
+    if past_key is not None:
+        key = xp.concatenate([past_key, key], axis=2)
+        value = xp.concatenate([past_value, value], axis=2)
+    present = key, value
+    share = q.shape[1] // key.shape[1]
+    if share > 1:
+        key, value = xp.repeat(key, share, axis=1), xp.repeat(value, share, axis=1)
+    root = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    scores = raw = xp.matmul(q * root, key.swapaxes(-1, -2) * root)
+    if softcap:
+        scores = softcap * xp.tanh(scores / softcap)
+    capped = scores
+    rows, columns = scores.shape[-2:]
+    seen = _in_sight(
+        rows, columns, is_causal, left_window_size, right_window_size, past_key, nonpad, q
+    )
+    if seen is not None:
+        scores = xp.where(seen, scores, xp.full_like(scores, -np.inf))
+    if mask is not None:
+        missing = columns - mask.shape[-1]
+        if missing > 0:
+            none = False if mask.dtype == np.bool_ else -np.inf
+            widths = ((0, 0),) * (mask.ndim - 1) + ((0, missing),)
+            mask = xp.pad(mask, widths, mode="constant", constant_values=none)
+        if mask.dtype == np.bool_:
+            scores = xp.where(mask, scores, xp.full_like(scores, -np.inf))
+        else:
+            scores = scores + mask
+    if nonpad is not None:
+        seen = beside(np.arange(columns).reshape(1, 1, 1, -1), q) < nonpad.reshape(-1, 1, 1, 1)
+        scores = xp.where(seen, scores, xp.full_like(scores, -np.inf))
+    biased = scores
+    blind = xp.all(xp.isinf(scores) & (scores < 0), axis=-1, keepdims=True)
+    safe = xp.where(blind, xp.zeros_like(scores), scores)
+    weights = xp.where(blind, xp.zeros_like(scores), kernels.softmax(safe))
+    y = xp.matmul(weights, value)
+    if flat:
+        y = y.transpose(0, 2, 1, 3).reshape(y.shape[0], y.shape[2], y.shape[1] * y.shape[3])
+    return (y, *present, (raw, capped, biased, weights)[qk_matmul_output_mode]) if count > 1 else y
+
+
+def _in_sight(
+    rows: int,
+    columns: int,
+    causal: int,
+    left: int,
+    right: int,
+    past_key: Array | None,
+    nonpad: Array | None,
+    like: Array,
+) -> Array | None:
+    """Which keys a query may see, by their places alone; None for all of them."""
+    right = 0 if causal else right
+    if left < 0 and right < 0:
+        return None
+    own: Array = np.arange(rows).reshape(-1, 1)
+    keys: Array = np.arange(columns)
+    if past_key is not None:
+        own = own + past_key.shape[2]
+    elif nonpad is not None:
+        own = nonpad.reshape(-1, 1, 1, 1) - rows + beside(own, nonpad)
+        keys = beside(keys, nonpad)
+    seen = keys <= own + right if right >= 0 else None
+    if left >= 0:
+        near = keys >= own - left
+        seen = near if seen is None else seen & near
+    return beside(seen, like)
+
+
+def _heads(x: Array, heads: int) -> Array:
+    n, time, width = x.shape
+    return x.reshape(n, time, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+@operator("RotaryEmbedding", loose="ids")
+def rotary(
+    x: Array,
+    cos: Array,
+    sin: Array,
+    ids: Array | None = None,
+    *,
+    interleaved: int = 0,
+    num_heads: int = 0,
+    rotary_embedding_dim: int = 0,
+) -> Array:
+    """[Su et al. 2021, arXiv:2104.09864]"""
+    xp, shape = xp_of(x), x.shape
+    if x.ndim == 4:
+        x = x.transpose(0, 2, 1, 3)
+    else:
+        x = x.reshape(shape[0], shape[1], num_heads, shape[2] // num_heads)
+    size = rotary_embedding_dim or x.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    if ids is not None:
+        cos, sin = (xp.take(each, beside(ids, x), axis=0) for each in (cos, sin))
+    cos, sin = (xp.expand_dims(each[..., : size // 2], 2) for each in (cos, sin))
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:
+        a, b = turned[..., : size // 2], turned[..., size // 2 :]
+    real, imaginary = cos * a - sin * b, sin * a + cos * b
+    if interleaved:
+        y = xp.stack([real, imaginary], axis=-1).reshape(turned.shape)
+    else:
+        y = xp.concatenate([real, imaginary], axis=-1)
+    y = xp.concatenate([y, rest], axis=-1)
+    return y.transpose(0, 2, 1, 3) if len(shape) == 4 else y.reshape(shape)

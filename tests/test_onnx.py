@@ -1,0 +1,504 @@
+"""Graphs from ONNX files: what they take, how their rows are found, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import draw
+from nnxp import CheckpointError, ConversionError, DtypeMismatch, ShapeError, load_onnx
+from nnxp.testing import assert_parity
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: it reads the files")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+FLOAT, INT, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+W, B = draw((6, 4), seed=1), draw(4, seed=2)
+
+
+def info(name, shape, kind=FLOAT):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def proto(nodes, inputs, outputs=("y",), arrays=None, opset=17, domains=(), **options):
+    """A model of these nodes: ("MatMul", "x w", "y", attributes)."""
+    made = [helper.make_node(op, takes.split(" "), gives.split(" "), **dict(*rest))
+            for op, takes, gives, *rest in nodes]  # fmt: skip
+    held = [numpy_helper.from_array(np.asarray(a), name) for name, a in (arrays or {}).items()]
+    ends = [info(y, None) if isinstance(y, str) else y for y in outputs]
+    starts = [x if not isinstance(x, tuple) else info(*x) for x in inputs]
+    graph = helper.make_graph(made, "g", starts, ends, held)
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 3) for d in domains)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=options.get("ir", 8))
+
+
+def dense(rows="n", **options):
+    nodes = [("MatMul", "x w", "p"), ("Add", "p b", "s"), ("Relu", "s", "y")]
+    return proto(nodes, [("x", [rows, 6])], [info("y", [rows, 4])], {"w": W, "b": B}, **options)
+
+
+def answer(x):
+    return np.maximum(x @ W + B, 0)
+
+
+# What comes in
+
+
+def test_a_model_is_read_from_a_path_bytes_or_a_proto(tmp_path):
+    x, path = draw((5, 6)), tmp_path / "dense.onnx"
+    path.write_bytes(dense().SerializeToString())
+    for source in (path, str(path), path.read_bytes(), dense()):
+        model = load_onnx(source)
+        np.testing.assert_allclose(model(x), answer(x), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(nnxp.predict(model, x), answer(x), rtol=1e-6, atol=1e-6)
+
+
+def test_reading_leaves_the_proto_as_it_is():
+    source = dense()
+    before = source.SerializeToString()
+    load_onnx(source)
+    assert source.SerializeToString() == before
+
+
+def test_initialisers_that_are_inputs_too_are_no_inputs():
+    nodes = [("MatMul", "x w", "y")]
+    model = load_onnx(proto(nodes, [("x", ["n", 6]), ("w", [6, 4])], arrays={"w": W}, ir=3))
+    assert model.input_names == ["x"]
+
+
+def test_optional_inputs_are_left_out():
+    model = load_onnx(proto([("Clip", "x  high", "y")], [("x", ["n", 6])],
+                            arrays={"high": np.float32(0.5)}))  # fmt: skip
+    x = draw((3, 6))
+    np.testing.assert_array_equal(model(x), np.minimum(x, np.float32(0.5)))
+
+
+def test_a_scalar_is_an_input_and_constants_are_nodes():
+    two = numpy_helper.from_array(np.float32(2), "two")
+    nodes = [("Constant", "", "two", {"value": two}), ("Mul", "x s", "p"), ("Mul", "p two", "y")]
+    nodes = [(op, takes, gives, *rest) for op, takes, gives, *rest in nodes]
+    model = load_onnx(proto(nodes[1:], [("x", ["n", 6]), ("s", [])], arrays={"two": np.float32(2)}))
+    constants = proto(nodes[1:], [("x", ["n", 6]), ("s", [])])
+    constants.graph.node.insert(0, helper.make_node("Constant", [], ["two"], value=two))
+    x, s = draw((3, 6)), np.asarray(3, "float32")
+    np.testing.assert_allclose(model(x, s), 6 * x)
+    np.testing.assert_allclose(load_onnx(constants)(x, s), 6 * x)
+
+
+def test_an_output_may_be_an_input_or_several_things():
+    model = load_onnx(proto([("Add", "x x", "y")], [("x", ["n", 6])], ["y", "x", "y"]))
+    x = draw((3, 6))
+    twice, same, again = model(x)
+    np.testing.assert_array_equal(twice, 2 * x)
+    np.testing.assert_array_equal(same, x)
+    np.testing.assert_array_equal(again, twice)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_branch_is_chosen_by_a_constant(chosen):
+    branches = {}
+    for name, op in (("then_branch", "Relu"), ("else_branch", "Neg")):
+        nodes = [helper.make_node(op, ["x"], [f"{op}_y"])]
+        branches[name] = helper.make_graph(nodes, name, [], [info(f"{op}_y", None)])
+    model = load_onnx(proto([("If", "c", "y", branches)], [("x", ["n", 6])],
+                            arrays={"c": np.asarray(chosen)}))  # fmt: skip
+    x = draw((3, 6))
+    wanted = np.maximum(x, 0) if chosen else -x
+    np.testing.assert_array_equal(model(x), wanted)
+    np.testing.assert_array_equal(nnxp.predict(model, x), wanted)
+
+
+def test_what_does_not_fit_is_refused_by_the_input_s_name():
+    model, x = load_onnx(dense()), draw((5, 6))
+    with pytest.raises(ShapeError, match=r"input x is \(any, 6\), not \(5, 7\)"):
+        model(draw((5, 7)))
+    with pytest.raises(DtypeMismatch, match="input x is float32, not float64"):
+        model(x.astype("float64"))
+    with pytest.raises(ShapeError, match=r"takes 1 inputs \(x\), not 2"):
+        model(x, x)
+
+
+def test_errors_name_the_node():
+    model = load_onnx(
+        proto([("Reshape", "x s", "y")], [("x", None)], arrays={"s": np.array([5, 5])})
+    )
+    with pytest.raises(
+        ShapeError, match=r"Reshape 'y' of \(2, 6\), \(2\)|Reshape 'y' of \(2, 6\), \(2,\)"
+    ):
+        model(draw((2, 6)))
+
+
+# Rows
+
+
+def flattened(batch):
+    """x (batch, 2, 3) as vectors, by arithmetic on its shape, as exporters write it."""
+    nodes = [("Shape", "x", "shape"), ("Gather", "shape zero", "rows", {"axis": 0}),
+             ("Unsqueeze", "rows axes", "lead"), ("Concat", "lead rest", "flat", {"axis": 0}),
+             ("Reshape", "x flat", "v"), ("Gemm", "v w b", "y")]  # fmt: skip
+    arrays = {"zero": np.array(0), "axes": np.array([0]), "rest": np.array([6]), "w": W, "b": B}
+    return proto(nodes, [("x", [batch, 2, 3])], [info("y", [batch, 4])], arrays)
+
+
+def test_arithmetic_on_shapes_folds_whatever_the_number_of_rows():
+    model, x = load_onnx(flattened("n")), draw((7, 2, 3))
+    program = model.program((1, 2, 3))
+    assert [step.name for step in program.steps] == ["reshape", "linear"]
+    assert program.mixing == ""
+    np.testing.assert_allclose(program(x), x.reshape(7, 6) @ W + B, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(nnxp.predict(model, x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_constant_is_laid_beside_every_row():
+    nodes = [("Shape", "x", "n", {"end": 1}), ("Concat", "n rest", "s", {"axis": 0}),
+             ("Expand", "token s", "tokens"), ("Concat", "tokens x", "y", {"axis": 1})]  # fmt: skip
+    token = draw((1, 1, 3))
+    model = load_onnx(proto(nodes, [("x", ["n", 2, 3])],
+                            arrays={"rest": np.array([1, 3]), "token": token}))  # fmt: skip
+    x = draw((5, 2, 3), seed=4)
+    wanted = np.concatenate([np.repeat(token, 5, axis=0), x], axis=1)
+    np.testing.assert_array_equal(model(x), wanted)
+    np.testing.assert_array_equal(nnxp.predict(model, x), wanted)
+
+
+def test_a_graph_for_one_row_is_written_out_for_any_number():
+    arrays = {"s": np.array([1, 6]), "w": W, "b": B, "token": draw((1, 2))}
+    nodes = [
+        ("Reshape", "x s", "v"),
+        ("Gemm", "v w b", "p"),
+        ("Concat", "token p", "y", {"axis": 1}),
+    ]
+    model = load_onnx(proto(nodes, [("x", [1, 2, 3])], [info("y", [1, 6])], arrays))
+    x = draw((5, 2, 3))
+    wanted = np.concatenate([model(row[None]) for row in x])
+    assert model.program((1, 2, 3)).opaque == ()
+    np.testing.assert_allclose(model(x), wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_graph_that_mixes_its_rows_takes_them_in_groups_of_its_own_size(size):
+    nodes = [("ReduceMean", "x", "m", {"axes": [0]}), ("Sub", "x m", "d"), ("Gemm", "d w b", "y")]
+    model = load_onnx(proto(nodes, [("x", [size, 6])], [info("y", [size, 4])], {"w": W, "b": B}))
+    x = draw((6, 6))
+    wanted = np.concatenate([model(x[i : i + size]) for i in range(0, 6, size)])
+    np.testing.assert_allclose(model(x), wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-6, atol=1e-6)
+    assert nnxp.predict(model, x[:5]).shape == (5, 4)  # a last group that is not full
+
+
+def test_a_network_that_goes_along_axis_0_does_not_go_through_an_engine():
+    w, r = draw((1, 9, 5), seed=1), draw((1, 9, 3), seed=2)
+    model = load_onnx(proto([("GRU", "x w r", "y", {"hidden_size": 3})], [("x", ["t", 2, 5])],
+                            arrays={"w": w, "r": r}))  # fmt: skip
+    assert model(draw((4, 2, 5))).shape == (4, 1, 2, 3)
+    with pytest.raises(ShapeError, match="GRU 'y': it goes along axis 0"):
+        nnxp.predict(model, draw((4, 2, 5)))
+
+
+def test_shapes_that_depend_on_numbers_run_as_they_are_and_an_engine_names_the_node():
+    model = load_onnx(proto([("NonZero", "x", "y")], [("x", ["n", 6])], [info("y", None, INT)]))
+    x = draw((3, 6))
+    x[x < 0] = 0
+    np.testing.assert_array_equal(model(x), np.stack(np.nonzero(x)))
+    with pytest.raises(ShapeError, match="NonZero 'y'"):
+        nnxp.predict(model, x)
+
+
+# A layer like any other
+
+
+def test_a_saved_graph_predicts_without_onnx(tmp_path):
+    path, x = tmp_path / "net.safetensors", draw((5, 2, 3))
+    model = load_onnx(flattened("n"))
+    nnxp.save(model, path)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", model(x))
+    code = (
+        "import sys; sys.modules['onnx'] = None\n"
+        "import numpy as np, nnxp\n"
+        "model = nnxp.load('net.safetensors')\n"
+        "np.testing.assert_array_equal(model(np.load('x.npy')), np.load('y.npy'))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=100,
+                   env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+
+
+def test_a_graph_moves_changes_its_type_and_is_judged(sim):
+    model, x = load_onnx(flattened("n")), draw((5, 2, 3))
+    there = model.to("sim")
+    y = there(nnxp.to_backend(x, "sim"))
+    np.testing.assert_allclose(nnxp.asnumpy(y), model(x), rtol=1e-6, atol=1e-6)
+    wide = model.astype("float64")
+    assert wide(x.astype("float64")).dtype == np.float64
+    assert model.parameters().keys() == {"weights.0.value", "weights.1.value"}
+    assert_parity(model, x)
+
+
+def test_half_precision_is_summed_in_float32():
+    n = 4096
+    nodes = [("ReduceSum", "x axes", "y", {"keepdims": 0})]
+    model = load_onnx(proto(nodes, [("x", ["n", n], TensorProto.FLOAT16)],
+                            [info("y", ["n"], TensorProto.FLOAT16)],
+                            {"axes": np.array([1])}))  # fmt: skip
+    x = np.full((2, n), 1.001, "float16")
+    np.testing.assert_allclose(model(x), x.astype("float64").sum(1), rtol=1e-3)
+
+
+# What older versions and others' words mean
+
+
+def test_a_softmax_before_opset_13_is_of_all_axes_from_its_own():
+    x = draw((3, 2, 4))
+    model = load_onnx(proto([("Softmax", "x", "y")], [("x", [3, 2, 4])], opset=11))
+    flat = np.exp(x.reshape(3, 8).astype("float64"))
+    np.testing.assert_allclose(model(x).reshape(3, 8), flat / flat.sum(1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [6, 7, 8, 9])
+def test_slopes_before_opset_9_are_for_channels(opset):
+    slope = np.array([0.1, 0.2, 0.3], "float32")
+    given = slope if opset < 7 else slope.reshape(3, 1, 1)
+    ends = [("x", [2, 3, 4, 5])], [info("y", [2, 3, 4, 5])]
+    model = load_onnx(proto([("PRelu", "x s", "y")], *ends, {"s": given}, opset=opset))
+    x = draw((2, 3, 4, 5))
+    np.testing.assert_allclose(model(x), np.where(x < 0, x * slope.reshape(3, 1, 1), x), rtol=1e-6)
+
+
+def test_whole_numbers_divide_towards_zero():
+    a, b = np.array([7, -7, 7, -7]), np.array([2, 2, -2, -2])
+    model = load_onnx(proto([("Div", "a b", "y")], [("a", [4], INT), ("b", [4], INT)]))
+    np.testing.assert_array_equal(model(a, b), [3, -3, -3, 3])
+
+
+def test_ids_may_be_counted_from_the_end():
+    model = load_onnx(proto([("Gather", "table ids", "y")], [("ids", ["n", 2], INT)],
+                            arrays={"table": W}))  # fmt: skip
+    np.testing.assert_array_equal(model(np.array([[0, -1], [-6, 5]])), W[[[0, 5], [0, 5]]])
+
+
+def test_scalers_normalizers_and_labels_of_classical_models():
+    ml = "ai.onnx.ml"
+    model = proto(
+        [("Scaler", "x", "s", {"offset": [1.0, 2.0], "scale": [0.5, 2.0], "domain": ml}),
+         ("Normalizer", "s", "n", {"norm": "L2", "domain": ml}),
+         ("ArgMax", "n", "a", {"axis": 1, "keepdims": 0}),
+         ("LabelEncoder", "a", "y",
+          {"keys_int64s": [0, 1], "values_int64s": [7, 9], "domain": ml})],
+        [("x", ["n", 2])], ["n", info("y", ["n"], INT)], domains=[ml],
+    )  # fmt: skip
+    x = draw((5, 2))
+    scaled = (x - [1, 2]) * [0.5, 2]
+    n, y = load_onnx(model)(x)
+    wanted = scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
+    np.testing.assert_allclose(n, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(y, np.array([7, 9])[wanted.argmax(1)])
+
+
+def test_a_small_network_agrees_with_onnx_runtime():
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    kernel, scale = draw((8, 3, 3, 3), seed=1) / 5, np.abs(draw((4, 8), seed=2)) + 0.5
+    nodes = [
+        ("Conv", "x k", "c", {"strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+        ("BatchNormalization", "c g0 g1 g2 g3", "n"), ("Relu", "n", "r"),
+        ("MaxPool", "r", "m", {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
+        ("GlobalAveragePool", "m", "p"), ("Flatten", "p", "f"), ("Gemm", "f w", "l"),
+        ("Softmax", "l", "y"),
+    ]  # fmt: skip
+    arrays = {"k": kernel, "w": draw((8, 5), seed=3)} | {
+        f"g{i}": row for i, row in enumerate(scale)
+    }
+    source = proto(nodes, [("x", ["n", 3, 15, 15])], [info("y", ["n", 5])], arrays)
+    x = draw((4, 3, 15, 15))
+    session = runtime.InferenceSession(source.SerializeToString())
+    (wanted,) = session.run(None, {"x": x})
+    model = load_onnx(source)
+    np.testing.assert_allclose(model(x), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-5, atol=1e-6)
+
+
+# What is refused
+
+
+def test_operators_that_are_not_known_are_all_named_at_once():
+    nodes = [("Multinomial", "x", "a"), ("Det", "a", "b"), ("Multinomial", "b", "y")]
+    with pytest.raises(
+        ConversionError, match=r"Det \(1; first: 'b'\), Multinomial \(2; first: 'a'\)"
+    ):
+        load_onnx(proto(nodes, [("x", ["n", 6])]))
+
+
+def test_newer_versions_and_strings_are_refused():
+    with pytest.raises(ConversionError, match="opset 99"):
+        load_onnx(dense(opset=99))
+    with pytest.raises(ConversionError, match="'x' is of the type string"):
+        load_onnx(proto([("Identity", "x", "y")], [("x", [2], TensorProto.STRING)]))
+
+
+@pytest.mark.parametrize("source", [b"", b"not a model", b"\x08\x08", b"\xff" * 100])
+def test_what_is_no_model_is_refused(source):
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_onnx(source)
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_onnx(tmp_path / "nothing.onnx")
+    with pytest.raises(OSError, match=r"directory|folder"):
+        load_onnx(tmp_path)
+    with pytest.raises(ConversionError, match="takes a path, bytes or a ModelProto, not int"):
+        load_onnx(3)
+
+
+def test_damaged_files_are_refused_or_are_other_models():
+    """Cut short, bits flipped, parts doubled: an error of ours, or another model."""
+    rng, sources = (
+        np.random.default_rng(0),
+        [m.SerializeToString() for m in (dense(), flattened("n"))],
+    )
+    refused = 0
+    for i in range(400):
+        data = bytearray(sources[i % 2])
+        at = int(rng.integers(len(data)))
+        match i % 3:
+            case 0:
+                del data[at:]
+            case 1:
+                data[at] ^= 1 << int(rng.integers(8))
+            case 2:
+                data[at:at] = data[at : at + 9]
+        try:
+            model = load_onnx(bytes(data))
+            model(*(np.zeros([n or 2 for n in each["shape"] or ()], each["dtype"])
+                    for each in model.inputs))  # fmt: skip
+        except nnxp.NnxpError:
+            refused += 1
+    assert refused > 300
+
+
+def outside(location, **places):
+    source = dense()
+    tensor = source.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, **places}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return source.SerializeToString()
+
+
+def test_data_beside_the_model_are_read(tmp_path):
+    path, x = tmp_path / "sub.onnx", draw((5, 6))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "w.bin").write_bytes(b"12345678" + W.tobytes())
+    path.write_bytes(outside("data/w.bin", offset=8, length=W.nbytes))
+    np.testing.assert_allclose(load_onnx(path)(x), answer(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("location", "places"),
+    [
+        ("../w.bin", {}),
+        ("/etc/hostname", {}),
+        ("data/../../w.bin", {}),
+        ("..\\w.bin", {}),
+        ("link.bin", {}),
+        ("linked/w.bin", {}),
+        ("folder/../w.bin", {}),
+        ("", {}),
+        ("folder", {}),
+        ("pipe", {}),
+        ("short.bin", {}),
+        ("w.bin", {"offset": -8}),
+        ("w.bin", {"offset": 1 << 60}),
+        ("w.bin", {"length": 1 << 60}),
+        ("w.bin", {"offset": "x"}),
+        ("w.bin\0", {}),
+    ],
+)
+def test_data_elsewhere_or_of_another_size_are_not_touched(tmp_path, location, places):
+    inside = tmp_path / "model"
+    inside.mkdir()
+    (tmp_path / "w.bin").write_bytes(W.tobytes())
+    (inside / "w.bin").write_bytes(W.tobytes())
+    (inside / "short.bin").write_bytes(W.tobytes()[:-1])
+    (inside / "link.bin").symlink_to(tmp_path / "w.bin")
+    (inside / "linked").symlink_to(tmp_path)
+    (inside / "folder").mkdir()
+    os.mkfifo(inside / "pipe")
+    path = inside / "net.onnx"
+    path.write_bytes(outside(location, **places))
+    with pytest.raises(CheckpointError, match="the data of 'w'"):
+        load_onnx(path)
+    with pytest.raises(CheckpointError, match="load the model by its path"):
+        load_onnx(path.read_bytes())
+
+
+@pytest.mark.parametrize("dims", [[1 << 40, 1 << 20], [6, 5], [-6, 4], [1 << 62, 4, 0]])
+def test_a_shape_that_its_numbers_do_not_fill_is_refused_before_memory_is_taken(dims):
+    source = dense()
+    tensor = source.graph.initializer[0]
+    del tensor.dims[:]
+    tensor.dims.extend(dims)
+    with pytest.raises(CheckpointError):
+        load_onnx(source)
+
+
+@pytest.mark.parametrize(
+    ("op", "takes", "value"),
+    [("ConstantOfShape", "s", [1 << 20, 1 << 20]), ("Tile", "x s", [1 << 20, 1 << 20]),
+     ("Range", "zero s one", 1 << 40), ("OneHot", "zero s two", 1 << 40)],
+)  # fmt: skip
+def test_few_numbers_do_not_make_many(op, takes, value):
+    arrays = {
+        "s": np.array(value),
+        "zero": np.array(0),
+        "one": np.array(1),
+        "two": np.array([0, 1]),
+    }
+    model = load_onnx(
+        proto([("Identity", "x", "z"), (op, takes, "y")], [("x", [2, 2])], ["y"], arrays)
+    )
+    with pytest.raises(ShapeError):
+        model(draw((2, 2)))
+
+
+def test_nodes_out_of_order_are_refused():
+    source = proto([("Relu", "a", "b"), ("Relu", "b", "a")], [("x", ["n", 6])], ["a"])
+    with pytest.raises(CheckpointError):
+        load_onnx(source)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"op":"Gemm"', '"op":"Exit"'), ('"inputs":["x"]', '"inputs":["q"]'),
+     ('"dtype":"int64"', '"dtype":"object"'), ('"shape":[1]', '"shape":[9]'),
+     ('"axis":0', '"axes":0'), ('"outputs":["y"]', '"outputs":[]'),
+     ('"kind":"float32"', '"kind":"int8"')],
+)  # fmt: skip
+def test_a_checkpoint_of_a_graph_is_checked_as_any_other(tmp_path, old, new):
+    path = tmp_path / "net.safetensors"
+    nnxp.save(load_onnx(flattened("n")), path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    text = header["__metadata__"]["nnxp"]
+    assert old in text
+    header["__metadata__"]["nnxp"] = text.replace(old, new)
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + size :])
+    with pytest.raises(CheckpointError):
+        nnxp.load(path)
+
+
+def test_without_onnx_it_says_what_brings_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ConversionError, match=r"pip install \"nnxp\[onnx\]\""):
+        load_onnx(b"")
+    with pytest.raises(ConversionError, match=r"pip install \"nnxp\[onnx\]\""):
+        nnxp.save_onnx(nnxp.Dense(2, 3, rng=0), tmp_path / "net.onnx")

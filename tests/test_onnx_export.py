@@ -1,0 +1,117 @@
+"""What is written as ONNX is what the model computes: by ONNX Runtime, and read back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import draw, every_layer
+from nnxp import ConversionError, ShapeError
+from nnxp._arrays import xp_of
+from nnxp.testing import LIMIT, assert_close, error_bound
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: it writes the files")
+
+
+def run(path, *inputs):
+    """What ONNX Runtime answers."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    session = runtime.InferenceSession(str(path))
+    names = [each.name for each in session.get_inputs()]
+    return session.run(None, dict(zip(names, inputs, strict=True)))
+
+
+@every_layer
+def test_every_layer_goes_out_and_comes_back(layer, shape, tmp_path):
+    path, x = tmp_path / "net.onnx", draw(shape)
+    nnxp.save_onnx(layer, path, row=shape[1:])
+    value, unit = error_bound(layer, x)
+    back = nnxp.load_onnx(path)
+    assert_close(back(x), value, bound=LIMIT * unit)
+    assert back.program(shape).mixing == ""
+    (y,) = run(path, x)
+    assert_close(y, value, bound=LIMIT * unit)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_any_number_of_rows_goes_in(rows, tmp_path):
+    net = nnxp.Sequential(nnxp.Flatten(), nnxp.Dense(6, 3, "gelu", rng=0), nnxp.LayerNorm(3))
+    path, x = tmp_path / "net.onnx", draw((rows, 2, 3))
+    nnxp.save_onnx(net, path, row=(2, 3))
+    (y,) = run(path, x)
+    np.testing.assert_allclose(y, net(x), rtol=1e-5, atol=1e-6)
+    (said,) = onnx.load(path).graph.input
+    assert said.type.tensor_type.shape.dim[0].dim_param == "rows"
+
+
+def test_the_shape_of_a_row_is_found_where_the_parameters_tell(tmp_path):
+    net, path = nnxp.Dense(4, 2, rng=0), tmp_path / "net.onnx"
+    nnxp.save_onnx(net, path)
+    assert nnxp.load_onnx(path).row_shape() == (4,)
+    with pytest.raises(ShapeError, match=r"takes \(rows, 4\)"):
+        nnxp.save_onnx(net, path, row=(5,))
+    with pytest.raises(nnxp.OptionError, match="made of nnxp layers"):
+        nnxp.save_onnx(abs, path)
+
+
+def test_half_precision_and_a_device_go_out(tmp_path, sim):
+    net, path = nnxp.Dense(4, 2, "relu", rng=0), tmp_path / "net.onnx"
+    for model in (net.astype("float16"), net.astype("float64"), net.to("sim")):
+        nnxp.save_onnx(model, path)
+        back, host = nnxp.load_onnx(path), model.to("numpy")
+        assert back.dtype == host.dtype
+        x = draw((3, 4)).astype(host.dtype)
+        np.testing.assert_allclose(back(x), host(x), rtol=1e-2 if x.dtype == "float16" else 1e-6)
+
+
+class Everything(nnxp.Layer):
+    """Functions of the dialect that are more than an operator's name."""
+
+    def __call__(self, x):
+        xp = xp_of(x)
+        n, c = x.shape[0], x.shape[1]
+        y = xp.concatenate([x[:, ::-1], x[:, 1:2], xp.expand_dims(x[:, -1], 1)], axis=1)
+        z = xp.stack([xp.log1p(xp.abs(x)), xp.expm1(x), xp.log2(xp.square(x) + 1)], axis=-1)
+        w = xp.moveaxis(z, -1, 1).reshape(n, 3 * c)
+        v = xp.where(x > 0, x, xp.full_like(x, -2)) + x.var(axis=1, keepdims=True)
+        pads = xp.pad(v, ((0, 0), (1, 2)), mode="constant", constant_values=0.5)
+        sums = xp.cumsum(x, axis=1) * xp.isfinite(x) + xp.not_equal(x, 0)
+        first, second = xp.split(xp.tile(x, (1, 2)), 2, axis=1)
+        picked = xp.take(x, np.array([1, 0, -1]), axis=1) if xp is np else x[:, [1, 0, -1]]
+        spread = xp.broadcast_to(x.max(axis=1, keepdims=True), (n, 2)) * xp.ones((n, 2))
+        parts = [y, w, pads, sums, first * second, picked, spread, xp.clip(x, -0.5, 0.5)]
+        products = xp.einsum("...i,...j->...ij", x, x).reshape(n, c * c)
+        return xp.concatenate([*parts, products, xp.repeat(x, 2, axis=1)], axis=1)
+
+
+def test_functions_of_the_dialect_go_out(tmp_path):
+    path, x = tmp_path / "net.onnx", draw((5, 4))
+    nnxp.save_onnx(Everything(), path, row=(4,))
+    wanted = Everything()(x)
+    (y,) = run(path, x)
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(nnxp.load_onnx(path)(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+class Looks(nnxp.Layer):
+    def __call__(self, x):
+        return x * 2 if float(x.max()) > 1 else x
+
+
+class Hypotenuse(nnxp.Layer):
+    def __call__(self, x):
+        return xp_of(x).hypot(x, 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [(Looks(), r"layers\.1 cannot be written: it is run as Python \(float\(x\)"),
+     (Hypotenuse(), r"layers\.1 cannot be written: ONNX has no hypot")],
+)  # fmt: skip
+def test_what_onnx_has_no_words_for_is_refused_with_the_layer_s_path(layer, said, tmp_path):
+    path = tmp_path / "net.onnx"
+    net = nnxp.Sequential(nnxp.Dense(4, 4, rng=0), layer)
+    with pytest.raises(ConversionError, match=said):
+        nnxp.save_onnx(net, path, row=(4,))
+    assert not path.exists()
