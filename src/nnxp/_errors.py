@@ -8,6 +8,8 @@ NnxpError
 ├── CheckpointError (ValueError)       a file is not a model that can be trusted
 ├── OptionError (ValueError)           an argument has a value that means nothing here
 ├── ConversionError (ValueError)       another library's model has no counterpart here
+├── NotDifferentiable (TypeError)     a formula has no gradient
+├── TrainingError (ArithmeticError)   a loss is no number any more
 ├── UnsupportedFunction (AttributeError)  an array library of ours has no such function
 └── OutOfMemory (MemoryError)          not even one row fits
 """
@@ -21,10 +23,12 @@ __all__ = [
     "DeviceMismatch",
     "DtypeMismatch",
     "NnxpError",
+    "NotDifferentiable",
     "OptionError",
     "OutOfMemory",
     "RowsError",
     "ShapeError",
+    "TrainingError",
     "UnsupportedFunction",
 ]
 
@@ -79,6 +83,14 @@ class OptionError(NnxpError, ValueError):
 
 class ConversionError(NnxpError, ValueError):
     """A model of another library has no counterpart in nnxp."""
+
+
+class NotDifferentiable(NnxpError, TypeError):
+    """A formula has no gradient: the message names the layer and the function in it."""
+
+
+class TrainingError(NnxpError, ArithmeticError):
+    """Training cannot go on: the message says in which epoch and batch, and what to try."""
 
 
 class UnsupportedFunction(NnxpError, AttributeError):

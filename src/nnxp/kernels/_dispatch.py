@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import update_wrapper
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from nnxp._arrays import Array, is_floating, library_of
 from nnxp._errors import DtypeMismatch
 
 Body = Callable[..., Array]
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 # Where the fused bodies of a library stand; imported when the first array of that library comes.
 _FUSED = {"cupy": "nnxp.kernels.cuda"}
@@ -39,6 +40,7 @@ class Kernel:
         update_wrapper(self, reference)
         self.temporaries = temporaries  # arrays like its output that it holds at once, besides it
         self.reference = reference
+        self.rule: Callable[..., Any] | None = None
         self._fused: dict[str, Body] = {}
         self._body: dict[type, Body] = {}
         KERNELS[self.__name__] = self
@@ -52,6 +54,16 @@ class Kernel:
             return body
 
         return register
+
+    def vjp(self, rule: Rule) -> Rule:
+        """Decorator: this function is the gradient rule of the kernel.
+
+        `rule(dy, y, *arrays, **options)` answers the gradient of sum(dy * y) by each of the arrays,
+        None where there is none, in float32 or float64. An array that was repeated may get its
+        gradient unsummed. Without a rule the reference body is differentiated.
+        """
+        self.rule = rule
+        return rule
 
     def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Any:
         try:

@@ -26,8 +26,18 @@ def matmul(x: Array, weight: Array) -> Array:
     """
     if x.ndim == 2:
         return xp_of(x).matmul(x, weight)
-    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-    return xp_of(x).matmul(rows, weight).reshape(*x.shape[:-1], weight.shape[-1])
+    return xp_of(x).matmul(_rows(x), weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+@matmul.vjp
+def _matmul(dy: Array, y: Array, x: Array, weight: Array) -> tuple[Array, ...]:
+    rows, worth = _rows(x), _rows(dy)
+    return xp_of(x).matmul(worth, weight.T).reshape(x.shape), xp_of(x).matmul(rows.T, worth)
+
+
+def _rows(x: Array) -> Array:
+    """All leading axes together."""
+    return x if x.ndim == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 @kernel
@@ -43,3 +53,12 @@ def linear(
     if bias is not None:
         y += bias
     return y if activation is identity else activation.reference(y, out=y)
+
+
+@linear.vjp
+def _linear(
+    dy: Array, y: Array, x: Array, weight: Array, bias: Array | None = None, *,
+    activation: Kernel = identity,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Without an activation: one is differentiated as a step of its own."""
+    return *_matmul(dy, y, x, weight), dy

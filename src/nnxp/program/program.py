@@ -14,6 +14,7 @@ from nnxp._arrays import Array, Shape, is_array, xp_of
 from nnxp._errors import ShapeError
 from nnxp._library import KINDS, WITH_OUT, compute
 from nnxp.kernels import Kernel
+from nnxp.kernels.functions import einsum_terms
 from nnxp.program.traced import (
     ROWS,
     Step,
@@ -22,7 +23,6 @@ from nnxp.program.traced import (
     Value,
     axes_of,
     counts_rows,
-    einsum_terms,
     lifted,
     ndarray,
     perform,
@@ -189,7 +189,7 @@ def trace(
     *outlines: Any,
     layers: Mapping[int, tuple[str, Any]] | None = None,
     rows: int | None = None,
-    expands: bool = False,
+    expands: bool | Callable[[Kernel], bool] = False,
 ) -> Program:
     """The program of a function of arrays, for inputs of these (shape, dtype).
 

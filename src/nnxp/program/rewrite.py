@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from nnxp import kernels
+from nnxp._arrays import is_array
 from nnxp.program.program import Program, replay, trace
 from nnxp.program.recording import again
-from nnxp.program.traced import Step, Value, record
+from nnxp.program.traced import Step, Value, current_tape, ndarray, record
 
 CENTRING = (kernels.standardize, kernels.batch_norm)
 """Kernels that take away from the rows what is large in them."""
@@ -41,3 +42,47 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
     wide = Value(x.shape, np.dtype(dtype), name=x.name)
     made = trace(lambda *inputs: tuple(replay(program, inputs, change)), wide)
     return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)
+
+
+def merged(program: Program) -> Program:
+    """The program with what is computed twice computed once."""
+    made: dict[Any, Any] = {}
+
+    def change(step: Step, arrays: tuple[Any, ...]) -> Any:
+        current_tape().path = step.path
+        key = _key(step, arrays)
+        if key is None:
+            return repeated(step, arrays)
+        if key not in made:
+            made[key] = arrays, repeated(step, arrays)  # arrays live on: an id is not used again
+        return made[key][1]
+
+    inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
+    new = trace(lambda *given: tuple(replay(program, given, change)), *inputs)
+    return Program(new.inputs, new.outputs, new.steps, program.calls, program.several)
+
+
+def _key(step: Step, arrays: tuple[Any, ...]) -> Any:
+    """What a step's results follow from, to be looked up; None for what cannot be."""
+    if not isinstance(step.function, str | kernels.Kernel):
+        return None
+    inputs = tuple(
+        id(_same_numbers(each)) if isinstance(each, ndarray) else (type(each), repr(each))
+        for each in arrays
+    )
+    options = tuple(step.options.items())
+    if any(is_array(each) for _, option in options for each in _leaves(option)):
+        return None
+    return step.function, inputs, repr(options)
+
+
+def _same_numbers(x: ndarray) -> Any:
+    return x.value if x.value.numbers is None else x.value.numbers
+
+
+def _leaves(option: Any) -> Any:
+    if isinstance(option, tuple | list):
+        for each in option:
+            yield from _leaves(each)
+    else:
+        yield option

@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nnxp import _library
-from nnxp._arrays import Array, Shape, float_dtype, is_array, xp_of
+from nnxp._arrays import Array, HostArray, Shape, float_dtype, is_array, xp_of
 from nnxp._errors import NnxpError
 from nnxp._library import KINDS, VIEWS, compute
 from nnxp.kernels import Kernel
+from nnxp.kernels.functions import einsum_terms
 
 ROWS = 1_000_003
 """A prime stands for the number of rows: a size that is a multiple of it counts rows."""
@@ -85,13 +86,21 @@ class Step:
         return tuple(each for each in self.inputs if isinstance(each, Value))
 
 
+class Drawn(NamedTuple):
+    """An input of random numbers: `draw(rng)` gives a host array of its shape and type."""
+
+    value: Value
+    draw: Callable[[np.random.Generator], HostArray]
+
+
 @dataclass(slots=True)
 class Tape:
     """What is being written: steps, the path of the layer at work, and what layers were called.
 
     `layers` tells a layer's path and the layer itself by the id of the copy that is run, `rows` how
-    many there are, for what is said to people, and `expands` whether kernels are written out as
-    what their reference bodies do.
+    many there are, for what is said to people, and `expands` which kernels are written out as what
+    their reference bodies do: all, none, or those for which it says so. `drawn` are inputs that
+    are drawn at random before each run, `told` what layers tell besides their result, by name.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -99,7 +108,9 @@ class Tape:
     calls: list[tuple[str, Any, tuple[Any, ...], Any]] = field(default_factory=list)
     layers: Mapping[int, tuple[str, Any]] = field(default_factory=dict)
     rows: int | None = None
-    expands: bool = False
+    expands: bool | Callable[[Kernel], bool] = False
+    drawn: list[Drawn] = field(default_factory=list)
+    told: dict[str, Value] = field(default_factory=dict)
 
 
 _tape: ContextVar[Tape | None] = ContextVar("nnxp_tape", default=None)
@@ -158,7 +169,8 @@ class ndarray(_library.ndarray):
     def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """A whole kernel is one step."""
         out = options.pop("out", None)
-        if current_tape().expands:
+        expands = current_tape().expands
+        if expands is True or (expands and expands(kernel)):
             made = kernel.widened(*arrays, **options)
         else:
             made = record(kernel, arrays, options)
@@ -261,6 +273,20 @@ def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, A
     base = arrays[0] if views and isinstance(arrays[0], ndarray) else None
     results = [ndarray(each, base) for each in step.outputs]
     return results if step.several else results[0]
+
+
+def drawn(shape: Shape, dtype: Any, draw: Callable[[np.random.Generator], HostArray]) -> ndarray:
+    """Random numbers, other ones at each run: drawn on the host, an input more of the program."""
+    tape = current_tape()
+    value = Value(shape, np.dtype(dtype), name=f"drawn{len(tape.drawn)}")
+    tape.drawn.append(Drawn(value, draw))
+    return ndarray(value)
+
+
+def tell(name: str, x: ndarray) -> None:
+    """What the layer at work tells besides its result: an output more of the program."""
+    tape = current_tape()
+    tape.told[f"{tape.path}.{name}" if tape.path else name] = x.value
 
 
 def constants(made: Any) -> Any:
@@ -546,22 +572,6 @@ def _tensordot(step: Step) -> Any:
     return tuple(shape), np.result_type(a.dtype, b.dtype)
 
 
-def einsum_terms(subscripts: str, ndims: Sequence[int]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result, ellipses and implicit results spelt out."""
-    terms, arrow, result = subscripts.replace(" ", "").partition("->")
-    letters = terms.split(",")
-    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in subscripts]
-    most = max((n - len(t) + 3 for t, n in zip(letters, ndims, strict=True) if "..." in t),
-               default=0)  # fmt: skip
-    lead = "".join(spare[:most])
-    spelt = [t.replace("...", lead[most - (n - len(t) + 3) :] if "..." in t else "")
-             for t, n in zip(letters, ndims, strict=True)]  # fmt: skip
-    if arrow:
-        return spelt, result.replace("...", lead)
-    once = sorted(c for c in set("".join(letters)) - {"."} if "".join(letters).count(c) == 1)
-    return spelt, lead + "".join(once)
-
-
 def _einsum(step: Step) -> Any:
     parts = step.values
     terms, result = einsum_terms(step.options["subscripts"], [len(p.shape) for p in parts])
@@ -598,6 +608,15 @@ def _diff(step: Step) -> Any:
     return x.shape[:axis] + (size,) + x.shape[axis + 1 :], x.dtype
 
 
+def _scatter(step: Step) -> Any:
+    return tuple(step.options["shape"]), step.values[0].dtype
+
+
+def _segment_sum(step: Step) -> Any:
+    values, ids = step.inputs
+    return (int(step.options["size"]), *values.shape[len(ids.shape) :]), values.dtype
+
+
 _OUTLINES: dict[str, Callable[[Step], Any]] = {
     "elementwise": _elementwise, "comparison": _elementwise, "reduction": _reduction,
     "scan": _scan, "movement": _movement, "creation": _creation, "contraction": _matmul,
@@ -605,7 +624,7 @@ _OUTLINES: dict[str, Callable[[Step], Any]] = {
     "astype": _astype, "concatenate": _concatenate, "stack": _stack, "pad": _pad,
     "repeat": _repeat, "tile": _tile, "take": _take, "take_along_axis": _take_along_axis,
     "dot": _dot, "outer": _outer, "tensordot": _tensordot, "einsum": _einsum, "diff": _diff,
-    "roll": _same, "flip": _same,
+    "roll": _same, "flip": _same, "scatter": _scatter, "segment_sum": _segment_sum,
 }  # fmt: skip
 
 

@@ -736,6 +736,45 @@ def _diff(x: ndarray, n: int = 1, axis: int = -1) -> ndarray:
     return x
 
 
+@_rule
+def _scatter(*values: ndarray, shape: Shape, keys: tuple[Any, ...]) -> ndarray:
+    parts = [_lifted(each, values[0].dtype) for each in values]
+
+    def put(arrays: Sequence[HostArray]) -> HostArray:
+        return compute(np, "scatter", tuple(arrays), {"shape": shape, "keys": _plain(keys)})  # type: ignore[no-any-return]
+
+    return _added_up(put, [each.value for each in parts], [each.error for each in parts],
+                     parts[0].dtype)  # fmt: skip
+
+
+@_rule
+def _segment_sum(values: ndarray, ids: Any, size: int) -> ndarray:
+    at = ids if isinstance(ids, ndarray) else asarray(ids)
+    if at.error.any():
+        raise NoBound("segment_sum by ids that rounding may change")
+
+    def put(arrays: Sequence[HostArray]) -> HostArray:
+        return compute(np, "segment_sum", (arrays[0], at.value), {"size": size})  # type: ignore[no-any-return]
+
+    return _added_up(put, [values.value], [values.error], values.dtype)
+
+
+def _added_up(
+    put: Callable[[Sequence[HostArray]], HostArray],
+    values: list[HostArray], errors: list[HostArray], dtype: Any,
+) -> ndarray:  # fmt: skip
+    """Sums of what is put in the same places, which may be of one term."""
+    value, terms = put(values), put([np.ones_like(each) for each in values])
+    if _rigorous.get():
+        u = unit_roundoff(_charged(dtype))
+        own, carried = terms * u * put([np.abs(each) for each in values]), put(errors)
+    else:
+        own = _walk(value, np.sqrt(put([each**2 for each in values])), terms, dtype)
+        carried = np.sqrt(put([each**2 for each in errors]))
+    own = np.where(terms > 1, own + _rounding(value, dtype), 0.0)
+    return _made(value, own + carried, dtype)
+
+
 # Products
 
 
