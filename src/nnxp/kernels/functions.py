@@ -465,7 +465,7 @@ def _windows(dy: Array, y: Array, x: Array, window_shape: Any, axis: Any = None)
 @_rule("take")
 def _take(dy: Array, y: Array, x: Array, ids: Any, axis: Any = None) -> tuple[Any, ...]:
     if axis is None:
-        (dx,) = _take(dy, y, x.reshape(-1), ids, 0)
+        dx, _ = _take(dy, y, x.reshape(-1), ids, 0)
         return dx.reshape(x.shape), None
     (axis,) = _axes(axis, x.ndim)
     count = np.ndim(ids) if not hasattr(ids, "ndim") else ids.ndim

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from math import prod
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -416,7 +416,7 @@ def _reduction(step: Step) -> Any:
         compute(np, step.name, (np.empty(x.shape, x.dtype),), step.options)
     keep = step.options.get("keepdims", False)
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keep or i not in axes)
-    plain = {k: v for k, v in step.options.items() if k not in ("axis", "keepdims", "ord")}
+    plain = {k: v for k, v in step.options.items() if k not in ("axis", "keepdims", "ord", "ddof")}
     one = np.ones(1, x.dtype)
     return shape, (one if step.name == "norm" else compute(np, step.name, (one,), plain)).dtype
 
@@ -429,7 +429,7 @@ def _scan(step: Step) -> Any:
     flat = flat or (step.name.startswith("cum") and "axis" not in step.options)
     if not flat:
         axes_of(step.options.get("axis", -1), len(x.shape))
-    return ((prod(x.shape),) if flat else x.shape), dtype
+    return ((math.prod(x.shape),) if flat else x.shape), dtype
 
 
 def _movement(step: Step) -> Any:
@@ -442,10 +442,10 @@ def _movement(step: Step) -> Any:
 def _reshape(step: Step) -> Any:
     (x,) = step.inputs
     sizes = [int(size) for size in np.atleast_1d(np.asarray(step.options["shape"], "int64"))]
-    known = prod(size for size in sizes if size != -1)
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and known:
-        sizes[sizes.index(-1)] = prod(x.shape) // known
-    if prod(sizes) != prod(x.shape) or -1 in sizes:
+        sizes[sizes.index(-1)] = math.prod(x.shape) // known
+    if math.prod(sizes) != math.prod(x.shape) or -1 in sizes:
         raise ValueError(f"cannot reshape {x.shape} into {step.options['shape']}")
     step.options["shape"] = tuple(sizes)
     return tuple(sizes), x.dtype
@@ -494,7 +494,7 @@ def _pad(step: Step) -> Any:
 def _repeat(step: Step) -> Any:
     x, repeats, axis = step.inputs[0], step.options["repeats"], step.options.get("axis")
     times = np.asarray(repeats)
-    shape = (prod(x.shape),) if axis is None else x.shape
+    shape = (math.prod(x.shape),) if axis is None else x.shape
     (axis,) = axes_of(0 if axis is None else axis, len(shape))
     total = shape[axis] * int(times) if times.size == 1 else int(times.sum())
     return shape[:axis] + (total,) + shape[axis + 1 :], x.dtype
@@ -553,7 +553,7 @@ def _dot(step: Step) -> Any:
 
 def _outer(step: Step) -> Any:
     a, b = step.inputs
-    return (prod(a.shape), prod(b.shape)), np.result_type(a.dtype, b.dtype)
+    return (math.prod(a.shape), math.prod(b.shape)), np.result_type(a.dtype, b.dtype)
 
 
 def _tensordot(step: Step) -> Any:

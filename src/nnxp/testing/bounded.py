@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from functools import reduce as fold
-from math import pi, prod
+import math
 from math import sqrt as root
 from typing import Any, TypeVar
 
@@ -426,7 +426,7 @@ def _arctan2(y: Any, x: Any) -> ndarray:
     across = np.abs(b.value) * a.error + np.abs(a.value) * b.error
     carried = np.where(across == 0, 0.0, across / (a.value**2 + b.value**2))
     cut = _close(a, asarray(0)) & (b.value <= _extent(b))
-    carried = np.where(cut, 2 * pi, np.minimum(carried, 2 * pi))
+    carried = np.where(cut, 2 * math.pi, np.minimum(carried, 2 * math.pi))
     return _made(value, carried + _rounding(value, dtype, 2), dtype)
 
 
@@ -491,7 +491,7 @@ def erf(x: ndarray) -> ndarray:
     from nnxp.kernels._erf import erf as on_host
 
     with np.errstate(all="ignore"):
-        slope = 2 / root(pi) * np.exp(-(x.value**2))
+        slope = 2 / root(math.pi) * np.exp(-(x.value**2))
         return _function(on_host(x.value), slope, x, x.dtype)
 
 
@@ -848,7 +848,7 @@ def _outer(x: Any, y: Any) -> ndarray:
 def _tensordot(x: Any, y: Any, axes: Any = 2) -> ndarray:
     arrays, dtype = _factors(x, y)
     summed = range(-axes, 0) if isinstance(axes, int) else np.atleast_1d(axes[0])
-    terms = prod(arrays[0].shape[int(i)] for i in summed)
+    terms = math.prod(arrays[0].shape[int(i)] for i in summed)
     return _product("tensordot", arrays, {"axes": axes}, terms, dtype)
 
 
@@ -865,7 +865,7 @@ def _einsum(*operands: Any, subscripts: str) -> ndarray:
         letters |= {c: n for part, each in zip(inputs.split(","), arrays, strict=True)
                     for c, n in zip(part.partition("...")[0], each.shape, strict=False)}  # fmt: skip
         kept = result if "->" in subscripts else [c for c in letters if inputs.count(c) == 1]
-        terms = prod(n for c, n in letters.items() if c not in kept)
+        terms = math.prod(n for c, n in letters.items() if c not in kept)
     return _product("einsum", arrays, {"subscripts": subscripts}, max(1, terms), dtype)
 
 
