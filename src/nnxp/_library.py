@@ -161,6 +161,9 @@ def _assign(xp: Any, x: Array, value: Any, key: Any) -> Array:
 
 def _scatter(xp: Any, *values: Array, shape: Shape, keys: tuple[Any, ...]) -> Array:
     """Zeros, with each value added at its key."""
+    if issubclass(type(values[0]), ndarray):
+        options = {"shape": shape, "keys": keys}
+        return type(values[0]).apply("scatter", values, options, None)
     y = xp.zeros(shape, values[0].dtype)
     for value, key in zip(values, keys, strict=True):
         if any(isinstance(each, list) or hasattr(each, "shape") for each in _as_tuple(key)):
@@ -172,6 +175,8 @@ def _scatter(xp: Any, *values: Array, shape: Shape, keys: tuple[Any, ...]) -> Ar
 
 def _segment_sum(xp: Any, values: Array, ids: Array, size: int) -> Array:
     """y[i] is the sum of the values whose id is i: values ids.shape + (...) -> y (size, ...)."""
+    if issubclass(type(values), ndarray):
+        return type(values).apply("segment_sum", (values, ids), {"size": size}, None)
     y = xp.zeros((size, *values.shape[ids.ndim :]), values.dtype)
     xp.add.at(y, ids, values)
     return y

@@ -206,21 +206,26 @@ def _relu(x: Array, y: Array) -> Array:
     return xp_of(y).not_equal(y, 0)  # true of NaN, which goes on
 
 
+def _above(x: Array) -> Array:
+    """1 where x > 0, else 0, in the type of x"""
+    return xp_of(x).greater(x, 0).astype(x.dtype)
+
+
 @_slope(leaky_relu)
 def _leaky_relu(x: Array, y: Array, *, negative_slope: float = 0.01) -> Array:
-    return xp_of(x).greater(x, 0) * (1 - negative_slope) + negative_slope
+    return _above(x) * (1 - negative_slope) + negative_slope
 
 
 @_slope(elu)
 def _elu(x: Array, y: Array, *, alpha: float = 1.0) -> Array:
     below = xp_of(y).minimum(y, 0) + alpha
-    return below if alpha == 1 else below + xp_of(x).greater(x, 0) * (1 - alpha)
+    return below if alpha == 1 else below + _above(x) * (1 - alpha)
 
 
 @_slope(selu)
 def _selu(x: Array, y: Array) -> Array:
     below = xp_of(y).minimum(y, 0) + SELU_ALPHA * SELU_SCALE
-    return below + xp_of(x).greater(x, 0) * (SELU_SCALE - SELU_ALPHA * SELU_SCALE)
+    return below + _above(x) * (SELU_SCALE - SELU_ALPHA * SELU_SCALE)
 
 
 @_slope(softplus)
@@ -242,7 +247,7 @@ def _sigmoid(x: Array, y: Array) -> Array:
 @_slope(hard_sigmoid)
 def _hard_sigmoid(x: Array, y: Array) -> Array:
     xp = xp_of(x)
-    return xp.less(xp.absolute(x), 3) * (1 / 6)
+    return xp.less(xp.absolute(x), 3).astype(x.dtype) * (1 / 6)
 
 
 @_slope(tanh)

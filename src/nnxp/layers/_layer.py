@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import cached_property, wraps
@@ -77,6 +79,9 @@ class Layer(metaclass=_Assembly):
     wide: ClassVar[tuple[str, ...]] = ()
     """The fields that stay in float64 whatever the model's type."""
 
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """The fields that training leaves as they are, such as recorded statistics."""
+
     known: ClassVar[dict[str, type[Layer]]] = {}
     """Layers by class name, so that a file can name them."""
 
@@ -119,6 +124,15 @@ class Layer(metaclass=_Assembly):
     def examples(cls) -> Iterator[Example]:
         """Small instances with shapes of x they take: what every test of all layers runs on."""
         raise NotImplementedError(f"{cls.__name__} has no examples: define examples()")
+
+    def training(self: L) -> L:
+        """Its form while it is trained; itself, unless it or a layer in it has another.
+
+        Dropout drops and BatchNorm normalises by the batch. The parameters keep their names.
+        """
+        forms = {name: _in_training(value) for name, value in self._fields()}
+        same = all(forms[name] is value for name, value in self._fields())
+        return self if same else self._copy(forms)
 
     # how it is made
 
@@ -455,6 +469,15 @@ class Layer(metaclass=_Assembly):
         self.__dict__.update(fields, _fixed=True)
 
 
+def _in_training(value: Any) -> Any:
+    if isinstance(value, Layer):
+        return value.training()
+    if isinstance(value, tuple) and any(isinstance(item, Layer) for item in value):
+        forms = tuple(map(_in_training, value))
+        return value if all(a is b for a, b in zip(forms, value, strict=True)) else forms
+    return value
+
+
 def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
     """The formula, guarded: what does not fit is refused before any work, and errors name layers."""
     signature = inspect.signature(formula)
@@ -591,7 +614,7 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
         if original is None:
             raise
         del tape.steps[mark:]
-        made = traced.opaque(original, inputs, _opaque_outline(original, inputs), str(error))
+        made = traced.opaque(original, inputs, _opaque_outline(original, inputs), _reason(error))
     except NnxpError:
         raise
     except (ValueError, IndexError, TypeError) as error:
@@ -600,6 +623,18 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
         tape.path = outer
     tape.calls.append((path, original, given, made))
     return made
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, and the line of the formula in which it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if os.path.dirname(_HERE) not in f.filename]
+    if not own:
+        return str(error)
+    return f"{error}, in {os.path.basename(own[-1].filename)} line {own[-1].lineno}: {own[-1].line}"
+
+
+_HERE = os.path.dirname(__file__)
 
 
 def _misfit(layer: Layer, inputs: tuple[Any, ...], rows: int | None, error: Exception) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
+from typing import ClassVar
 
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import Array, float_dtype
+from nnxp._arrays import Array, float_dtype, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.layers._layer import Example, Layer, array_shape, generator, whole
+from nnxp.program import traced
 
 
 class _Norm(Layer):
@@ -89,7 +91,14 @@ class BatchNorm(_Norm):
 
     x (rows, ..., channels) -> y like x; mean, var, gain and bias are (channels,) and start at
     0, 1, 1 and 0.   [Ioffe & Szegedy 2015, arXiv:1502.03167]
+
+    In training, mean and var are those of the batch, over all axes but the last, and the running
+    ones move a tenth of the way to them; var then is the unbiased one, as in torch.
     """
+
+    fixed = ("mean", "var")
+    momentum: ClassVar[float] = 0.1
+    """How much of the running statistics a batch replaces in training."""
 
     mean: Array
     var: Array
@@ -108,10 +117,35 @@ class BatchNorm(_Norm):
     def __call__(self, x: Array) -> Array:
         return kernels.batch_norm(self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps)
 
+    def training(self) -> BatchNorm:
+        return _BatchNormInTraining.of(**dict(self._fields()))
+
     @classmethod
     def examples(cls) -> Iterator[Example]:
         yield _drawn(cls(6, eps=1e-3)), (4, 6)
         yield _drawn(cls(5)), (2, 3, 5)
+
+
+class _BatchNormInTraining(BatchNorm):
+    """BatchNorm by the batch's own mean and variance; tells the running ones."""
+
+    def __call__(self, x: Array) -> Array:
+        self._fitting(x)
+        if not isinstance(x, traced.ndarray):
+            raise OptionError(traced.ONLY_IN_TRAINING.format(self))
+        axes = tuple(range(x.ndim - 1))
+        count = x.size // x.shape[-1]
+        if count < 2:
+            raise ShapeError(f"{self} has no variance of one row: train it on batches of two or more")
+        mean = x.mean(axis=axes)
+        y = x - mean
+        var = (y * y).mean(axis=axes)
+        traced.tell("mean", self.mean + (mean - self.mean) * self.momentum)
+        traced.tell("var", self.var + (var * (count / (count - 1)) - self.var) * self.momentum)
+        return y * (self.gain / xp_of(var).sqrt(var + self.eps)) + self.bias
+
+    def training(self) -> BatchNorm:
+        return self
 
 
 class Standardize(_Norm):
@@ -123,6 +157,7 @@ class Standardize(_Norm):
     """
 
     wide = ("mean", "scale")
+    fixed = ("mean", "scale")
 
     mean: Array
     scale: Array

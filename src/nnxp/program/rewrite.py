@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import is_array
+from nnxp._arrays import HostArray, is_array
 from nnxp.program.program import Program, replay, trace
 from nnxp.program.recording import again
 from nnxp.program.traced import Step, Value, current_tape, ndarray, record
@@ -88,3 +90,30 @@ def _leaves(option: Any) -> Any:
             yield from _leaves(each)
     else:
         yield option
+
+
+def placed(program: Program, move: Callable[[HostArray], Any]) -> Program:
+    """The program with its host constants as `move` makes them: for arrays that are elsewhere."""
+    moved: dict[int, Any] = {}
+
+    def at(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            if id(x) not in moved:
+                moved[id(x)] = x, move(x)  # x lives on: its id is not used again
+            return moved[id(x)][1]
+        if isinstance(x, Value) and type(x.numbers) is np.ndarray:
+            return Value(x.shape, x.dtype, at(x.numbers), x.name)
+        if isinstance(x, tuple | list):
+            return type(x)(map(at, x))
+        return x
+
+    steps = tuple(
+        replace(
+            step,
+            inputs=tuple(map(at, step.inputs)),
+            options={name: at(option) for name, option in step.options.items()},
+        )
+        for step in program.steps
+    )
+    outputs = tuple(map(at, program.outputs))
+    return Program(program.inputs, outputs, steps, program.calls, program.several)

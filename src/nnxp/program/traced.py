@@ -28,6 +28,12 @@ ROWS = 1_000_003
 """A prime stands for the number of rows: a size that is a multiple of it counts rows."""
 
 
+ONLY_IN_TRAINING = (
+    "{} is in its training form, which nnxp.fit and nnxp.value_and_gradients run, written out; the "
+    "model itself computes as is"
+)
+
+
 class Untraceable(NnxpError, TypeError):
     """A formula cannot be written down; the message says what in it."""
 
