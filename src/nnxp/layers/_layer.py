@@ -614,7 +614,7 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
         if original is None:
             raise
         del tape.steps[mark:]
-        made = traced.opaque(original, inputs, _opaque_outline(original, inputs), _reason(error))
+        made = traced.opaque(original, inputs, _opaque_outline(original, inputs), reason_of(error))
     except NnxpError:
         raise
     except (ValueError, IndexError, TypeError) as error:
@@ -625,7 +625,7 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
     return made
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What an error says, and the line of the formula in which it arose."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if os.path.dirname(_HERE) not in f.filename]
