@@ -168,7 +168,9 @@ def differences(function, arrays):
 
 
 def assert_right(function, arrays, rtol=1e-7):
-    for made, wanted in zip(gradients(function, arrays), differences(function, arrays), strict=True):
+    for made, wanted in zip(
+        gradients(function, arrays), differences(function, arrays), strict=True
+    ):
         assert made.shape == wanted.shape
         np.testing.assert_allclose(made, wanted, rtol=rtol, atol=rtol * max(1, abs(wanted).max()))
 

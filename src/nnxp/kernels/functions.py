@@ -371,9 +371,7 @@ def _concatenate(dy: Array, y: Array, *parts: Array, axis: Any = 0) -> tuple[Any
         return tuple(d.reshape(each.shape) for d, each in zip(flat, parts, strict=True))
     (axis,) = _axes(axis, dy.ndim)
     ends = [int(end) for end in np.cumsum([each.shape[axis] for each in parts])]
-    return tuple(
-        dy[_along(axis, start, end)] for start, end in zip([0, *ends], ends, strict=False)
-    )
+    return tuple(dy[_along(axis, start, end)] for start, end in zip([0, *ends], ends, strict=False))
 
 
 @_rule("stack")
@@ -536,7 +534,9 @@ def _tensordot(dy: Array, y: Array, a: Array, b: Array, axes: Any = 2) -> tuple[
     """As the product of the matrices that a and b are when their axes are in order."""
     if isinstance(axes, int | np.integer):
         axes = list(range(a.ndim - int(axes), a.ndim)), list(range(int(axes)))
-    met = [[int(i) % x.ndim for i in np.atleast_1d(each)] for x, each in zip((a, b), axes, strict=True)]
+    met = [
+        [int(i) % x.ndim for i in np.atleast_1d(each)] for x, each in zip((a, b), axes, strict=True)
+    ]
     own = [[i for i in range(x.ndim) if i not in m] for x, m in zip((a, b), met, strict=True)]
     orders = own[0] + met[0], met[1] + own[1]
     rows = prod(a.shape[i] for i in own[0])
@@ -545,7 +545,9 @@ def _tensordot(dy: Array, y: Array, a: Array, b: Array, axes: Any = 2) -> tuple[
     flat = dy.reshape(rows, right.shape[1])
     made = xp_of(dy).matmul(flat, right.T), xp_of(dy).matmul(left.T, flat)
     return tuple(
-        each.reshape(tuple(x.shape[i] for i in order)).transpose(*(int(i) for i in np.argsort(order)))
+        each.reshape(tuple(x.shape[i] for i in order)).transpose(
+            *(int(i) for i in np.argsort(order))
+        )
         for each, x, order in zip(made, (a, b), orders, strict=True)
     )
 

@@ -115,7 +115,9 @@ class BatchNorm(_Norm):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return kernels.batch_norm(self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps)
+        return kernels.batch_norm(
+            self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps
+        )
 
     def training(self) -> BatchNorm:
         return _BatchNormInTraining.of(**dict(self._fields()))
@@ -136,7 +138,9 @@ class _BatchNormInTraining(BatchNorm):
         axes = tuple(range(x.ndim - 1))
         count = x.size // x.shape[-1]
         if count < 2:
-            raise ShapeError(f"{self} has no variance of one row: train it on batches of two or more")
+            raise ShapeError(
+                f"{self} has no variance of one row: train it on batches of two or more"
+            )
         mean = x.mean(axis=axes)
         y = x - mean
         var = (y * y).mean(axis=axes)

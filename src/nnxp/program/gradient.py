@@ -185,7 +185,12 @@ def _fitted(dx: ndarray, value: Value) -> ndarray:
     shape = value.shape
     if dx.shape != shape:
         lead = dx.ndim - len(shape)
-        if lead and shape == dx.shape[-1:] and dx.dtype.itemsize >= 4 and not any(map(counts_rows, dx.shape)):
+        if (
+            lead
+            and shape == dx.shape[-1:]
+            and dx.dtype.itemsize >= 4
+            and not any(map(counts_rows, dx.shape))
+        ):
             rows = dx.reshape(-1, shape[0])  # BLAS adds rows up faster than a reduction does
             dx = xp.matmul(np.ones(rows.shape[0], dx.dtype), rows)
         else:
@@ -195,4 +200,3 @@ def _fitted(dx: ndarray, value: Value) -> ndarray:
         if dx.shape != shape:  # a number that was given as what it would be repeated to
             dx = xp.broadcast_to(dx, shape)
     return dx.astype(value.dtype, copy=False)
-

@@ -216,7 +216,9 @@ class Recording:
         self._places[value] = True, len(self._slots) - 1
         return len(self._slots) - 1
 
-    def _bound(self, fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Call:
+    def _bound(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Call:
         """fn of these operands, as a call without arguments."""
         places = [self._place(each) for each in args]
         if not any(moves for moves, _ in places):

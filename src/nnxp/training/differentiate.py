@@ -135,7 +135,11 @@ class LossRunner:
             rest = gradients or [np.empty(v.shape, v.dtype) for v in outputs[mark:]]
             results += rest
             self._recording([*parameters, *arrays, *drawn], results)
-            return results[0], dict(zip(self.written.told, results[1:], strict=False)), results[mark:]
+            return (
+                results[0],
+                dict(zip(self.written.told, results[1:], strict=False)),
+                results[mark:],
+            )
         with self._home.current() if self.place != "cpu" else nullcontext():
             moved = [to_backend(each, self._home) for each in drawn]
             made = self._program.run([*parameters, *arrays, *moved])
