@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import draw, every_layer
 
 import nnxp
+from conftest import draw, every_layer
 from nnxp import kernels
 from nnxp._errors import NotDifferentiable
 from nnxp.kernels.functions import RULES
+from nnxp.layers._layer import walk
 from nnxp.program import traced as xp
-from nnxp.program.gradient import gradient, pullback
+from nnxp.program.gradient import pullback
 from nnxp.program.program import trace
+from nnxp.program.recording import expanded
+from nnxp.testing import bounded
 
 STEP = 1e-5
 BITS = np.array([[True, False, True], [False, False, True]])
@@ -182,3 +185,271 @@ def test_every_rule_agrees_with_central_differences(name):
 
 def test_every_rule_has_a_case():
     assert set(RULES) == {name.partition(" ")[0] for name in CASES} - {"T", "in", "vector"}
+
+
+# kernels: a rule says what the reference body does
+
+KERNELS_WITH_RULES = [
+    kernel for kernel in kernels.KERNELS.values() if kernel.rule and kernel is not kernels.identity
+]
+ARRAYS = {"linear": [(4, 5), (5, 3), (3,)], "matmul": [(2, 4, 5), (5, 3)],
+          "layer_norm": [(4, 6), (6,), (6,)], "rms_norm": [(4, 6), (6,)]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS_WITH_RULES, ids=lambda kernel: kernel.__name__)
+def test_the_rule_of_a_kernel_is_the_gradient_of_its_reference_body(kernel):
+    arrays = [normal(*shape, seed=i) for i, shape in
+              enumerate(ARRAYS.get(kernel.__name__, [(4, 7)]))]  # fmt: skip
+    by_rule = gradients(kernel, arrays)
+    by_body = gradients(kernel.reference, arrays)
+    for made, wanted in zip(by_rule, by_body, strict=True):
+        np.testing.assert_allclose(made, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", kernels.ACTIVATIONS)
+def test_gradients_of_activations_are_finite_far_out_and_pass_nan_on(name):
+    far = np.float32([[-1e30, -1e4, -100, -40, -1e-30, 0, 1e-30, 40, 100, 1e4, 1e30]])
+    program = trace(kernels.ACTIVATIONS[name], (far.shape, "float32"))
+    back = pullback(program, program.inputs)
+    _, dx = back.run([far, np.ones_like(far)])
+    assert dx.dtype == np.float32
+    assert np.isfinite(dx).all()
+    bad = np.float32([[np.nan, 1.0]])
+    program = trace(kernels.ACTIVATIONS[name], (bad.shape, "float32"))
+    y, dx = pullback(program, program.inputs).run([bad, np.float32([[1, 1]])])
+    if name not in ("identity", "relu", "hard_sigmoid", "leaky_relu"):  # flat or straight there
+        assert np.isnan(dx[0, 0])
+    assert np.isnan(y[0, 0])
+
+
+def test_slopes_at_kinks_are_as_documented():
+    zero = np.zeros((1, 1))
+    for name, slope in (("relu", 0), ("leaky_relu", 0.01), ("elu", 1), ("softplus", 0.5),
+                        ("selu", 1.6732632423543772 * 1.0507009873554805)):  # fmt: skip
+        (dx,) = gradients(lambda x, n=name: kernels.ACTIVATIONS[n](x) / worth_of((1, 1)), [zero])
+        np.testing.assert_allclose(dx, slope)
+    ties = np.array([1.0, 3.0, 3.0])
+    (dx,) = gradients(lambda x: x.max() / worth_of(()), [ties])
+    np.testing.assert_array_equal(dx, [0, 0.5, 0.5])
+    (dx,) = gradients(lambda x: xp.maximum(x, 3.0) / worth_of((3,)), [ties])
+    np.testing.assert_array_equal(dx, [0, 0.5, 0.5])
+    (dx,) = gradients(lambda x: xp.clip(x, 1.0, 2.0) / worth_of((3,)), [ties])
+    np.testing.assert_array_equal(dx, [1, 0, 0])
+    (dx,) = gradients(lambda x: (abs(x) + xp.sqrt(x * 0 + 4)) / worth_of((1, 1)), [zero])
+    np.testing.assert_array_equal(dx, 0)
+
+
+# layers
+
+
+def layer_gradients(layer, x, worth):
+    """Of sum(worth * layer(x)), by x and by every parameter."""
+
+    def loss(model, x):
+        return (model(x) * worth).sum()
+
+    _, found = nnxp.value_and_gradients(loss)(layer, x)
+    _, back = nnxp.vjp(layer, x)
+    return {"x": back(worth)} | found
+
+
+@every_layer
+@pytest.mark.filterwarnings("ignore:no gradient")
+def test_every_layer_s_gradients_agree_with_central_differences(layer, shape):
+    layer, x = layer.astype("float64"), draw(shape, "float64")
+    worth = draw(layer(x).shape, "float64", 9)
+    arrays = {"x": x} | layer.parameters()
+    found = layer_gradients(layer, x, worth)
+    assert found.keys() == arrays.keys()
+    rng = np.random.default_rng(1)
+    for name, array in arrays.items():
+        way = rng.normal(size=array.shape)
+        way /= np.linalg.norm(way)
+        ends = []
+        for step in (STEP, -STEP):
+            moved = arrays | {name: array + step * way}
+            own = {n: p for n, p in moved.items() if n != "x"}
+            ends.append((layer.with_parameters(own)(moved["x"]) * worth).sum())
+        slope = (ends[0] - ends[1]) / (2 * STEP)
+        assert found[name].shape == array.shape
+        np.testing.assert_allclose((found[name] * way).sum(), slope, rtol=1e-6, atol=1e-7)
+
+
+@every_layer
+@pytest.mark.filterwarnings("ignore:no gradient")
+def test_every_layer_s_gradients_are_the_same_on_the_simulated_device(layer, shape, sim):
+    x = draw(shape)
+    worth = draw(layer(x).shape, seed=9)
+
+    def loss(model, x, worth):
+        return (model(x) * worth).sum()
+
+    step = nnxp.value_and_gradients(loss)
+    y, found = step(layer, x, worth)
+    moved = layer.to("sim"), *(nnxp.to_backend(each, "sim") for each in (x, worth))
+    step(*moved)
+    sim.reset()
+    y2, found2 = step(*moved)
+    assert (sim.count.put, sim.count.get, sim.count.implicit) == (0, 0, 0)
+    np.testing.assert_allclose(nnxp.asnumpy(y2), y, rtol=1e-5)
+    for name, g in found.items():
+        assert found2[name].dtype == g.dtype == layer.parameters()[name].dtype
+        np.testing.assert_allclose(nnxp.asnumpy(found2[name]), g, rtol=1e-4, atol=1e-5)
+
+
+@every_layer
+def test_every_layer_s_gradients_are_within_the_bound_of_float64(layer, shape):
+    """The gradient program on arrays that know their error judges the one on NumPy."""
+    x = draw(shape)
+    program = trace(lambda x, *p: _with(layer, p)(x), (x.shape, x.dtype),
+                    *((p.shape, p.dtype) for p in layer.parameters().values()))  # fmt: skip
+    back = pullback(program, program.inputs)
+    given = [x, *layer.parameters().values(), draw(program.outputs[0].shape, seed=9)]
+    made = back.run(given)
+    sure = back.run([bounded.asarray(each) for each in given])
+    for y, limit in zip(made, sure, strict=True):
+        if isinstance(limit, bounded.ndarray):
+            off = np.abs(y.astype("float64") - limit.value)
+            assert (off <= bounded.LIMIT * limit.error).all(), (off / limit.error).max()
+            wrong = np.abs(y * 1.001 - limit.value) > bounded.LIMIT * limit.error
+            assert wrong.any() or not np.abs(y).max() or y.size < 8
+
+
+def _with(layer, arrays):
+    named = dict(zip(layer.parameters(), arrays, strict=True))
+    return layer.map_arrays(lambda name, _: named[name])
+
+
+@every_layer
+def test_no_step_of_a_float32_gradient_is_in_float64(layer, shape):
+    if any(each.wide for _, each in [*walk(layer), ("", layer)]):
+        pytest.skip("it computes in float64 on purpose")
+    program = trace(lambda x: layer(x), (shape, "float32"))
+    back = expanded(pullback(program, program.inputs))
+    assert not [s for s in back.steps for v in s.outputs if v.dtype == np.float64]
+
+
+# what has no gradient
+
+
+class LooksAtNumbers(nnxp.Layer):
+    weight: np.ndarray
+
+    def __call__(self, x):
+        if float(x.max()) > 0:
+            return x * self.weight
+        return x
+
+
+def mean(model, x):
+    return model(x).mean()
+
+
+def test_a_layer_that_looks_at_numbers_is_refused_by_its_path_and_line():
+    net = nnxp.Sequential(nnxp.Dense(3, 3, rng=0), LooksAtNumbers.of(np.ones(3, "float32")))
+    x = draw((4, 3))
+    with pytest.raises(NotDifferentiable, match=r"layers\.1 has no gradient.*test_gradient.py line"):
+        nnxp.value_and_gradients(mean)(net, x)
+
+
+def test_a_loss_that_looks_at_numbers_is_refused_by_its_line():
+    def loss(model, x):
+        return model(x).mean() * float(x.max())
+
+    with pytest.raises(NotDifferentiable, match=r"line \d+: return model\(x\)"):
+        nnxp.value_and_gradients(loss)(nnxp.Dense(3, 2, rng=0), draw((4, 3)))
+
+
+def test_a_function_without_a_rule_is_refused_by_name():
+    def loss(model, x):
+        return xp.linalg.norm(model(x), 3, axis=1).mean()
+
+    with pytest.raises(NotDifferentiable, match="no gradient of norm"):
+        nnxp.value_and_gradients(loss)(nnxp.Dense(3, 2, rng=0), draw((4, 3)))
+
+
+def test_a_gradient_of_many_numbers_is_refused():
+    with pytest.raises(NotDifferentiable, match="one number"):
+        nnxp.value_and_gradients(lambda m, x: m(x))(nnxp.Dense(3, 2, rng=0), draw((4, 3)))
+
+
+def test_a_gradient_that_counts_rows_wants_a_number_of_them():
+    program = nnxp.Dense(3, 2, rng=0).program((1, 3))
+    back = pullback(program, program.inputs)  # each row for itself: any number of them
+    _, dx = back.run([draw((7, 3)), draw((7, 2))])
+    assert dx.shape == (7, 3)
+    program = trace(lambda x: x.mean(axis=0), ((xp.ROWS, 3), "float64"))
+    with pytest.raises(NotDifferentiable, match="number of rows"):
+        pullback(program, program.inputs)
+
+
+def test_a_parameter_without_a_gradient_is_told_once():
+    net = nnxp.Sequential(nnxp.Dense(3, 2, rng=0), nnxp.Dense(2, 1, rng=1))
+    step = nnxp.value_and_gradients(lambda m, x: m.layers[0](x).mean())
+    with pytest.warns(UserWarning, match=r"does not depend on layers\.1\.weight, layers\.1\.bias"):
+        _, found = step(net, draw((4, 3)))
+    assert not found["layers.1.weight"].any()
+    step(net, draw((4, 3)))  # a warning would be an error
+
+
+def test_a_model_elsewhere_is_refused(sim):
+    with pytest.raises(nnxp.DeviceMismatch, match="different places"):
+        nnxp.value_and_gradients(mean)(nnxp.Dense(3, 2, rng=0).to("sim"), draw((4, 3)))
+
+
+def test_an_array_that_layers_share_gets_the_whole_gradient():
+    shared = nnxp.Dense(3, 3, "tanh", rng=0, dtype="float64")
+    twice = nnxp.Sequential(shared, nnxp.Dense.of(shared.weight, shared.bias))
+    x = normal(4, 3)
+    _, found = nnxp.value_and_gradients(mean)(twice, x)
+    moved = {n: p.copy() for n, p in twice.parameters().items()}
+    _, apart = nnxp.value_and_gradients(mean)(twice.with_parameters(moved), x)
+    total = apart["layers.0.weight"] + apart["layers.1.weight"]
+    np.testing.assert_allclose(found["layers.0.weight"], total)
+    np.testing.assert_array_equal(found["layers.0.weight"], found["layers.1.weight"])
+
+
+def test_a_gradient_is_nobody_else_s_memory():
+    step = nnxp.value_and_gradients(lambda m, x: (m.weight * x).sum())
+    scale = LooksAtNumbers.of(np.ones(3, "float32"))
+    x = draw((3,))
+    _, found = step(scale, x)
+    found["weight"][...] = 7
+    assert not (x == 7).any()
+    np.testing.assert_array_equal(step(scale, x)[1]["weight"], x)
+
+
+def test_vjp_of_several_arrays_and_results():
+    a, b = normal(3, 4), normal(4, 2, seed=1)
+    (y, z), back = nnxp.vjp(lambda a, b: (a @ b, a.sum()), a, b)
+    da, db = back(np.ones_like(y), np.asarray(2.0))
+    np.testing.assert_allclose(da, np.ones_like(y) @ b.T + 2)
+    np.testing.assert_allclose(db, a.T @ np.ones_like(y))
+
+
+# torch, as a second oracle
+
+
+@pytest.mark.parametrize(
+    "name",
+    """exp log1p tanh maximum clip logaddexp std prod cumprod sort median matmul einsum pad
+    take_along_axis""".split(),
+)
+def test_rules_agree_with_torch(name):
+    torch = pytest.importorskip("torch")
+    theirs = {
+        "maximum": lambda a, b: torch.maximum(*torch.broadcast_tensors(a, b)),
+        "clip": lambda x: torch.clamp(x, -0.5, 0.5), "std": lambda x: torch.std(x, unbiased=False),
+        "prod": lambda x: torch.prod(x, 1), "cumprod": lambda x: torch.cumprod(x, 1),
+        "sort": lambda x: torch.sort(x, 0).values,
+        "median": lambda x: torch.quantile(x, 0.5, dim=1),
+        "einsum": lambda a, b: torch.einsum("bij,bjk->ik", a, b),
+        "pad": lambda x: torch.nn.functional.pad(x, (2, 1, 1, 0), value=7),
+        "take_along_axis": lambda x: torch.take_along_dim(x, torch.tensor(ids), 1),
+    }  # fmt: skip
+    function, arrays = CASES[name]
+    given = [torch.tensor(x, requires_grad=True) for x in arrays]
+    y = theirs.get(name, getattr(torch, name, None))(*given)
+    y.backward(torch.tensor(worth_of(tuple(y.shape))))
+    for made, x in zip(gradients(function, arrays), given, strict=True):
+        np.testing.assert_allclose(made, x.grad.numpy(), rtol=1e-12, atol=1e-12)

@@ -216,9 +216,7 @@ class Engine:
             if len(x) == 0:
                 return backend.xp.empty(output, dtype) if out is None else out
             few = self.memory_limit is None and len(x) <= BLOCK_ROWS[0]
-            plan = (
-                Plan(len(x), 1, 0) if few else self._plan(place, kind, len(x))
-            )  # to ask takes long
+            plan = Plan(len(x), 1, 0) if few else self._plan(place, kind, len(x))  # to ask takes long
             made = backend.through(fn, x, out, output, dtype, plan, place.kept)
         if out is None and self.memory_limit is None:
             place.meet(x, kind, dtype, self.precision)
@@ -327,9 +325,7 @@ class Replica:
         try:
             program = self.model.program((shape, dtype))
         except Untraceable as error:
-            raise ShapeError(
-                f"{self.model!r:.200} does not go through an engine: {error}"
-            ) from None
+            raise ShapeError(f"{self.model!r:.200} does not go through an engine: {error}") from None
         if program.mixing:
             raise ShapeError(
                 f"an engine takes rows in blocks, but {program.mixing}; call the model on all of them"
@@ -386,7 +382,9 @@ class Replica:
                 np.copyto(out, into, casting="same_kind")
         idle.append(recording)
 
-    def meet(self, x: Array, kind: _Kind, dtype: np.dtype[Any], precision: str | None) -> None:
+    def meet(
+        self, x: Array, kind: _Kind, dtype: np.dtype[Any], precision: str | None
+    ) -> None:
         """Make the next call with such rows a short one.
 
         On a device few rows are recorded when they have come twice, unless layers are run as

@@ -166,7 +166,7 @@ RULES.update({name: _extreme(name) for name in "maximum minimum fmax fmin".split
 @_rule("where")
 def _where(dy: Array, y: Array, condition: Any, a: Any, b: Any) -> tuple[Any, ...]:
     xp = xp_of(dy)
-    chosen = condition if getattr(condition, "dtype", bool) == bool else xp.not_equal(condition, 0)
+    chosen = condition if isinstance(condition, bool) or condition.dtype.kind == "b" else xp.not_equal(condition, 0)
     return None, dy * chosen, dy * xp.logical_not(chosen)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from math import prod
+from typing import Any
 
 from nnxp._arrays import Array, xp_of
 from nnxp.kernels._dispatch import Kernel, kernel
@@ -30,7 +31,7 @@ def matmul(x: Array, weight: Array) -> Array:
 
 
 @matmul.vjp
-def _matmul(dy: Array, y: Array, x: Array, weight: Array) -> tuple[Array, ...]:
+def _matmul(dy: Array, y: Array, x: Array, weight: Array, **options: Any) -> tuple[Array, ...]:
     rows, worth = _rows(x), _rows(dy)
     return xp_of(x).matmul(worth, weight.T).reshape(x.shape), xp_of(x).matmul(rows.T, worth)
 
@@ -57,8 +58,7 @@ def linear(
 
 @linear.vjp
 def _linear(
-    dy: Array, y: Array, x: Array, weight: Array, bias: Array | None = None, *,
-    activation: Kernel = identity,
-) -> tuple[Array, ...]:  # fmt: skip
+    dy: Array, y: Array, x: Array, weight: Array, bias: Array | None = None, **options: Any
+) -> tuple[Array, ...]:
     """Without an activation: one is differentiated as a step of its own."""
     return *_matmul(dy, y, x, weight), dy

@@ -26,13 +26,7 @@ def layer_norm(
 
 @layer_norm.vjp
 def _layer_norm(
-    dy: Array,
-    y: Array,
-    x: Array,
-    gain: Array | None = None,
-    bias: Array | None = None,
-    *,
-    eps: float = 1e-5,
+    dy: Array, y: Array, x: Array, gain: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5
 ) -> tuple[Array, ...]:
     """dx = (d - mean(d) - h mean(d h)) / s, for y = h gain + bias, h = (x - mean) / s, d = dy gain"""
     xp = xp_of(x)

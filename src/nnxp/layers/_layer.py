@@ -584,7 +584,9 @@ def _written(model: Layer, outlines: tuple[Outline, ...], rows: int | None) -> P
             traced.Value((times * shape[0], *shape[1:]), dtype, name=name)
             for (shape, dtype), name in zip(outlines, names, strict=True)
         ]
-        return trace(lambda *inputs: formula(lifted, *inputs), *values, layers=layers, rows=rows)
+        return trace(
+            lambda *inputs: formula(lifted, *inputs), *values, layers=layers, rows=rows
+        )
 
     program = written(1)
     same_for_any_rows(program, written(2))

@@ -32,7 +32,7 @@ class Dropout(Layer):
     def __call__(self, x: Array) -> Array:
         return x
 
-    def training(self) -> Dropout:
+    def training(self) -> Any:
         return _DropoutInTraining.of(self.rate) if self.rate else self
 
     @classmethod
@@ -54,5 +54,5 @@ class _DropoutInTraining(Dropout):
 
         return x * traced.drawn(shape, "bool", draw) * (1 / (1 - rate))
 
-    def training(self) -> Dropout:
+    def training(self) -> _DropoutInTraining:
         return self

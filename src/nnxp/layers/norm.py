@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -115,11 +115,9 @@ class BatchNorm(_Norm):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return kernels.batch_norm(
-            self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps
-        )
+        return kernels.batch_norm(self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps)
 
-    def training(self) -> BatchNorm:
+    def training(self) -> Any:
         return _BatchNormInTraining.of(**dict(self._fields()))
 
     @classmethod
@@ -138,9 +136,7 @@ class _BatchNormInTraining(BatchNorm):
         axes = tuple(range(x.ndim - 1))
         count = x.size // x.shape[-1]
         if count < 2:
-            raise ShapeError(
-                f"{self} has no variance of one row: train it on batches of two or more"
-            )
+            raise ShapeError(f"{self} has no variance of one row: train it on batches of two or more")
         mean = x.mean(axis=axes)
         y = x - mean
         var = (y * y).mean(axis=axes)
@@ -148,7 +144,7 @@ class _BatchNormInTraining(BatchNorm):
         traced.tell("var", self.var + (var * (count / (count - 1)) - self.var) * self.momentum)
         return y * (self.gain / xp_of(var).sqrt(var + self.eps)) + self.bias
 
-    def training(self) -> BatchNorm:
+    def training(self) -> _BatchNormInTraining:
         return self
 
 

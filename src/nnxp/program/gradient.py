@@ -17,6 +17,7 @@ from nnxp._arrays import is_floating
 from nnxp._errors import NotDifferentiable
 from nnxp.kernels import Kernel, identity
 from nnxp.kernels.functions import FLAT, RULES, Part, scattered
+from nnxp.program import traced as xp
 from nnxp.program.program import Program, replay, trace
 from nnxp.program.rewrite import merged
 from nnxp.program.traced import (
@@ -29,7 +30,6 @@ from nnxp.program.traced import (
     opaque,
     record,
 )
-from nnxp.program import traced as xp
 
 
 def gradient(program: Program, of: Value, wrt: Sequence[Value]) -> Program:

@@ -177,9 +177,7 @@ def _reused(step: Step, i: int, last: Mapping[Value, int]) -> Value | None:
     if KINDS.get(step.name) != "elementwise" or step.name not in WITH_OUT or _is_opaque(step):
         return None
     for value in step.values:
-        own = (
-            value.step is not None and value.root is value and isinstance(value.step.function, str)
-        )
+        own = value.step is not None and value.root is value and isinstance(value.step.function, str)
         like = (value.shape, value.dtype) == (step.outputs[0].shape, step.outputs[0].dtype)
         if own and like and last[value] == i:
             return value
@@ -238,10 +236,8 @@ def same_for_any_rows(program: Program, doubled: Program) -> None:
     same = len(program.steps) == len(doubled.steps)
     for one, two in zip(program.steps, doubled.steps, strict=False):
         same = same and one.name == two.name and _same(scaled(one, 2 * ROWS).options, two.options)
-        same = (
-            same
-            and len(one.inputs) == len(two.inputs)
-            and all(_same(a, b, names) for a, b in zip(one.inputs, two.inputs, strict=True))
+        same = same and len(one.inputs) == len(two.inputs) and all(
+            _same(a, b, names) for a, b in zip(one.inputs, two.inputs, strict=True)
         )
         if not same:
             raise Untraceable(

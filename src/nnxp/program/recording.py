@@ -216,9 +216,7 @@ class Recording:
         self._places[value] = True, len(self._slots) - 1
         return len(self._slots) - 1
 
-    def _bound(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
-    ) -> Call:
+    def _bound(self, fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Call:
         """fn of these operands, as a call without arguments."""
         places = [self._place(each) for each in args]
         if not any(moves for moves, _ in places):
@@ -227,6 +225,22 @@ class Recording:
 
         def call() -> object:
             return fn(*[slots[each] if moves else each for moves, each in places], **options)
+
+        return call
+
+    def _bound_ufunc(self, fn: np.ufunc, inputs: tuple[Any, ...], out: Value) -> Call:
+        """A ufunc that writes into `out`, by that name: NumPy's maximum takes no third argument."""
+        places = [self._place(each) for each in inputs]
+        moving, into = self._place(out)
+        slots = self._slots
+        if not moving and not any(moves for moves, _ in places):
+            return partial(fn, *(each for _, each in places), out=into)
+
+        def call() -> object:
+            return fn(
+                *[slots[each] if moves else each for moves, each in places],
+                out=slots[into] if moving else into,
+            )
 
         return call
 
@@ -298,7 +312,7 @@ class Recording:
             calls = []
             for bound, fn in ((low, np.maximum), (high, np.minimum)):
                 if bound is not None:
-                    calls.append(self._bound(fn, (clipped, self._scalar(bound, out), out), {}))
+                    calls.append(self._bound_ufunc(fn, (clipped, self._scalar(bound, out)), out))
                     clipped = out
             return calls
         if name == "matmul" and _flat(inputs):
@@ -306,7 +320,8 @@ class Recording:
         else:
             fn = getattr(np, name)
         if isinstance(fn, np.ufunc) and not options:
-            return [self._bound(fn, (*(self._scalar(each, inputs[0]) for each in inputs), out), {})]
+            scalars = tuple(self._scalar(each, inputs[0]) for each in inputs)
+            return [self._bound_ufunc(fn, scalars, out)]
         return [self._bound(partial(_into, fn, options), (out, *inputs), {})]
 
     def _scalar(self, x: Any, like: Any) -> Any:

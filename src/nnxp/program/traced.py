@@ -151,9 +151,7 @@ class ndarray(_library.ndarray):
 
     def __init__(self, value: Value, base: ndarray | None = None) -> None:
         self.value = value  # _sharing: the arrays that look at the same memory
-        self._sharing: weakref.WeakSet[ndarray] = (
-            weakref.WeakSet() if base is None else base._sharing
-        )
+        self._sharing: weakref.WeakSet[ndarray] = weakref.WeakSet() if base is None else base._sharing
         self._sharing.add(self)
 
     @property

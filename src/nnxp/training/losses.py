@@ -13,7 +13,7 @@ from typing import Any
 
 from nnxp import kernels
 from nnxp._arrays import Array, xp_of
-from nnxp._errors import DtypeMismatch, OptionError, ShapeError
+from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels import Kernel
 from nnxp.layers._layer import Layer
 from nnxp.program import traced
