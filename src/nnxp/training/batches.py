@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ class Rows:
     """
 
     def __init__(self, model: Layer, x: Any, y: Any, weights: Any = None) -> None:
+        if isinstance(x, Mapping):
+            x = _in_order(model, x)
         self.names = tuple(x) if isinstance(x, Mapping) else None
         inputs = (
             tuple(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
@@ -80,6 +83,14 @@ class Rows:
         """Some rows of each, from the first to the last: to know the data by."""
         ids = np.unique(np.linspace(0, self.count - 1, 64).astype("int64"))
         return [source.at(ids) for source in self._sources]
+
+
+def _in_order(model: Layer, x: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs by name in the order in which the model takes them."""
+    names = list(inspect.signature(type(model).__call__).parameters)[1:]
+    if not x.keys() <= set(names):
+        raise OptionError(f"{model!r:.100} takes {', '.join(names)}, not {', '.join(x)}")
+    return {name: x[name] for name in names if name in x}
 
 
 class _Source:
