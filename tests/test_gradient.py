@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from nnxp._errors import NotDifferentiable
 from nnxp.kernels.functions import RULES
 from nnxp.layers._layer import walk
 from nnxp.program import traced as xp
-from nnxp.program.gradient import pullback
+from nnxp.program.gradient import gradient, pullback
 from nnxp.program.program import trace
 from nnxp.program.recording import expanded
 from nnxp.testing import bounded
@@ -425,6 +427,67 @@ def test_vjp_of_several_arrays_and_results():
     da, db = back(np.ones_like(y), np.asarray(2.0))
     np.testing.assert_allclose(da, np.ones_like(y) @ b.T + 2)
     np.testing.assert_allclose(db, a.T @ np.ones_like(y))
+
+
+# formulas as people write them
+
+
+def convolved(x, w):
+    """x (rows, time, channels), w (window, channels, outputs)"""
+    views = xp.lib.stride_tricks.sliding_window_view(xp.pad(x, ((0, 0), (1, 1), (0, 0))), 3, axis=1)
+    return xp.tensordot(views[:, ::2], w, ((3, 2), (0, 1)))
+
+
+def recurrent(x, w, u):
+    """The state after each step, (rows, time, units)"""
+    h = xp.zeros((x.shape[0], u.shape[0]), x.dtype)
+    states = xp.empty((x.shape[0], x.shape[1], u.shape[0]), x.dtype)
+    for t in range(x.shape[1]):
+        h = xp.tanh(x[:, t] @ w + h @ u)
+        states[:, t] = h
+    return states
+
+
+def last_state(x, w, u):
+    h = xp.zeros((x.shape[0], u.shape[0]), x.dtype)
+    for t in range(x.shape[1]):
+        h = xp.tanh(x[:, t] @ w + h @ u)
+    return h
+
+
+def attended(q, k, v):
+    scores = xp.einsum("bid,bjd->bij", q, k) / 2.0
+    mask = np.tril(np.ones(scores.shape[-2:], bool))
+    return kernels.softmax(xp.where(mask, scores, -np.inf)) @ v
+
+
+def pooled(x):
+    views = xp.lib.stride_tricks.sliding_window_view(x, (2, 2), (1, 2))[:, ::2, ::2]
+    return views.max(axis=(-1, -2))
+
+
+@pytest.mark.parametrize(
+    ("function", "arrays"),
+    [
+        (convolved, [normal(2, 6, 3), normal(3, 3, 4, seed=1)]),
+        (recurrent, [normal(2, 5, 3), normal(3, 4, seed=1), normal(4, 4, seed=2)]),
+        (attended, [normal(2, 4, 3), normal(2, 4, 3, seed=1), normal(2, 4, 3, seed=2)]),
+        (pooled, [normal(2, 4, 6, 3)]),
+    ],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_formulas_as_people_write_them_have_gradients(function, arrays):
+    assert_right(function, arrays)
+
+
+def test_the_gradient_of_a_loop_over_time_grows_with_time_and_not_with_its_square():
+    def elements(steps):
+        shapes = [(2, steps, 3), (3, 4), (4, 4)]
+        program = trace(lambda *a: last_state(*a).sum(), *((s, "float64") for s in shapes))
+        made = gradient(program, program.outputs[0], program.inputs[:1])
+        return sum(math.prod(v.shape) for step in made.steps for v in step.outputs)
+
+    assert elements(80) < 6 * elements(20)
 
 
 # torch, as a second oracle

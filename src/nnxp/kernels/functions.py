@@ -482,11 +482,11 @@ def _take_along_axis(dy: Array, y: Array, x: Array, ids: Array, axis: Any) -> tu
     n = x.shape[axis]
     if ids.shape[axis] == 1:
         places = np.arange(n).reshape((n,) + (1,) * (x.ndim - axis - 1))
-        return dy * xp.equal(xp.where(xp.less(ids, 0), ids + n, ids), places), None
+        return dy * xp.equal(xp.remainder(ids, n), places), None
     last = xp.moveaxis(dy, axis, -1)
     at = xp.broadcast_to(xp.moveaxis(ids, axis, -1), last.shape)
     lead = last.shape[:-1]
-    at = xp.where(xp.less(at, 0), at + n, at) + np.arange(prod(lead)).reshape(*lead, 1) * n
+    at = xp.remainder(at, n) + np.arange(prod(lead)).reshape(*lead, 1) * n
     made = segment_sum(last.reshape(-1), at.reshape(-1), prod(lead) * n)
     return xp.moveaxis(made.reshape(*lead, n), -1, axis), None
 
