@@ -9,6 +9,7 @@ they are and owes the same result.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any, TypeVar
@@ -41,6 +42,7 @@ class Kernel:
         self.temporaries = temporaries  # arrays like its output that it holds at once, besides it
         self.reference = reference
         self.rule: Callable[..., Any] | None = None
+        self.activates_last = False  # whether its gradient is that of two steps
         self._fused: dict[str, Body] = {}
         self._body: dict[type, Body] = {}
         KERNELS[self.__name__] = self
@@ -60,9 +62,13 @@ class Kernel:
 
         `rule(dy, y, *arrays, **options)` answers the gradient of sum(dy * y) by each of the arrays,
         None where there is none, in float32 or float64. An array that was repeated may get its
-        gradient unsummed. Without a rule the reference body is differentiated.
+        gradient unsummed. Without a rule the reference body is differentiated. A rule that names no
+        `activation` is that of the kernel without one: it is applied to the result, as a step apart.
         """
         self.rule = rule
+        takes = inspect.signature(self.reference).parameters
+        names = inspect.signature(rule).parameters
+        self.activates_last = "activation" in takes and "activation" not in names
         return rule
 
     def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Any:

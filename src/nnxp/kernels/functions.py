@@ -466,9 +466,8 @@ def _take(dy: Array, y: Array, x: Array, ids: Any, axis: Any = None) -> tuple[An
         dx, _ = _take(dy, y, x.reshape(-1), ids, 0)
         return dx.reshape(x.shape), None
     (axis,) = _axes(axis, x.ndim)
-    count = np.ndim(ids) if not hasattr(ids, "ndim") else ids.ndim
-    xp = xp_of(dy)
-    first = xp.moveaxis(dy, tuple(range(axis, axis + count)), tuple(range(count)))
+    xp, ids = xp_of(dy), np.asarray(ids) if isinstance(ids, int | list | tuple) else ids
+    first = xp.moveaxis(dy, tuple(range(axis, axis + ids.ndim)), tuple(range(ids.ndim)))
     return xp.moveaxis(segment_sum(first, ids, x.shape[axis]), 0, axis), None
 
 

@@ -89,7 +89,7 @@ def _written_out(step: Step, arrays: tuple[Any, ...]) -> Any:
         outlines = [(value.shape, value.dtype) for value in step.outputs]
         return opaque(step.function, arrays, outlines, step.reason)
     activation = step.options.get("activation", identity)
-    if activation is identity:
+    if activation is identity or not step.function.activates_last:
         return step.function(*arrays, **step.options)
     dtype = arrays[0].dtype
     z = step.function(*map(_wide, arrays), **step.options | {"activation": identity})
