@@ -240,6 +240,22 @@ def test_slopes_at_kinks_are_as_documented():
     np.testing.assert_array_equal(dx, 0)
 
 
+@kernels.kernel
+def twice_linear(x, weight, *, activation):
+    """A kernel without a rule that calls one with a rule and an activation."""
+    return kernels.linear(x, weight, activation=activation) * 2
+
+
+del kernels.KERNELS["twice_linear"]  # the other tests know every kernel
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "softmax"])
+def test_an_activation_within_a_kernel_without_a_rule_is_not_forgotten(name):
+    activation = kernels.ACTIVATIONS[name]
+    arrays = [normal(4, 5), normal(5, 3, seed=1)]
+    assert_right(lambda x, w: twice_linear(x, w, activation=activation), arrays)
+
+
 # layers
 
 

@@ -70,7 +70,7 @@ def _differentiated(program: Program, worth: dict[Value, Any], wrt: Sequence[Val
         with np.errstate(all="ignore"):  # constants are computed with here
             return *outputs, *_reverse(list(current_tape().steps), dys, sources)
 
-    made = merged(trace(both, *inputs, *more, expands=lambda kernel: kernel.rule is None))
+    made = merged(trace(both, *inputs, *more, expands=_kernel))
     for step in made.steps:
         if any(counts_rows(each) for each in step.inputs):
             raise NotDifferentiable(
@@ -81,19 +81,25 @@ def _differentiated(program: Program, worth: dict[Value, Any], wrt: Sequence[Val
 
 
 def _written_out(step: Step, arrays: tuple[Any, ...]) -> Any:
-    """The step noted again; kernels without a rule as what they do, activations as a step apart."""
+    """The step noted again."""
     current_tape().path = step.path
     if isinstance(step.function, str):
         return record(step.function, arrays, step.options)
-    if not isinstance(step.function, Kernel):
-        outlines = [(value.shape, value.dtype) for value in step.outputs]
-        return opaque(step.function, arrays, outlines, step.reason)
-    activation = step.options.get("activation", identity)
-    if activation is identity or not step.function.activates_last:
-        return step.function(*arrays, **step.options)
-    dtype = arrays[0].dtype
-    z = step.function(*map(_wide, arrays), **step.options | {"activation": identity})
-    return activation(z).astype(dtype, copy=False)
+    if isinstance(step.function, Kernel):
+        return _kernel(step.function, arrays, step.options)
+    outlines = [(value.shape, value.dtype) for value in step.outputs]
+    return opaque(step.function, arrays, outlines, step.reason)
+
+
+def _kernel(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """A kernel as one step, or as several where it has no rule or its activation is apart."""
+    if kernel.rule is None:
+        return kernel.widened(*arrays, **options)
+    activation = options.get("activation", identity)
+    if activation is identity or not kernel.activates_last:
+        return record(kernel, arrays, options)
+    z = record(kernel, tuple(map(_wide, arrays)), options | {"activation": identity})
+    return _kernel(activation, (z,), {}).astype(arrays[0].dtype, copy=False)
 
 
 def _wide(x: Any) -> Any:

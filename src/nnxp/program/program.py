@@ -189,7 +189,7 @@ def trace(
     *outlines: Any,
     layers: Mapping[int, tuple[str, Any]] | None = None,
     rows: int | None = None,
-    expands: bool | Callable[[Kernel], bool] = False,
+    expands: bool | Callable[..., Any] = False,
 ) -> Program:
     """The program of a function of arrays, for inputs of these (shape, dtype).
 

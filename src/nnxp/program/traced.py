@@ -104,9 +104,10 @@ class Tape:
     """What is being written: steps, the path of the layer at work, and what layers were called.
 
     `layers` tells a layer's path and the layer itself by the id of the copy that is run, `rows` how
-    many there are, for what is said to people, and `expands` which kernels are written out as what
-    their reference bodies do: all, none, or those for which it says so. `drawn` are inputs that
-    are drawn at random before each run, `told` what layers tell besides their result, by name.
+    many there are, for what is said to people. `expands` says whether kernels are written out as
+    what their reference bodies do, or is a function of (kernel, arrays, options) that notes one.
+    `drawn` are inputs that are drawn at random before each run, `told` what layers tell besides
+    their result, by name.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -114,7 +115,7 @@ class Tape:
     calls: list[tuple[str, Any, tuple[Any, ...], Any]] = field(default_factory=list)
     layers: Mapping[int, tuple[str, Any]] = field(default_factory=dict)
     rows: int | None = None
-    expands: bool | Callable[[Kernel], bool] = False
+    expands: bool | Callable[..., Any] = False
     drawn: list[Drawn] = field(default_factory=list)
     told: dict[str, Value] = field(default_factory=dict)
 
@@ -176,7 +177,9 @@ class ndarray(_library.ndarray):
         """A whole kernel is one step."""
         out = options.pop("out", None)
         expands = current_tape().expands
-        if expands is True or (expands and expands(kernel)):
+        if callable(expands):
+            made = expands(kernel, arrays, options)
+        elif expands:
             made = kernel.widened(*arrays, **options)
         else:
             made = record(kernel, arrays, options)
