@@ -106,7 +106,8 @@ def test_weights_of_rows_and_of_classes():
     loss = losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))
     np.testing.assert_allclose(loss(net(), rows(), LABELS), (each * own).sum() / own.sum())
     y, _ = nnxp.value_and_gradients(loss)(
-        net().astype("float32").to("sim"), *(nnxp.to_backend(a, "sim") for a in (rows("float32"), LABELS))
+        net().astype("float32").to("sim"),
+        *(nnxp.to_backend(a, "sim") for a in (rows("float32"), LABELS)),
     )
     np.testing.assert_allclose(float(nnxp.asnumpy(y)), (each * own).sum() / own.sum(), rtol=1e-5)
 
@@ -192,7 +193,9 @@ def test_lion_and_the_other_adam_are_their_formulas():
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
-def test_optimizers_change_long_vectors_in_pieces_and_in_their_own_type(optimizer, monkeypatch, sim):
+def test_optimizers_change_long_vectors_in_pieces_and_in_their_own_type(
+    optimizer, monkeypatch, sim
+):
     p, g = draw((100,)), draw((100,), seed=1)
     whole, state = {"p": p.copy()}, optimizer.init({"p": p})
     optimizer.update(whole, {"p": g}, state)
@@ -454,7 +457,9 @@ def test_rows_come_from_a_file_and_of_any_type(tmp_path):
     x, y = rng.integers(0, 255, (300, 5), dtype="uint8"), rng.integers(0, 3, 300)
     np.save(tmp_path / "x.npy", x)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
-    model = nnxp.Sequential(nnxp.Standardize(np.full(5, 127.0), np.full(5, 74.0)), nnxp.Dense(5, 3, rng=0))
+    model = nnxp.Sequential(
+        nnxp.Standardize(np.full(5, 127.0), np.full(5, 74.0)), nnxp.Dense(5, 3, rng=0)
+    )
     assert_same_bits(fit(model, mapped, y, epochs=2).model, fit(model, mapped, y, epochs=2).model)
     fitted = fit(model, list(x), y, epochs=1, weights=np.ones(300))
     assert_same_bits(fitted.model, fit(model, x, y, epochs=1, weights=np.ones(300)).model)

@@ -63,7 +63,7 @@ class Kernel:
         `rule(dy, y, *arrays, **options)` answers the gradient of sum(dy * y) by each of the arrays,
         None where there is none, in float32 or float64. An array that was repeated may get its
         gradient unsummed. Without a rule the reference body is differentiated. A rule that names no
-        `activation` is that of the kernel without one: it is applied to the result, as a step apart.
+        `activation` is that of the kernel without one, which is applied to its result.
         """
         self.rule = rule
         takes = inspect.signature(self.reference).parameters

@@ -1,14 +1,14 @@
 """The gradient rules of the dialect's functions: what a change of a result says of the arguments.
 
 `rule(dy, y, *arrays, **options)` answers, for each of the arrays, the gradient of sum(dy * y): None
-where there is none, a `Part` where only a part of the array was looked at. An array that was repeated
-by broadcasting may get its gradient unsummed. Rules are written with the dialect alone, so that the
-gradient of a formula is a formula.
+where there is none, a `Part` where only a part of the array was looked at. An array that was
+repeated by broadcasting may get its gradient unsummed. Rules are written with the dialect alone, so
+that the gradient of a formula is a formula.
 
 Where a slope has two values, it is as torch has it: 0 for |x| at 0 and norm(x) at 0, half each for
-the two sides of maximum and minimum at a tie, even shares among equal largest elements along an axis,
-1 for clip at its bounds. Round, floor, sign and the like are flat. NaN goes on where the result looks
-at it.
+the two sides of maximum and minimum at a tie, even shares among equal largest elements along an
+axis, 1 for clip at its bounds. Round, floor, sign and the like are flat. NaN goes on where the
+result looks at it.
 """
 
 from __future__ import annotations
@@ -166,7 +166,11 @@ RULES.update({name: _extreme(name) for name in "maximum minimum fmax fmin".split
 @_rule("where")
 def _where(dy: Array, y: Array, condition: Any, a: Any, b: Any) -> tuple[Any, ...]:
     xp = xp_of(dy)
-    chosen = condition if isinstance(condition, bool) or condition.dtype.kind == "b" else xp.not_equal(condition, 0)
+    chosen = (
+        condition
+        if isinstance(condition, bool) or condition.dtype.kind == "b"
+        else xp.not_equal(condition, 0)
+    )
     return None, dy * chosen, dy * xp.logical_not(chosen)
 
 

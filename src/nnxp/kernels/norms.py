@@ -26,9 +26,15 @@ def layer_norm(
 
 @layer_norm.vjp
 def _layer_norm(
-    dy: Array, y: Array, x: Array, gain: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5
+    dy: Array,
+    y: Array,
+    x: Array,
+    gain: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
 ) -> tuple[Array, ...]:
-    """dx = (d - mean(d) - h mean(d h)) / s, for y = h gain + bias, h = (x - mean) / s, d = dy gain"""
+    """dx = (d - mean(d) - h mean(d h)) / s with d = dy gain and h = (x - mean) / s"""
     xp = xp_of(x)
     h = x - x.mean(axis=-1, keepdims=True)
     s = xp.sqrt(xp.square(h).mean(axis=-1, keepdims=True) + eps)

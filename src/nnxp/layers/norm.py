@@ -136,7 +136,7 @@ class _BatchNormInTraining(BatchNorm):
         axes = tuple(range(x.ndim - 1))
         count = x.size // x.shape[-1]
         if count < 2:
-            raise ShapeError(f"{self} has no variance of one row: train it on batches of two or more")
+            raise ShapeError(f"{self}: one row has no variance; train on batches of two or more")
         mean = x.mean(axis=axes)
         y = x - mean
         var = (y * y).mean(axis=axes)

@@ -183,7 +183,7 @@ def _total(value: Value, given: list[Any]) -> ndarray | None:
         whole.append(scattered(gradients, value.shape, [each.key for each in parts]))
     if not whole:
         return None
-    return sum(whole[1:], start=whole[0])  # type: ignore[no-any-return]
+    return sum(whole[1:], start=whole[0])
 
 
 def _fitted(dx: ndarray, value: Value) -> ndarray:
@@ -205,4 +205,4 @@ def _fitted(dx: ndarray, value: Value) -> ndarray:
             dx = dx.sum(axis=axes).reshape(shape) if axes else dx
         if dx.shape != shape:  # a number that was given as what it would be repeated to
             dx = xp.broadcast_to(dx, shape)
-    return dx.astype(value.dtype, copy=False)
+    return dx.astype(value.dtype, copy=False)  # type: ignore[no-any-return]

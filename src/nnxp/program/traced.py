@@ -7,12 +7,12 @@ the dialect all: what writes into one gives it another value, unless a view look
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-import math
 from typing import Any, NamedTuple
 
 import numpy as np

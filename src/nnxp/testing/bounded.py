@@ -28,12 +28,12 @@ carries an error that spans both branches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from functools import reduce as fold
-import math
 from math import sqrt as root
 from typing import Any, TypeVar
 

@@ -67,7 +67,7 @@ class Rows:
         return x, *given[mark:]
 
     def labels_in(self, classes: int) -> None:
-        """Raise OptionError for a label that no class has; targets that are no labels may be any."""
+        """Raise OptionError for a label that no class has; other targets may be any."""
         target = next(source for source in self._sources if source.kind == "target")
         if not target.in_memory or is_floating(target.first.dtype):
             return
@@ -154,7 +154,7 @@ def order_of(count: int, seed: int, epoch: int, in_memory: bool = True) -> HostA
 
 
 def batches_of(order: HostArray, batch: int) -> list[HostArray]:
-    """The order in pieces of so many rows; what is left is a smaller one, but never a single row."""
+    """The order in pieces of so many rows; the rest is a smaller one, but never a single row."""
     ends = list(range(batch, len(order), batch))
     if ends and len(order) - ends[-1] == 1:
         ends.pop()

@@ -1,6 +1,6 @@
 """A run in a file, so that it can go on: one safetensors file with all that changes in it.
 
-The header's metadata has one entry, "nnxp.run": JSON that says how far the run is and what it is of.
+The header's metadata has one entry, "nnxp.run": JSON that says how far the run is, and of what.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A loss and its gradients: one program, written out once for each structure and batch.
 
-The program takes the parameters, the arrays, and what is drawn at random, and answers the loss, what
-the layers tell besides, and the gradients. On the CPU it is bound to memory as a recording, elsewhere
-it is run step by step where the parameters are.
+The program takes the parameters, the arrays, and what is drawn at random, and answers the loss,
+what the layers tell besides, and the gradients. On the CPU it is bound to memory as a recording,
+elsewhere it is run step by step where the parameters are.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _owned(y: Array, value: Value) -> Array:
 
 
 def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """The function `(model, x, target, ...) -> loss, gradients` of a loss `(model, x, target, ...)`.
+    """A loss `(model, x, target, ...)` as a function that answers `loss, gradients`.
 
     The loss is the number as an array without axes, where the model is; the gradients are arrays
     like the parameters, by the names of `model.parameters()`. Parameters that share an array get
@@ -233,7 +233,7 @@ def tell_idle(written: LossProgram, model: Layer) -> None:
     values = written.program.outputs[1 + len(written.told) :]
     fixed = fixed_names(model)
     idle = [name for name, value in zip(written.learned, values, strict=True)
-            if value.numbers is not None and not value.numbers.any() and name not in fixed]  # fmt: skip
+            if not (name in fixed or value.numbers is None or value.numbers.any())]  # fmt: skip
     if idle:
         warnings.warn(
             f"no gradient: the loss does not depend on {', '.join(idle)}", UserWarning, stacklevel=4

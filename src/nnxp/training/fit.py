@@ -67,12 +67,12 @@ def fit(
 ) -> Fitted:
     """A model like this one, trained on rows x (n, ...) with targets y (n, ...).
 
-        fitted = nnxp.fit(net, x, labels, loss="cross_entropy", optimizer=nnxp.Adam(1e-3), epochs=10)
+        fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=10)
         fitted.model, fitted.history
 
     It trains where the model is, in its type, and in its training form (`Layer.training`); the
-    model given is left as it is. x, y and `weights` are as rows for `nnxp.predict`; x may be a tuple
-    or a dict for a model with several inputs.
+    model given is left as it is. x, y and `weights` are as rows for `nnxp.predict`; x may be a
+    tuple or a dict for a model with several inputs.
 
     loss        a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number
     optimizer   Adam(1e-3) without one
@@ -241,8 +241,7 @@ def _held(parameters: Mapping[str, Array], own: set[str], fixed: Sequence[str]) 
     for name in asked:
         if not any(n == name or n.startswith(f"{name}.") for n in parameters):
             raise OptionError(f"fixed: there is no {name!r} among {', '.join(parameters):.300}")
-    held = {n for n in parameters
-            if n in own or any(n == name or n.startswith(f"{name}.") for name in asked)}  # fmt: skip
+    held = {n for n in parameters if n in own or f"{n}.".startswith(tuple(f"{a}." for a in asked))}
     arrays = {id(parameters[n]) for n in held}
     return {n for n, p in parameters.items() if id(p) in arrays}
 

@@ -116,11 +116,11 @@ class Huber(Loss):
 class CrossEntropy(Loss):
     """-log of the probability of the right class, softmax(logits)[label].
 
-    y (rows, ..., classes); the target are labels (rows, ...), whole numbers from 0, or probabilities
-    (rows, ..., classes). A model that ends in softmax or log_softmax is met before it. With
-    `smoothing` s the target is (1 - s) of itself and s spread evenly over the classes [Szegedy et
-    al. 2016]. With `class_weights`, one for each class, a row counts as much as its label's; for
-    labels only.
+    y (rows, ..., classes); the target are labels (rows, ...), whole numbers from 0, or
+    probabilities (rows, ..., classes). A model that ends in softmax or log_softmax is met before
+    it. With `smoothing` s the target is (1 - s) of itself and s spread evenly over the classes
+    [Szegedy et al. 2016]. With `class_weights`, one for each class, a row counts as much as its
+    label's; for labels only.
     """
 
     smoothing: float = 0.0

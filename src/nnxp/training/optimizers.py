@@ -3,7 +3,7 @@
     state = optimizer.init(parameters)
     optimizer.update(parameters, gradients, state)       # all in place
 
-`parameters`, `gradients` and `state` are flat dicts of arrays, so a state goes into a file as it is.
+`parameters`, `gradients` and `state` are flat dicts of arrays, so a state can go into a file.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Optimizer:
     """A rule `step(p, g, *state, t)` that changes a parameter p, whose gradient is g, in place.
 
     `state` names the arrays like p that the rule keeps from step to step, zero at the start; t
-    counts the steps from 1. `rate` is a number or a schedule, `decay` the weight decay: decay * p is
-    added to the gradient (AdamW and Lion decay p itself). A rule is elementwise, and may not change
-    g.
+    counts the steps from 1. `rate` is a number or a schedule, `decay` the weight decay: decay * p
+    is added to the gradient (AdamW and Lion decay p itself). A rule is elementwise, and may not
+    change g.
     """
 
     state: ClassVar[tuple[str, ...]] = ()
@@ -81,7 +81,7 @@ class Optimizer:
 
 
 def _chunks(p: Array, *like: Array) -> Iterator[tuple[Array, ...]]:
-    """Arrays of one shape in pieces that fit the cache; whole where they are small, or no vectors."""
+    """Vectors of one size in pieces that fit the cache; other arrays whole."""
     if p.ndim != 1 or p.size <= CHUNK:
         yield p, *like
         return
@@ -113,7 +113,7 @@ class Momentum(Optimizer):
 
 @dataclass(frozen=True)
 class Nesterov(Momentum):
-    """v = momentum * v - rate * g; p += momentum * v - rate * g   [Nesterov 1983; Sutskever 2013]"""
+    """v = momentum * v - rate * g; p += momentum * v - rate * g   [Nesterov 1983]"""
 
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         (v,) = state
@@ -139,7 +139,7 @@ class Adagrad(Optimizer):
 
 @dataclass(frozen=True)
 class RMSProp(Optimizer):
-    """s = beta * s + (1 - beta) * g^2; p -= rate * g / (sqrt(s) + eps)   [Tieleman & Hinton 2012]"""
+    """s = beta * s + (1 - beta) * g^2; p -= rate * g / (sqrt(s) + eps)   [Hinton 2012]"""
 
     state = ("s",)
     rate: Rate = 1e-3

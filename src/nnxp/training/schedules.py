@@ -82,7 +82,7 @@ class Steps:
 
 
 def rate_at(rate: Rate, step: int) -> float:
-    """The rate for a step, where `step` steps were made before; OptionError unless it is 0 or more."""
+    """The rate after so many steps; OptionError unless it is 0 or more."""
     value = rate(step) if callable(rate) else rate
     if not value >= 0:
         raise OptionError(f"a learning rate is 0 or more, not {value!r} at step {step}")
