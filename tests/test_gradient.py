@@ -494,6 +494,10 @@ def test_a_gradient_is_nobody_else_s_memory():
     found["weight"][...] = 7
     assert not (x == 7).any()
     np.testing.assert_array_equal(step(scale, x)[1]["weight"], x)
+    _, back = nnxp.vjp(lambda x: x.reshape(3, 1), x)
+    worth = np.ones((3, 1), "float32")
+    back(worth)[...] = 7
+    assert (worth == 1).all()
 
 
 def test_vjp_of_several_arrays_and_results():

@@ -231,6 +231,16 @@ def test_clipping_is_by_the_norm_of_all_gradients_together():
     assert optimizers.clip_by_norm(g, 10.0)["a"] == 3
 
 
+def test_fit_clips_by_the_norm_of_all_gradients_together():
+    x, y = data()
+    model = nnxp.Sequential(nnxp.Dense(5, 8, rng=0), nnxp.Dense(8, 3, rng=1))
+    for clip, moved in ((1e-3, 1e-3), (None, 1e-2)):
+        fitted = fit(model, x, y, epochs=1, batch=200, clip=clip, optimizer=nnxp.SGD(1.0))
+        pairs = zip(fitted.model.parameters().values(), model.parameters().values(), strict=True)
+        norm = np.sqrt(sum(((a - b) ** 2).sum() for a, b in pairs))
+        assert norm == pytest.approx(moved, rel=1e-3) if clip else norm > moved
+
+
 # training forms
 
 
