@@ -79,12 +79,46 @@ from nnxp.layers.torch_graph import TorchGraph as TorchGraph
 if TYPE_CHECKING:
     from nnxp import sim as sim
     from nnxp import testing as testing
+    from nnxp.training import losses as losses
+    from nnxp.training import schedules as schedules
+    from nnxp.training.differentiate import value_and_gradients as value_and_gradients
+    from nnxp.training.differentiate import vjp as vjp
+    from nnxp.training.fit import Fitted as Fitted
+    from nnxp.training.fit import fit as fit
+    from nnxp.training.optimizers import SGD as SGD
+    from nnxp.training.optimizers import Adagrad as Adagrad
+    from nnxp.training.optimizers import Adam as Adam
+    from nnxp.training.optimizers import AdamW as AdamW
+    from nnxp.training.optimizers import Lion as Lion
+    from nnxp.training.optimizers import Momentum as Momentum
+    from nnxp.training.optimizers import Nesterov as Nesterov
+    from nnxp.training.optimizers import Optimizer as Optimizer
+    from nnxp.training.optimizers import RMSProp as RMSProp
+    from nnxp.training.optimizers import clip_by_norm as clip_by_norm
+
+_LATER = {
+    "sim": "", "testing": "",
+    "losses": "training", "schedules": "training",
+    "value_and_gradients": "training.differentiate", "vjp": "training.differentiate",
+    "Fitted": "training.fit", "fit": "training.fit",
+} | dict.fromkeys(
+    "SGD Adagrad Adam AdamW Lion Momentum Nesterov Optimizer RMSProp clip_by_norm".split(),
+    "training.optimizers",
+)  # fmt: skip
+_MODULES = ("sim", "testing", "losses", "schedules")
 
 
 def __getattr__(name: str) -> object:
-    """`nnxp.testing` and `nnxp.sim` are there without an import, and loaded when first used."""
-    if name in ("sim", "testing"):
-        import importlib
+    """The simulated device, the parity kit and training are loaded when they are first used."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'nnxp' has no attribute {name!r}")
+    import importlib
 
-        return importlib.import_module(f"nnxp.{name}")
-    raise AttributeError(f"module 'nnxp' has no attribute {name!r}")
+    home = ".".join(filter(None, ["nnxp", _LATER[name]]))
+    if name in _MODULES:
+        return importlib.import_module(f"{home}.{name}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -10,6 +10,8 @@ NnxpError
 │   └── FrozenLayer (AttributeError)   a field of a layer cannot be assigned once it is made
 ├── ConversionError (ValueError)       another library's model has no counterpart here
 ├── IdError (IndexError)               an id names nothing in its table
+├── NotDifferentiable (TypeError)     a formula has no gradient
+├── TrainingError (ArithmeticError)   a loss is no number any more
 ├── UnsupportedFunction (AttributeError)  an array library of ours has no such function
 └── OutOfMemory (MemoryError)          not even one row fits
 """
@@ -27,10 +29,12 @@ __all__ = [
     "FrozenLayer",
     "IdError",
     "NnxpError",
+    "NotDifferentiable",
     "OptionError",
     "OutOfMemory",
     "RowsError",
     "ShapeError",
+    "TrainingError",
     "UnsupportedFunction",
 ]
 
@@ -113,6 +117,14 @@ class ConversionError(NnxpError, ValueError):
 
 class IdError(NnxpError, IndexError):
     """An id names nothing in its table; the message says which ids there are."""
+
+
+class NotDifferentiable(NnxpError, TypeError):
+    """A formula has no gradient: the message names the layer and the function in it."""
+
+
+class TrainingError(NnxpError, ArithmeticError):
+    """Training cannot go on: the message says in which epoch and batch, and what to try."""
 
 
 class UnsupportedFunction(NnxpError, AttributeError):

@@ -79,6 +79,8 @@ _TABLE = {
         "a, indices; axis=None": "take",
         "a, indices, /; axis": "take_along_axis",
         "a; n=1, axis=-1": "diff",
+        "*values, /; shape, keys": "scatter",
+        "values, ids; size": "segment_sum",
     },
     "contraction": {
         "a, b, /;": "dot matmul outer",
@@ -125,7 +127,9 @@ CONSTANTS = frozenset(
     """bool_ e finfo float16 float32 float64 iinfo inf int8 int16 int32 int64 nan newaxis pi uint8
     uint16 uint32 uint64""".split()
 )
-_NOT_IN_THE_MODULE = frozenset("assign astype getitem norm sliding_window_view".split())
+_NOT_IN_THE_MODULE = frozenset(
+    "assign astype getitem norm scatter segment_sum sliding_window_view".split()
+)
 
 
 @cache
@@ -155,6 +159,33 @@ def _assign(xp: Any, x: Array, value: Any, key: Any) -> Array:
     return y
 
 
+def _scatter(xp: Any, *values: Array, shape: Shape, keys: tuple[Any, ...]) -> Array:
+    """Zeros, with each value added at its key."""
+    if issubclass(type(values[0]), ndarray):
+        options = {"shape": shape, "keys": keys}
+        return type(values[0]).apply("scatter", values, options, None)
+    y = xp.zeros(shape, values[0].dtype)
+    for value, key in zip(values, keys, strict=True):
+        if any(isinstance(each, list) or hasattr(each, "shape") for each in _as_tuple(key)):
+            xp.add.at(y, key, value)  # an index may come twice
+        else:
+            y[key] += value
+    return y
+
+
+def _segment_sum(xp: Any, values: Array, ids: Array, size: int) -> Array:
+    """y[i] is the sum of the values whose id is i: values ids.shape + (...) -> y (size, ...)."""
+    if issubclass(type(values), ndarray):
+        return type(values).apply("segment_sum", (values, ids), {"size": size}, None)
+    y = xp.zeros((size, *values.shape[ids.ndim :]), values.dtype)
+    xp.add.at(y, ids, values)
+    return y
+
+
+def _as_tuple(key: Any) -> tuple[Any, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
 def _windows(xp: Any, x: Array, window_shape: Any, axis: Any = None) -> Array:
     return xp.lib.stride_tricks.sliding_window_view(x, window_shape, axis)
 
@@ -172,6 +203,8 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     ),
     "einsum": lambda xp, *arrays, subscripts: xp.einsum(subscripts, *arrays),
     "norm": lambda xp, x, **options: xp.linalg.norm(x, **options),
+    "scatter": _scatter,
+    "segment_sum": _segment_sum,
     "sliding_window_view": _windows,
 }
 

@@ -9,9 +9,10 @@ they are and owes the same result.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import update_wrapper
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from nnxp._arrays import Array, is_floating, library_of
 from nnxp._errors import DtypeMismatch
 
 Body = Callable[..., Array]
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 # Where the fused bodies of a library stand; imported when the first array of that library comes.
 _FUSED = {"cupy": "nnxp.kernels.cuda"}
@@ -38,6 +40,8 @@ class Kernel:
     def __init__(self, reference: Body) -> None:
         update_wrapper(self, reference)
         self.reference = reference
+        self.rule: Callable[..., Any] | None = None
+        self.activates_last = False  # whether its gradient is that of two steps
         self._fused: dict[str, Body] = {}
         self._body: dict[type, Body] = {}
         KERNELS[self.__name__] = self
@@ -51,6 +55,20 @@ class Kernel:
             return body
 
         return register
+
+    def vjp(self, rule: Rule) -> Rule:
+        """Decorator: this function is the gradient rule of the kernel.
+
+        `rule(dy, y, *arrays, **options)` answers the gradient of sum(dy * y) by each of the arrays,
+        None where there is none, in float32 or float64. An array that was repeated may get its
+        gradient unsummed. Without a rule the reference body is differentiated. A rule that names no
+        `activation` is that of the kernel without one, which is applied to its result.
+        """
+        self.rule = rule
+        takes = inspect.signature(self.reference).parameters
+        names = inspect.signature(rule).parameters
+        self.activates_last = "activation" in takes and "activation" not in names
+        return rule
 
     def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Any:
         try:

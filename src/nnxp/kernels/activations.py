@@ -7,6 +7,8 @@ place, however small it is; and NaN goes through every one of them as NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nnxp._arrays import Array, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels._dispatch import Body, Kernel, kernel
@@ -337,3 +339,109 @@ def glu(x: Array, *, axis: int = -1) -> Array:
     y = sigmoid.reference(b)
     y *= a
     return y
+
+
+# Gradients. Each slope is 0 or the lower one at a kink, as torch has it, and none overflows.
+
+
+def _slope(kernel: Kernel) -> Callable[[Body], Body]:
+    """Decorator: slope(x, y, **options) is the derivative of the kernel."""
+
+    def register(slope: Body) -> Body:
+        kernel.vjp(lambda dy, y, x, **options: (dy * slope(x, y, **options),))
+        return slope
+
+    return register
+
+
+identity.vjp(lambda dy, y, x: (dy,))
+
+
+@_slope(relu)
+def _relu(x: Array, y: Array) -> Array:
+    return xp_of(y).not_equal(y, 0)  # true of NaN, which goes on
+
+
+def _above(x: Array) -> Array:
+    """1 where x > 0, else 0, in the type of x"""
+    return xp_of(x).greater(x, 0).astype(x.dtype)
+
+
+@_slope(leaky_relu)
+def _leaky_relu(x: Array, y: Array, *, negative_slope: float = 0.01) -> Array:
+    return _above(x) * (1 - negative_slope) + negative_slope
+
+
+@_slope(elu)
+def _elu(x: Array, y: Array, *, alpha: float = 1.0) -> Array:
+    below = xp_of(y).minimum(y, 0) + alpha
+    return below if alpha == 1 else below + _above(x) * (1 - alpha)
+
+
+@_slope(selu)
+def _selu(x: Array, y: Array) -> Array:
+    below = xp_of(y).minimum(y, 0) + SELU_ALPHA * SELU_SCALE
+    return below + _above(x) * (SELU_SCALE - SELU_ALPHA * SELU_SCALE)
+
+
+@_slope(softplus)
+def _softplus(x: Array, y: Array) -> Array:
+    return -xp_of(y).expm1(-y)
+
+
+@_slope(softsign)
+def _softsign(x: Array, y: Array) -> Array:
+    below = 1 / (xp_of(x).absolute(x) + 1)
+    return below * below
+
+
+@_slope(sigmoid)
+def _sigmoid(x: Array, y: Array) -> Array:
+    return y * (1 - y)
+
+
+@_slope(hard_sigmoid)
+def _hard_sigmoid(x: Array, y: Array) -> Array:
+    xp = xp_of(x)
+    return xp.less(xp.absolute(x), 3).astype(x.dtype) * (1 / 6)
+
+
+@_slope(tanh)
+def _tanh(x: Array, y: Array) -> Array:
+    return 1 - y * y
+
+
+@_slope(silu)
+def _silu(x: Array, y: Array) -> Array:
+    s = sigmoid(x)
+    return s + y * (1 - s)
+
+
+@_slope(gelu)
+def _gelu(x: Array, y: Array) -> Array:
+    """Phi(x) + x phi(x), where phi is 0 in every type beyond 40"""
+    xp = xp_of(x)
+    above = _above(x)
+    below = above + normal_tail(xp.minimum(xp.absolute(x), 39)) * (1 - 2 * above)
+    near = xp.maximum(xp.minimum(x, 40), -40)
+    return below + near * (xp.exp(near * near * -0.5) * 0.3989422804014327)
+
+
+@_slope(gelu_tanh)
+def _gelu_tanh(x: Array, y: Array) -> Array:
+    xp = xp_of(x)
+    c = xp.maximum(xp.minimum(x, 32), -32)
+    square = c * c * 0.044715
+    s = sigmoid(c * (square + 1) * (2 * 0.7978845608028654))
+    return s + c * s * (1 - s) * ((square * 3 + 1) * (2 * 0.7978845608028654))
+
+
+@_slope(mish)
+def _mish(x: Array, y: Array) -> Array:
+    """t + x (1 - t^2) sigmoid(x), t = tanh(softplus(x))"""
+    xp = xp_of(x)
+    near = xp.minimum(x, 40)
+    e = xp.exp(near)
+    n = (e + 2) * e
+    t = n / (n + 2)
+    return t + near * (1 - t * t) * (e / (e + 1))

@@ -20,8 +20,8 @@ from nnxp.kernels._windows import (
     padding_option,
     patches,
     per_axis,
-    windows,
     whole,
+    windows,
 )
 from nnxp.kernels.activations import identity
 from nnxp.kernels.linear import linear

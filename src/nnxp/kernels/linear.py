@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 from nnxp._arrays import Array, xp_of
 from nnxp._errors import ShapeError
@@ -22,8 +23,18 @@ def matmul(x: Array, weight: Array, *, precision: str | None = None) -> Array:
     """
     if x.ndim == 2:
         return xp_of(x).matmul(x, weight)
-    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-    return xp_of(x).matmul(rows, weight).reshape(*x.shape[:-1], weight.shape[-1])
+    return xp_of(x).matmul(_rows(x), weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+@matmul.vjp
+def _matmul(dy: Array, y: Array, x: Array, weight: Array, **options: Any) -> tuple[Array, ...]:
+    rows, worth = _rows(x), _rows(dy)
+    return xp_of(x).matmul(worth, weight.T).reshape(x.shape), xp_of(x).matmul(rows.T, worth)
+
+
+def _rows(x: Array) -> Array:
+    """All leading axes together."""
+    return x if x.ndim == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 @kernel
@@ -44,6 +55,14 @@ def linear(
     if bias is not None:
         y += bias
     return y if activation is identity else activation.reference(y, out=y)
+
+
+@linear.vjp
+def _linear(
+    dy: Array, y: Array, x: Array, weight: Array, bias: Array | None = None, **options: Any
+) -> tuple[Array, ...]:
+    """Without an activation: one is differentiated as a step of its own."""
+    return *_matmul(dy, y, x, weight), dy
 
 
 @kernel

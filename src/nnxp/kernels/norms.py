@@ -25,6 +25,26 @@ def layer_norm(
     return _gain_and_bias(y, gain, bias)
 
 
+@layer_norm.vjp
+def _layer_norm(
+    dy: Array,
+    y: Array,
+    x: Array,
+    gain: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Array, ...]:
+    """dx = (d - mean(d) - h mean(d h)) / s with d = dy gain and h = (x - mean) / s"""
+    xp = xp_of(x)
+    h = x - x.mean(axis=-1, keepdims=True)
+    s = xp.sqrt(xp.square(h).mean(axis=-1, keepdims=True) + eps)
+    h = h / s
+    d = dy if gain is None else dy * gain
+    along = h * (d * h).mean(axis=-1, keepdims=True)
+    return (d - d.mean(axis=-1, keepdims=True) - along) / s, dy * h, dy
+
+
 @kernel
 def rms_norm(x: Array, gain: Array | None = None, *, eps: float = 1e-6) -> Array:
     """y = x / sqrt(mean(x^2) + eps) * gain   [Zhang & Sennrich 2019, arXiv:1910.07467]
@@ -35,6 +55,18 @@ def rms_norm(x: Array, gain: Array | None = None, *, eps: float = 1e-6) -> Array
     scale = xp.square(x).mean(axis=-1, keepdims=True)
     scale += eps
     return _gain_and_bias(x / xp.sqrt(scale, out=scale), gain, None)
+
+
+@rms_norm.vjp
+def _rms_norm(
+    dy: Array, y: Array, x: Array, gain: Array | None = None, *, eps: float = 1e-6
+) -> tuple[Array, ...]:
+    """dx = (d - h mean(d h)) / s, for y = h gain, h = x / s, d = dy gain"""
+    xp = xp_of(x)
+    s = xp.sqrt(xp.square(x).mean(axis=-1, keepdims=True) + eps)
+    h = x / s
+    d = dy if gain is None else dy * gain
+    return (d - h * (d * h).mean(axis=-1, keepdims=True)) / s, dy * h
 
 
 @kernel

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from nnxp._arrays import Array, Shape, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels._dispatch import kernel
-from nnxp.kernels._windows import pairs, per_axis
 from nnxp.kernels._windows import padded as with_padding
+from nnxp.kernels._windows import pairs, per_axis
 
 PAD_MODES = ("constant", "reflect", "edge", "wrap")
 

@@ -44,3 +44,14 @@ def log_softmax(x: Array, *, out: Array | None = None) -> Array:
         y = xp.subtract(x, x.max(axis=-1, keepdims=True), out=out)
     y -= xp.log(xp.exp(y).sum(axis=-1, keepdims=True))
     return y
+
+
+@softmax.vjp
+def _softmax(dy: Array, y: Array, x: Array) -> tuple[Array]:
+    worth = dy * y
+    return (worth - y * worth.sum(axis=-1, keepdims=True),)
+
+
+@log_softmax.vjp
+def _log_softmax(dy: Array, y: Array, x: Array) -> tuple[Array]:
+    return (dy - xp_of(y).exp(y) * dy.sum(axis=-1, keepdims=True),)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import cache, cached_property, wraps
@@ -89,6 +91,8 @@ class Layer(metaclass=_Assembly):
 
     by_rows: ClassVar[bool] = True
     """Whether axis 0 of every input holds the rows; a layer that says no checks what it takes."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """The fields that training leaves as they are, such as recorded statistics."""
 
     known: ClassVar[dict[str, type[Layer]]] = {}
     """Layers by class name, so that a file can name them."""
@@ -139,6 +143,15 @@ class Layer(metaclass=_Assembly):
     def examples(cls) -> Iterator[Example]:
         """Small instances with shapes of x they take: what every test of all layers runs on."""
         raise NotImplementedError(f"{cls.__name__} has no examples: define examples()")
+
+    def training(self: L) -> L:
+        """Its form while it is trained; itself, unless it or a layer in it has another.
+
+        Dropout drops and BatchNorm normalises by the batch. The parameters keep their names.
+        """
+        forms = {name: _in_training(value) for name, value in self._fields()}
+        same = all(forms[name] is value for name, value in self._fields())
+        return self if same else self._copy(forms)
 
     # how it is made
 
@@ -551,6 +564,15 @@ class Layer(metaclass=_Assembly):
         self.__dict__.update(fields, _fixed=True)
 
 
+def _in_training(value: Any) -> Any:
+    if isinstance(value, Layer):
+        return value.training()
+    if isinstance(value, tuple) and any(isinstance(item, Layer) for item in value):
+        forms = tuple(map(_in_training, value))
+        return value if all(a is b for a, b in zip(forms, value, strict=True)) else forms
+    return value
+
+
 def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
     """The formula, guarded: what does not fit is refused before any work; errors name layers."""
     signature = inspect.signature(formula)
@@ -688,7 +710,7 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
             raise
         del tape.steps[mark:], tape.calls[called:]
         alone = original._copy(dict(original._fields()))  # without its programs, which have it
-        made = traced.opaque(alone, inputs, _opaque_outline(original, inputs), str(error))
+        made = traced.opaque(alone, inputs, _opaque_outline(original, inputs), reason_of(error))
     except NnxpError:
         raise
     except (ValueError, IndexError, TypeError) as error:
@@ -697,6 +719,18 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
         tape.path = outer
     tape.calls.append((path, given, made))
     return made
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, and the line of the formula in which it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if os.path.dirname(_HERE) not in f.filename]
+    if not own:
+        return str(error)
+    return f"{error}, in {os.path.basename(own[-1].filename)} line {own[-1].lineno}: {own[-1].line}"
+
+
+_HERE = os.path.dirname(__file__)
 
 
 def _misfit(layer: Layer, inputs: tuple[Any, ...], rows: int | None, error: Exception) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from nnxp._arrays import Array
+import numpy as np
+
+from nnxp._arrays import Array, HostArray
 from nnxp._errors import OptionError
 from nnxp.layers._layer import Example, Layer, is_real
+from nnxp.program import traced
 
 
 class Dropout(Layer):
-    """y = x in a forward pass; in training each element would be dropped with probability `rate`.
+    """y = x; in training each element is dropped with probability `rate`, the others grow.
 
-    It is here so that a trained network can be written down as it was trained.
-    [Srivastava et al. 2014]
+    In training y = x * kept / (1 - rate), where `kept` is drawn anew for each batch, so that the
+    mean of y is that of x.   [Srivastava et al. 2014]
     """
 
     rate: float
@@ -28,6 +32,27 @@ class Dropout(Layer):
     def __call__(self, x: Array) -> Array:
         return x
 
+    def training(self) -> Any:
+        return _DropoutInTraining.of(self.rate) if self.rate else self
+
     @classmethod
     def examples(cls) -> Iterator[Example]:
         yield cls(0.5), (3, 4)
+
+
+class _DropoutInTraining(Dropout):
+    """Dropout that drops."""
+
+    def __call__(self, x: Array) -> Array:
+        if not isinstance(x, traced.ndarray):
+            raise OptionError(traced.ONLY_IN_TRAINING.format(self))
+        shape, rate = x.shape, self.rate
+
+        def draw(rng: np.random.Generator) -> HostArray:
+            kept: Any = rng.random(shape, dtype="float32") >= rate
+            return kept  # type: ignore[no-any-return]
+
+        return x * traced.drawn(shape, "bool", draw) * (1 / (1 - rate))
+
+    def training(self) -> _DropoutInTraining:
+        return self

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import Array, float_dtype, is_numeric
+from nnxp._arrays import Array, float_dtype, is_numeric, xp_of
 from nnxp._errors import DtypeMismatch, OptionError, ShapeError
 from nnxp.layers._layer import Example, Layer, array_shape, generator, is_real, whole
+from nnxp.program import traced
 
 
 class _Norm(Layer):
@@ -107,7 +108,14 @@ class BatchNorm(_Norm):
 
     x (rows, ..., channels) -> y like x; mean, var, gain and bias are (channels,) and start at
     0, 1, 1 and 0.   [Ioffe & Szegedy 2015, arXiv:1502.03167]
+
+    In training, mean and var are those of the batch, over all axes but the last, and the running
+    ones move a tenth of the way to them; var then is the unbiased one, as in torch.
     """
+
+    fixed = ("mean", "var")
+    momentum: ClassVar[float] = 0.1
+    """How much of the running statistics a batch replaces in training."""
 
     mean: Array
     var: Array
@@ -128,10 +136,35 @@ class BatchNorm(_Norm):
             self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps
         )
 
+    def training(self) -> Any:
+        return _BatchNormInTraining.of(**dict(self._fields()))
+
     @classmethod
     def examples(cls) -> Iterator[Example]:
         yield _drawn(cls(6, eps=1e-3)), (4, 6)
         yield _drawn(cls(5)), (2, 3, 5)
+
+
+class _BatchNormInTraining(BatchNorm):
+    """BatchNorm by the batch's own mean and variance; tells the running ones."""
+
+    def __call__(self, x: Array) -> Array:
+        self._fitting(x)
+        if not isinstance(x, traced.ndarray):
+            raise OptionError(traced.ONLY_IN_TRAINING.format(self))
+        axes = tuple(range(x.ndim - 1))
+        count = x.size // x.shape[-1]
+        if count < 2:
+            raise ShapeError(f"{self}: one row has no variance; train on batches of two or more")
+        mean = x.mean(axis=axes)
+        y = x - mean
+        var = (y * y).mean(axis=axes)
+        traced.tell("mean", self.mean + (mean - self.mean) * self.momentum)
+        traced.tell("var", self.var + (var * (count / (count - 1)) - self.var) * self.momentum)
+        return y * (self.gain / xp_of(var).sqrt(var + self.eps)) + self.bias
+
+    def training(self) -> _BatchNormInTraining:
+        return self
 
 
 class GroupNorm(_Norm):
@@ -233,6 +266,7 @@ class Standardize(_Norm):
     """
 
     wide = ("mean", "scale")
+    fixed = ("mean", "scale")
 
     mean: Array
     scale: Array

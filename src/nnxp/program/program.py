@@ -14,6 +14,7 @@ from nnxp._arrays import Array, Shape, is_array, xp_of
 from nnxp._errors import ShapeError, located
 from nnxp._library import KINDS, WITH_OUT, compute
 from nnxp.kernels import Kernel
+from nnxp.kernels.functions import einsum_terms
 from nnxp.program.traced import (
     ROWS,
     Step,
@@ -22,7 +23,6 @@ from nnxp.program.traced import (
     Value,
     counts_rows,
     current_tape,
-    einsum_terms,
     lifted,
     ndarray,
     perform,
@@ -204,7 +204,7 @@ def trace(
     *outlines: Any,
     layers: Mapping[int, tuple[str, Any]] | None = None,
     rows: int | None = None,
-    expands: bool = False,
+    expands: bool | Callable[..., Any] = False,
 ) -> Program:
     """The program of a function of arrays, for inputs of these (shape, dtype).
 
@@ -215,7 +215,7 @@ def trace(
         each if isinstance(each, Value) else Value(tuple(each[0]), np.dtype(each[1]))
         for each in outlines
     )
-    with writing(Tape(layers=layers or {}, rows=rows, expands=expands)) as tape:
+    with writing(Tape(layers={} if layers is None else layers, rows=rows, expands=expands)) as tape:
         made = function(*map(lifted, inputs))
         several = isinstance(made, tuple | list)
         outputs = tuple(map(value_of, made if several else (made,)))

@@ -7,26 +7,33 @@ the dialect all: what writes into one gives it another value, unless a view look
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from nnxp import _library
-from nnxp._arrays import Array, Shape, float_dtype, is_array, place_of, xp_of
+from nnxp._arrays import Array, HostArray, Shape, float_dtype, is_array, place_of, xp_of
 from nnxp._errors import NnxpError
 from nnxp._library import KINDS, VIEWS, compute
 from nnxp.backend import home_of
 from nnxp.kernels import Kernel
+from nnxp.kernels.functions import einsum_terms
 
 ROWS = 1_000_003
 """A prime stands for the number of rows: a size that is a multiple of it counts rows."""
+
+
+ONLY_IN_TRAINING = (
+    "{} is in its training form, which nnxp.fit and nnxp.value_and_gradients run, written out; the "
+    "model itself computes as is"
+)
 
 
 class Untraceable(NnxpError, TypeError):
@@ -93,13 +100,22 @@ class Step:
         return tuple(each for each in self.inputs if isinstance(each, Value))
 
 
+class Drawn(NamedTuple):
+    """An input of random numbers: `draw(rng)` gives a host array of its shape and type."""
+
+    value: Value
+    draw: Callable[[np.random.Generator], HostArray]
+
+
 @dataclass(slots=True)
 class Tape:
     """What is being written: steps, the path of the layer at work, and what layers were called.
 
     `layers` tells a layer's path and the layer itself by the id of the copy that is run, `rows` how
-    many there are, for what is said to people, and `expands` whether kernels are written out as
-    what their reference bodies do.
+    many there are, for what is said to people. `expands` says whether kernels are written out as
+    what their reference bodies do, or is a function of (kernel, arrays, options) that notes one.
+    `drawn` are inputs that are drawn at random before each run, `told` what layers tell besides
+    their result, by name.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -107,7 +123,9 @@ class Tape:
     calls: list[tuple[str, tuple[Any, ...], Any]] = field(default_factory=list)
     layers: Mapping[int, tuple[str, Any]] = field(default_factory=dict)
     rows: int | None = None
-    expands: bool = False
+    expands: bool | Callable[..., Any] = False
+    drawn: list[Drawn] = field(default_factory=list)
+    told: dict[str, Value] = field(default_factory=dict)
 
 
 _tape: ContextVar[Tape | None] = ContextVar("nnxp_tape", default=None)
@@ -168,7 +186,10 @@ class ndarray(_library.ndarray):
     def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """A whole kernel is one step; one with a body of its own for NumPy is never written out."""
         out = options.pop("out", None)
-        if current_tape().expands and kernel.on_library("numpy") is None:
+        expands = current_tape().expands
+        if callable(expands):
+            made = expands(kernel, arrays, options)
+        elif expands and kernel.on_library("numpy") is None:
             made = kernel.widened(*arrays, **options)
         else:
             made = record(kernel, arrays, options)
@@ -290,6 +311,20 @@ def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, A
     return results if step.several else results[0]
 
 
+def drawn(shape: Shape, dtype: Any, draw: Callable[[np.random.Generator], HostArray]) -> ndarray:
+    """Random numbers, other ones at each run: drawn on the host, an input more of the program."""
+    tape = current_tape()
+    value = Value(shape, np.dtype(dtype), name=f"drawn{len(tape.drawn)}")
+    tape.drawn.append(Drawn(value, draw))
+    return ndarray(value)
+
+
+def tell(name: str, x: ndarray) -> None:
+    """What the layer at work tells besides its result: an output more of the program."""
+    tape = current_tape()
+    tape.told[f"{tape.path}.{name}" if tape.path else name] = x.value
+
+
 def constants(made: Any) -> Any:
     """Numbers as constants."""
     if isinstance(made, tuple | list):
@@ -381,7 +416,7 @@ def _in_place(x: Value, shape: Any) -> bool:
 def _lying(x: Value) -> Any:
     """An array that lies as x does, in memory that is in order and that nobody reads."""
     if x.memory is None or x.step is None:
-        strides = (x.dtype.itemsize * prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
+        strides = (x.dtype.itemsize * math.prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
         return as_strided(np.zeros((), x.dtype), x.shape, tuple(strides))
     made = compute(np, x.step.name, (_lying(x.memory),), x.step.options)
     return made[x.step.outputs.index(x)] if x.step.several else made
@@ -439,7 +474,7 @@ def _reduction(step: Step) -> Any:
         compute(np, step.name, (np.empty(x.shape, x.dtype),), step.options)
     keep = step.options.get("keepdims", False)
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keep or i not in axes)
-    plain = {k: v for k, v in step.options.items() if k not in ("axis", "keepdims", "ord")}
+    plain = {k: v for k, v in step.options.items() if k not in ("axis", "keepdims", "ord", "ddof")}
     one = np.ones(1, x.dtype)
     return shape, (one if step.name == "norm" else compute(np, step.name, (one,), plain)).dtype
 
@@ -452,7 +487,7 @@ def _scan(step: Step) -> Any:
     flat = flat or (step.name.startswith("cum") and "axis" not in step.options)
     if not flat:
         axes_of(step.options.get("axis", -1), len(x.shape))
-    return ((prod(x.shape),) if flat else x.shape), dtype
+    return ((math.prod(x.shape),) if flat else x.shape), dtype
 
 
 def _movement(step: Step) -> Any:
@@ -465,10 +500,10 @@ def _movement(step: Step) -> Any:
 def _reshape(step: Step) -> Any:
     (x,) = step.inputs
     sizes = [int(size) for size in np.atleast_1d(np.asarray(step.options["shape"], "int64"))]
-    known = prod(size for size in sizes if size != -1)
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and known:
-        sizes[sizes.index(-1)] = prod(x.shape) // known
-    if prod(sizes) != prod(x.shape) or -1 in sizes:
+        sizes[sizes.index(-1)] = math.prod(x.shape) // known
+    if math.prod(sizes) != math.prod(x.shape) or -1 in sizes:
         raise ValueError(f"cannot reshape {x.shape} into {step.options['shape']}")
     step.options["shape"] = tuple(sizes)
     return tuple(sizes), x.dtype
@@ -517,7 +552,7 @@ def _pad(step: Step) -> Any:
 def _repeat(step: Step) -> Any:
     x, repeats, axis = step.inputs[0], step.options["repeats"], step.options.get("axis")
     times = np.asarray(repeats)
-    shape = (prod(x.shape),) if axis is None else x.shape
+    shape = (math.prod(x.shape),) if axis is None else x.shape
     (axis,) = axes_of(0 if axis is None else axis, len(shape))
     total = shape[axis] * int(times) if times.size == 1 else int(times.sum())
     return (*shape[:axis], total, *shape[axis + 1 :]), x.dtype
@@ -576,7 +611,7 @@ def _dot(step: Step) -> Any:
 
 def _outer(step: Step) -> Any:
     a, b = step.inputs
-    return (prod(a.shape), prod(b.shape)), np.result_type(a.dtype, b.dtype)
+    return (math.prod(a.shape), math.prod(b.shape)), np.result_type(a.dtype, b.dtype)
 
 
 def _tensordot(step: Step) -> Any:
@@ -593,22 +628,6 @@ def _tensordot(step: Step) -> Any:
     shape = [n for i, n in enumerate(a.shape) if i not in left]
     shape += [n for i, n in enumerate(b.shape) if i not in right]
     return tuple(shape), np.result_type(a.dtype, b.dtype)
-
-
-def einsum_terms(subscripts: str, ndims: Sequence[int]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result, ellipses and implicit results spelt out."""
-    terms, arrow, result = subscripts.replace(" ", "").partition("->")
-    letters = terms.split(",")
-    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in subscripts]
-    most = max((n - len(t) + 3 for t, n in zip(letters, ndims, strict=True) if "..." in t),
-               default=0)  # fmt: skip
-    lead = "".join(spare[:most])
-    spelt = [t.replace("...", lead[most - (n - len(t) + 3) :] if "..." in t else "")
-             for t, n in zip(letters, ndims, strict=True)]  # fmt: skip
-    if arrow:
-        return spelt, result.replace("...", lead)
-    once = sorted(c for c in set("".join(letters)) - {"."} if "".join(letters).count(c) == 1)
-    return spelt, lead + "".join(once)
 
 
 def _einsum(step: Step) -> Any:
@@ -647,6 +666,15 @@ def _diff(step: Step) -> Any:
     return (*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype
 
 
+def _scatter(step: Step) -> Any:
+    return tuple(step.options["shape"]), step.values[0].dtype
+
+
+def _segment_sum(step: Step) -> Any:
+    values, ids = step.inputs
+    return (int(step.options["size"]), *values.shape[len(ids.shape) :]), values.dtype
+
+
 _OUTLINES: dict[str, Callable[[Step], Any]] = {
     "elementwise": _elementwise, "comparison": _elementwise, "reduction": _reduction,
     "scan": _scan, "movement": _movement, "creation": _creation, "contraction": _matmul,
@@ -654,7 +682,7 @@ _OUTLINES: dict[str, Callable[[Step], Any]] = {
     "astype": _astype, "concatenate": _concatenate, "stack": _stack, "pad": _pad,
     "repeat": _repeat, "tile": _tile, "take": _take, "take_along_axis": _take_along_axis,
     "dot": _dot, "outer": _outer, "tensordot": _tensordot, "einsum": _einsum, "diff": _diff,
-    "roll": _same, "flip": _same,
+    "roll": _same, "flip": _same, "scatter": _scatter, "segment_sum": _segment_sum,
 }  # fmt: skip
 
 

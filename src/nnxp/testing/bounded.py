@@ -28,12 +28,12 @@ carries an error that spans both branches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from functools import reduce as fold
-from math import pi, prod
 from math import sqrt as root
 from typing import Any, TypeVar
 
@@ -428,7 +428,7 @@ def _arctan2(y: Any, x: Any) -> ndarray:
     across = np.abs(b.value) * a.error + np.abs(a.value) * b.error
     carried = np.where(across == 0, 0.0, across / (a.value**2 + b.value**2))
     cut = _close(a, asarray(0)) & (b.value <= _extent(b))
-    carried = np.where(cut, 2 * pi, np.minimum(carried, 2 * pi))
+    carried = np.where(cut, 2 * math.pi, np.minimum(carried, 2 * math.pi))
     return _made(value, carried + _rounding(value, dtype, 2), dtype)
 
 
@@ -493,7 +493,7 @@ def erf(x: ndarray) -> ndarray:
     from nnxp.kernels._erf import erf as on_host
 
     with np.errstate(all="ignore"):
-        slope = 2 / root(pi) * np.exp(-(x.value**2))
+        slope = 2 / root(math.pi) * np.exp(-(x.value**2))
         return _function(on_host(x.value), slope, x, x.dtype)
 
 
@@ -506,7 +506,7 @@ def normal_tail(x: ndarray) -> ndarray:
 
     with np.errstate(all="ignore"):
         half_square = x.value**2 / 2
-        slope = np.exp(-half_square) / root(2 * pi)
+        slope = np.exp(-half_square) / root(2 * math.pi)
         return _function(on_host(x.value), slope, x, x.dtype, 2 + half_square)
 
 
@@ -751,6 +751,45 @@ def _diff(x: ndarray, n: int = 1, axis: int = -1) -> ndarray:
     return x
 
 
+@_rule
+def _scatter(*values: ndarray, shape: Shape, keys: tuple[Any, ...]) -> ndarray:
+    parts = [_lifted(each, values[0].dtype) for each in values]
+
+    def put(arrays: Sequence[HostArray]) -> HostArray:
+        return compute(np, "scatter", tuple(arrays), {"shape": shape, "keys": _plain(keys)})  # type: ignore[no-any-return]
+
+    return _added_up(put, [each.value for each in parts], [each.error for each in parts],
+                     parts[0].dtype)  # fmt: skip
+
+
+@_rule
+def _segment_sum(values: ndarray, ids: Any, size: int) -> ndarray:
+    at = ids if isinstance(ids, ndarray) else asarray(ids)
+    if at.error.any():
+        raise NoBound("segment_sum by ids that rounding may change")
+
+    def put(arrays: Sequence[HostArray]) -> HostArray:
+        return compute(np, "segment_sum", (arrays[0], at.value), {"size": size})  # type: ignore[no-any-return]
+
+    return _added_up(put, [values.value], [values.error], values.dtype)
+
+
+def _added_up(
+    put: Callable[[Sequence[HostArray]], HostArray],
+    values: list[HostArray], errors: list[HostArray], dtype: Any,
+) -> ndarray:  # fmt: skip
+    """Sums of what is put in the same places, which may be of one term."""
+    value, terms = put(values), put([np.ones_like(each) for each in values])
+    if _rigorous.get():
+        u = unit_roundoff(_charged(dtype))
+        own, carried = terms * u * put([np.abs(each) for each in values]), put(errors)
+    else:
+        own = _walk(value, np.sqrt(put([each**2 for each in values])), terms, dtype)
+        carried = np.sqrt(put([each**2 for each in errors]))
+    own = np.where(terms > 1, own + _rounding(value, dtype), 0.0)
+    return _made(value, own + carried, dtype)
+
+
 # Products
 
 
@@ -825,7 +864,7 @@ def _outer(x: Any, y: Any) -> ndarray:
 def _tensordot(x: Any, y: Any, axes: Any = 2) -> ndarray:
     arrays, dtype = _factors(x, y)
     summed = range(-axes, 0) if isinstance(axes, int) else np.atleast_1d(axes[0])
-    terms = prod(arrays[0].shape[int(i)] for i in summed)
+    terms = math.prod(arrays[0].shape[int(i)] for i in summed)
     return _product("tensordot", arrays, {"axes": axes}, terms, dtype)
 
 
@@ -843,7 +882,7 @@ def _einsum(*operands: Any, subscripts: str) -> ndarray:
             letters |= dict(zip(reversed(behind), reversed(each.shape), strict=False))
             letters |= dict(zip(before, each.shape, strict=False))
         kept = result if "->" in subscripts else [c for c in letters if inputs.count(c) == 1]
-        terms = prod(n for c, n in letters.items() if c not in kept)
+        terms = math.prod(n for c, n in letters.items() if c not in kept)
     return _product("einsum", arrays, {"subscripts": subscripts}, max(1, terms), dtype)
 
 

@@ -1,0 +1,174 @@
+"""Rows for training: in an order that follows from seed and epoch, a batch at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import Array, HostArray, is_array, is_floating, place_of, xp_of
+from nnxp._errors import DtypeMismatch, OptionError, ShapeError
+from nnxp._exchange import host_rows, source_of
+from nnxp.backend import home_of, to_backend
+from nnxp.layers._layer import Layer
+
+BLOCK = 64
+"""Rows on a disk that stay together when they are shuffled, so that they are read in pieces."""
+MIXED = 16
+"""Blocks whose rows are mixed with one another."""
+
+
+class Rows:
+    """Inputs and targets that share axis 0: `rows.at(ids)` gives these rows of each of them.
+
+    Sources are as for `nnxp.predict`; each is read as it is asked for, and converted to the type
+    that the model takes.
+    """
+
+    def __init__(self, model: Layer, x: Any, y: Any, weights: Any = None) -> None:
+        if isinstance(x, Mapping):
+            x = _in_order(model, x)
+        self.names = tuple(x) if isinstance(x, Mapping) else None
+        inputs = (
+            tuple(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
+        )
+        self.single = self.names is None and not isinstance(x, tuple)
+        kinds = [*model.takes, *["float"] * len(inputs)][: len(inputs)]
+        dtype = model.dtype or np.dtype("float32")
+        self._place = model.place or "cpu"
+        self._sources = [
+            _Source(each, kind, dtype) for each, kind in zip(inputs, kinds, strict=True)
+        ]
+        self._sources.append(_Source(y, "target", dtype))
+        if weights is not None:
+            self._sources.append(_Source(weights, "float", dtype))
+        counts = [len(source) for source in self._sources]
+        if len(set(counts)) > 1:
+            raise ShapeError(f"inputs, targets and weights have {counts} rows: they go together")
+        self.count = counts[0]
+        if not self.count:
+            raise ShapeError("there are no rows to train on")
+        self.in_memory = all(source.in_memory for source in self._sources)
+
+    def at(self, ids: HostArray) -> tuple[Any, ...]:
+        """(x, target) or (x, target, weights) for these rows, where the model is."""
+        given = [source.at(ids) for source in self._sources]
+        if self._place != "cpu":
+            home = home_of(self._place)
+            given = [to_backend(each, home) for each in given]
+        mark = len(self._sources) - (1 if self._sources[-1].kind == "target" else 2)
+        x: Any = tuple(given[:mark])
+        if self.names is not None:
+            x = dict(zip(self.names, x, strict=True))
+        elif self.single:
+            (x,) = x
+        return x, *given[mark:]
+
+    def labels_in(self, classes: int) -> None:
+        """Raise OptionError for a label that no class has; other targets may be any."""
+        target = next(source for source in self._sources if source.kind == "target")
+        if not target.in_memory or is_floating(target.first.dtype):
+            return
+        values = target.at(np.arange(self.count))
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= classes:
+            raise OptionError(
+                f"the labels go from {low} to {high}, but the model has {classes} outputs: labels "
+                f"are 0 to {classes - 1}; numpy.unique(y, return_inverse=True)[1] numbers any"
+            )
+
+    def sample(self) -> list[HostArray]:
+        """Some rows of each, from the first to the last: to know the data by."""
+        ids = np.unique(np.linspace(0, self.count - 1, 64).astype("int64"))
+        return [source.at(ids) for source in self._sources]
+
+
+def _in_order(model: Layer, x: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs by name in the order in which the model takes them."""
+    names = list(inspect.signature(type(model).__call__).parameters)[1:]
+    if not x.keys() <= set(names):
+        raise OptionError(f"{model!r:.100} takes {', '.join(names)}, not {', '.join(x)}")
+    return {name: x[name] for name in names if name in x}
+
+
+class _Source:
+    """One array of rows, or what gives them."""
+
+    def __init__(self, x: Any, kind: str, dtype: np.dtype[Any]) -> None:
+        self.kind = kind
+        self._device = x if is_array(x) and place_of(x) != "cpu" else None
+        self._source = x if self._device is not None else source_of(x)
+        self.in_memory = self._device is not None or type(self._source) is np.ndarray
+        self._wanted = dtype
+        if not len(self._source):
+            raise ShapeError("there are no rows to train on")
+        self.first = self.at(np.zeros(1, "int64"))
+
+    def __len__(self) -> int:
+        return int(self._source.shape[0])
+
+    def at(self, ids: HostArray) -> Array:
+        if self._device is not None:
+            with home_of(place_of(self._device)).current():
+                at = to_backend(ids, home_of(place_of(self._device)))
+                return self._typed(xp_of(self._device).take(self._device, at, axis=0))
+        if isinstance(self._source, np.ndarray):
+            return self._typed(host_rows(self._source[ids]))
+        return self._typed(self._read(ids))
+
+    def _read(self, ids: HostArray) -> HostArray:
+        """Rows by slices: neighbours in one, in the order of the source, then put in order."""
+        order = np.argsort(ids, kind="stable")
+        wanted = ids[order]
+        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+        runs = np.split(wanted, breaks)
+        read = np.concatenate([host_rows(self._source[int(r[0]) : int(r[-1]) + 1]) for r in runs])
+        rows: HostArray = np.empty_like(read)
+        rows[order] = read
+        return rows
+
+    def _typed(self, rows: Array) -> Array:
+        if self.kind == "any":
+            return rows
+        if self.kind in ("int", "target") and rows.dtype.kind in "iu":
+            return rows.astype("int64", copy=False)
+        if self.kind == "int":
+            raise DtypeMismatch(f"the model takes whole numbers, but x is {rows.dtype}")
+        return rows.astype(self._wanted, copy=False)
+
+
+def order_of(count: int, seed: int, epoch: int, in_memory: bool = True) -> HostArray:
+    """The rows of an epoch in their order, which follows from seed and epoch alone.
+
+    Rows that are not in memory are shuffled by blocks of neighbours, and within groups of blocks.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if in_memory:
+        return rng.permutation(count)
+    starts = rng.permutation(-(-count // BLOCK)) * BLOCK
+    blocks = [np.arange(start, min(start + BLOCK, count)) for start in starts]
+    groups = [np.concatenate(blocks[i : i + MIXED]) for i in range(0, len(blocks), MIXED)]
+    return np.concatenate([rng.permutation(group) for group in groups])
+
+
+def batches_of(order: HostArray, batch: int) -> list[HostArray]:
+    """The order in pieces of so many rows; the rest is a smaller one, but never a single row."""
+    ends = list(range(batch, len(order), batch))
+    if ends and len(order) - ends[-1] == 1:
+        ends.pop()
+    return np.split(order, ends)
+
+
+def data_of(rows: Sequence[Any]) -> list[Any]:
+    """The arrays in what `Rows.at` gives."""
+    found: list[Any] = []
+    for each in rows:
+        if isinstance(each, Mapping):
+            found += each.values()
+        elif isinstance(each, tuple):
+            found += each
+        else:
+            found.append(each)
+    return found

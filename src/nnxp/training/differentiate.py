@@ -1,0 +1,329 @@
+"""A loss and its gradients: one program, written out once for each structure and batch.
+
+The program takes the parameters, the arrays, and what is drawn at random, and answers the loss,
+what the layers tell besides, and the gradients. On the CPU it is bound to memory as a recording,
+elsewhere it is run step by step where the parameters are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import Array, HostArray, is_array, place_of, xp_of
+from nnxp._errors import DeviceMismatch, NotDifferentiable, OptionError, UnsupportedFunction
+from nnxp.backend import home_of, to_backend
+from nnxp.layers._layer import Layer, Rng, generator, reason_of
+from nnxp.program import traced
+from nnxp.program.gradient import gradient, pullback
+from nnxp.program.program import Program, trace
+from nnxp.program.recording import Recording, expanded
+from nnxp.program.rewrite import merged, placed
+from nnxp.program.traced import Drawn, Untraceable, Value
+
+Loss = Callable[..., Any]
+"""loss(model, x, target, ...) -> a single number, written with the library of its arrays."""
+
+MOST_PROGRAMS = 32  # structures and batches that a function of gradients remembers
+
+
+@dataclass(frozen=True)
+class LossProgram:
+    """A loss written out, and its gradients by the parameters that learn.
+
+    The program's inputs are the parameters `inputs`, the arrays, and what is `drawn`; its outputs
+    the loss, what the layers tell, by name, and the gradients of `learned`. `names` tells for every
+    parameter of the model the one whose array it is: the first with the same array.
+    """
+
+    program: Program
+    inputs: tuple[str, ...]
+    names: Mapping[str, str]
+    learned: tuple[str, ...]
+    told: tuple[str, ...]
+    drawn: tuple[Drawn, ...]
+
+
+def write_out(
+    loss: Loss, model: Layer, arrays: Sequence[Any], learned: Callable[[str], bool] | None = None
+) -> LossProgram:
+    """The program of loss(model, *arrays) and of its gradients, for arrays of these shapes.
+
+    `arrays` may be tuples and dicts of arrays, and None. `learned` says which parameters get
+    gradients; without it none do. Raises NotDifferentiable for a loss that looks at numbers.
+    """
+    parameters = model.parameters()
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
+    inputs = tuple(first.values())
+    leaves = [x for x in _leaves(arrays) if is_array(x)]
+    values = [Value(parameters[n].shape, parameters[n].dtype, name=n) for n in inputs]
+    values += [Value(x.shape, x.dtype, name=f"x{i}") for i, x in enumerate(leaves)]
+    layers: dict[int, tuple[str, Any]] = {}
+    tapes: list[traced.Tape] = []
+
+    def written(*given: Any) -> tuple[Any, ...]:
+        own = dict(zip(inputs, given, strict=False))
+        lifted = model.map_arrays(lambda name, _: own[names[name]])
+        pairs = zip([*model.walk(), ("", model)], [*lifted.walk(), ("", lifted)], strict=True)
+        layers.update({id(copy): (path, layer) for (path, layer), (_, copy) in pairs})
+        tapes.append(traced.current_tape())
+        rest = iter(given[len(inputs) :])
+        y = loss(lifted, *_with_leaves(tuple(arrays), rest))
+        if not isinstance(y, traced.ndarray):
+            raise NotDifferentiable(
+                f"the loss is {y!r:.60}, which does not come from the model and its arrays"
+            )
+        return y, *map(traced.lifted, tapes[0].told.values())
+
+    rows = next((len(x) for x in leaves if x.ndim), None)
+    try:
+        program = trace(written, *values, layers=layers, rows=rows)
+    except (Untraceable, UnsupportedFunction) as error:
+        raise NotDifferentiable(f"the loss cannot be written out: {reason_of(error)}") from error
+    tape = tapes[0]
+    program = replace(program, inputs=(*program.inputs, *(d.value for d in tape.drawn)))
+    chosen = tuple(n for n in inputs if learned is not None and learned(n))
+    if learned is not None:
+        by_name = dict(zip(inputs, program.inputs, strict=False))
+        program = gradient(program, program.outputs[0], [by_name[n] for n in chosen])
+    return LossProgram(program, inputs, names, chosen, tuple(tape.told), tuple(tape.drawn))
+
+
+class LossRunner:
+    """A LossProgram where the model is, to be run many times; one caller at a time."""
+
+    def __init__(self, written: LossProgram, place: str) -> None:
+        self.written, self.place = written, place
+        self._home = home_of(place)
+        program = written.program
+        if place == "cpu":
+            self._program = merged(expanded(program))
+            kinds = [value.dtype for value in program.inputs]
+            self._recording: Recording | None = Recording(self._program, 1, kinds)
+        else:
+            with self._home.current():
+                self._program = placed(program, lambda x: to_backend(x, self._home))
+            self._recording = None
+
+    def draw(self, rng: np.random.Generator | None) -> list[HostArray]:
+        """What this run draws at random."""
+        if self.written.drawn and rng is None:
+            raise OptionError(
+                "the model drops at random in its training form: rng= takes a seed or a Generator"
+            )
+        return [drawn.draw(rng) for drawn in self.written.drawn if rng is not None]
+
+    def __call__(
+        self,
+        parameters: Sequence[Array],
+        arrays: Sequence[Array],
+        rng: np.random.Generator | None,
+        gradients: Sequence[Array] | None = None,
+    ) -> tuple[Array, dict[str, Array], list[Array]]:
+        """The loss, what the layers tell, and the gradients, written to `gradients` if given."""
+        outputs = self.written.program.outputs
+        mark = 1 + len(self.written.told)
+        drawn = self.draw(rng)
+        if self._recording is not None:
+            results = [np.empty(v.shape, v.dtype) for v in outputs[:mark]]
+            rest = gradients or [np.empty(v.shape, v.dtype) for v in outputs[mark:]]
+            results += rest
+            self._recording([*parameters, *arrays, *drawn], results)
+            return (
+                results[0],
+                dict(zip(self.written.told, results[1:], strict=False)),
+                results[mark:],
+            )
+        with self._home.current() if self.place != "cpu" else nullcontext():
+            moved = [to_backend(each, self._home) for each in drawn]
+            made = self._program.run([*parameters, *arrays, *moved])
+            if gradients is not None:
+                for into, g in zip(gradients, made[mark:], strict=True):
+                    into[...] = g
+                made[mark:] = gradients
+            else:
+                made = [_owned(y, v) for y, v in zip(made, outputs, strict=True)]
+        return made[0], dict(zip(self.written.told, made[1:mark], strict=True)), made[mark:]
+
+
+def _owned(y: Array, value: Value) -> Array:
+    """y, which nobody else has: a copy of what is a constant or an input."""
+    return y.copy() if value.root.step is None else y
+
+
+def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """A loss `(model, x, target, ...)` as a function that answers `loss, gradients`.
+
+    The loss is the number as an array without axes, where the model is; the gradients are arrays
+    like the parameters, by the names of `model.parameters()`. Parameters that share an array get
+    each the gradient of the one array.
+
+        step = nnxp.value_and_gradients(nnxp.losses.mean_square)
+        loss, gradients = step(net, x, target)
+
+    The loss is any function of a model and arrays that is written with the library of its arrays.
+    It is written out once for each structure of the model and shape of the arrays: what else it
+    looks at, such as a weight in a closure, is what it was then. A model in its training form that
+    draws at random takes `rng=`, a seed or a Generator.
+
+    A parameter that the loss does not depend on has a gradient of zeros; that is said once, in a
+    warning. Raises NotDifferentiable, with the layer or the line, for arithmetic that has no
+    gradient, and DeviceMismatch for arrays that are not where the model is.
+    """
+    runners: dict[Any, tuple[Layer, LossRunner]] = {}
+
+    def both(model: Layer, *arrays: Any, rng: Rng = None) -> tuple[Array, dict[str, Array]]:
+        runner = _runner(runners, loss, model, arrays, lambda name: True)
+        parameters = model.parameters()
+        given = [parameters[name] for name in runner.written.inputs]
+        leaves = [x for x in _leaves(arrays) if is_array(x)]
+        random = generator(rng) if runner.written.drawn and rng is not None else None
+        y, _, gradients = runner(given, leaves, random)
+        by_name = dict(zip(runner.written.learned, gradients, strict=True))
+        return y, {name: by_name[own] for name, own in runner.written.names.items()}
+
+    return both
+
+
+def evaluated(loss: Loss, model: Layer, *arrays: Any) -> Array:
+    """loss(model, *arrays), run as its program is: without gradients, and in no training form."""
+    runner = _runner({}, loss, model, arrays, None)
+    parameters = model.parameters()
+    given = [parameters[name] for name in runner.written.inputs]
+    return runner(given, [x for x in _leaves(arrays) if is_array(x)], None)[0]
+
+
+def _runner(
+    known: dict[Any, tuple[Layer, LossRunner]],
+    loss: Loss,
+    model: Layer,
+    arrays: Sequence[Any],
+    learned: Callable[[str], bool] | None,
+) -> LossRunner:
+    """What runs this loss for such a model and such arrays."""
+    if not isinstance(model, Layer):
+        raise OptionError(f"a loss has a model of nnxp layers first, not {model!r:.60}")
+    leaves = [x for x in _leaves(arrays) if is_array(x)]
+    places = {place_of(x) for x in (*model.parameters().values(), *leaves)}
+    if len(places) > 1:
+        raise DeviceMismatch(
+            f"the model and its arrays are in different places: {', '.join(sorted(places))}; "
+            "nnxp.to_backend(x, ...) and model.to(...) bring them together"
+        )
+    place = next(iter(places), "cpu")
+    key = structure(model), structure(tuple(arrays)), place
+    if key not in known:
+        if len(known) >= MOST_PROGRAMS:
+            known.clear()
+        written = write_out(loss, model, arrays, learned)
+        if learned is not None:
+            tell_idle(written, model)
+        known[key] = model, LossRunner(written, place)  # the model lives on: ids in the key are its
+    return known[key][1]
+
+
+def tell_idle(written: LossProgram, model: Layer) -> None:
+    """Warn of parameters that got no gradient, which is mostly a mistake."""
+    values = written.program.outputs[1 + len(written.told) :]
+    fixed = fixed_names(model)
+    idle = [name for name, value in zip(written.learned, values, strict=True)
+            if not (name in fixed or value.numbers is None or value.numbers.any())]  # fmt: skip
+    if idle:
+        warnings.warn(
+            f"no gradient: the loss does not depend on {', '.join(idle)}", UserWarning, stacklevel=4
+        )
+
+
+def fixed_names(model: Layer) -> set[str]:
+    """The parameters that do not learn, by their dotted names."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, layer in [*model.walk(), ("", model)]
+        for name in layer.fixed
+    }
+
+
+def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[..., Any]]:
+    """function(*arrays), and what passes the worth of a change of it back to the arrays.
+
+        y, back = nnxp.vjp(layer, x)
+        dx = back(dy)                    # the gradient of sum(dy * y), shaped like x
+
+    For several arrays, `back` answers a tuple of gradients; for several results it takes as many
+    arrays. A layer is a function of its inputs; `value_and_gradients` is for its parameters.
+    Raises NotDifferentiable for arithmetic that has no gradient.
+    """
+    layers = {}
+    if isinstance(function, Layer):
+        layers = {id(layer): (path, layer) for path, layer in [*function.walk(), ("", function)]}
+    names = [f"x{i}" for i in range(len(arrays))]
+    values = [Value(x.shape, x.dtype, name=n) for x, n in zip(arrays, names, strict=True)]
+    try:
+        program = trace(function, *values, layers=layers)
+    except (Untraceable, UnsupportedFunction) as error:
+        raise NotDifferentiable(f"{function!r:.60}: {reason_of(error)}") from error
+    made = pullback(program, program.inputs)
+    home = home_of(place_of(arrays[0])) if arrays else home_of("cpu")
+    if xp_of(arrays[0]) is not np and home.device != "cpu":
+        made = placed(made, lambda x: to_backend(x, home))
+    count = len(program.outputs)
+
+    def back(*worth: Array) -> Any:
+        for dy, value in zip(worth, program.outputs, strict=True):
+            if dy.shape != value.shape:
+                raise OptionError(f"a change of {list(value.shape)} has no worth {list(dy.shape)}")
+        with home.current() if home.device != "cpu" else nullcontext():
+            found = made.run([*arrays, *worth])[count:]
+        found = [_owned(g, v) for g, v in zip(found, made.outputs[count:], strict=True)]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    return function(*arrays), back
+
+
+# structures
+
+
+def structure(x: Any) -> Any:
+    """What a program depends on in a model or in arrays: all but the numbers."""
+    arrays: dict[int, int] = {}
+
+    def told(x: Any) -> Any:
+        if is_array(x):
+            return x.shape, str(x.dtype), arrays.setdefault(id(x), len(arrays))
+        if isinstance(x, Layer):
+            return type(x), tuple((name, told(value)) for name, value in x._fields())
+        if isinstance(x, tuple | list):
+            return type(x), tuple(map(told, x))
+        if isinstance(x, dict):
+            return dict, tuple((key, told(value)) for key, value in x.items())
+        try:
+            hash(x)
+        except TypeError:
+            return type(x), id(x)
+        return type(x), x
+
+    return told(x)
+
+
+def _leaves(x: Any) -> list[Any]:
+    """What is in tuples, lists and dicts, in order."""
+    if isinstance(x, Mapping):
+        x = tuple(x.values())
+    if isinstance(x, tuple | list):
+        return [leaf for each in x for leaf in _leaves(each)]
+    return [x]
+
+
+def _with_leaves(x: Any, arrays: Any) -> Any:
+    """The same tuples and dicts with these in place of the arrays."""
+    if isinstance(x, Mapping):
+        return {key: _with_leaves(value, arrays) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(_with_leaves(each, arrays) for each in x)
+    return next(arrays) if is_array(x) else x

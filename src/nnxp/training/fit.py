@@ -1,0 +1,436 @@
+"""Fitting a model to rows: batches, steps, validation, and a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import Array, xp_of
+from nnxp._errors import CheckpointError, OptionError, TrainingError
+from nnxp._progress import Progress, told
+from nnxp.backend import asnumpy, home_of, to_backend
+from nnxp.layers._layer import Layer, Rng, generator, whole
+from nnxp.training.batches import Rows, batches_of, data_of, order_of
+from nnxp.training.checkpoint import read_run, write_run
+from nnxp.training.differentiate import (
+    LossRunner,
+    fixed_names,
+    tell_idle,
+    write_out,
+)
+from nnxp.training.losses import LOSSES, CrossEntropy
+from nnxp.training.optimizers import Adam, Optimizer
+
+UNREAD = 64  # losses of a device that are read together: reading one waits for it
+ALIGNED = 16  # numbers: parameters lie in one vector, each on the border of a cache line
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model, and its history: for each epoch what it came to.
+
+    An entry of the history has `epoch` (from 1), `loss` (the mean over the epoch's rows, while the
+    parameters changed), `seconds`, `rows_per_second`, and `validation` where there are such rows.
+    """
+
+    model: Layer
+    history: list[dict[str, float]]
+
+
+def fit(
+    model: Layer,
+    x: Any,
+    y: Any,
+    *,
+    loss: str | Callable[..., Any],
+    optimizer: Optimizer | None = None,
+    epochs: int = 10,
+    batch: int = 128,
+    weights: Any = None,
+    validation: tuple[Any, Any] | None = None,
+    patience: int | None = None,
+    clip: float | None = None,
+    fixed: Sequence[str] = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    rng: Rng = None,
+    progress: Progress = False,
+    callback: Callable[[dict[str, float]], object] | None = None,
+) -> Fitted:
+    """A model like this one, trained on rows x (n, ...) with targets y (n, ...).
+
+        fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=10)
+        fitted.model, fitted.history
+
+    It trains where the model is, in its type, and in its training form (`Layer.training`); the
+    model given is left as it is. x, y and `weights` are as rows for `nnxp.predict`; x may be a
+    tuple or a dict for a model with several inputs.
+
+    loss        a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number
+    optimizer   Adam(1e-3) without one
+    batch       rows a step; the order of an epoch's rows follows from rng and the epoch alone
+    validation  (x, y) whose loss is told after each epoch
+    patience    epochs without a lower validation loss before training ends; the model is then
+                that of the lowest
+    clip        the largest global norm of the gradients
+    fixed       parameters, or layers, by dotted name that do not learn
+    checkpoint  a file that the run is written to every `checkpoint_seconds`, and after each epoch.
+                If it is there, the run goes on from it, to `epochs` in all and the same bits
+    rng         a seed or a Generator: the same one gives the same bits on the same machine
+    progress    True for a bar, or a function of the rows done and the rows in all
+    callback    is called with each entry of the history
+
+    Raises TrainingError for a loss that is no number, with epoch and batch; NotDifferentiable for a
+    model or loss without a gradient; CheckpointError for a checkpoint of another run.
+    """
+    epochs, batch = whole("epochs", epochs, 0), whole("batch", batch)
+    chosen = _loss(loss)
+    optimizer = Adam() if optimizer is None else optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise OptionError(f"optimizer is one such as nnxp.Adam(1e-3), not {optimizer!r:.60}")
+    if patience is not None and validation is None:
+        raise OptionError("patience waits for a lower loss on validation=(x, y)")
+    rows = Rows(model, x, y, weights)
+    seen = None if validation is None else Rows(model, *validation)
+    if isinstance(chosen, CrossEntropy):
+        classes = _outputs(model, rows)
+        for each in (rows, seen):
+            if each is not None and classes is not None:
+                each.labels_in(classes)
+    trainer = Trainer(model, chosen, optimizer, fixed, clip)
+    run = _Run(trainer, rows, batch, None if checkpoint is None else Path(checkpoint))
+    run.begin(rng)
+    home = home_of(trainer.place)
+    with (
+        home.current() if trainer.place != "cpu" else nullcontext(),
+        told(rows.count * epochs, progress) as done,
+    ):
+        done(run.rows_done)
+        while run.epoch < epochs and not run.waited(patience):
+            run.go_through(done, checkpoint_seconds)
+            entry = run.end_epoch(seen)
+            if callback is not None:
+                callback(dict(entry))
+            run.save()
+        if patience is not None and run.best is not None:
+            trainer.restore(run.best)
+    return Fitted(trainer.model_now(), run.history)
+
+
+def _loss(loss: Any) -> Callable[..., Any]:
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise OptionError(f"there is no loss {loss!r}; the names are {', '.join(LOSSES)}")
+        return LOSSES[loss]
+    if not callable(loss):
+        raise OptionError(f"loss is a name or a function (model, x, target), not {loss!r:.60}")
+    return loss  # type: ignore[no-any-return]
+
+
+def _outputs(model: Layer, rows: Rows) -> int | None:
+    """The size of the last axis of what the model answers."""
+    x = data_of(rows.at(np.zeros(1, "int64"))[:1])
+    shape = model.output_shape(*(each.shape for each in x)) if x else ()
+    return int(shape[-1]) if shape and isinstance(shape[-1], int) and len(shape) > 1 else None
+
+
+class Trainer:
+    """A model in training: its parameters in one vector, their gradients in another.
+
+    `step` changes the parameters by one batch, `evaluate` gives the loss of a batch as it is.
+    """
+
+    def __init__(
+        self,
+        model: Layer,
+        loss: Callable[..., Any],
+        optimizer: Optimizer,
+        fixed: Sequence[str] = (),
+        clip: float | None = None,
+    ) -> None:
+        if not isinstance(model, Layer):
+            raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
+        if clip is not None and not clip > 0:
+            raise OptionError(f"gradients are clipped to a norm above zero, not {clip!r}")
+        self.model, self.form = model, model.training()
+        self.loss, self.optimizer, self.clip = loss, optimizer, clip
+        self.place = model.place or "cpu"
+        parameters = model.parameters()
+        held = _held(parameters, fixed_names(model), fixed)
+        first: dict[int, str] = {}
+        self.names = {n: first.setdefault(id(p), n) for n, p in parameters.items()}
+        own = {n: parameters[n] for n in first.values()}
+        self.learned = tuple(n for n in own if n not in held)
+        if not self.learned:
+            raise OptionError(f"{model!r:.200} has no parameters that learn")
+        with home_of(self.place).current() if self.place != "cpu" else nullcontext():
+            learning = {n: own[n] for n in self.learned}
+            self.vector, self.arrays = _vector(learning)
+            self.slopes, self.gradients = _vector(learning, fill=False)
+            self.arrays |= {n: p.copy() for n, p in own.items() if n in held}
+            self.state = optimizer.init({"parameters": self.vector})
+        self._runners: dict[Any, LossRunner] = {}
+        self._evaluators: dict[Any, LossRunner] = {}
+
+    def step(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
+        """One step by the gradients of this batch; its loss before it."""
+        runner = self._runner(self._runners, self.form, given, True)
+        parameters = [self.arrays[n] for n in runner.written.inputs]
+        into = [self.gradients[n] for n in runner.written.learned]
+        y, statistics, _ = runner(parameters, data_of(given), rng, into)
+        if self.clip is not None:
+            norm = xp_of(self.slopes).sqrt((self.slopes * self.slopes).sum())
+            self.slopes *= xp_of(self.slopes).minimum(self.clip / (norm + 1e-12), 1)
+        self.optimizer.update({"parameters": self.vector}, {"parameters": self.slopes}, self.state)
+        for name, value in statistics.items():
+            self.arrays[self.names[name]][...] = value
+        return y
+
+    def evaluate(self, given: Sequence[Any]) -> Array:
+        """The loss of a batch of the model as it is."""
+        runner = self._runner(self._evaluators, self.model, given, False)
+        parameters = [self.arrays[n] for n in runner.written.inputs]
+        return runner(parameters, data_of(given), None)[0]
+
+    def draws(self, given: Sequence[Any]) -> bool:
+        """Whether a step draws at random."""
+        return bool(self._runner(self._runners, self.form, given, True).written.drawn)
+
+    def _runner(
+        self, known: dict[Any, LossRunner], model: Layer, given: Sequence[Any], learns: bool
+    ) -> LossRunner:
+        key = tuple((each.shape, each.dtype) for each in data_of(given))
+        if key not in known:
+            written = write_out(
+                self.loss, model, given, (lambda n: n in self.learned) if learns else None
+            )
+            if learns and not known:
+                tell_idle(written, model)
+            known[key] = LossRunner(written, self.place)
+        return known[key]
+
+    def model_now(self) -> Layer:
+        """A model with the parameters as they are now, in arrays of its own."""
+        copies = {n: p.copy() for n, p in self.arrays.items()}
+        return self.model.with_parameters({n: copies[own] for n, own in self.names.items()})
+
+    def snapshot(self) -> dict[str, Array]:
+        """All that changes, by name: to be written, or to come back to."""
+        held = {n: p.copy() for n, p in self.arrays.items() if n not in self.learned}
+        return {"parameters": self.vector.copy()} | {f"held.{n}": p for n, p in held.items()}
+
+    def restore(self, snapshot: Mapping[str, Array]) -> None:
+        """Come back to what a snapshot holds."""
+        self.vector[...] = snapshot["parameters"]
+        for name, p in self.arrays.items():
+            if name not in self.learned:
+                p[...] = snapshot[f"held.{name}"]
+
+
+def _held(parameters: Mapping[str, Array], own: set[str], fixed: Sequence[str]) -> set[str]:
+    """The parameters that do not learn: an array that is one of them by any name is."""
+    asked = (fixed,) if isinstance(fixed, str) else tuple(fixed)
+    for name in asked:
+        if not any(n == name or n.startswith(f"{name}.") for n in parameters):
+            raise OptionError(f"fixed: there is no {name!r} among {', '.join(parameters):.300}")
+    held = {n for n in parameters if n in own or f"{n}.".startswith(tuple(f"{a}." for a in asked))}
+    arrays = {id(parameters[n]) for n in held}
+    return {n for n, p in parameters.items() if id(p) in arrays}
+
+
+def _vector(arrays: Mapping[str, Array], fill: bool = True) -> tuple[Array, dict[str, Array]]:
+    """One vector with room for all the arrays, and views of it by name."""
+    some = next(iter(arrays.values()))
+    if len({p.dtype for p in arrays.values()}) > 1:
+        raise OptionError("the parameters that learn are of several types: model.astype(...)")
+    sizes = {n: -(-p.size // ALIGNED) * ALIGNED for n, p in arrays.items()}
+    vector = xp_of(some).zeros(sum(sizes.values()), some.dtype)
+    views, at = {}, 0
+    for name, p in arrays.items():
+        views[name] = vector[at : at + p.size].reshape(p.shape)
+        if fill:
+            views[name][...] = p
+        at += sizes[name]
+    return vector, views
+
+
+class _Run:
+    """Where a run stands: epoch and batch, the losses of the epoch, the best so far."""
+
+    def __init__(self, trainer: Trainer, rows: Rows, batch: int, path: Path | None) -> None:
+        self.trainer, self.rows, self.batch, self.path = trainer, rows, batch, path
+        self.seed = self.epoch = self.at = 0
+        self.total, self.seconds = 0.0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.lowest, self.lowest_epoch = inf, 0
+        self.best: dict[str, Array] | None = None
+        self._unread: list[tuple[int, int, Array]] = []  # (batch, rows, loss)
+        self._saved = time.monotonic()
+
+    @property
+    def rows_done(self) -> int:
+        done = self.epoch * self.rows.count
+        return done + sum(map(len, self._batches()[: self.at])) if self.at else done
+
+    def _batches(self) -> list[Any]:
+        order = order_of(self.rows.count, self.seed, self.epoch, self.rows.in_memory)
+        return batches_of(order, self.batch)
+
+    def waited(self, patience: int | None) -> bool:
+        """Whether the validation loss has not been lower for so many epochs."""
+        return patience is not None and self.epoch - self.lowest_epoch >= patience > 0
+
+    def go_through(self, done: Callable[[int], None], every: float) -> None:
+        """The batches of an epoch that are left."""
+        trainer, start = self.trainer, time.monotonic()
+        for i, ids in enumerate(self._batches()):
+            if i < self.at:
+                continue
+            given = self.rows.at(ids)
+            rng = np.random.default_rng([self.seed, self.epoch, i + 1])
+            y = trainer.step(given, rng if trainer.draws(given) else None)
+            self._unread.append((i, len(ids), y))
+            self.at = i + 1
+            if trainer.place == "cpu" or len(self._unread) >= UNREAD:
+                self._read_losses()
+            if self.path is not None and time.monotonic() - self._saved >= every:
+                self.seconds += time.monotonic() - start
+                start = time.monotonic()
+                self.save()
+            done(len(ids))
+        self._read_losses()
+        self.seconds += time.monotonic() - start
+
+    def _read_losses(self) -> None:
+        for i, count, y in self._unread:
+            value = float(asnumpy(y))
+            if not isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} in epoch {self.epoch + 1}, batch {i + 1}: a lower rate, "
+                    "clip=1.0, or rows on a scale of about one may help; NaN in the rows do not"
+                )
+            self.total += value * count
+        self._unread.clear()
+
+    def end_epoch(self, seen: Rows | None) -> dict[str, float]:
+        """Note what the epoch came to."""
+        entry: dict[str, float] = {
+            "epoch": self.epoch + 1,
+            "loss": self.total / self.rows.count,
+            "seconds": self.seconds,
+            "rows_per_second": self.rows.count / max(self.seconds, 1e-9),
+        }
+        if seen is not None:
+            entry["validation"] = value = self._validate(seen)
+            if value < self.lowest:
+                self.lowest, self.lowest_epoch = value, self.epoch + 1
+                self.best = self.trainer.snapshot()
+        self.history.append(entry)
+        self.epoch, self.at, self.total, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+        return entry
+
+    def _validate(self, seen: Rows) -> float:
+        total = 0.0
+        for ids in np.split(np.arange(seen.count), range(self.batch, seen.count, self.batch)):
+            total += float(asnumpy(self.trainer.evaluate(seen.at(ids)))) * len(ids)
+        return total / seen.count
+
+    # to go on from
+
+    def begin(self, rng: Rng) -> None:
+        """Begin anew, or where the checkpoint stands."""
+        found = None if self.path is None or not self.path.exists() else read_run(self.path)
+        given = None if rng is None else _seed(rng)
+        if found is None:
+            self.seed = _seed(None) if given is None else given
+            return
+        arrays, about = found
+        wanted = self._fingerprint()
+        for what, value in wanted.items():
+            if about["of"].get(what) != value:
+                raise CheckpointError(
+                    f"{self.path} is of a run with another {what}: {about['of'].get(what)!s:.200}, "
+                    f"not {value!s:.200}; another file, or the same {what}, goes on"
+                )
+        if given is not None and given != about["seed"]:
+            raise CheckpointError(f"{self.path} is of a run with another rng, {about['seed']}")
+        self.seed, self.epoch, self.at = about["seed"], about["epoch"], about["batch"]
+        self.total, self.seconds, self.history = about["total"], about["seconds"], about["history"]
+        self.lowest = inf if about["lowest"] is None else about["lowest"]
+        self.lowest_epoch = about["lowest_epoch"]
+        self._take(arrays)
+
+    def _take(self, arrays: Mapping[str, Any]) -> None:
+        trainer, home = self.trainer, home_of(self.trainer.place)
+
+        def part(prefix: str) -> dict[str, Array]:
+            found = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            if trainer.place == "cpu":
+                return found
+            return {n: to_backend(a, home) for n, a in found.items()}
+
+        with home.current() if trainer.place != "cpu" else nullcontext():
+            try:
+                trainer.restore(part("now."))
+                self.best = part("best.") or None
+                for name, value in part("state.").items():
+                    if name == "steps":
+                        trainer.state[name][...] = np.asarray(arrays["state.steps"])
+                    else:
+                        trainer.state[name][...] = value
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(f"{self.path} does not hold this run: {error}") from error
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is to be one."""
+        if self.path is None:
+            return
+        self._read_losses()
+        arrays = {f"now.{n}": a for n, a in self.trainer.snapshot().items()}
+        arrays |= {f"state.{n}": a for n, a in self.trainer.state.items()}
+        arrays |= {f"best.{n}": a for n, a in (self.best or {}).items()}
+        about = {
+            "of": self._fingerprint(), "seed": self.seed, "epoch": self.epoch, "batch": self.at,
+            "total": self.total, "seconds": self.seconds, "history": self.history,
+            "lowest": None if self.lowest == inf else self.lowest,
+            "lowest_epoch": self.lowest_epoch,
+        }  # fmt: skip
+        write_run(self.path, {n: asnumpy(a) for n, a in arrays.items()}, about)
+        self._saved = time.monotonic()
+
+    def _fingerprint(self) -> dict[str, str]:
+        """What a run is of: one with the same is the same run."""
+        trainer = self.trainer
+        shapes = {n: [str(p.dtype), *p.shape] for n, p in trainer.arrays.items()}
+        data = hashlib.sha256()
+        for each in self.rows.sample():
+            host = asnumpy(each)
+            data.update(f"{host.dtype}{host.shape}".encode() + host.tobytes())
+        start = hashlib.sha256()
+        for p in trainer.model.parameters().values():
+            start.update(np.ascontiguousarray(asnumpy(p)).view("uint8").tobytes())
+        return {
+            "model": f"{trainer.model!r} {shapes}",
+            "initial parameters": start.hexdigest(),
+            "optimizer": f"{trainer.optimizer!r}, clip={trainer.clip}",
+            "loss": getattr(trainer.loss, "__qualname__", repr(trainer.loss)),
+            "learned": ", ".join(trainer.learned),
+            "batch": str(self.batch),
+            "data": f"{self.rows.count} rows, {data.hexdigest()}",
+        }
+
+
+def _seed(rng: Rng) -> int:
+    """A seed that can be written down."""
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        generator(rng)  # refuses what is no seed
+        return int(rng)
+    return int(generator(rng).integers(2**63))

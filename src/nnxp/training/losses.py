@@ -1,0 +1,226 @@
+"""Losses: how wrong a model's outputs are, as one number to make smaller.
+
+A loss is the mean over rows of a formula of what the model answers and what it should. Those for
+classes are computed from the logits, the numbers before the last softmax or sigmoid: a model that
+ends in one is met before it, so that no logarithm of a rounded probability is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nnxp import kernels
+from nnxp._arrays import Array, xp_of
+from nnxp._errors import OptionError, ShapeError
+from nnxp.kernels import Kernel
+from nnxp.layers._layer import Layer
+from nnxp.program import traced
+from nnxp.training.differentiate import evaluated
+
+
+@dataclass(frozen=True)
+class Loss:
+    """loss(model, x, target, weights=None): the mean over rows of `rows(model(x), target)`.
+
+    x is an array of rows, or a tuple or dict of them for a model with several inputs. With
+    `weights`, one for each row, it is the mean weighted by them. The result is an array without
+    axes, where the model is. Derive from this class, as a frozen dataclass, and define `rows`; a
+    plain function of (model, x, target) will do for all that trains, too.
+    """
+
+    def __call__(self, model: Layer, x: Any, target: Array, weights: Array | None = None) -> Array:
+        if not _is_traced(target):
+            given = (x, target) if weights is None else (x, target, weights)
+            return evaluated(self, model, *given)
+        if isinstance(x, Mapping):
+            y = model(**x)
+        else:
+            y = model(*x) if isinstance(x, tuple | list) else model(x)
+        losses = self.rows(y, target)
+        own = self.row_weights(target, losses)
+        weights = own if weights is None else weights if own is None else weights * own
+        if weights is None:
+            return losses.mean()
+        return (losses * weights).sum() / weights.sum()
+
+    def rows(self, y: Array, target: Array) -> Array:
+        """The loss of each row: y (rows, ...), what it should be -> (rows,)."""
+        raise NotImplementedError(f"{type(self).__name__} has no formula: define rows")
+
+    def row_weights(self, target: Array, losses: Array) -> Array | None:
+        """How much each row counts, (rows,), by what it should be; None for all the same."""
+        return None
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, traced.ndarray)
+
+
+def _of_rows(x: Array) -> Array:
+    """The mean over all axes but the rows'."""
+    return x.mean(axis=tuple(range(1, x.ndim))) if x.ndim > 1 else x
+
+
+def _difference(y: Array, target: Array) -> Array:
+    """y - target, for arrays of one shape; (rows, 1) is taken for (rows,)."""
+    if y.shape != target.shape:
+        if y.shape == (*target.shape, 1):
+            target = target.reshape(y.shape)
+        elif (*y.shape, 1) != target.shape:
+            raise ShapeError(
+                f"the model answers {list(y.shape)}, but the target is {list(target.shape)}: they "
+                "would be broadcast against each other"
+            )
+        else:
+            target = target.reshape(y.shape)
+    if target.dtype != y.dtype:
+        target = target.astype(y.dtype)
+    return y - target
+
+
+@dataclass(frozen=True)
+class MeanSquare(Loss):
+    """(y - target)^2, the mean over a row's elements."""
+
+    def rows(self, y: Array, target: Array) -> Array:
+        return _of_rows(xp_of(y).square(_difference(y, target)))
+
+
+@dataclass(frozen=True)
+class MeanAbsolute(Loss):
+    """|y - target|, the mean over a row's elements."""
+
+    def rows(self, y: Array, target: Array) -> Array:
+        return _of_rows(xp_of(y).absolute(_difference(y, target)))
+
+
+@dataclass(frozen=True)
+class Huber(Loss):
+    """d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2), d = y - target   [Huber 1964]"""
+
+    delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.delta > 0:
+            raise OptionError(f"Huber's delta is above zero, not {self.delta!r}")
+
+    def rows(self, y: Array, target: Array) -> Array:
+        size = xp_of(y).absolute(_difference(y, target))
+        near = xp_of(y).minimum(size, self.delta)
+        return _of_rows(near * (size - near * 0.5))
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """-log of the probability of the right class, softmax(logits)[label].
+
+    y (rows, ..., classes); the target are labels (rows, ...), whole numbers from 0, or
+    probabilities (rows, ..., classes). A model that ends in softmax or log_softmax is met before
+    it. With `smoothing` s the target is (1 - s) of itself and s spread evenly over the classes
+    [Szegedy et al. 2016]. With `class_weights`, one for each class, a row counts as much as its
+    label's; for labels only.
+    """
+
+    smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise OptionError(f"smoothing is at least 0 and below 1, not {self.smoothing!r}")
+
+    def rows(self, y: Array, target: Array) -> Array:
+        logits = before(y, (kernels.softmax, kernels.log_softmax), "cross_entropy")
+        xp = xp_of(logits)
+        logp = kernels.log_softmax(logits)
+        if target.dtype.kind in "iu":
+            if target.shape != y.shape[:-1]:
+                raise ShapeError(
+                    f"the labels are {list(target.shape)} for logits {list(y.shape)}; one label "
+                    f"for each of {list(y.shape[:-1])} is due, or probabilities, as floats"
+                )
+            labels = xp.expand_dims(target, -1)
+            right = xp.take_along_axis(logp, labels, axis=-1).reshape(target.shape)
+        else:
+            if target.shape != y.shape:
+                raise ShapeError(
+                    f"the target is {target.dtype}{list(target.shape)} for logits {list(y.shape)}; "
+                    "labels are whole numbers, probabilities have the shape of the logits"
+                )
+            right = (logp * target.astype(logp.dtype, copy=False)).sum(axis=-1)
+        if self.smoothing:
+            right = right * (1 - self.smoothing) + logp.mean(axis=-1) * self.smoothing
+        return _of_rows(-right)
+
+    def row_weights(self, target: Array, losses: Array) -> Array | None:
+        if self.class_weights is None:
+            return None
+        if target.dtype.kind not in "iu" or target.ndim != 1:
+            raise OptionError("class_weights are for one label, a whole number, for each row")
+        xp = xp_of(target)
+        weights = xp.asarray([float(w) for w in self.class_weights], dtype=losses.dtype)
+        return xp.take(weights, target)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(Loss):
+    """-(t log p + (1 - t) log(1 - p)), p = sigmoid(y), t the target: 0, 1, or between.
+
+    As softplus(y) - t y, which overflows nowhere. y and target have one shape; a model that ends in
+    sigmoid is met before it. `positive_weight` is how much ones count beside zeros.
+    """
+
+    positive_weight: float = 1.0
+
+    def rows(self, y: Array, target: Array) -> Array:
+        logits = before(y, (kernels.sigmoid,), "binary_cross_entropy")
+        if target.dtype != logits.dtype:
+            target = target.astype(logits.dtype)
+        if logits.shape != target.shape:
+            _difference(logits, target)  # raises, unless it is (rows, 1) for (rows,)
+            target = target.reshape(logits.shape)
+        if self.positive_weight == 1:
+            return _of_rows(kernels.softplus(logits) - target * logits)
+        ones = target * kernels.softplus(-logits) * self.positive_weight
+        return _of_rows(ones + (1 - target) * kernels.softplus(logits))
+
+
+def before(y: Array, activations: tuple[Kernel, ...], name: str) -> Array:
+    """What the model computed before one of these activations, if it ends in one.
+
+    Arrays that were not written out are taken for logits. Raises OptionError for a model that ends
+    in another activation that makes probabilities.
+    """
+    if not isinstance(y, traced.ndarray) or y.value.step is None:
+        return y
+    step = y.value.step
+    last = step.options.get("activation", step.function)
+    if last in activations:
+        inputs = [traced.lifted(each) for each in step.inputs]
+        if step.function is last:
+            return inputs[0]
+        return step.function(*inputs, **step.options | {"activation": kernels.identity})  # type: ignore[operator]
+    if last in (kernels.softmax, kernels.log_softmax, kernels.sigmoid):
+        other = {kernels.sigmoid: "binary_cross_entropy"}.get(last, "cross_entropy")
+        raise OptionError(
+            f"{name} is not for a model that ends in {last.__name__}: that is {other}'s, or leave "
+            "the activation away"
+        )
+    return y
+
+
+mean_square = MeanSquare()
+mean_absolute = MeanAbsolute()
+huber = Huber()
+cross_entropy = CrossEntropy()
+binary_cross_entropy = BinaryCrossEntropy()
+
+LOSSES: dict[str, Loss] = {
+    "mean_square": mean_square,
+    "mean_absolute": mean_absolute,
+    "huber": huber,
+    "cross_entropy": cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+}
+"""The losses by the names that `nnxp.fit` takes."""

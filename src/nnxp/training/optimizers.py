@@ -1,0 +1,253 @@
+"""How parameters follow their gradients: a rule for one parameter, in place.
+
+    state = optimizer.init(parameters)
+    optimizer.update(parameters, gradients, state)       # all in place
+
+`parameters`, `gradients` and `state` are flat dicts of arrays, so a state can go into a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nnxp._arrays import Array, xp_of
+from nnxp._errors import OptionError, ShapeError
+from nnxp.training.schedules import Rate, rate_at
+
+CHUNK = 1 << 19
+"""Numbers that a rule works on at once: in float32 each of its arrays takes 2 MiB of the cache."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A rule `step(p, g, *state, t)` that changes a parameter p, whose gradient is g, in place.
+
+    `state` names the arrays like p that the rule keeps from step to step, zero at the start; t
+    counts the steps from 1. `rate` is a number or a schedule, `decay` the weight decay: decay * p
+    is added to the gradient (AdamW and Lion decay p itself). A rule is elementwise, and may not
+    change g.
+    """
+
+    state: ClassVar[tuple[str, ...]] = ()
+
+    rate: Rate = 1e-2
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.decay < 0:
+            raise OptionError(f"weight decay is 0 or more, not {self.decay!r}")
+        rate_at(self.rate, 0)
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        """The rule: change p, and the arrays of the state, in place."""
+        raise NotImplementedError(f"{type(self).__name__} has no rule: define step")
+
+    def rate_at(self, t: int) -> float:
+        """The learning rate of step t, which is 1 for the first."""
+        return rate_at(self.rate, t - 1)
+
+    def init(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
+        """The state for the first step: `steps`, and "v.layers.0.weight" and the like."""
+        state: dict[str, Array] = {"steps": np.zeros((), "int64")}
+        for name, p in parameters.items():
+            for own in self.state:
+                state[f"{own}.{name}"] = xp_of(p).zeros(p.shape, p.dtype)
+        return state
+
+    def update(
+        self,
+        parameters: Mapping[str, Array],
+        gradients: Mapping[str, Array],
+        state: Mapping[str, Array],
+    ) -> None:
+        """One step: parameters and state are changed in place, the gradients are not."""
+        missing = parameters.keys() - gradients.keys()
+        if missing:
+            raise ShapeError(f"there are no gradients for {', '.join(sorted(missing))}")
+        state["steps"][...] += 1
+        t = int(state["steps"])
+        for name, p in parameters.items():
+            kept = [state[f"{own}.{name}"] for own in self.state]
+            for part, g, *own in _chunks(p, gradients[name], *kept):
+                self.step(part, self._decayed(part, g), *own, t=t)
+
+    def _decayed(self, p: Array, g: Array) -> Array:
+        return g + self.decay * p if self.decay else g
+
+
+def _chunks(p: Array, *like: Array) -> Iterator[tuple[Array, ...]]:
+    """Vectors of one size in pieces that fit the cache; other arrays whole."""
+    if p.ndim != 1 or p.size <= CHUNK:
+        yield p, *like
+        return
+    for start in range(0, p.size, CHUNK):
+        yield tuple(x[start : start + CHUNK] for x in (p, *like))
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """p -= rate * g   [Robbins & Monro 1951]"""
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        p -= self.rate_at(t) * g
+
+
+@dataclass(frozen=True)
+class Momentum(Optimizer):
+    """v = momentum * v - rate * g; p += v   [Polyak 1964]"""
+
+    state = ("v",)
+    momentum: float = 0.9
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        (v,) = state
+        v *= self.momentum
+        v -= self.rate_at(t) * g
+        p += v
+
+
+@dataclass(frozen=True)
+class Nesterov(Momentum):
+    """v = momentum * v - rate * g; p += momentum * v - rate * g   [Nesterov 1983]"""
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        (v,) = state
+        move = self.rate_at(t) * g
+        v *= self.momentum
+        v -= move
+        p -= move
+        p += self.momentum * v
+
+
+@dataclass(frozen=True)
+class Adagrad(Optimizer):
+    """s += g^2; p -= rate * g / (sqrt(s) + eps)   [Duchi, Hazan, Singer 2011]"""
+
+    state = ("s",)
+    eps: float = 1e-10
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        (s,) = state
+        s += g * g
+        p -= self.rate_at(t) * g / (xp_of(p).sqrt(s) + self.eps)
+
+
+@dataclass(frozen=True)
+class RMSProp(Optimizer):
+    """s = beta * s + (1 - beta) * g^2; p -= rate * g / (sqrt(s) + eps)   [Hinton 2012]"""
+
+    state = ("s",)
+    rate: Rate = 1e-3
+    beta: float = 0.99
+    eps: float = 1e-8
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        (s,) = state
+        s *= self.beta
+        s += (1 - self.beta) * (g * g)
+        p -= self.rate_at(t) * g / (xp_of(p).sqrt(s) + self.eps)
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """m' = m / (1 - beta1^t), s' = s / (1 - beta2^t); p -= rate * m' / (sqrt(s') + eps)
+
+    m = beta1 * m + (1 - beta1) * g, s = beta2 * s + (1 - beta2) * g^2   [Kingma & Ba 2015]. With
+    `eps_hat` eps is added to sqrt(s) rather than to sqrt(s'), as in Keras and scikit-learn: the
+    last lines of the paper's section 2. m and s are kept without their factors (1 - beta).
+    """
+
+    state = ("m", "s")
+    rate: Rate = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    eps_hat: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(f"{name} is at least 0 and below 1, not {getattr(self, name)!r}")
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        m, s = state
+        xp = xp_of(p)
+        m *= self.beta1
+        m += g
+        move = g * g
+        s *= self.beta2
+        s += move
+        root = sqrt(1 - self.beta2)
+        corrected = sqrt(1 - self.beta2**t)
+        xp.sqrt(s, out=move)
+        move += self.eps * (1.0 if self.eps_hat else corrected) / root
+        xp.divide(m, move, out=move)
+        move *= self.rate_at(t) * corrected / (1 - self.beta1**t) * (1 - self.beta1) / root
+        p -= move
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam, with p *= 1 - rate * decay beside it   [Loshchilov & Hutter 2019, arXiv:1711.05101]"""
+
+    decay: float = 1e-2
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        if self.decay:
+            p *= 1 - self.rate_at(t) * self.decay
+        super().step(p, g, *state, t=t)
+
+    def _decayed(self, p: Array, g: Array) -> Array:
+        return g
+
+
+@dataclass(frozen=True)
+class Lion(Optimizer):
+    """p -= rate * (sign(beta1 * m + (1 - beta1) * g) + decay * p); m = beta2 * m + (1 - beta2) * g
+
+    [Chen et al. 2023, arXiv:2302.06675]; its rate is some 3 to 10 times smaller than Adam's.
+    """
+
+    state = ("m",)
+    rate: Rate = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+    def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
+        (m,) = state
+        rate = self.rate_at(t)
+        if self.decay:
+            p *= 1 - rate * self.decay
+        p -= rate * xp_of(p).sign(m * self.beta1 + g * (1 - self.beta1))
+        m *= self.beta2
+        m += g * (1 - self.beta2)
+
+    def _decayed(self, p: Array, g: Array) -> Array:
+        return g
+
+
+def global_norm(gradients: Mapping[str, Array]) -> Array:
+    """The root of the sum of all squares in the gradients, as an array without axes."""
+    squares: Any = [(g * g).sum() for g in gradients.values()]
+    total = squares[0]
+    for each in squares[1:]:
+        total = total + each
+    return xp_of(next(iter(gradients.values()))).sqrt(total)
+
+
+def clip_by_norm(gradients: Mapping[str, Array], most: float) -> dict[str, Array]:
+    """The gradients, scaled so that their global norm is `most`, if it is larger.
+
+    [Pascanu, Mikolov, Bengio 2013]
+    """
+    if not most > 0:
+        raise OptionError(f"gradients are clipped to a norm above zero, not {most!r}")
+    norm = global_norm(gradients)
+    scale = xp_of(next(iter(gradients.values()))).minimum(most / (norm + 1e-12), 1)
+    return {name: g * scale for name, g in gradients.items()}

@@ -1,0 +1,89 @@
+"""Learning rates that change: functions of the step, from 0 on, as small frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import cos, pi
+from typing import TypeAlias
+
+from nnxp._errors import OptionError
+
+Rate: TypeAlias = "float | Callable[[int], float]"
+"""A learning rate: a number, or a function of the number of steps that were made before."""
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """From 0 up to the rate in `steps` steps, in a straight line, then as `then` has it.
+
+    `then` is a rate; if it is a schedule, its steps begin where the warm-up ends.
+    """
+
+    steps: int
+    then: Rate
+
+    def __call__(self, step: int) -> float:
+        if step < self.steps:
+            return rate_at(self.then, 0) * (step + 1) / self.steps
+        return rate_at(self.then, step - self.steps)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From `rate` down to `last` in `steps` steps, along half a cosine, and `last` from then on.
+
+    [Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts]
+    """
+
+    rate: float
+    steps: int
+    last: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        done = min(1.0, step / self.steps)
+        return self.last + (self.rate - self.last) * (1 + cos(pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `rate` to `last` in `steps` steps, in a straight line, and `last` from then on."""
+
+    rate: float
+    steps: int
+    last: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        return self.rate + (self.last - self.rate) * min(1.0, step / self.steps)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """`rate`, made smaller by the factor `decay` every `steps` steps, smoothly."""
+
+    rate: float
+    decay: float
+    steps: int = 1
+
+    def __call__(self, step: int) -> float:
+        return float(self.rate * self.decay ** (step / self.steps))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`rate`, made smaller by the factor `decay` at once after each of `at` steps."""
+
+    rate: float
+    at: tuple[int, ...]
+    decay: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        return float(self.rate * self.decay ** sum(step >= mark for mark in self.at))
+
+
+def rate_at(rate: Rate, step: int) -> float:
+    """The rate after so many steps; OptionError unless it is 0 or more."""
+    value = rate(step) if callable(rate) else rate
+    if not value >= 0:
+        raise OptionError(f"a learning rate is 0 or more, not {value!r} at step {step}")
+    return float(value)

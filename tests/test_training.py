@@ -1,0 +1,499 @@
+"""Training: losses and optimisers against their formulas and torch, and runs that can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import draw
+from nnxp._errors import CheckpointError, NotDifferentiable, OptionError, ShapeError, TrainingError
+from nnxp.training import losses, optimizers, schedules
+from nnxp.training.batches import batches_of, order_of
+from nnxp.training.fit import Trainer
+
+LABELS = np.array([0, 2, 1, 1, 0, 2, 2])
+
+
+def net(last="identity", outputs=3, dtype="float64"):
+    return nnxp.Sequential(
+        nnxp.Dense(5, 8, "tanh", rng=0, dtype=dtype),
+        nnxp.Dense(8, outputs, last, rng=1, dtype=dtype),
+    )
+
+
+def rows(dtype="float64", count=7):
+    return draw((count, 5), dtype)
+
+
+# losses
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def test_losses_are_their_formulas():
+    y, t = draw((7, 3), "float64"), draw((7, 3), "float64", 1)
+    d, p = y - t, softmax(y)
+    one = np.eye(3)[LABELS]
+    np.testing.assert_allclose(losses.mean_square.rows(y, t), (d * d).mean(1))
+    np.testing.assert_allclose(losses.mean_absolute.rows(y, t), abs(d).mean(1))
+    huber = np.where(abs(d) <= 0.5, d * d / 2, 0.5 * (abs(d) - 0.25))
+    np.testing.assert_allclose(losses.Huber(0.5).rows(y, t), huber.mean(1))
+    np.testing.assert_allclose(losses.cross_entropy.rows(y, LABELS), -np.log(p)[one == 1])
+    np.testing.assert_allclose(losses.cross_entropy.rows(y, p), -(p * np.log(p)).sum(1))
+    smooth = -((0.9 * one + 0.1 / 3) * np.log(p)).sum(1)
+    np.testing.assert_allclose(losses.CrossEntropy(smoothing=0.1).rows(y, LABELS), smooth)
+    s = 1 / (1 + np.exp(-y))
+    wanted = -(one * np.log(s) + (1 - one) * np.log(1 - s))
+    np.testing.assert_allclose(losses.binary_cross_entropy.rows(y, one), wanted.mean(1))
+    wanted = -(2 * one * np.log(s) + (1 - one) * np.log(1 - s))
+    np.testing.assert_allclose(losses.BinaryCrossEntropy(2.0).rows(y, one), wanted.mean(1))
+
+
+@pytest.mark.parametrize("last", ["softmax", "log_softmax"])
+def test_a_model_that_ends_in_a_softmax_is_met_at_its_logits(last):
+    plain, ends = net(), net(last)
+    for model in (ends, nnxp.Sequential(plain, nnxp.Activation(last))):
+        step = nnxp.value_and_gradients(losses.cross_entropy)
+        y, found = step(model, rows(), LABELS)
+        y2, wanted = step(plain, rows(), LABELS)
+        np.testing.assert_allclose(y, y2, rtol=1e-14)
+        for g, g2 in zip(found.values(), wanted.values(), strict=True):
+            np.testing.assert_allclose(g, g2, rtol=1e-13)
+        np.testing.assert_allclose(losses.cross_entropy(model, rows(), LABELS), y, rtol=1e-14)
+
+
+def test_a_loss_is_finite_where_a_probability_is_rounded_to_zero():
+    far = nnxp.Sequential(nnxp.Dense.of(np.float32([[1000.0, -1000.0]]), None, "softmax"))
+    step = nnxp.value_and_gradients(losses.cross_entropy)
+    y, found = step(far, np.float32([[1.0]]), np.array([1]))
+    assert y == 2000
+    np.testing.assert_array_equal(found["layers.0.weight"], [[1, -1]])
+    far = nnxp.Dense.of(np.float32([[1000.0]]), None, "sigmoid")
+    assert losses.binary_cross_entropy(far, np.float32([[1.0]]), np.float32([[0]])) == 1000
+
+
+def test_losses_refuse_what_does_not_fit():
+    with pytest.raises(OptionError, match="that is binary_cross_entropy's"):
+        losses.cross_entropy(net("sigmoid"), rows(), LABELS)
+    with pytest.raises(OptionError, match="that is cross_entropy's"):
+        losses.binary_cross_entropy(net("softmax"), rows(), rows()[:, :3])
+    with pytest.raises(ShapeError, match="broadcast"):
+        losses.mean_square(net(outputs=7), rows(), rows()[:, 0])
+    with pytest.raises(ShapeError, match="one label for each"):
+        losses.cross_entropy(net(), rows(), LABELS[:, None])
+    with pytest.raises(ShapeError, match="labels are whole numbers"):
+        losses.cross_entropy(net(), rows(), LABELS.astype("float64"))
+
+
+def test_a_column_of_targets_may_lack_its_axis():
+    t = rows()[:, 0]
+    y = losses.mean_square(net(outputs=1), rows(), t)
+    np.testing.assert_allclose(y, losses.mean_square(net(outputs=1), rows(), t[:, None]))
+
+
+def test_weights_of_rows_and_of_classes():
+    w = np.arange(1.0, 8.0)
+    each = losses.cross_entropy.rows(net()(rows()), LABELS)
+    made = losses.cross_entropy(net(), rows(), LABELS, w)
+    np.testing.assert_allclose(made, (each * w).sum() / w.sum())
+    own = np.array([1.0, 2.0, 5.0])[LABELS]
+    loss = losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))
+    np.testing.assert_allclose(loss(net(), rows(), LABELS), (each * own).sum() / own.sum())
+    y, _ = nnxp.value_and_gradients(loss)(
+        net().astype("float32").to("sim"),
+        *(nnxp.to_backend(a, "sim") for a in (rows("float32"), LABELS)),
+    )
+    np.testing.assert_allclose(float(nnxp.asnumpy(y)), (each * own).sum() / own.sum(), rtol=1e-5)
+
+
+def test_losses_agree_with_torch():
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    y, t = draw((7, 3), "float64"), draw((7, 3), "float64", 1)
+    one, labels, ty, tt = np.eye(3)[LABELS], torch.tensor(LABELS), torch.tensor(y), torch.tensor(t)
+    weights = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    pairs = [
+        (losses.mean_square.rows(y, t).mean(), F.mse_loss(ty, tt)),
+        (losses.mean_absolute.rows(y, t).mean(), F.l1_loss(ty, tt)),
+        (losses.Huber(0.5).rows(y, t).mean(), F.huber_loss(ty, tt, delta=0.5)),
+        (losses.CrossEntropy(0.1).rows(y, LABELS).mean(),
+         F.cross_entropy(ty, labels, label_smoothing=0.1)),
+        (losses.BinaryCrossEntropy(2.0).rows(y, one).mean(),
+         F.binary_cross_entropy_with_logits(ty, torch.tensor(one), pos_weight=torch.tensor(2.0))),
+        (losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))(_Given(y), y, LABELS),
+         F.cross_entropy(ty, labels, weights)),
+    ]  # fmt: skip
+    for made, wanted in pairs:
+        np.testing.assert_allclose(made, wanted.item(), rtol=1e-12)
+
+
+class _Given(nnxp.Layer):
+    y: np.ndarray
+
+    def __call__(self, x):
+        return x + 0 * self.y
+
+
+# optimisers
+
+OPTIMIZERS = [
+    optimizers.SGD(0.1), optimizers.Momentum(0.1), optimizers.Nesterov(0.1, decay=0.01),
+    optimizers.Adagrad(0.1), optimizers.RMSProp(0.01), optimizers.Adam(0.1), optimizers.AdamW(0.1),
+    optimizers.Lion(0.01, decay=0.1), optimizers.Adam(0.1, eps_hat=True, eps=1e-3),
+]  # fmt: skip
+THEIRS = {
+    "SGD": lambda t, p: t.optim.SGD(p, 0.1),
+    "Momentum": lambda t, p: t.optim.SGD(p, 0.1, 0.9),
+    "Nesterov": lambda t, p: t.optim.SGD(p, 0.1, 0.9, nesterov=True, weight_decay=0.01),
+    "Adagrad": lambda t, p: t.optim.Adagrad(p, 0.1),
+    "RMSProp": lambda t, p: t.optim.RMSprop(p, 0.01),
+    "Adam": lambda t, p: t.optim.Adam(p, 0.1),
+    "AdamW": lambda t, p: t.optim.AdamW(p, 0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS[:7], ids=lambda o: type(o).__name__)
+def test_optimizers_agree_with_torch(optimizer):
+    torch = pytest.importorskip("torch")
+    p = {"a": draw((3, 4), "float64"), "b": draw((5,), "float64", 1)}
+    theirs = [torch.tensor(x.copy(), requires_grad=True) for x in p.values()]
+    other = THEIRS[type(optimizer).__name__](torch, theirs)
+    state = optimizer.init(p)
+    for t in range(5):
+        g = {n: draw(x.shape, "float64", 10 + t) * (1 + t) for n, x in p.items()}
+        before = {n: x.copy() for n, x in g.items()}
+        optimizer.update(p, g, state)
+        assert all((g[n] == before[n]).all() for n in g), "the gradients were changed"
+        for x, own in zip(theirs, g.values(), strict=True):
+            x.grad = torch.tensor(own)
+        other.step()
+    for x, wanted in zip(p.values(), theirs, strict=True):
+        np.testing.assert_allclose(x, wanted.detach().numpy(), rtol=1e-10)
+
+
+def test_lion_and_the_other_adam_are_their_formulas():
+    p, g = {"a": np.array([1.0, -2.0])}, {"a": np.array([0.5, 0.0])}
+    lion = optimizers.Lion(0.01, decay=0.1)
+    state = lion.init(p)
+    lion.update(p, g, state)
+    np.testing.assert_allclose(p["a"], [0.999 - 0.01, -1.998])
+    np.testing.assert_allclose(state["m.a"], [0.005, 0])
+    p = {"a": np.array([1.0])}
+    adam = optimizers.Adam(0.1, eps_hat=True, eps=1e-3)
+    adam.update(p, {"a": np.array([0.5])}, adam.init(p))
+    root = np.sqrt(0.001)
+    move = 0.1 * root / 0.1 * (0.1 * 0.5) / (root * 0.5 + 1e-3)
+    np.testing.assert_allclose(p["a"], 1 - move)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)
+def test_optimizers_change_long_vectors_in_pieces_and_in_their_own_type(
+    optimizer, monkeypatch, sim
+):
+    p, g = draw((100,)), draw((100,), seed=1)
+    whole, state = {"p": p.copy()}, optimizer.init({"p": p})
+    optimizer.update(whole, {"p": g}, state)
+    monkeypatch.setattr(optimizers, "CHUNK", 7)
+    pieces, state = {"p": p.copy()}, optimizer.init({"p": p})
+    optimizer.update(pieces, {"p": g}, state)
+    np.testing.assert_array_equal(pieces["p"], whole["p"])
+    assert pieces["p"].dtype == np.float32
+    there = {"p": nnxp.to_backend(p, "sim")}
+    state = optimizer.init(there)
+    optimizer.update(there, {"p": nnxp.to_backend(g, "sim")}, state)
+    np.testing.assert_allclose(nnxp.asnumpy(there["p"]), whole["p"], rtol=1e-6)
+
+
+def test_schedules():
+    cosine = schedules.Cosine(1.0, 10, last=0.2)
+    assert (cosine(0), cosine(10), cosine(99)) == (1.0, pytest.approx(0.2), pytest.approx(0.2))
+    assert cosine(5) == pytest.approx(0.6)
+    warm = schedules.Warmup(4, cosine)
+    assert [warm(i) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert schedules.Linear(1.0, 4)(3) == 0.25
+    assert schedules.Exponential(1.0, 0.5, 2)(4) == 0.25
+    assert schedules.Steps(1.0, (2, 4))(4) == pytest.approx(0.01)
+    assert optimizers.SGD(warm).rate_at(1) == 0.25
+    with pytest.raises(OptionError, match="0 or more"):
+        optimizers.SGD(-1.0)
+
+
+def test_clipping_is_by_the_norm_of_all_gradients_together():
+    g = {"a": np.array([3.0]), "b": np.array([[4.0]])}
+    clipped = optimizers.clip_by_norm(g, 1.0)
+    np.testing.assert_allclose([clipped["a"][0], clipped["b"][0, 0]], [0.6, 0.8])
+    assert optimizers.clip_by_norm(g, 10.0)["a"] == 3
+
+
+def test_fit_clips_by_the_norm_of_all_gradients_together():
+    x, y = data()
+    model = nnxp.Sequential(nnxp.Dense(5, 8, rng=0), nnxp.Dense(8, 3, rng=1))
+    for clip, moved in ((1e-3, 1e-3), (None, 1e-2)):
+        fitted = fit(model, x, y, epochs=1, batch=200, clip=clip, optimizer=nnxp.SGD(1.0))
+        pairs = zip(fitted.model.parameters().values(), model.parameters().values(), strict=True)
+        norm = np.sqrt(sum(((a - b) ** 2).sum() for a, b in pairs))
+        assert norm == pytest.approx(moved, rel=1e-3) if clip else norm > moved
+
+
+# training forms
+
+
+def test_dropout_drops_in_training_and_nowhere_else():
+    model = nnxp.Sequential(nnxp.Dropout(0.25), nnxp.Dense.of(np.eye(4, dtype="float32"), None))
+    form = model.training()
+    assert form.training() is form
+    assert form.parameters().keys() == model.parameters().keys()
+    x = np.ones((2000, 4), "float32")
+    with pytest.raises(OptionError, match="training form"):
+        form(x)
+    step = nnxp.value_and_gradients(lambda m, x: m(x).mean())
+    with pytest.raises(OptionError, match="rng="):
+        step(form, x)
+    y, found = step(form, x, rng=0)
+    assert y != step(form, x, rng=1)[0]
+    assert y == step(form, x, rng=0)[0]
+    assert abs(y - 1) < 0.05
+    kept = np.unique(found["layers.1.weight"])
+    assert len(kept) == 4  # another number of rows was kept in each column
+    assert step(model, x)[0] == 1
+
+
+def test_batch_norm_normalises_by_the_batch_and_tells_running_statistics():
+    torch = pytest.importorskip("torch")
+    x = draw((6, 4, 3), "float64") * 2 + 1
+    ours, theirs = nnxp.BatchNorm(3, dtype="float64"), torch.nn.BatchNorm1d(3).double()
+    y = theirs(torch.tensor(x.reshape(-1, 3)))
+    (y**3).mean().backward()
+    form = ours.training()
+    loss, found = nnxp.value_and_gradients(lambda m, x: (m(x) ** 3).mean())(form, x)
+    np.testing.assert_allclose(loss, (y**3).mean().item(), atol=1e-14)
+    np.testing.assert_allclose(found["gain"], theirs.weight.grad.numpy(), rtol=1e-10)
+    np.testing.assert_allclose(found["bias"], theirs.bias.grad.numpy(), rtol=1e-10)
+    trainer = Trainer(ours, lambda m, x, t: (m(x) ** 3).mean(), optimizers.SGD(0.0))
+    trainer.step((x, x[:, 0]), None)
+    after = trainer.model_now()
+    np.testing.assert_allclose(after.mean, theirs.running_mean.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(after.var, theirs.running_var.numpy(), rtol=1e-12)
+    assert (ours.mean == 0).all()
+
+
+# runs
+
+
+def data(count=200, dtype="float32"):
+    x = draw((count, 5), dtype)
+    return x, (x @ draw((5, 3), dtype, 5)).argmax(axis=1)
+
+
+def deep(dtype="float32"):
+    return nnxp.Sequential(
+        nnxp.Standardize(np.full(5, 0.1), np.full(5, 1.5)),
+        nnxp.Dense(5, 16, "relu", rng=0, dtype=dtype),
+        nnxp.BatchNorm(16, dtype=dtype),
+        nnxp.Dropout(0.1),
+        nnxp.Dense(16, 3, "softmax", rng=1, dtype=dtype),
+    )
+
+
+def fit(model, *args, **options):
+    return nnxp.fit(model, *args, **{"loss": "cross_entropy", "batch": 32, "rng": 3} | options)
+
+
+def assert_same_bits(a, b):
+    for name, p in a.parameters().items():
+        np.testing.assert_array_equal(p, b.parameters()[name], err_msg=name)
+
+
+def test_fit_learns_and_leaves_the_model_as_it_is():
+    x, y = data()
+    model = deep()
+    before = {n: p.copy() for n, p in model.parameters().items()}
+    told = []
+    fitted = fit(model, x, y, epochs=30, optimizer=nnxp.Adam(1e-2), validation=(x, y),
+                 callback=told.append)  # fmt: skip
+    assert (fitted.model(x).argmax(axis=1) == y).mean() > 0.95
+    assert fitted.history[-1]["loss"] < fitted.history[0]["loss"] / 3
+    assert [entry["epoch"] for entry in told] == list(range(1, 31))
+    assert fitted.history == told
+    np.testing.assert_allclose(
+        fitted.history[-1]["validation"], losses.cross_entropy(fitted.model, x, y), rtol=1e-5
+    )
+    for name, p in model.parameters().items():
+        np.testing.assert_array_equal(p, before[name])
+    statistics = fitted.model.layers[0].mean, fitted.model.layers[2].mean
+    np.testing.assert_array_equal(statistics[0], before["layers.0.mean"])  # it does not learn
+    assert statistics[1].any()  # it was recorded
+
+
+def test_the_same_rng_gives_the_same_bits_and_another_others():
+    x, y = data()
+    one, two, other = (fit(deep(), x, y, epochs=2, rng=rng).model for rng in (3, 3, 4))
+    assert_same_bits(one, two)
+    assert (one.parameters()["layers.1.weight"] != other.parameters()["layers.1.weight"]).any()
+
+
+def test_numpy_and_the_simulated_device_train_alike(sim):
+    x, y = data()
+    here = fit(deep(), x, y, epochs=3, validation=(x, y), clip=0.5)
+    there = fit(deep().to("sim"), x, y, epochs=3, validation=(x, y), clip=0.5)
+    assert there.model.place == "sim:0"
+    for a, b in zip(here.history, there.history, strict=True):
+        np.testing.assert_allclose([a["loss"], a["validation"]], [b["loss"], b["validation"]], 1e-4)
+    for name, p in here.model.parameters().items():
+        moved = nnxp.asnumpy(there.model.parameters()[name])
+        np.testing.assert_allclose(moved, p, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [nnxp.Adam(1e-2), nnxp.SGD(1e-2)], ids=["Adam", "SGD"])
+@pytest.mark.parametrize("stopped", [1, 9])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, optimizer, stopped):
+    x, y = data()
+    options = {"epochs": 3, "optimizer": optimizer, "validation": (x, y), "patience": 9}
+    whole = fit(deep(), x, y, **options)
+    steps = 0
+
+    def interrupted(self, *args):
+        nonlocal steps
+        steps += 1
+        if steps > stopped:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    step, path = Trainer.step, tmp_path / "run.safetensors"
+    options |= {"checkpoint": path, "checkpoint_seconds": 0.0}
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(deep(), x, y, **options)
+    monkeypatch.setattr(Trainer, "step", step)
+    resumed = fit(deep(), x, y, **options | {"rng": None})
+    assert_same_bits(whole.model, resumed.model)
+    assert [e["loss"] for e in whole.history] == [e["loss"] for e in resumed.history]
+    more = fit(deep(), x, y, **options | {"epochs": 4})
+    assert len(more.history) == 4
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    x, y = data()
+    path = tmp_path / "run.safetensors"
+    fit(deep(), x, y, epochs=1, checkpoint=path)
+    others = [
+        (nnxp.Sequential(nnxp.Dense(5, 3, rng=0)), x, y, {}, "another model"),
+        (deep(), x + 1, y, {}, "another data"),
+        (deep(), x, y, {"optimizer": nnxp.SGD()}, "another optimizer"),
+        (deep(), x, y, {"batch": 16}, "another batch"),
+        (deep(), x, y, {"rng": 4}, "another rng"),
+        (deep(), x, y, {"loss": losses.CrossEntropy(0.1)}, "another loss"),
+    ]
+    for model, a, b, options, said in others:
+        with pytest.raises(CheckpointError, match=said):
+            fit(model, a, b, epochs=2, checkpoint=path, **options)
+    nnxp.save(deep(), path)
+    with pytest.raises(CheckpointError, match=r"nnxp\.load"):
+        fit(deep(), x, y, epochs=2, checkpoint=path)
+    path.write_bytes(b"no file of ours")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        fit(deep(), x, y, epochs=2, checkpoint=path)
+
+
+def test_training_ends_when_validation_gets_no_better_and_the_best_model_is_kept():
+    x, y = data(60)
+    other = (x, np.roll(y, 1))
+    fitted = fit(deep(), x, y, epochs=200, optimizer=nnxp.Adam(3e-2), validation=other, patience=4)
+    seen = [entry["validation"] for entry in fitted.history]
+    assert len(seen) == int(np.argmin(seen)) + 1 + 4 < 200
+    np.testing.assert_allclose(losses.cross_entropy(fitted.model, *other), min(seen), rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_epoch_and_batch():
+    x, y = data()
+    x[np.sort(order_of(len(x), 3, 0)[64:65])] = np.nan
+    with pytest.raises(TrainingError, match="epoch 1, batch 3"):
+        fit(nnxp.Sequential(nnxp.Dense(5, 3, rng=0)), x, y)
+
+
+def test_some_parameters_do_not_learn():
+    x, y = data()
+    model = deep()
+    fitted = fit(model, x, y, epochs=1, fixed=["layers.1", "layers.4.bias"])
+    same = [n for n, p in fitted.model.parameters().items() if (p == model.parameters()[n]).all()]
+    assert same == ["layers.0.mean", "layers.0.scale", "layers.1.weight", "layers.1.bias",
+                    "layers.4.bias"]  # fmt: skip
+    with pytest.raises(OptionError, match=r"no 'layers\.9'"):
+        fit(model, x, y, fixed=["layers.9"])
+
+
+def test_fit_refuses_what_it_cannot_use():
+    x, y = data()
+    for options, said in (
+        ({"loss": "cross entropy"}, "the names are mean_square"),
+        ({"optimizer": "adam"}, "nnxp.Adam"),
+        ({"patience": 3}, "validation="),
+        ({"clip": 0}, "above zero"),
+        ({"epochs": -1}, "whole number"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            fit(deep(), x, y, **options)
+    with pytest.raises(ShapeError, match="go together"):
+        fit(deep(), x, y[:-1])
+    with pytest.raises(OptionError, match="labels go from 0 to 3, but the model has 3 outputs"):
+        fit(deep(), x, y + (y == 2))
+    with pytest.raises(OptionError, match="no parameters that learn"):
+        fit(nnxp.Sequential(nnxp.Flatten()), x, y)
+    with pytest.raises(NotDifferentiable):
+        fit(nnxp.Dense(5, 3, rng=0), x, y, loss=lambda m, x, t: float(m(x).mean()))
+
+
+def test_the_order_of_rows_follows_from_seed_and_epoch():
+    one = order_of(1000, 3, 0)
+    assert sorted(one) == list(range(1000))
+    np.testing.assert_array_equal(one, order_of(1000, 3, 0))
+    assert (one != order_of(1000, 3, 1)).any()
+    blocks = order_of(5000, 3, 0, in_memory=False)
+    assert sorted(blocks) == list(range(5000))
+    assert np.ptp(blocks[: 16 * 64]) > 64
+    assert [len(each) for each in batches_of(np.arange(10), 4)] == [4, 4, 2]
+    assert [len(each) for each in batches_of(np.arange(9), 4)] == [4, 5]  # never a single row
+
+
+def test_rows_come_from_a_file_and_of_any_type(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 255, (300, 5), dtype="uint8"), rng.integers(0, 3, 300)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    model = nnxp.Sequential(
+        nnxp.Standardize(np.full(5, 127.0), np.full(5, 74.0)), nnxp.Dense(5, 3, rng=0)
+    )
+    assert_same_bits(fit(model, mapped, y, epochs=2).model, fit(model, mapped, y, epochs=2).model)
+    fitted = fit(model, list(x), y, epochs=1, weights=np.ones(300))
+    assert_same_bits(fitted.model, fit(model, x, y, epochs=1, weights=np.ones(300)).model)
+
+
+class Sum(nnxp.Layer):
+    a: nnxp.Dense
+    b: nnxp.Dense
+
+    def __call__(self, left, right):
+        return self.a(left) + self.b(right)
+
+
+def test_a_model_of_several_inputs_learns_from_a_tuple_or_a_dict():
+    model = Sum.of(nnxp.Dense(5, 3, rng=0), nnxp.Dense(2, 3, rng=1))
+    x, y = data()
+    more = draw((200, 2), seed=2)
+    one = fit(model, (x, more), y, epochs=2, loss=losses.cross_entropy)
+    two = fit(model, {"right": more, "left": x}, y, epochs=2, loss=losses.cross_entropy)
+    assert_same_bits(one.model, two.model)
+
+
+def test_public_names_are_there():
+    for name in nnxp._LATER:
+        assert getattr(nnxp, name) is not None
+    assert set(nnxp._LATER) <= set(dir(nnxp))
+    assert dataclasses.is_dataclass(nnxp.Fitted)
