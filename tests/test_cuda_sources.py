@@ -29,7 +29,7 @@ import pytest
 from nnxp import kernels
 from nnxp._arrays import float_dtype
 from nnxp.testing import LIMIT, error_bound
-from oracles import two_u
+from oracles import ORACLES, Draw, two_u
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches the CUDA kernels")
 
@@ -341,8 +341,8 @@ def least(dtype):
     return {"float32": 2**-126, "float16": 2**-25, "bfloat16": 2**-126}[dtype]
 
 
-# By how many units of float32 an activation may be off, relative to y: at most 5.6 are measured, and
-# as many more as the rounded argument of an exponential makes it.
+# By how many units of float32 an activation may be off, relative to y: 5.6 are the most measured,
+# and as many more as the rounded argument of an exponential makes it.
 UNITS = 6
 TAILS = {"gelu": lambda x: x**2, "gelu_tanh": lambda x: 3 * np.abs(two_u(x))}
 
@@ -546,8 +546,16 @@ def test_options_reach_the_kernels(gpu):
     for slope in (0.25, np.float64(0.25), np.float32(0.25)):
         y = kernels.leaky_relu(on_device(x), negative_slope=slope)
         np.testing.assert_array_equal(on_host(y), [-0.5, 3])
-    y = kernels.elu(on_device(x), alpha=2)
-    np.testing.assert_allclose(on_host(y), [2 * np.expm1(-2), 3], rtol=1e-6)
+    for name in ELEMENTWISE:
+        (x,), options = ORACLES[name].draw(Draw(0, 9, 20))
+        if options:
+            kernel, x = kernels.KERNELS[name], x.astype("float32")
+            y = on_host(kernel(on_device(x), **options))
+            np.testing.assert_allclose(y, kernel(x, **options), rtol=1e-6)
+            assert (y != on_host(kernel(on_device(x)))).any()
+    with pytest.raises(TypeError, match="no_such"):
+        kernels.hard_tanh(on_device(x), no_such=1.0)
+    x = np.array([-2.0, 3.0], "float32")
     y = Place(1, 2, "float32")
     bias_act(on_device(x).reshape(1, 2), None, kernels.leaky_relu, y.device)
     np.testing.assert_allclose(y.host, [[-0.02, 3]], rtol=1e-6)
@@ -621,8 +629,8 @@ def test_one_long_row_when_nothing_stands_between_the_rows(launches):
     assert (file, name) == ("activations.cu", "activate<float, float, act::relu>")
     assert (grid, block) == ((13,), (256,))
     assert args[:2] == (x, x)
-    assert args[2:] == (50000, 0.0)
-    assert [type(each) for each in args[2:]] == [int, np.float32]
+    assert args[2:] == (50000, 0.0, 0.0)
+    assert [type(each) for each in args[2:]] == [int, np.float32, np.float32]
 
 
 @every_pair
@@ -654,12 +662,12 @@ def test_one_long_row_moves_in_packs_only_if_both_ends_allow_it(
 def test_what_a_launch_is_given(rows, cols, width, grid, block, launches):
     x, y = nowhere(rows, cols, "float32", width=width), nowhere(rows, cols, "float32")
     bias = nowhere(1, cols, "float32")[0]
-    bias_act(x, bias, kernels.elu, y)
+    bias_act(x, bias, kernels.hard_tanh, y)
     [(_, _, made_grid, made_block, args)] = launches
     assert (made_grid, made_block) == (grid, block)
     assert [each.data.ptr for each in args[:3]] == [x.data.ptr, bias.data.ptr, y.data.ptr]
-    assert args[3:] == (rows, cols, width, cols, 1.0)
-    assert [type(each) for each in args[3:]] == [int] * 4 + [np.float32]
+    assert args[3:] == (rows, cols, width, cols, -1.0, 1.0)
+    assert [type(each) for each in args[3:]] == [int] * 4 + [np.float32] * 2
 
 
 @pytest.mark.parametrize(

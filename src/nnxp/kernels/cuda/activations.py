@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from inspect import signature
 
 import cupy
@@ -90,6 +91,7 @@ def _fuse(activation: Kernel) -> None:
     defaults = DEFAULTS[name]
 
     @activation.on("cupy")
+    @wraps(activation.reference)
     def fused(x: Array, *, out: Array | None = None, **given: float) -> Array:
         options = defaults | given
         if options.keys() != defaults.keys() or not fusable(x, out):
