@@ -8,6 +8,7 @@ NnxpError
 ├── CheckpointError (ValueError)       a file is not a model that can be trusted
 ├── OptionError (ValueError)           an argument has a value that means nothing here
 ├── ConversionError (ValueError)       another library's model has no counterpart here
+├── FrozenLayer (AttributeError)       a layer is fixed once it is made
 ├── UnsupportedFunction (AttributeError)  an array library of ours has no such function
 └── OutOfMemory (MemoryError)          not even one row fits
 """
@@ -20,6 +21,7 @@ __all__ = [
     "ConversionError",
     "DeviceMismatch",
     "DtypeMismatch",
+    "FrozenLayer",
     "NnxpError",
     "OptionError",
     "OutOfMemory",
@@ -79,6 +81,10 @@ class OptionError(NnxpError, ValueError):
 
 class ConversionError(NnxpError, ValueError):
     """A model of another library has no counterpart in nnxp."""
+
+
+class FrozenLayer(NnxpError, AttributeError):
+    """A layer is fixed once it is made: with_parameters makes another one."""
 
 
 class UnsupportedFunction(NnxpError, AttributeError):

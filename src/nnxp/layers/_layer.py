@@ -20,6 +20,7 @@ from nnxp._arrays import Array, Shape, float_dtype, is_array, is_floating, place
 from nnxp._errors import (
     DeviceMismatch,
     DtypeMismatch,
+    FrozenLayer,
     NnxpError,
     OptionError,
     ShapeError,
@@ -141,7 +142,7 @@ class Layer(metaclass=_Assembly):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_fixed" in self.__dict__:
-            raise OptionError(
+            raise FrozenLayer(
                 f"{name} of {self} cannot be assigned: a layer is fixed once it is made; "
                 "with_parameters({...}) makes another one"
             )
@@ -153,7 +154,7 @@ class Layer(metaclass=_Assembly):
         self.__dict__[name] = value
 
     def __delattr__(self, name: str) -> None:
-        raise OptionError(f"{name} of {self} cannot be deleted: a layer is fixed once it is made")
+        raise FrozenLayer(f"{name} of {self} cannot be deleted: a layer is fixed once it is made")
 
     def _complete(self) -> None:
         """Refuse what would not be seen as a parameter or a child, ask `validate`, fix the fields."""

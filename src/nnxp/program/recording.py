@@ -296,16 +296,18 @@ class Recording:
             calls = []
             for bound, fn in ((low, np.maximum), (high, np.minimum)):
                 if bound is not None:
-                    calls.append(self._bound(fn, (clipped, self._scalar(bound, out), out), {}))
+                    ends = (out, clipped, self._scalar(bound, out))
+                    calls.append(self._bound(partial(_into, fn, {}), ends, {}))
                     clipped = out
             return calls
         if name == "matmul" and _flat(inputs):
             fn: Any = np.dot
         else:
             fn = getattr(np, name)
-        if isinstance(fn, np.ufunc) and not options:
+        if isinstance(fn, np.ufunc) and not options and fn not in (np.maximum, np.minimum):
             return [self._bound(fn, (*(self._scalar(each, inputs[0]) for each in inputs), out), {})]
-        return [self._bound(partial(_into, fn, options), (out, *inputs), {})]
+        scalars = tuple(self._scalar(each, inputs[0]) for each in inputs)
+        return [self._bound(partial(_into, fn, options), (out, *scalars), {})]
 
     def _scalar(self, x: Any, like: Any) -> Any:
         """A Python scalar as an array of the type that it would be given."""
