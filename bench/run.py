@@ -16,47 +16,49 @@ from typing import Any
 
 import networks
 import nnxp
-from contenders import CONTENDERS, TRIAL
-from networks import Network
-from nnxp.race import BLOCK, FLOOR, PAUSE, TILED, TURN, Contender, Products, Race, expected, race
+from contenders import rivals
+from contenders.ours import TILED
+from networks import Network, Task
+from nnxp._comparison import Comparison
+from nnxp.floor import FLOOR, PAUSE, TURN
+from race import ABSENT, Contender, race
 
-PROCESS = Path(__file__).with_name("contenders.py")
+PROCESS = Path(__file__).with_name("entrant.py")
+CONTENDERS = list(rivals(on_cpu=True))
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def entered(network: Network, names: Sequence[str], trial: float) -> list[Contender]:
+def entered(task: Task, names: Sequence[str]) -> list[Contender]:
     """The contenders, and what each should compute."""
-    model, x = network.model(), network.draw()
-    due = expected(model, x)
-    products = Products(model, x.shape[1:], BLOCK).expected(x)
-    text = f"{network} {network.rows}"
+    due, floor = task.expected(""), task.expected(FLOOR)
     return [
         Contender(
             name,
-            (sys.executable, PROCESS, name, text, str(trial)),
-            products if name in (FLOOR, TILED) else due,
+            (sys.executable, PROCESS, name, str(task)),
+            floor if name in (FLOOR, TILED) else due,
         )
         for name in names
     ]
 
 
-def raced(network: Network, args: argparse.Namespace) -> Race:
+def raced(network: Network, args: argparse.Namespace) -> Comparison:
     """All contenders in turns."""
-    contenders = entered(network, args.contenders, 0 if args.small else TRIAL)
+    task = Task(network, trial=0) if args.small else Task(network)
+    contenders = entered(task, args.contenders)
     return args.race(contenders, title=str(network), rows=network.rows)  # type: ignore[no-any-return]
 
 
-def alone(network: Network, args: argparse.Namespace) -> Race:
+def alone(network: Network, args: argparse.Namespace) -> Comparison:
     """One contender after the other, at its first setting: what matters is its memory."""
-    contenders = entered(network, args.contenders, 0)
     found = [
-        args.race([each], title=str(network), rows=network.rows, rounds=1) for each in contenders
+        args.race([each], title=str(network), rows=network.rows, rounds=1)
+        for each in entered(Task(network, trial=0), args.contenders)
     ]
     results = tuple(result for each in found for result in each.results)
-    return Race(str(network), network.rows, 1, found[0].place, results)
+    return Comparison(str(network), network.rows, 1, found[0].place, results)
 
 
 def rounded(value: Any) -> Any:
@@ -77,7 +79,7 @@ def arguments() -> argparse.Namespace:
         help='such as "784-128-64-10 relu"; the name alone runs none',
     )
     parser.add_argument(
-        "--contenders", nargs="+", metavar="NAME", choices=CONTENDERS, default=list(CONTENDERS)
+        "--contenders", nargs="+", metavar="NAME", choices=CONTENDERS, default=CONTENDERS
     )
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
     parser.add_argument("--latency", action="store_true", help="few rows at a time, too")
@@ -117,7 +119,8 @@ def main() -> None:
         for network in chosen:
             result = how(network, args)
             say(str(result))
-            right &= all(each.absent for each in result.results if each.problem)
+            problems = [each.problem for each in result.results if each.problem]
+            right &= all(problem.startswith(ABSENT) for problem in problems)
             values = result.to_dict()
             found["place"] = values.pop("place")
             found[kind].append(values)

@@ -24,7 +24,8 @@ from nnxp import _arrays
 from nnxp.backend import Availability, _blocks, cuda
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: there are no arrays of CUDA")
-from nnxp.kernels.cuda import _compiled, _lt  # noqa: E402
+from nnxp.kernels.cuda import _compiled  # noqa: E402
+from nnxp.kernels.cuda.lt import bindings, call, descriptors, plans  # noqa: E402
 from test_cuda_sources import HostGpu, libraries  # noqa: E402, F401
 from test_lt import STREAM, Lt, host  # noqa: E402
 
@@ -400,8 +401,13 @@ def pretended_gpu(request, libraries, monkeypatch):  # noqa: F811
     patch(cupy.cuda, PinnedMemory=pinned, PinnedMemoryPointer=lambda memory, at: memory)
     patch(cupy.cuda.runtime, getDevice=lambda: machine.devices[-1])
     patch(cupy.cuda.runtime, memGetInfo=lambda: (1 << 28, 1 << 28))
-    patch(_lt, get_device_id=lambda: machine.devices[-1], get_current_stream=machine.stream)
-    patch(_lt, _library=lambda: (lt, None), _plans={}, _choices={}, _handles={})
+    for module in (call, plans):
+        patch(module, get_device_id=lambda: machine.devices[-1])
+    for module in (descriptors, plans):
+        patch(module, get_current_stream=machine.stream)
+    patch(bindings, library=lambda: (lt, None), handles={})
+    patch(plans, choices={})
+    patch(call, plans={})
     patch(_compiled, kernel=kernel)
     patch(_blocks, BLOCK_ROWS=(1024, 1024))
     patch(cuda, availability=lambda index: Availability(True, "a stand-in"))

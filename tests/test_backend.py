@@ -107,7 +107,8 @@ def test_asking_for_cuda_where_there_is_none_raises_with_reason_and_hint(monkeyp
         with pytest.raises(nnxp.BackendUnavailable, match=r"CuPy") as caught:
             nnxp.get_backend(name)
         assert caught.value.reason.startswith("backend=")
-        assert "pip install" in caught.value.hint or "driver" in caught.value.hint
+        hint = caught.value.hint
+        assert hint == _probe.NO_CARD if not _probe.nvidia() else "install" in hint
     monkeypatch.setenv("NNXP_BACKEND", "cupy")
     with pytest.raises(nnxp.BackendUnavailable, match="NNXP_BACKEND=cupy"):
         nnxp.predict(nnxp.Dense(2, 2), np.ones((1, 2)))
@@ -120,12 +121,51 @@ def test_cupy_without_a_driver_is_told_from_no_cupy():
     assert "driver" in CUPY.reason or "device" in CUPY.reason
 
 
-def test_without_cupy_the_reason_is_that_and_the_hint_is_to_install_it(monkeypatch):
+def test_without_cupy_only_who_has_an_nvidia_card_is_told_to_install_it(monkeypatch):
     monkeypatch.setattr(_probe.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_probe, "nvidia", lambda: ["the card 0000:01:00.0"])
     answer = _probe._ask(0)
-    assert not answer.ok
-    assert answer.reason == "CuPy is not installed"
+    assert (answer.ok, answer.reason) == (False, "CuPy is not installed")
     assert 'pip install "cupy-cuda13x[ctk]"' in answer.hint
+    monkeypatch.setattr(_probe, "nvidia", list)
+    answer = _probe._ask(0)
+    assert (answer.ok, answer.reason) == (False, "CuPy is not installed")
+    assert answer.hint == _probe.NO_CARD
+    assert "install" not in answer.hint
+
+
+@pytest.mark.parametrize(
+    "error", ["cudaErrorInsufficientDriver", "cudaErrorNoDevice", "libnvrtc.so.13 is missing"]
+)
+@pytest.mark.parametrize("card", [True, False])
+def test_without_a_card_no_way_to_fix_cupy_is_offered(fake, error, card):
+    def fails():
+        raise RuntimeError(error)
+
+    fake.setattr(FakeCupy.cuda.runtime, "getDeviceCount", staticmethod(fails))
+    fake.setattr(_probe, "nvidia", lambda: ["libcuda"] * card)
+    assert (_probe._ask(0).hint == _probe.NO_CARD) == (not card)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "there"),
+    [("0x10de", "0x030000", True), ("0x10de", "0x040300", False), ("0x1002", "0x030000", False)],
+    ids=["NVIDIA's card", "NVIDIA's sound", "another's card"],
+)
+def test_a_card_is_seen_on_the_bus_before_there_is_a_driver(
+    monkeypatch, tmp_path, vendor, kind, there
+):
+    for name in ("PROC", "DEV"):
+        monkeypatch.setattr(_probe, name, tmp_path)
+    monkeypatch.setattr(_probe, "PCI", tmp_path)
+    monkeypatch.setattr(_probe.shutil, "which", lambda name: None)
+    monkeypatch.setattr(_probe, "libcuda", lambda: None)
+    assert _probe.nvidia() == []
+    card = tmp_path / "0000:01:00.0"
+    card.mkdir()
+    (card / "vendor").write_text(f"{vendor}\n")
+    (card / "class").write_text(f"{kind}\n")
+    assert _probe.nvidia() == ["the card 0000:01:00.0"] * there
 
 
 class FakeCupy:

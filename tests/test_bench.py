@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,15 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-import nnxp
-import nnxp.race
-from nnxp.cli import app
-from nnxp.race import FLOOR, TILED, Contender, Products, draw, entrant, expected, race
+from nnxp.floor import FLOOR
 from nnxp.testing.parity import LIMIT, Expected
 
 BENCH = Path(__file__).parents[1] / "bench"
+TILED = "floor-tiled"
 ONES = np.ones((3, 2), "float32")
 RIGHT = Expected(ONES.astype("float64"), np.full((3, 2), 1e-7), ONES.dtype)
 
@@ -62,8 +60,9 @@ for line in sys.stdin:
 
 SERVED = """
 import os, sys
+sys.path.insert(0, BENCH)
 import numpy as np
-from nnxp.race import serve
+from race import serve
 
 def build():
     BUILD
@@ -74,7 +73,14 @@ serve(build)
 
 
 @pytest.fixture
-def fake(tmp_path):
+def clock(monkeypatch):
+    """The module of the race."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("race")
+
+
+@pytest.fixture
+def fake(tmp_path, clock):
     """A contender that takes so long; code for its START, BUILD or RUN may spoil it."""
 
     def made(name, seconds=0.0, result=ONES, **code):
@@ -84,25 +90,28 @@ def fake(tmp_path):
         (tmp_path / f"{name}.py").write_text(script)
         np.save(tmp_path / f"{name}.npy", result)
         command = (sys.executable, "-I", "-S", tmp_path / f"{name}.py", name, tmp_path)
-        return Contender(name, (*command, str(seconds), tmp_path / f"{name}.npy"), RIGHT)
+        return clock.Contender(name, (*command, str(seconds), tmp_path / f"{name}.npy"), RIGHT)
 
     made.diary = lambda: (tmp_path / "diary").read_text().split()
     return made
 
 
 @pytest.fixture
-def served(tmp_path):
+def served(tmp_path, clock):
     """A contender that leaves the talking to nnxp."""
 
     def made(name, result='np.ones((3, 2), "f4")', build="pass"):
-        script = SERVED.replace("BUILD", build).replace("RESULT", result)
+        script = SERVED.replace("BENCH", repr(str(BENCH)))
+        script = script.replace("BUILD", build).replace("RESULT", result)
         (tmp_path / f"{name}.py").write_text(script)
-        return Contender(name, (sys.executable, tmp_path / f"{name}.py"), RIGHT)
+        return clock.Contender(name, (sys.executable, tmp_path / f"{name}.py"), RIGHT)
 
     return made
 
 
 def run(*contenders, rounds=3, **options):
+    from race import race
+
     options = {"pause": 0.0, "turn": 0.001, "patience": 60.0, **options}
     return race(contenders, title="a race", rows=3, rounds=rounds, **options)
 
@@ -208,8 +217,6 @@ def _alive(pid):
 def test_a_contender_that_is_not_installed_is_no_failure(fake, served):
     found = run(served("away", build="import no_such_library"), fake("good"))
     assert found["away"].problem == "not installed: No module named 'no_such_library'"
-    assert found["away"].absent
-    assert not found["good"].absent
 
 
 def test_what_a_library_prints_is_no_answer(served):
@@ -249,13 +256,6 @@ def test_contenders_start_without_pins_and_with_the_settings_that_are_asked_for(
     assert "with OPENBLAS_CORETYPE=Haswell" in str(found)
 
 
-def test_each_turn_begins_with_a_call_that_does_not_count():
-    calls = []
-    seconds = nnxp.race._time(lambda: (calls.append(1), time.sleep(0.01 * len(calls))), 2)
-    assert len(calls) == 3
-    assert 0.025 <= seconds < 0.1
-
-
 def test_the_peak_of_a_process_is_its_own_and_not_its_parents(served):
     if not Path("/proc/self/status").exists():
         pytest.skip("only Linux tells what a process holds")
@@ -268,131 +268,7 @@ def test_the_peak_of_a_process_is_its_own_and_not_its_parents(served):
     assert 95e6 < large.peak_bytes - large.rest_bytes < 120e6
 
 
-# the floor
-
-
-class Twice(nnxp.Layer):
-    """y = (x, x): x (rows, n) -> y (rows, 2 n)."""
-
-    def __call__(self, x):
-        return nnxp.get_array_module(x).concatenate([x, x], axis=1)
-
-    def output_shape(self, shape):
-        return (shape[0], 2 * shape[1])
-
-
-MODELS = {
-    "one layer": (lambda: nnxp.Dense(5, 3, rng=0), (5,), [(5, 3)]),
-    "a chain": (
-        lambda: nnxp.Sequential(nnxp.Dense(5, 8, "relu", rng=0), nnxp.Dense(8, 3, "gelu", rng=1)),
-        (5,),
-        [(5, 8), (8, 3)],
-    ),
-    "other layers between": (
-        lambda: nnxp.Sequential(
-            nnxp.LayerNorm(5), nnxp.Residual(nnxp.Dense(5, 5, rng=0)), nnxp.Dense(5, 2, rng=1)
-        ),
-        (5,),
-        [(5, 5), (5, 2)],
-    ),
-    "rows of more axes": (
-        lambda: nnxp.Sequential(
-            nnxp.Dense(5, 4, rng=0), nnxp.Flatten(), nnxp.Dense(24, 2, rng=1, bias=False)
-        ),
-        (6, 5),
-        [(5, 4), (24, 2)],
-    ),
-    "another size between": (
-        lambda: nnxp.Sequential(nnxp.Dense(5, 4, rng=0), Twice(), nnxp.Dense(8, 2, rng=1)),
-        (5,),
-        [(5, 4), (8, 2)],
-    ),
-    "16 bits": (lambda: nnxp.Dense(5, 3, rng=0, dtype="float16"), (5,), [(5, 3)]),
-    "64 bits": (lambda: nnxp.Dense(5, 3, rng=0, dtype="float64"), (5,), [(5, 3)]),
-}
-
-
-@pytest.mark.parametrize("who", ["nnxp", FLOOR, TILED])
-@pytest.mark.parametrize("name", MODELS)
-def test_nnxp_and_its_floors_compute_what_is_due(name, who):
-    make, row, shapes = MODELS[name]
-    model = make()
-    x = draw(np.random.default_rng(0), (700, *row), model.dtype)
-    products = Products(model, row, 700)
-    assert [weight.shape for weight in products.weights] == shapes
-    assert products.dtype == ("float64" if name == "64 bits" else "float32")
-    due = expected(model, x) if who == "nnxp" else products.expected(x.astype(products.dtype))
-    compute, _ = entrant(who, model, x)
-    for _ in range(2):
-        made = compute()
-        assert made.dtype == due.dtype == (model.dtype if who == "nnxp" else products.dtype)
-        off = np.abs(made.astype("float64") - due.value)
-        assert np.all(off <= LIMIT * due.error)
-
-
-def test_the_floor_of_a_chain_is_the_product_of_its_weights():
-    make, row, _ = MODELS["a chain"]
-    x = draw(np.random.default_rng(0), (7, *row), "float32")
-    first, second = (layer.weight.astype("float64") for layer in make().layers)
-    due = Products(make(), row, 7).expected(x).value
-    np.testing.assert_allclose(due, x.astype("float64") @ first @ second, rtol=1e-12)
-
-
 # the commands
-
-
-@pytest.fixture(autouse=True)
-def _turns_are_short(monkeypatch):
-    monkeypatch.setattr(nnxp.race, "TURN", 0.01)
-    monkeypatch.setattr(nnxp.race, "PAUSE", 0.0)
-
-
-def nnxp_bench(*args):
-    return CliRunner().invoke(app, ["bench", *map(str, args)])
-
-
-def test_nnxp_bench_races_the_demos_network_against_its_floor():
-    done = nnxp_bench("--rows", 2000, "--rounds", 2, "--json")
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert (found["rows"], found["rounds"], found["place"]["device"]) == (2000, 2, "cpu")
-    assert [each["name"] for each in found["results"]] == ["nnxp", FLOOR, TILED]
-    for each in found["results"]:
-        low, high = each["quartiles"]
-        assert 0 < each["least"] <= low <= each["median"] <= high
-        assert len(each["seconds"]) == 2
-        assert 0 <= each["error"] <= LIMIT
-        assert each["share"] > 0
-        assert each["about"]["blas"][0]["kernels"]
-
-
-def test_nnxp_bench_takes_a_model_and_says_where_it_ran(tmp_path):
-    path = tmp_path / "net.safetensors"
-    nnxp.save(nnxp.Sequential(nnxp.Flatten(), nnxp.Dense(12, 3, rng=0)), path)
-    done = nnxp_bench(path, "--rows", 50, "--rounds", 1, "--shape", "3,4")
-    assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("net.safetensors: 12-3 float32, 50 rows\nran on cpu: ")
-    assert "100% [100%, 100%]" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("args", "code", "word"),
-    [
-        (["nowhere.safetensors"], 1, "nowhere.safetensors"),
-        (["norm.safetensors"], 2, "no Dense layer"),
-        (["norm.safetensors", "--shape", "many"], 2, "'many'"),
-        (["dense.safetensors", "--shape", "7"], 1, "(1, 7)"),
-    ],
-)
-def test_what_nnxp_bench_cannot_do_is_one_clear_line(tmp_path, monkeypatch, args, code, word):
-    monkeypatch.chdir(tmp_path)
-    nnxp.save(nnxp.LayerNorm(6), "norm.safetensors")
-    nnxp.save(nnxp.Dense(6, 2, rng=0), "dense.safetensors")
-    done = nnxp_bench(*args)
-    assert (done.exit_code, done.stdout) == (code, "")
-    assert done.stderr.startswith("nnxp: error: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert word in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The doctor: finds every known trouble, names the line that mends it, and never falls ill itself.
+"""The doctor: finds every known trouble, names the line that fixes it, and never falls ill itself.
 
 Problems are read off facts alone, so most of this is done on the facts of machines made up here.
 """
@@ -9,18 +9,20 @@ import copy
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
 import nnxp
-from nnxp import doctor
-from nnxp.backend import _machine
-from nnxp.doctor import diagnose, problems_in
+from nnxp.backend import _probe, _machine
+from nnxp.doctor import Diagnosis, Problem, diagnose, problems_in
+from nnxp.doctor import facts as looked_up
+from nnxp.doctor.facts import VARIABLES
+from nnxp.doctor.words import in_words
 
 BLAS = next((each for each in threadpool_info() if each["user_api"] == "blas"), {})
 OPENBLAS = BLAS.get("internal_api") == "openblas"
@@ -56,7 +58,7 @@ HEALTHY = {  # a machine with a GPU, and all in order
         "workers": {"ok": True, "reason": "8 threads", "count": 8},
     },
 }
-FAILED = {"ok": False, "reason": "it failed", "hint": "mend it"}
+FAILED = {"ok": False, "reason": "it failed", "hint": "fix it"}
 NO_GPU = {"backends.cupy": FAILED}
 NO_CUPY = {
     "cuda.wheels": {},
@@ -72,7 +74,7 @@ TWO_WHEELS = {"cuda.wheels": {"cupy-cuda12x": "13.6.0", "cupy-cuda13x": "14.2.0"
 
 @pytest.fixture(autouse=True)
 def _no_variable_of_the_person_who_runs_this(monkeypatch):
-    for name in doctor.VARIABLES:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -87,13 +89,13 @@ def machine(*changes):
 
 
 def found(*changes):
-    """The problems of that machine, as (severity, mend)."""
-    return [(each.severity, each.mend) for each in problems_in(machine(*changes))]
+    """The problems of that machine, as (severity, fix)."""
+    return [(each.severity, each.fix) for each in problems_in(machine(*changes))]
 
 
 def run(*args, python=(), **environment):
     """`nnxp doctor --json` in a process of its own: (exit code, what it said)."""
-    variables = {name: v for name, v in os.environ.items() if name not in doctor.VARIABLES}
+    variables = {name: v for name, v in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
         [sys.executable, *python, "-m", "nnxp", "doctor", "--json", *args],
         env=variables | environment,
@@ -105,8 +107,8 @@ def run(*args, python=(), **environment):
     return done.returncode, json.loads(done.stdout)
 
 
-def mends(said):
-    return {each["mend"]: each["severity"] for each in said["problems"]}
+def fixes(said):
+    return {each["fix"]: each["severity"] for each in said["problems"]}
 
 
 # problems, on machines made up here
@@ -117,20 +119,14 @@ def test_a_healthy_machine_has_no_problems():
 
 
 @pytest.mark.parametrize(
-    ("changes", "severity", "mend"),
+    ("changes", "severity", "fix"),
     [
-        ([NO_CUPY, NO_DRIVER], "note", 'pip install "cupy-cuda13x[ctk]"'),
         ([NO_CUPY], "slow", 'pip install "cupy-cuda13x[ctk]"'),
         ([NO_CUPY, {"cuda.driver_cuda": "12.4"}], "slow", 'pip install "cupy-cuda12x[ctk]"'),
         (
             [NO_CUPY, NO_DRIVER, {"cuda.traces": ["nvidia-smi"]}],
             "slow",
             'pip install "cupy-cuda13x[ctk]"',
-        ),
-        (
-            [NO_DRIVER],
-            "note",
-            "Where there is an NVIDIA GPU, install its driver (in a container: --gpus all)",
         ),
         (
             [NO_DRIVER, {"cuda.traces": ["/dev/nvidiactl"]}],
@@ -173,44 +169,65 @@ def test_a_healthy_machine_has_no_problems():
             "slow",
             "Install the CUDA toolkit 13.2, and set CUDA_PATH to it",
         ),
-        ([{"cuda.driver_cuda": None}], "slow", "mend it"),  # libcuda is there, but says nothing
+        ([{"cuda.driver_cuda": None}], "slow", "fix it"),  # libcuda is there, but says nothing
         (
             [TWO_WHEELS, {"cuda.nvrtc": FAILED}],
             "slow",
             'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "cupy-cuda13x[ctk]"',
         ),
         ([{"cuda.kernel_cache": FAILED}], "slow", 'export CUPY_CACHE_DIR="$(mktemp -d)"'),
-        ([{"cuda.cupy": None, "cuda.cupy_cuda": None}], "slow", "mend it"),  # as the probe says
-        ([{"cuda.devices": {"cuda:0": FAILED}}], "slow", "mend it"),
+        ([{"cuda.cupy": None, "cuda.cupy_cuda": None}], "slow", "fix it"),  # as the probe says
+        ([{"cuda.devices": {"cuda:0": FAILED}}], "slow", "fix it"),
     ],
 )
-def test_each_reason_for_which_cuda_cannot_be_used_has_the_line_that_mends_it(
-    changes, severity, mend
+def test_each_reason_for_which_cuda_cannot_be_used_has_the_line_that_fixs_it(
+    changes, severity, fix
 ):
-    assert found(NO_GPU, *changes) == [(severity, mend)]
+    assert found(NO_GPU, *changes) == [(severity, fix)]
     asked = {"chosen.backend": {"asked": "cuda", **FAILED}}
-    assert ("broken", mend) in found(NO_GPU, asked, *changes)
+    assert ("broken", fix) in found(NO_GPU, asked, *changes)
+
+
+NO_CARD = "No NVIDIA card is seen here (a container sees one with --gpus all): use numpy"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fixes"),
+    [
+        ([NO_CUPY], []),
+        ([], ["In a container on a machine that has one: --gpus all"]),
+        ([{"cuda.nvrtc": FAILED}], ["In a container on a machine that has one: --gpus all"]),
+        ([TWO_WHEELS], ["pip uninstall -y cupy-cuda12x cupy-cuda13x"]),
+        ([{"cuda.kernel_cache": FAILED}, NO_CUPY], []),
+    ],
+)
+def test_without_a_card_nothing_is_to_be_installed(changes, fixes):
+    answer = {"ok": False, "reason": "CuPy is not there", "hint": NO_CARD}
+    changes = [NO_DRIVER, {"backends.cupy": answer}, *changes]
+    assert found(*changes) == [("note", fix) for fix in fixes]
+    asked = {"chosen.backend": {"asked": "cuda", **answer}}
+    assert found(asked, *changes) == [("broken", NO_CARD), *(("note", fix) for fix in fixes)]
 
 
 def test_what_could_hurt_a_gpu_that_works_is_a_note():
     assert found(TWO_WHEELS)[0][0] == "note"
     assert found({"cuda.kernel_cache": FAILED})[0][0] == "note"
     cards = {"cuda:0": HEALTHY["cuda"]["devices"]["cuda:0"], "cuda:1": FAILED}
-    assert found({"cuda.devices": cards}) == [("note", "mend it")]
+    assert found({"cuda.devices": cards}) == [("note", "fix it")]
 
 
 @pytest.mark.parametrize(
     ("cupy_cuda", "bindings"), [("12.9", ">=12.9.2,<13"), ("13.2", ">=13.0.1,<14")]
 )
 def test_bindings_that_are_missing_are_a_matter_of_speed_where_a_gpu_works(cupy_cuda, bindings):
-    reason = "nvmath-python is not installed; pip install nvmath-python brings it"
+    reason = "nvmath-python is not installed"
     missing = {"cuda.cublaslt": {"ok": False, "reason": reason}, "cuda.cupy_cuda": cupy_cuda}
-    mend = f'pip install nvmath-python "cuda-bindings{bindings}"'
-    assert found(missing) == [("slow", mend)]
+    fix = f'pip install nvmath-python "cuda-bindings{bindings}"'
+    assert found(missing) == [("slow", fix)]
     (problem,) = problems_in(machine(missing))
     assert problem.what.endswith(": nvmath-python is not installed")
     without = found(NO_GPU, NO_DRIVER, missing)
-    assert mend not in [each for _, each in without]
+    assert fix not in [each for _, each in without]
 
 
 def test_gpus_that_a_variable_hides_are_found(monkeypatch):
@@ -308,25 +325,48 @@ def fake_proc(monkeypatch, tmp_path, **files):
         path = tmp_path / "proc" / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(doctor, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(_machine, "PROC", tmp_path / "proc")
+    for module in (looked_up, _machine, _probe):
+        monkeypatch.setattr(module, "PROC", tmp_path / "proc")
     monkeypatch.setattr(_machine, "CGROUPS", tmp_path / "cgroup")
 
 
+def test_the_name_of_the_cpu_is_read_from_the_kernel(monkeypatch, tmp_path):
+    cpuinfo = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu\n\nprocessor\t: 1\n"
+    fake_proc(monkeypatch, tmp_path, cpuinfo=cpuinfo)
+    assert looked_up.cpu() == "Some CPU"
+
+
 @pytest.mark.parametrize(
-    ("flags", "simd"),
+    ("baseline", "dispatched", "simd"),
     [
-        ("fpu sse2 avx avx2 fma avx512f avx512bw avx512dq avx512vl", "AVX-512"),
-        ("fpu sse2 avx avx2 fma avx512f", "AVX2"),  # Xeon Phi: OpenBLAS has Haswell for it
-        ("fpu sse2 avx", "AVX"),
-        ("fpu sse2", "SSE"),
-        ("", None),
+        (["X86_V2"], ["X86_V3", "X86_V4", "AVX512_ICL"], "AVX-512"),
+        (["X86_V2"], ["X86_V3"], "AVX2"),
+        (["X86_V2"], [], "SSE"),
+        (["X86_V3"], [], "AVX2"),
+        (["SSE", "SSE2"], ["AVX", "AVX2", "AVX512F", "AVX512CD", "AVX512_SKX"], "AVX-512"),
+        (["SSE", "SSE2"], ["AVX", "AVX2", "AVX512F"], "AVX2"),  # Xeon Phi: OpenBLAS has Haswell
+        (["SSE", "SSE2"], ["AVX"], "AVX"),
+        (["NEON", "ASIMD"], [], None),
     ],
 )
-def test_the_cpu_is_read_from_the_kernel(monkeypatch, tmp_path, flags, simd):
-    cpuinfo = f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\nprocessor\t: 1\n"
-    fake_proc(monkeypatch, tmp_path, cpuinfo=cpuinfo)
-    assert (doctor._cpu(), doctor._simd()) == ("Some CPU", simd)
+def test_what_the_cpu_has_is_asked_of_numpy(monkeypatch, baseline, dispatched, simd):
+    there = {"baseline": baseline, "found": dispatched, "not_found": ["AVX512_SPR", "AVX512_SKX"]}
+    monkeypatch.setattr(np, "show_runtime", lambda: print([{"simd_extensions": there}]))
+    assert looked_up._simd() == simd
+
+
+def test_memory_is_told_by_psutil_or_by_linux_or_it_is_said_what_would(monkeypatch, tmp_path):
+    fake_proc(monkeypatch, tmp_path, meminfo="MemTotal:  2048 kB\nMemAvailable:   1024 kB\n")
+    memory = SimpleNamespace(total=7 << 30, available=3 << 30)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(virtual_memory=lambda: memory))
+    for installed, total, free in ((True, 7 << 30, 3 << 30), (False, 2 << 20, 1 << 20)):
+        found = {"psutil": installed}.get
+        monkeypatch.setattr(looked_up.importlib.util, "find_spec", found)
+        assert looked_up._memory("total", "MemTotal") == total
+        assert looked_up._memory("available", "MemAvailable") == free
+    (tmp_path / "proc/meminfo").unlink()
+    with pytest.raises(LookupError, match="psutil"):
+        looked_up._memory("total", "MemTotal")
 
 
 def test_quota_and_limit_are_the_tightest_of_all_groups_around_us(monkeypatch, tmp_path):
@@ -377,8 +417,8 @@ def test_quota_and_limit_of_the_older_control_groups_are_read_too(monkeypatch, t
 )
 def test_the_driver_is_read_from_the_kernel(monkeypatch, tmp_path, text, release):
     fake_proc(monkeypatch, tmp_path, driver__nvidia__version=text)
-    assert doctor._driver() == release
-    assert str(tmp_path / "proc/driver/nvidia/version") in doctor._traces()
+    assert looked_up._driver() == release
+    assert str(tmp_path / "proc/driver/nvidia/version") in _probe.nvidia()
 
 
 def driver_library(status, number):
@@ -390,23 +430,22 @@ def driver_library(status, number):
 
 
 def test_the_drivers_cuda_is_asked_of_the_driver_itself(monkeypatch):
-    monkeypatch.setattr(doctor, "_libcuda", lambda: driver_library(0, 12040))
-    assert doctor._driver_cuda() == "12.4"
-    assert "libcuda" in doctor._traces()
-    monkeypatch.setattr(doctor, "_libcuda", lambda: driver_library(999, 0))
+    monkeypatch.setattr(looked_up, "libcuda", lambda: driver_library(0, 12040))
+    assert looked_up._driver_cuda() == "12.4"
+    monkeypatch.setattr(looked_up, "libcuda", lambda: driver_library(999, 0))
     with pytest.raises(RuntimeError, match="999"):
-        doctor._driver_cuda()
+        looked_up._driver_cuda()
 
 
 def test_a_cache_is_writable_if_a_file_can_be_made_there(monkeypatch, tmp_path):
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "not/yet/there"))
-    assert doctor._kernel_cache() == {"ok": True, "reason": str(tmp_path / "not/yet/there")}
+    assert looked_up._kernel_cache() == {"ok": True, "reason": str(tmp_path / "not/yet/there")}
     assert not any(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file/cache"))
-    assert not doctor._kernel_cache()["ok"]  # a file cannot hold one: this holds for root too
+    assert not looked_up._kernel_cache()["ok"]  # a file cannot hold one: this holds for root too
     monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
-    assert doctor._kernel_cache()["ok"]
+    assert looked_up._kernel_cache()["ok"]
 
 
 def started(number):
@@ -422,22 +461,22 @@ def started(number):
 
 def test_cublas_tells_its_version_where_it_can_be_started(monkeypatch):
     for cupy, version in ((started(120103), "12.1.3"), (started(131000), "13.10.0")):
-        monkeypatch.setattr(doctor, "_cupy", lambda cupy=cupy: cupy)
-        assert doctor._cublas() == version
+        monkeypatch.setattr(looked_up, "_cupy", lambda cupy=cupy: cupy)
+        assert looked_up._cublas() == version
     for cupy in (started(None), None):
-        monkeypatch.setattr(doctor, "_cupy", lambda cupy=cupy: cupy)
-        assert doctor._cublas() is None
+        monkeypatch.setattr(looked_up, "_cupy", lambda cupy=cupy: cupy)
+        assert looked_up._cublas() is None
 
 
-@pytest.mark.parametrize("why", [None, "nvmath-python is not installed; pip install it"])
+@pytest.mark.parametrize("why", [None, "nvmath-python is not installed"])
 def test_whether_products_go_through_cublaslt_is_asked_of_the_products(monkeypatch, why):
     lt = SimpleNamespace(why_not=lambda: why)
-    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda", SimpleNamespace(_lt=lt))
-    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda._lt", lt)
-    monkeypatch.setattr(doctor, "_cupy", lambda: started(None))
-    assert doctor._cublaslt() == {"ok": why is None, "reason": why or "products go through it"}
-    monkeypatch.setattr(doctor, "_cupy", lambda: None)
-    assert doctor._cublaslt() is None
+    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda", SimpleNamespace(lt=lt))
+    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda.lt", lt)
+    monkeypatch.setattr(looked_up, "_cupy", lambda: started(None))
+    assert looked_up._cublaslt() == {"ok": why is None, "reason": why or "products go through it"}
+    monkeypatch.setattr(looked_up, "_cupy", lambda: None)
+    assert looked_up._cublaslt() is None
 
 
 class Card:
@@ -451,6 +490,7 @@ class Card:
     def __init__(self, count):
         self.count = count
         self.cuda = SimpleNamespace(runtime=self, Device=lambda index: self)
+        self.cuda.is_available = lambda: count > 0
 
     def __enter__(self):
         return self
@@ -459,8 +499,6 @@ class Card:
         pass
 
     def getDeviceCount(self):
-        if self.count == 0:
-            raise self.CUDARuntimeError("cudaErrorNoDevice")
         return self.count
 
     def getDeviceProperties(self, index):
@@ -474,16 +512,16 @@ class Card:
 
 def test_every_card_is_listed_with_its_memory_or_with_what_ails_it(monkeypatch):
     answers = [nnxp.Availability(True, "NVIDIA H100"), nnxp.Availability(False, "ill", "cure")]
-    monkeypatch.setattr(doctor, "probe", answers.__getitem__)
-    monkeypatch.setattr(doctor, "_cupy", lambda: Card(2))
-    devices = doctor._devices()
+    monkeypatch.setattr(looked_up, "probe", answers.__getitem__)
+    monkeypatch.setattr(looked_up, "_cupy", lambda: Card(2))
+    devices = looked_up._devices()
     assert devices["cuda:0"]["compute_capability"] == "9.0"
     assert (devices["cuda:0"]["free"], devices["cuda:0"]["memory"]) == (79 << 30, 80 << 30)
-    assert "79.0 GiB" in doctor._said(devices)
+    assert "79.0 GiB" in in_words(devices)
     assert devices["cuda:1"]["reason"] == "ill"
     assert "cudaErrorECCUncorrectable" in devices["cuda:1"]["unknown"]
-    monkeypatch.setattr(doctor, "_cupy", lambda: Card(0))
-    assert doctor._devices() == {}
+    monkeypatch.setattr(looked_up, "_cupy", lambda: Card(0))
+    assert looked_up._devices() == {}
 
 
 # the whole, on this machine
@@ -500,14 +538,14 @@ def test_no_question_can_take_the_diagnosis_down(monkeypatch):
             for each, facts in answers.items()
         }
         questions[section][name] = fail
-        monkeypatch.setattr(doctor, "_questions", lambda backend, asks=questions: asks)
+        monkeypatch.setattr(looked_up, "_questions", lambda backend, asks=questions: asks)
         ill = diagnose()
         assert ill.unknown == {f"{section}.{name}": "RuntimeError: two lines"}
         assert "could not be found out (RuntimeError: two lines)" in " ".join(str(ill).split())
         assert not ill.broken
         json.dumps(ill.to_dict())
     nothing = {section: dict.fromkeys(facts, fail) for section, facts in answers.items()}
-    monkeypatch.setattr(doctor, "_questions", lambda backend: nothing)
+    monkeypatch.setattr(looked_up, "_questions", lambda backend: nothing)
     assert len(diagnose().unknown) == sum(map(len, answers.values()))
 
 
@@ -522,13 +560,13 @@ def test_text_and_json_hold_every_fact_and_every_problem(monkeypatch):
             assert f" {name} " in words
     for each in diagnosis.problems:
         assert f"{each.severity} {' '.join(each.what.split())}" in words
-        assert f" mend {each.mend}\n" in re.sub(" +", " ", str(diagnosis)) + "\n"
-    assert "unset CUPY_TF32" in mends(said)
+        assert f" fix {each.fix}" in words.replace(" \\", "")
+    assert "unset CUPY_TF32" in fixes(said)
     assert diagnosis.unknown == {}
 
 
 @pytest.mark.parametrize(
-    ("asked", "variables", "mend"),
+    ("asked", "variables", "fix"),
     [
         ("cuda:99", {}, None),
         ("nimpy", {}, None),
@@ -539,14 +577,14 @@ def test_text_and_json_hold_every_fact_and_every_problem(monkeypatch):
         ("numpy", {"NNXP_WORKERS": "0"}, "unset NNXP_WORKERS"),
     ],
 )
-def test_what_is_asked_for_and_cannot_be_had_is_broken(monkeypatch, asked, variables, mend):
+def test_what_is_asked_for_and_cannot_be_had_is_broken(monkeypatch, asked, variables, fix):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     diagnosis = diagnose(asked)
     assert diagnosis.broken
     worst = diagnosis.problems[0]
     assert worst.severity == "broken"
-    assert mend in (None, worst.mend)
+    assert fix in (None, worst.fix)
     for name, value in variables.items():
         assert name in worst.what
         assert value in worst.what
@@ -568,10 +606,11 @@ def test_without_cuda_auto_is_content_and_cupy_is_broken():
     assert said["chosen"]["backend"]["device"] == "cpu"
     assert not {each["severity"] for each in said["problems"]} & {"broken"}
     traces = said["cuda"]["traces"]
-    if not HAS_CUPY:
-        assert mends(said)['pip install "cupy-cuda13x[ctk]"'] == ("slow" if traces else "note")
-    elif not traces:
-        assert any("driver" in mend for mend in mends(said))
+    if not traces:
+        commands = " ".join([*fixes(said), said["backends"]["cupy"]["hint"]])
+        assert "install" not in commands
+    elif not HAS_CUPY:
+        assert fixes(said)['pip install "cupy-cuda13x[ctk]"'] == "slow"
     code, said = run("--backend", "cupy")
     assert (code, said["ok"]) == (1, False)
     assert said["backends"]["cupy"]["reason"] in said["problems"][0]["what"]
@@ -593,18 +632,18 @@ def test_two_cupy_wheels_are_found_where_packages_are_installed(tmp_path):
     code, said = run(PYTHONPATH=path)
     assert code == 0
     assert {"cupy-cuda11x", "cupy-cuda12x"} <= said["cuda"]["wheels"].keys()
-    (mend,) = (each for each in mends(said) if each.startswith("pip uninstall -y "))
-    assert "cupy-cuda11x" in mend
-    assert "cupy-cuda12x" in mend
+    (fix,) = (each for each in fixes(said) if each.startswith("pip uninstall -y "))
+    assert "cupy-cuda11x" in fix
+    assert "cupy-cuda12x" in fix
 
 
 @pytest.mark.skipif(not OPENBLAS, reason="NumPy's BLAS here is not OpenBLAS")
 def test_a_pin_to_old_kernels_is_found_in_the_running_blas():
-    if doctor._simd() not in ("AVX2", "AVX-512"):
+    if looked_up._simd() not in ("AVX2", "AVX-512"):
         pytest.skip("this CPU has nothing newer than the kernels that it would be pinned to")
     _, said = run(OPENBLAS_CORETYPE="Nehalem")
     assert said["numpy"]["kernels"] == "Nehalem"
-    assert mends(said)["unset OPENBLAS_CORETYPE"] == "slow"
+    assert fixes(said)["unset OPENBLAS_CORETYPE"] == "slow"
     assert said["environment"] == {"OPENBLAS_CORETYPE": "Nehalem"}
 
 
@@ -614,19 +653,35 @@ def test_a_pin_of_threads_is_found_in_the_running_blas():
         pytest.skip("with one core, one thread is all there should be")
     _, said = run(OPENBLAS_NUM_THREADS="1")
     assert said["numpy"]["threads"] == 1
-    assert mends(said)["unset OPENBLAS_NUM_THREADS"] == "slow"
+    assert fixes(said)["unset OPENBLAS_NUM_THREADS"] == "slow"
 
 
 def test_a_cache_that_cannot_be_written_is_found(tmp_path):
     (tmp_path / "file").write_text("")
     _, said = run(CUPY_CACHE_DIR=str(tmp_path / "file/cache"))
     assert not said["cuda"]["kernel_cache"]["ok"]
-    assert ('export CUPY_CACHE_DIR="$(mktemp -d)"' in mends(said)) == HAS_CUPY
+    told = HAS_CUPY and bool(said["cuda"]["traces"])
+    assert ('export CUPY_CACHE_DIR="$(mktemp -d)"' in fixes(said)) == told
 
 
 def test_warnings_as_errors_and_warnings_from_cupy_do_not_disturb_it(tmp_path):
     code, said = run(python=["-W", "error"])
     assert (code, said["unknown"]) == (0, {})
+
+
+LONG = "pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install 'cupy-cuda12x[ctk]'"
+
+
+def test_the_text_keeps_to_80_columns_and_commands_stay_whole_for_a_shell():
+    reason = "a sentence that goes on for longer than a line holds, " * 4
+    made_up = machine({"system.cpu": reason, "chosen.workers": {"ok": True, "reason": reason}})
+    problems = (Problem("slow", reason, LONG), Problem("note", reason, reason.capitalize()))
+    text = str(Diagnosis(made_up, {"cuda.driver": reason}, problems))
+    assert max(map(len, text.splitlines())) <= 80
+    told = text.partition("  fix     ")[2].partition("\n  note")[0]
+    assert "\\\n" in told
+    assert told.replace("\\\n", "").split() == LONG.split()
+    assert reason.split() == text.partition("cpu")[2].split()[: len(reason.split())]
 
 
 def test_importing_nnxp_does_not_load_the_doctor():

@@ -17,7 +17,7 @@ import pytest
 
 import nnxp
 from nnxp import kernels
-from nnxp.race import FLOOR
+from nnxp.floor import FLOOR
 from nnxp.testing import LIMIT
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +48,15 @@ if name == "hang":
 def bench(monkeypatch):
     """The modules in bench/."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    steps = "where verify parity goldens products network host nan fused graphs memory blocks"
     return SimpleNamespace(
-        gpu=importlib.import_module("gpu"),
-        steps=importlib.import_module("gpu_steps"),
-        contenders=importlib.import_module("gpu_contenders"),
+        gpu=importlib.import_module("gpu.__main__"),
+        report=importlib.import_module("gpu.report"),
+        here=importlib.import_module("gpu.here"),
+        races=importlib.import_module("gpu.races"),
+        ours=importlib.import_module("contenders.ours"),
+        networks=importlib.import_module("networks"),
+        **{name: importlib.import_module(f"gpu.{name}") for name in steps.split()},
     )
 
 
@@ -59,14 +64,14 @@ def bench(monkeypatch):
 def command(bench, tmp_path, monkeypatch, capsys):
     """ci/gpu with made-up steps: command(steps, options) -> exit code, report, table, output."""
     (tmp_path / "step.py").write_text(STEP)
-    monkeypatch.setattr(bench.gpu, "PROCESS", tmp_path / "step.py")
+    monkeypatch.setattr(bench.gpu, "PROCESS", (tmp_path / "step.py",))
     monkeypatch.setattr(bench.gpu, "PATIENCE", 0.5)
     monkeypatch.setattr(bench.gpu, "LEAST", 0.5)
 
     def run(steps, *options):
         monkeypatch.setattr(bench.gpu, "STEPS", steps)
         out = tmp_path / "out"
-        args = ["gpu.py", "--backend", "sim", "--out", str(out), *options]
+        args = ["gpu", "--backend", "sim", "--out", str(out), *options]
         monkeypatch.setattr(sys, "argv", args)
         code = bench.gpu.main()
         found = json.loads((out / "report.json").read_text())
@@ -172,14 +177,20 @@ def test_the_sources_come_first_and_what_was_on_the_path_stays(bench, monkeypatc
     monkeypatch.setenv("PYTHONPATH", "/wheels")
     monkeypatch.setenv("CUPY_TF32", "1")
     found = bench.gpu.environment()
-    assert found["PYTHONPATH"].split(os.pathsep) == [str(ROOT / "src"), "/wheels"]
+    ours = [str(ROOT / "src"), str(ROOT / "bench")]
+    assert found["PYTHONPATH"].split(os.pathsep) == [*ours, "/wheels"]
     assert "CUPY_TF32" not in found
     monkeypatch.delenv("PYTHONPATH")
-    assert bench.gpu.environment()["PYTHONPATH"] == str(ROOT / "src")
+    assert bench.gpu.environment()["PYTHONPATH"].split(os.pathsep) == ours
 
 
-def test_every_step_has_a_time_and_a_function(bench):
-    assert list(bench.gpu.STEPS) == list(bench.steps.STEPS)
+def test_every_step_has_a_time_and_a_file(bench):
+    parts = {"__init__", "__main__", "here", "races", "report", "step"}
+    files = {path.stem for path in (ROOT / "bench/gpu").glob("*.py")}
+    assert set(bench.gpu.STEPS) == files - parts
+    assert all(
+        callable(getattr(bench, name).figures) for name in files & vars(bench).keys() - parts
+    )
     assert set(bench.gpu.SPARE) < set(bench.gpu.STEPS)
 
 
@@ -196,24 +207,24 @@ NETWORK = {
 
 def test_goals_are_read_off_the_figures(bench):
     steps = [
-        bench.gpu.Step("network", figures={"fp16": NETWORK, "fp16: seconds by rounds": {}}),
-        bench.gpu.Step("host", figures={}),
-        bench.gpu.Step("memory", figures={"stream": {"constant": True}}),
+        bench.report.Step("network", figures={"fp16": NETWORK, "fp16: seconds by rounds": {}}),
+        bench.report.Step("host", figures={}),
+        bench.report.Step("memory", figures={"stream": {"constant": True}}),
     ]
-    found = {what: (value, met) for what, _, value, met in bench.gpu.goals(steps)}
+    found = {what: (value, met) for what, _, value, met in bench.report.goals(steps)}
     assert found["fp16, resident: share of the bare products"] == (0.9, True)
     assert found["fp16, resident: times as fast as torch-compile"] == (pytest.approx(1.01), True)
     assert found["fp16, resident: times as fast as torch"] == (pytest.approx(1.09), False)
     assert found["fp16, resident: times as fast as jax"] == (None, False)
     assert not any(what.startswith("fp32") for what in found)
-    text = bench.gpu.markdown(bench.gpu.report(steps, {"backend": "cupy"}))
+    text = bench.report.markdown(bench.report.report(steps, {"backend": "cupy"}))
     assert "times as fast as torch | 1.1 or more | 1.09 | MISSED |" in text
     assert "times as fast as jax | 1 or more | – |  |" in text
     assert "| nnxp | 100 | 0.9 | – |" in text
 
 
 def test_numbers_are_rounded_and_infinity_is_none(bench):
-    made = bench.gpu.plain({"a": [1.23456789, float("nan")], "b": {"c": float("inf"), "d": 7}})
+    made = bench.report.plain({"a": [1.23456789, float("nan")], "b": {"c": float("inf"), "d": 7}})
     assert made == {"a": [1.2346, None], "b": {"c": None, "d": 7}}
 
 
@@ -272,8 +283,8 @@ def test_the_figures_are_those_that_are_wanted(tried):
 
 def test_the_floor_is_right_or_it_is_told(bench, tmp_path):
     """The bare products of a task, as TF32 may round them, against numbers computed here."""
-    task = bench.contenders.Task(bench.steps.Here("sim", tmp_path).large, "tf32", "stream", "sim")
-    assert bench.contenders.Task.parse(str(task)) == task
+    task = bench.networks.Task(bench.here.Here("sim", tmp_path).large, "tf32", "stream", "sim")
+    assert bench.networks.Task.parse(str(task)) == task
     exact = task.checked(task.rows).astype("float64")
     for weight, _, _ in task.layers:
         exact = exact @ weight
@@ -283,7 +294,7 @@ def test_the_floor_is_right_or_it_is_told(bench, tmp_path):
     for weight, _, _ in task.layers:
         rounded = tf32(rounded) @ tf32(weight)
     assert np.all(np.abs(rounded - exact) <= LIMIT * due.error)
-    as_float32 = bench.contenders.Task(task.network, "fp32", "stream", "sim").expected(FLOOR)
+    as_float32 = bench.networks.Task(task.network, "fp32", "stream", "sim").expected(FLOOR)
     assert not np.all(np.abs(rounded - exact) <= LIMIT * as_float32.error)
 
 
@@ -297,18 +308,18 @@ def test_what_only_a_gpu_has_is_asked_of_it_as_the_sim_would_be(bench, tmp_path,
     """The lines for CuPy alone, with the simulated device in its place."""
     pinned = SimpleNamespace(empty_pinned=lambda shape, dtype: np.empty(shape, dtype))
     monkeypatch.setitem(sys.modules, "cupyx", pinned)
-    here = bench.steps.Here("sim", tmp_path)
+    here = bench.here.Here("sim", tmp_path)
     assert here.device.name == "sim"
-    task = bench.contenders.Task(here.large, "bf16", "stream", "cupy")
+    task = bench.networks.Task(here.large, "bf16", "stream", "cupy")
     with monkeypatch.context() as patch:
         patch.setattr(nnxp, "get_backend", lambda name: here.device)
-        built = bench.contenders.copy(task)
+        built = bench.ours.copy(task)
     made = task.checked(built.host(built.run()))
     assert made.dtype == task.dtype
     assert np.array_equal(made.astype("float64"), task.expected("copy").value)
-    monkeypatch.setattr(bench.steps.Here, "on_gpu", True)
-    monkeypatch.setattr(bench.steps.Here, "sized", lambda self, there, small: small)
-    found = bench.steps._bandwidths(here)
+    monkeypatch.setattr(bench.here.Here, "on_gpu", True)
+    monkeypatch.setattr(bench.here.Here, "sized", lambda self, there, small: small)
+    found = bench.products._bandwidths(here)
     assert [name for name in found if "pinned" in name] == [
         "to the device, from pinned memory",
         "to the host, into pinned memory",
@@ -320,7 +331,7 @@ def test_what_only_a_gpu_has_is_asked_of_it_as_the_sim_would_be(bench, tmp_path,
 
 @pytest.fixture
 def here(bench, tmp_path):
-    return bench.steps.Here("sim", tmp_path)
+    return bench.here.Here("sim", tmp_path)
 
 
 @pytest.fixture
@@ -335,13 +346,13 @@ def fused(monkeypatch):
 
 
 def problems(bench, figures):
-    return list(bench.gpu.problems(dict(figures)))
+    return list(bench.report.problems(dict(figures)))
 
 
 def test_a_nan_that_is_swallowed_is_found(bench, here, fused):
-    assert problems(bench, bench.steps.nan(here)) == []
+    assert problems(bench, bench.nan.figures(here)) == []
     fused(kernels.relu, lambda x, out=None: nnxp.sim.where(x > 0, x, x.dtype.type(0)))
-    found = problems(bench, bench.steps.nan(here))
+    found = problems(bench, bench.nan.figures(here))
     assert [each.partition(": relu ")[0] for each in found] == ["float32", "float16", "bfloat16"]
 
 
@@ -350,9 +361,9 @@ def test_a_float32_product_that_is_none_is_found(bench, here, fused):
         there = [each.astype("float16").astype("float32") for each in (x, weight)]
         return nnxp.sim.matmul(*there)
 
-    assert problems(bench, bench.steps.products(here)) == []
+    assert problems(bench, bench.products.figures(here)) == []
     fused(kernels.linear, rounded)
-    (found,) = (each for each in problems(bench, bench.steps.products(here)) if "fp32" in each)
+    (found,) = (each for each in problems(bench, bench.products.figures(here)) if "fp32" in each)
     assert "nnxp's fp32 product is off by" in found
 
 
@@ -365,7 +376,7 @@ def test_a_replay_of_old_rows_is_found(bench, here, monkeypatch):
         return right(self, np.zeros_like(rows))
 
     monkeypatch.setattr(Recorded, "host", stale)
-    found = bench.steps._replayed(here, "float32")
+    found = bench.graphs._replayed(here, "float32")
     assert found["problem"] == "what is replayed is wrong"
     assert found["same bits as anew"] < found["calls"]
 
@@ -374,13 +385,13 @@ def test_memory_that_grows_and_rows_that_are_lost_are_found(bench, here, monkeyp
     sim.limit = 1 << 30  # a hundredth of it is what the memory in use may vary
     kept = []
 
-    class Leaking(bench.steps.Endless):
+    class Leaking(bench.memory.Endless):
         def __getitem__(self, rows):
             kept.append(nnxp.sim.zeros((10 << 20,), "float32"))
             time.sleep(0.1)
             return super().__getitem__(rows)
 
-    class Repeating(bench.steps.Endless):
+    class Repeating(bench.memory.Endless):
         def __getitem__(self, rows):
             found = super().__getitem__(slice(0, rows.stop - rows.start))
             self.sent = rows.stop
@@ -388,21 +399,21 @@ def test_memory_that_grows_and_rows_that_are_lost_are_found(bench, here, monkeyp
 
     for kind, word in ((Leaking, "grows"), (Repeating, "wrong or missing")):
         with monkeypatch.context() as patch:
-            patch.setattr(bench.steps, "Endless", kind)
-            (found,) = problems(bench, bench.steps.memory(here))
+            patch.setattr(bench.memory, "Endless", kind)
+            (found,) = problems(bench, bench.memory.figures(here))
             assert word in found
     kept.clear()
 
 
 def test_a_stream_that_takes_too_long_says_how_far_it_came(bench, here, monkeypatch):
-    class Slow(bench.steps.Endless):
+    class Slow(bench.memory.Endless):
         def __getitem__(self, rows):
             if rows.start > self.shape[0] // 2:
                 self.until = 0
             return super().__getitem__(rows)
 
-    monkeypatch.setattr(bench.steps, "Endless", Slow)
-    ((_, found),) = bench.steps.memory(here)
+    monkeypatch.setattr(bench.memory, "Endless", Slow)
+    ((_, found),) = bench.memory.figures(here)
     assert "problem" not in found
     assert 0 < found["rows sent"] < found["rows"]
 
@@ -421,14 +432,14 @@ def test_the_tests_on_a_gpu_are_counted_and_those_that_fail_are_named(
     tests = here.out / "tests"
     tests.mkdir()
     (tests / "test_some.py").write_text(TESTS)
-    monkeypatch.setattr(bench.steps, "ROOT", here.out)
-    found = dict(bench.steps.parity(here))
+    monkeypatch.setattr(bench.parity, "ROOT", here.out)
+    found = dict(bench.parity.figures(here))
     assert found["pytest"]["sim"] == "2 tests"
     assert "1 failed, 1 passed" in found["pytest"]["summary"]
     assert found["failed"]["which"][0].startswith("FAILED tests/test_some.py::test_wrong[sim]")
     assert problems(bench, found.items()) == ["pytest: pytest ended with 1"]
     (tests / "test_some.py").write_text("def test_nothing(): pass\n")
-    assert problems(bench, bench.steps.parity(here)) != []
+    assert problems(bench, bench.parity.figures(here)) != []
 
 
 def test_a_contender_of_ours_that_is_out_is_a_problem_and_another_is_not(bench, here, monkeypatch):
@@ -439,10 +450,10 @@ def test_a_contender_of_ours_that_is_out_is_a_problem_and_another_is_not(bench, 
 
     results = [result(FLOOR), result("nnxp", "it is wrong"), result("torch", "it is wrong")]
     monkeypatch.setattr(
-        bench.steps.race, "race", lambda *args, **options: SimpleNamespace(results=results)
+        bench.races.race, "race", lambda *args, **options: SimpleNamespace(results=results)
     )
-    task = bench.contenders.Task(here.large, "fp32", "stream", "sim")
-    table, rounds, _ = bench.steps.raced(here, [FLOOR, "nnxp", "torch"], task)
+    task = bench.networks.Task(here.large, "fp32", "stream", "sim")
+    table, rounds, _ = bench.races.raced(here, [FLOOR, "nnxp", "torch"], task)
     assert rounds == {FLOOR: [0.1, 0.2]}
     assert problems(bench, [("fp32", table)]) == ["fp32 nnxp: it is wrong"]
     assert table["torch"] == {"out": "it is wrong"}

@@ -28,10 +28,17 @@ from nnxp.testing import LIMIT, error_bound
 from nnxp.testing.parity import compare
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: there are no arrays of CUDA")
-from nnxp.kernels.cuda import _lt  # noqa: E402
 from nnxp.kernels.cuda import linear as cuda_linear  # noqa: E402
+from nnxp.kernels.cuda.lt import (  # noqa: E402
+    bindings,
+    call,
+    descriptors,
+    passes,
+    plans,
+    tuning,
+)
 
-TYPES = {number: float_dtype(name) for name, number in _lt.DATA_TYPES.items()}
+TYPES = {number: float_dtype(name) for name, number in bindings.DATA_TYPES.items()}
 STREAM = 77
 
 
@@ -97,7 +104,7 @@ class Lt:
         self.clock = 0.0
         self.algorithms = [(1, 0), (2, 4096), (3, 0)]  # number, bytes of workspace
         self.cost = lambda algorithm, epilogue, rows: 0.1
-        self.offers = {_lt.DEFAULT, _lt.BIAS, _lt.RELU_BIAS}
+        self.offers = {bindings.DEFAULT, bindings.BIAS, bindings.RELU_BIAS}
         self.relu = np.maximum
         self.fails = {}  # status for an algorithm
         self.check_refuses = False
@@ -117,11 +124,11 @@ class Lt:
         return self._new(kind="product", compute=compute, scale=scale, settings={})
 
     def matmul_desc_set_attribute(self, product, attribute, at, size):
-        sizes = {_lt.TRANSPOSE_A: 4, _lt.EPILOGUE: 4, _lt.BIAS_POINTER: 8}
+        sizes = {bindings.TRANSPOSE_A: 4, bindings.EPILOGUE: 4, bindings.BIAS_POINTER: 8}
         assert size == sizes[attribute]
         settings = self.things[product].settings
         settings[attribute] = int.from_bytes(ctypes.string_at(at, size), "little")
-        assert attribute != _lt.BIAS_POINTER or settings[_lt.EPILOGUE] & _lt.BIAS
+        assert attribute != bindings.BIAS_POINTER or settings[bindings.EPILOGUE] & bindings.BIAS
         time.sleep(self.pause)
 
     def matrix_layout_create(self, kind, rows, cols, ld):
@@ -133,7 +140,7 @@ class Lt:
         return self._new(kind="preference", settings={})
 
     def matmul_preference_set_attribute(self, preference, attribute, at, size):
-        assert size == (8 if attribute == _lt.MAX_WORKSPACE else 4)
+        assert size == (8 if attribute == bindings.MAX_WORKSPACE else 4)
         value = int.from_bytes(ctypes.string_at(at, size), "little")
         self.things[preference].settings[attribute] = value
 
@@ -156,11 +163,11 @@ class Lt:
         assert c == d
         settings, wishes = self.things[product].settings, self.things[preference].settings
         self.preferences.append(wishes)
-        if settings[_lt.EPILOGUE] not in self.offers:
+        if settings[bindings.EPILOGUE] not in self.offers:
             raise CublasLtError(15)
-        alignment = wishes[_lt.MIN_ALIGNMENTS[0]]
-        found = (_lt._Algorithm * most).from_address(results)
-        fitting = [each for each in self.algorithms if each[1] <= wishes[_lt.MAX_WORKSPACE]]
+        alignment = wishes[bindings.MIN_ALIGNMENTS[0]]
+        found = (descriptors.Algorithm * most).from_address(results)
+        fitting = [each for each in self.algorithms if each[1] <= wishes[bindings.MAX_WORKSPACE]]
         for result, (number, workspace) in zip(found, fitting, strict=False):
             result.algorithm[0], result.algorithm[1] = number, alignment
             result.workspace = workspace
@@ -170,7 +177,7 @@ class Lt:
         number = ctypes.c_uint64.from_address(algorithm).value
         if self.check_refuses:
             raise CublasLtError(15)
-        _lt._Algorithm.from_address(result).workspace = dict(self.algorithms)[number]
+        descriptors.Algorithm.from_address(result).workspace = dict(self.algorithms)[number]
 
     def _matrix(self, at, layout, alignment):
         assert at % alignment == 0, f"{at} is not on {alignment} bytes"
@@ -187,7 +194,7 @@ class Lt:
         algorithm, workspace, size, stream = told[12:]
         number, alignment = (ctypes.c_uint64 * 2).from_address(algorithm)
         settings = dict(self.things[product].settings)
-        epilogue, turned = settings[_lt.EPILOGUE], settings[_lt.TRANSPOSE_A]
+        epilogue, turned = settings[bindings.EPILOGUE], settings[bindings.TRANSPOSE_A]
         likes = [self.things[each] for each in (a_like, b_like, d_like)]
         call = SimpleNamespace(algorithm=number, epilogue=epilogue, turned=turned, size=size)
         call.compute, call.alignment = self.things[product].compute, alignment
@@ -207,13 +214,13 @@ class Lt:
         assert self.things[product].scale == 0
         y = one * (A.T if turned else A).astype("f8") @ B.astype("f8")
         assert zero == 0
-        if epilogue & _lt.BIAS:
-            at = settings[_lt.BIAS_POINTER]
+        if epilogue & bindings.BIAS:
+            at = settings[bindings.BIAS_POINTER]
             assert at % alignment == 0
             self.memory.span(at, len(D) * D.itemsize)
             memory = (ctypes.c_char * (len(D) * D.itemsize)).from_address(at)
             y += np.frombuffer(memory, D.dtype).astype("f8")[:, None]
-        if epilogue == _lt.RELU_BIAS:
+        if epilogue == bindings.RELU_BIAS:
             y = self.relu(y, 0)
         D[...] = y
         self.clock += self.cost(number, epilogue, D.shape[1])
@@ -286,13 +293,19 @@ def lab(monkeypatch):
     memory = Memory()
     lt = Lt(memory)
     made = Cupy(memory, lt)
-    monkeypatch.setattr(_lt, "cupy", made)
-    monkeypatch.setattr(_lt, "get_device_id", lambda: 0)
-    monkeypatch.setattr(_lt, "get_current_stream", made.stream)
-    monkeypatch.setattr(_lt, "bias_act", made.bias_act)
-    monkeypatch.setattr(_lt, "_library", lambda: (lt, None))
-    for memory_of in ("_plans", "_choices", "_handles"):
-        monkeypatch.setattr(_lt, memory_of, {})
+    stand_ins = {
+        "cupy": made,
+        "get_device_id": lambda: 0,
+        "get_current_stream": made.stream,
+        "bias_act": made.bias_act,
+    }
+    for module in (bindings, descriptors, passes, tuning, plans, call):
+        for name, stand_in in stand_ins.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, stand_in)
+    monkeypatch.setattr(bindings, "library", lambda: (lt, None))
+    for module, name in ((call, "plans"), (plans, "choices"), (bindings, "handles")):
+        monkeypatch.setattr(module, name, {})
     return made
 
 
@@ -412,13 +425,13 @@ def test_bias_and_activation(lab, dtype, bias, activation, fused_is_faster):
     for _ in range(2):
         check(x, weight, there, activation)
     fusable = there is not None and activation in (kernels.identity, kernels.relu)
-    left = {_lt.RELU_BIAS, _lt.BIAS} if fusable else set()
+    left = {bindings.RELU_BIAS, bindings.BIAS} if fusable else set()
     if not fused_is_faster:
-        left -= {_lt._EPILOGUES.get(activation)}  # a bias alone may go before a relu of ours
+        left -= {tuning.EPILOGUES.get(activation)}  # a bias alone may go before a relu of ours
     used = lab.lt.calls[-1].epilogue
-    assert used in (left if fusable and fused_is_faster else left | {_lt.DEFAULT})
+    assert used in (left if fusable and fused_is_faster else left | {bindings.DEFAULT})
     assert lab.lt.calls[-1].result == (
-        dtype if used != _lt.DEFAULT or not lab.passes else "float32"
+        dtype if used != bindings.DEFAULT or not lab.passes else "float32"
     )
     assert bool(lab.copies) == (bias == "every second")
     if bias == "bias on an odd place":
@@ -522,12 +535,12 @@ def test_of_equals_the_first_proposal_is_taken(lab):
 
 
 def test_the_fused_kernel_is_taken_only_where_it_is_faster_than_two(lab):
-    lab.lt.cost = lambda algorithm, epilogue, rows: 0.16 if epilogue == _lt.BIAS else 0.1
+    lab.lt.cost = lambda algorithm, epilogue, rows: 0.16 if epilogue == bindings.BIAS else 0.1
     x, weight, bias = arrays(lab)
     check(x, weight, bias, kernels.identity)
-    assert lab.lt.calls[-1].epilogue == _lt.DEFAULT
+    assert lab.lt.calls[-1].epilogue == bindings.DEFAULT
     check(x, weight, bias, kernels.relu)
-    assert lab.lt.calls[-1].epilogue == _lt.RELU_BIAS
+    assert lab.lt.calls[-1].epilogue == bindings.RELU_BIAS
 
 
 def test_long_products_are_timed_once_and_no_more_rows_than_tell(lab):
@@ -565,7 +578,7 @@ def test_nothing_is_timed_or_asked_during_capture(lab):
     lab.lt.cost = lambda algorithm, epilogue, rows: 1 / algorithm
     x, weight, bias = arrays(lab)
     check(x, weight, bias, kernels.relu)
-    assert [(call.algorithm, call.epilogue) for call in lab.lt.calls] == [(1, _lt.DEFAULT)]
+    assert [(call.algorithm, call.epilogue) for call in lab.lt.calls] == [(1, bindings.DEFAULT)]
 
 
 @pytest.mark.parametrize("capturing", [True, False])
@@ -584,7 +597,7 @@ def test_what_was_chosen_before_is_used_during_capture(lab):
     lab.capturing = True
     for m in (4, 3):  # the same rows, and another number of them
         check(arrays(lab, m)[0], weight, bias, kernels.relu)
-        assert (lab.lt.calls[-1].algorithm, lab.lt.calls[-1].epilogue) == (3, _lt.RELU_BIAS)
+        assert (lab.lt.calls[-1].algorithm, lab.lt.calls[-1].epilogue) == (3, bindings.RELU_BIAS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -596,37 +609,37 @@ def test_an_epilogue_that_drops_nan_is_not_used(lab, dtype, drops):
     host(x)[2, 3] = np.nan
     y = check(x, weight, bias, kernels.relu)
     assert np.isnan(host(y)[2].astype("f4")).all()
-    assert (lab.lt.calls[-1].epilogue != _lt.RELU_BIAS) == drops
+    assert (lab.lt.calls[-1].epilogue != bindings.RELU_BIAS) == drops
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_relu_of_our_own_may_follow_a_bias_of_cublaslt(lab, dtype):
     """It rounds nothing, so that 16-bit results may be stored before it, in half the bytes."""
     lab.lt.relu, lab.pass_cost = np.fmax, 0.05
-    lab.lt.cost = lambda number, epilogue, rows: 0.1 if epilogue == _lt.BIAS else 0.3
+    lab.lt.cost = lambda number, epilogue, rows: 0.1 if epilogue == bindings.BIAS else 0.3
     x, weight, bias = arrays(lab, dtype=dtype)
     host(x)[2, 3] = np.nan
     y = check(x, weight, bias, kernels.relu)
     assert np.isnan(host(y)[2].astype("f4")).all()
-    assert (lab.lt.calls[-1].epilogue, lab.lt.calls[-1].result) == (_lt.BIAS, dtype)
+    assert (lab.lt.calls[-1].epilogue, lab.lt.calls[-1].result) == (bindings.BIAS, dtype)
 
 
 def test_partial_sums_of_16_bits_are_not_rounded_to_16_bits(lab):
     for dtype in DTYPES:
         check(*arrays(lab, dtype=dtype)[:2], None, kernels.identity)
-    schemes = [each.get(_lt.REDUCTION_SCHEMES) for each in lab.lt.preferences]
+    schemes = [each.get(bindings.REDUCTION_SCHEMES) for each in lab.lt.preferences]
     assert schemes == [None, 2, 2]
-    assert {each[_lt.MAX_WORKSPACE] for each in lab.lt.preferences} == {32 << 20}
+    assert {each[bindings.MAX_WORKSPACE] for each in lab.lt.preferences} == {32 << 20}
 
 
 def test_plans_are_bounded_and_what_they_hold_is_destroyed(lab, monkeypatch):
-    monkeypatch.setattr(_lt, "MOST_PLANS", 5)
-    monkeypatch.setattr(_lt, "MOST_CHOICES", 3)
+    monkeypatch.setattr(call, "MOST_PLANS", 5)
+    monkeypatch.setattr(plans, "MOST_CHOICES", 3)
     weight, bias = arrays(lab)[1:]
     for m in range(1, 40):
         check(arrays(lab, m)[0], weight, bias, kernels.relu)
     gc.collect()
-    assert (len(_lt._plans), len(_lt._choices)) == (5, 3)
+    assert (len(call.plans), len(plans.choices)) == (5, 3)
     kinds = [each.kind for each in lab.lt.things.values()]
     assert (kinds.count("product"), kinds.count("layout")) == (5, 15)
     assert (kinds.count("handle"), kinds.count("preference")) == (1, 0)
@@ -639,7 +652,7 @@ def test_plans_are_bounded_and_what_they_hold_is_destroyed(lab, monkeypatch):
 def test_a_thread_gets_its_own_bias_from_a_plan_that_two_share(lab):
     x, weight, another = arrays(lab)
     check(x, weight, another, kernels.identity)
-    assert lab.lt.calls[-1].epilogue == _lt.BIAS
+    assert lab.lt.calls[-1].epilogue == bindings.BIAS
     biases = [lab.memory.put(np.full(8, 100.0 * i, "f4")) for i in range(2)]
     ready, wrong = threading.Barrier(2), []
     lab.lt.pause = 0.02  # between the step that sets the bias and the one that launches
@@ -656,7 +669,7 @@ def test_a_thread_gets_its_own_bias_from_a_plan_that_two_share(lab):
     for each in threads:
         each.join()
     assert wrong == [False] * 10
-    assert len(_lt._plans) == 1
+    assert len(call.plans) == 1
 
 
 def test_threads_that_ask_at_once_make_one_plan(lab):
@@ -679,7 +692,7 @@ def test_threads_that_ask_at_once_make_one_plan(lab):
     assert failed == []
     gc.collect()
     assert [each.kind for each in lab.lt.things.values()].count("product") == 1
-    assert len(_lt._handles) == 1
+    assert len(bindings.handles) == 1
     assert lab.lt.made == 4  # the product alone, with a bias, with relu, and the one that stays
 
 
@@ -687,7 +700,9 @@ def test_a_full_device_says_so_in_words_that_the_engine_knows(lab):
     x, weight, _ = arrays(lab)
     check(x, weight, None, kernels.identity)
     lab.lt.fails = dict.fromkeys((1, 2, 3), 3)
-    with pytest.raises(_lt.LtError, match=r"CUBLAS_STATUS_ALLOC_FAILED for \(4, 8\) @ \(8, 8\)"):
+    with pytest.raises(
+        bindings.LtError, match=r"CUBLAS_STATUS_ALLOC_FAILED for \(4, 8\) @ \(8, 8\)"
+    ):
         kernels.linear(x, weight)
 
 
@@ -726,19 +741,19 @@ def test_what_cublaslt_does_not_offer_goes_to_cupy_for_good(lab):
 
 
 def test_an_epilogue_that_cublaslt_does_not_offer_is_a_pass_of_its_own(lab):
-    lab.lt.offers = {_lt.DEFAULT}
+    lab.lt.offers = {bindings.DEFAULT}
     check(*arrays(lab), kernels.relu)
-    assert (lab.products, lab.lt.calls[-1].epilogue) == (0, _lt.DEFAULT)
+    assert (lab.products, lab.lt.calls[-1].epilogue) == (0, bindings.DEFAULT)
 
 
 def test_more_rows_than_cublaslt_counts_go_in_parts(lab, monkeypatch):
-    monkeypatch.setattr(_lt, "MOST_ELEMENTS", 1000)
-    monkeypatch.setattr(_lt, "PART", 400)
+    monkeypatch.setattr(call, "MOST_ELEMENTS", 1000)
+    monkeypatch.setattr(call, "PART", 400)
     x, weight, bias = arrays(lab, 130)
     check(x, weight, bias, kernels.relu)
     assert {call.rows for call in lab.lt.calls} == {50, 30}
-    monkeypatch.setattr(_lt, "MOST_ELEMENTS", 1 << 31)
-    monkeypatch.setattr(_lt, "MOST_ROWS", 100)
+    monkeypatch.setattr(call, "MOST_ELEMENTS", 1 << 31)
+    monkeypatch.setattr(call, "MOST_ROWS", 100)
     lab.lt.calls.clear()
     check(arrays(lab, 131)[0], weight, bias, kernels.relu)
     assert {call.rows for call in lab.lt.calls} == {50, 31}
@@ -753,13 +768,13 @@ def unfused(monkeypatch):
         given.append((arrays, options))
         return "unfused"
 
-    monkeypatch.setattr(_lt, "unfused", reference)
+    monkeypatch.setattr(passes, "unfused", reference)
     return given
 
 
 @pytest.fixture
 def without_nvmath(monkeypatch):
-    monkeypatch.setattr(_lt, "_library", lambda: (None, "nvmath-python is not installed"))
+    monkeypatch.setattr(bindings, "library", lambda: (None, "nvmath-python is not installed"))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
@@ -819,7 +834,8 @@ def test_what_has_no_fused_body_is_left_to_the_reference(lab, unfused, monkeypat
     lab.lt.calls.clear()
     other = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(x.data.ptr, x.nbytes, None, 1), 0)
     assert kernels.linear(cupy.ndarray(x.shape, x.dtype, memptr=other), weight) == "unfused"
-    monkeypatch.setattr(_lt, "get_device_id", lambda: 1)
+    for module in (call, plans):
+        monkeypatch.setattr(module, "get_device_id", lambda: 1)
     assert kernels.linear(x, weight) == "unfused"
     assert len(unfused) == len(cases) + 2
     assert lab.lt.calls == []
@@ -858,13 +874,13 @@ def test_fused_bodies_have_the_signatures_of_the_references():
 
 
 def test_why_not_says_what_is_missing(monkeypatch):
-    ask = _lt._library.__wrapped__
-    monkeypatch.setattr(_lt.importlib.util, "find_spec", lambda name: None)
+    ask = bindings.library.__wrapped__
+    monkeypatch.setattr(bindings.importlib.util, "find_spec", lambda name: None)
     library, why = ask()
     assert library is None
-    assert why.startswith("nvmath-python is not installed; pip install nvmath-python")
-    monkeypatch.setattr(_lt, "_library", lambda: (None, why))
-    assert _lt.why_not() == why
+    assert why == "nvmath-python is not installed"
+    monkeypatch.setattr(bindings, "library", lambda: (None, why))
+    assert bindings.why_not() == why
 
 
 def test_a_library_that_does_not_load_is_told_of(monkeypatch):
@@ -875,7 +891,7 @@ def test_a_library_that_does_not_load_is_told_of(monkeypatch):
         raise OSError("libcublasLt.so.13:\n cannot open shared object file")
 
     monkeypatch.setattr(cublasLt, "get_version", broken)
-    library, why = _lt._library.__wrapped__()
+    library, why = bindings.library.__wrapped__()
     assert library is None
     assert why.startswith(
         "cuBLASLt cannot be loaded (OSError: libcublasLt.so.13: cannot open shared object file)"
@@ -888,28 +904,30 @@ def test_the_numbers_are_those_of_nvidias_bindings():
     from nvmath.bindings import cublas, cublasLt
 
     names = {"float32": "CUDA_R_32F", "float16": "CUDA_R_16F", "bfloat16": "CUDA_R_16BF"}
-    assert {name: CudaDataType[names[name]] for name in names} == _lt.DATA_TYPES
-    assert _lt.COMPUTE_FLOAT32 == cublas.ComputeType.COMPUTE_32F
-    assert _lt.COMPUTE_TF32 == cublas.ComputeType.COMPUTE_32F_FAST_TF32
+    assert {name: CudaDataType[names[name]] for name in names} == bindings.DATA_TYPES
+    assert bindings.COMPUTE_FLOAT32 == cublas.ComputeType.COMPUTE_32F
+    assert bindings.COMPUTE_TF32 == cublas.ComputeType.COMPUTE_32F_FAST_TF32
     attribute = cublasLt.MatmulDescAttribute
-    assert _lt.TRANSPOSE_A == attribute.TRANSA
-    assert _lt.EPILOGUE == attribute.EPILOGUE
-    assert _lt.BIAS_POINTER == attribute.BIAS_POINTER
+    assert bindings.TRANSPOSE_A == attribute.TRANSA
+    assert bindings.EPILOGUE == attribute.EPILOGUE
+    assert bindings.BIAS_POINTER == attribute.BIAS_POINTER
     wish = cublasLt.MatmulPreferenceAttribute
-    assert _lt.MAX_WORKSPACE == wish.MAX_WORKSPACE_BYTES
-    assert _lt.REDUCTION_SCHEMES == wish.REDUCTION_SCHEME_MASK
-    assert tuple(wish[f"MIN_ALIGNMENT_{each}_BYTES"] for each in "ABCD") == _lt.MIN_ALIGNMENTS
-    assert _lt.REDUCE_IN_COMPUTE_TYPE == cublasLt.ReductionScheme.COMPUTE_TYPE
+    assert bindings.MAX_WORKSPACE == wish.MAX_WORKSPACE_BYTES
+    assert bindings.REDUCTION_SCHEMES == wish.REDUCTION_SCHEME_MASK
+    assert tuple(wish[f"MIN_ALIGNMENT_{each}_BYTES"] for each in "ABCD") == bindings.MIN_ALIGNMENTS
+    assert bindings.REDUCE_IN_COMPUTE_TYPE == cublasLt.ReductionScheme.COMPUTE_TYPE
     epilogue = cublasLt.Epilogue
-    assert (_lt.DEFAULT, _lt.BIAS, _lt.RELU_BIAS) == (
+    assert (bindings.DEFAULT, bindings.BIAS, bindings.RELU_BIAS) == (
         epilogue.DEFAULT,
         epilogue.BIAS,
         epilogue.RELU_BIAS,
     )
-    assert {value: name for name, value in cublas.Status.__members__.items() if value} == _lt.STATUS
+    assert {
+        value: name for name, value in cublas.Status.__members__.items() if value
+    } == bindings.STATUS
     assert (cublas.Operation.N, cublas.Operation.T) == (False, True)
     theirs = np.dtype(cublasLt.matmul_heuristic_result_dtype)
-    ours = _lt._Algorithm
+    ours = descriptors.Algorithm
     assert theirs.itemsize == ctypes.sizeof(ours)
     assert [theirs.fields[name][1] for name in ("algo", "workspace_size", "state")] == [
         each.offset for each in (ours.algorithm, ours.workspace, ours.state)

@@ -451,21 +451,22 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """A model against its floor on this CPU: the bare matrix products of its own layers.
+    """A model against its own bare matrix products, and plain NumPy, on this CPU.
 
-    Each computes in a process of its own, which starts without variables that pin threads or BLAS
-    kernels, such as OMP_NUM_THREADS; they are checked against float64, and then timed in turns.
+    The bare products, without bias and activation, are the floor: what no way to compute the same
+    network can do without. All are checked against float64, and then timed in turns.
     """
     from nnxp.demo import _HERE
+    from nnxp.floor import against_floor
     from nnxp.io.checkpoint import load
-    from nnxp.race import against_floor
 
     path = _HERE / "digits.safetensors" if model is None else model
-    row = _row_of(load(path)) if shape is None else _parse_shape(shape)
+    net = load(path)
+    row = _row_of(net) if shape is None else _parse_shape(shape)
     with _status() as say:
-        found = against_floor(path, row, rows=rows, rounds=rounds, say=say)
+        found = against_floor(net, row, title=path.name, rows=rows, rounds=rounds, say=say)
     _print(found, as_json)
-    if any(each.problem for each in found.results):
+    if any(result.problem for result in found.results):
         raise typer.Exit(1)
 
 

@@ -1,24 +1,54 @@
-"""Is this GPU usable, and if not, why, and what mends it?
+"""Is this GPU usable, and if not, why, and what fixes it?
 
 A device count above zero proves little: NVRTC may be missing, the card too old for the wheel, or
 the results wrong without an error. So a GPU is usable when it has compiled and run an elementwise
 kernel, a matrix product and a reduction over negative numbers, and all three came back right.
+
+Where there is nothing of NVIDIA, nobody is told to install anything for it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
+import shutil
+from contextlib import suppress
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 from nnxp.backend._base import Availability, ForkGuard
+
+PROC, DEV, PCI = Path("/proc"), Path("/dev"), Path("/sys/bus/pci/devices")
 
 guard = ForkGuard("CUDA")
 _answers: dict[tuple[int, int], Availability] = {}
 
 INSTALL = 'pip install "cupy-cuda13x[ctk]" (or "cupy-cuda12x[ctk]" for an older driver)'
+NO_CARD = 'No NVIDIA card is seen here (a container sees one with --gpus all): use backend="numpy"'
+
+
+def nvidia() -> list[str]:
+    """What there is of NVIDIA on this machine: a card, its driver, the driver's library."""
+    files = [PROC / "driver/nvidia/version", DEV / "nvidiactl"]
+    found = [str(file) for file in files if file.exists()]
+    found += filter(None, [shutil.which("nvidia-smi")])
+    with suppress(OSError):
+        for vendor in PCI.glob("*/vendor"):
+            kind = vendor.with_name("class").read_text()
+            if vendor.read_text().strip() == "0x10de" and kind.startswith("0x03"):  # a display
+                found.append(f"the card {vendor.parent.name}")
+    return found + (["libcuda"] if libcuda() else [])
+
+
+def libcuda() -> Any:
+    """The library of the driver; None if it cannot be loaded."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
 
 
 def cupy_wheels() -> dict[str, str]:
@@ -42,19 +72,17 @@ def probe(index: int = 0) -> Availability:
 
 def _ask(index: int) -> Availability:
     if importlib.util.find_spec("cupy") is None:
-        return Availability(False, "CuPy is not installed", INSTALL + " brings it")
+        return _unusable("CuPy is not installed", INSTALL + " brings it")
     try:
         import cupy
     except Exception as error:
-        return _failed("CuPy is installed but cannot be imported", error)
+        return _unusable(*_failure("CuPy is installed but cannot be imported", error))
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
         return _no_device(cupy, error)
     if count == 0:
-        return Availability(
-            False, "CuPy is installed, but there is no CUDA device", _VISIBLE + _OR_NUMPY
-        )
+        return _unusable("CuPy is installed, but there is no CUDA device", _VISIBLE + _OR_NUMPY)
     guard.mark()  # counting devices has started CUDA
     if index >= count:
         return Availability(
@@ -67,7 +95,7 @@ def _ask(index: int) -> Availability:
             wrong = _wrong_answers(cupy)
             name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
     except Exception as error:
-        return _failed(f"cuda:{index} is there, but does not compute", error)
+        return Availability(False, *_failure(f"cuda:{index} is there, but does not compute", error))
     if wrong:
         return Availability(
             False,
@@ -75,6 +103,11 @@ def _ask(index: int) -> Availability:
             "The card may be too old for this CuPy wheel: try another (cupy-cuda12x)" + _OR_NUMPY,
         )
     return Availability(True, name)
+
+
+def _unusable(reason: str, hint: str) -> Availability:
+    """No GPU answers: the hint is for those who have one."""
+    return Availability(False, reason, hint if nvidia() else NO_CARD)
 
 
 _OR_NUMPY = ', or use backend="numpy"'
@@ -96,22 +129,21 @@ def _no_device(cupy: Any, error: Exception) -> Availability:
     said = str(error)
     if "InsufficientDriver" in said:
         cuda = cupy.cuda.runtime.runtimeGetVersion() // 1000
-        return Availability(
-            False,
+        return _unusable(
             f"CuPy {cupy.__version__} is installed, but no GPU answers: the CUDA driver is missing "
             f"or older than CUDA {cuda} (cudaErrorInsufficientDriver)",
             f"Install or update the NVIDIA driver, install a CuPy for an older CUDA{_OR_NUMPY}",
         )
     if "NoDevice" in said:
-        return Availability(
-            False,
+        return _unusable(
             "CuPy and a driver are installed, but no CUDA device is visible (cudaErrorNoDevice)",
             _VISIBLE + _OR_NUMPY,
         )
-    return _failed("CuPy is installed, but CUDA does not start", error)
+    return _unusable(*_failure("CuPy is installed, but CUDA does not start", error))
 
 
-def _failed(what: str, error: Exception) -> Availability:
+def _failure(what: str, error: Exception) -> tuple[str, str]:
+    """The reason, and the hint that fits the error."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())}"
     hint = "Reinstall CuPy: " + INSTALL
     if "nvrtc" in said.lower() or "cuda_fp16" in said or "vector_types" in said:
@@ -120,4 +152,4 @@ def _failed(what: str, error: Exception) -> Availability:
         hint = f"Two CuPy wheels are installed ({', '.join(cupy_wheels())}): uninstall all but one"
     elif "ermission" in said:
         hint = "Set CUPY_CACHE_DIR to a folder that can be written"
-    return Availability(False, f"{what} ({said[:300]})", hint + _OR_NUMPY)
+    return f"{what} ({said[:300]})", hint + _OR_NUMPY

@@ -7,7 +7,7 @@ from math import prod
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels.activations import identity
-from nnxp.kernels.cuda._lt import product
+from nnxp.kernels.cuda.lt import product
 from nnxp.kernels.linear import linear, matmul
 
 

@@ -1,0 +1,112 @@
+"""A product through cuBLASLt as it is remembered: the way, the algorithm, the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import get_current_stream
+from cupy.cuda.device import get_device_id
+
+from nnxp._arrays import Array, Shape
+from nnxp.kernels._dispatch import Kernel
+from nnxp.kernels.cuda.lt.bindings import COMPUTE_FLOAT32, COMPUTE_TF32, DEFAULT
+from nnxp.kernels.cuda.lt.descriptors import PASS, Algorithm, Form, Product, leading
+from nnxp.kernels.cuda.lt.passes import Run, by_cupy, rest
+from nnxp.kernels.cuda.lt.tuning import Choice, chosen
+from nnxp.kernels.linear import precision
+
+TIMED_ROWS = 8192  # more make no difference to which algorithm is best, and take longer to time
+PAD_FROM_ROWS = 1024
+MOST_CHOICES = 1024
+
+choices: dict[Hashable, Choice] = {}
+
+
+class Plan:
+    """A product through cuBLASLt: one launch, and one pass over what that leaves to do."""
+
+    def __init__(self, product: Product, algorithm: Algorithm, way: int, cols: int) -> None:
+        self.product, self.algorithm, self.way, self.cols = product, algorithm, way, cols
+        self.shape: Shape = product.rows, product.form.cols
+        self.dtype = product.dtype
+
+    def __call__(self, x: Array, weight: Array, bias: Array | None, activation: Kernel) -> Array:
+        cols = self.shape[1]
+        if cols != self.cols:
+            weight = widened(weight, cols)
+        y = cupy.empty(self.shape, self.dtype)
+        fused_bias = bias.data.ptr if self.way > DEFAULT and bias is not None else 0
+        self.product.launch(self.algorithm, x.data.ptr, weight.data.ptr, fused_bias, y.data.ptr)
+        if cols != self.cols:
+            y = y[:, : self.cols]
+        return rest(self.way, y, bias, activation, x.dtype)
+
+
+def widened(weight: Array, cols: int) -> Array:
+    """The weight with more columns, of which no one looks at the results: they are not even set.
+
+    Made anew each time, because the weight may have been changed in place.
+    """
+    wide = cupy.empty((weight.shape[0], cols), weight.dtype)
+    cupy.copyto(wide[:, : weight.shape[1]], weight)
+    return wide
+
+
+def planned(
+    lt: Any, wish: int, x: Array, weight: Array, bias: Array | None, activation: Kernel
+) -> Run:
+    """The plan for such a product: by what was chosen for its form, or is chosen now."""
+    ldx, ldw = leading(x) or 0, leading(weight)
+    (rows, inner), cols, size = x.shape, weight.shape[1], x.itemsize
+    wide = cols
+    if (
+        rows >= PAD_FROM_ROWS
+        and cols * size % 16
+        and not any(each % 16 for each in (inner * size, ldx * size, x.data.ptr))
+    ):  # tensor cores and wide accesses want rows of 16 bytes: of x, of the weight and of y
+        wide = -(-cols // 16) * 16
+        wish = wish if wish == DEFAULT else PASS  # rather than a bias that is padded, too
+    pointers = 256 | x.data.ptr
+    if wide == cols:
+        pointers |= weight.data.ptr
+    if wish > DEFAULT and bias is not None:
+        pointers |= bias.data.ptr
+    tf32 = precision.get() == "tf32" and x.dtype == np.float32
+    form = Form(
+        device=get_device_id(),
+        dtype=x.dtype,
+        compute=COMPUTE_TF32 if tf32 else COMPUTE_FLOAT32,
+        inner=inner,
+        cols=wide,
+        ldx=ldx,
+        ldw=wide if wide != cols else ldw or leading(weight.T) or 0,
+        turned=wide == cols and ldw is None,
+        alignment=pointers & -pointers,
+    )
+    timed = min(rows, TIMED_ROWS)
+    key = form, (timed - 1).bit_length(), wish
+    choice = choices.get(key)
+    if choice is None and not get_current_stream().is_capturing():
+        weight = weight if wide == cols else widened(weight, wide)
+        choice = chosen(lt, form, timed, wish, x, weight, bias, activation)
+        if choice is not None:
+            remember(choices, key, choice, MOST_CHOICES)
+    way = choice.way if choice is not None else DEFAULT if wish == DEFAULT else PASS
+    found = Product(lt, form, rows, way)
+    algorithm = None if choice is None else found.checked(choice.algorithm)
+    if algorithm is None:
+        proposals = found.proposals()
+        if not proposals:
+            return by_cupy
+        algorithm = proposals[0]
+    return Plan(found, algorithm, way, cols)
+
+
+def remember(memory: dict[Hashable, Any], key: Hashable, value: object, most: int) -> None:
+    """Keeps the `most` that were made last. What is forgotten goes when its last user is done."""
+    memory[key] = value
+    if len(memory) > most:
+        del memory[next(iter(memory))]
