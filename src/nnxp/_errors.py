@@ -8,7 +8,6 @@ NnxpError
 ├── CheckpointError (ValueError)       a file is not a model that can be trusted
 ├── OptionError (ValueError)           an argument has a value that means nothing here
 ├── ConversionError (ValueError)       another library's model has no counterpart here
-├── UnsupportedFunction (AttributeError)  an array library of ours has no such function
 └── OutOfMemory (MemoryError)          not even one row fits
 """
 
@@ -27,7 +26,6 @@ __all__ = [
     "OutOfMemory",
     "RowsError",
     "ShapeError",
-    "UnsupportedFunction",
 ]
 
 
@@ -81,10 +79,6 @@ class OptionError(NnxpError, ValueError):
 
 class ConversionError(NnxpError, ValueError):
     """A model of another library has no counterpart in nnxp."""
-
-
-class UnsupportedFunction(NnxpError, AttributeError):
-    """A function or method that `sim`, `bounded` or `traced` arrays do not have, by name."""
 
 
 class OutOfMemory(NnxpError, MemoryError):
