@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextvars import copy_context
 
 import numpy as np
 import pytest
@@ -246,13 +247,15 @@ def test_available_backends_lists_all_with_reasons():
     assert all(each.reason for each in found.values())
 
 
-def test_numpy_asked_for_by_environment_never_touches_cuda():
+@pytest.mark.parametrize("name", ["numpy", "NumPy", "CPU", "cpu:0", " Numpy "])
+def test_numpy_asked_for_by_environment_never_touches_cuda(name):
     code = (
         "import sys, nnxp, numpy as np\n"
         "nnxp.predict(nnxp.Dense(2, 2), np.ones((3, 2)))\n"
+        "assert 'not to touch' in nnxp.available_backends()['cupy'].reason\n"
         "assert 'cupy' not in sys.modules, 'CuPy was imported'"
     )
-    environment = os.environ | {"NNXP_BACKEND": "numpy"}
+    environment = os.environ | {"NNXP_BACKEND": name}
     subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, check=True)
 
 
@@ -329,6 +332,34 @@ def test_two_asyncio_tasks_never_see_each_other_s_choice():
         await asyncio.gather(work("sim:0", "sim:1"), work("sim:1", "cpu"))
 
     asyncio.run(both())
+    assert nnxp.backend._used.get() == "auto"
+
+
+def test_use_backend_may_be_left_in_another_context():
+    def resource():
+        with nnxp.use_backend("sim:1") as backend:
+            yield backend
+
+    def leave(made):
+        assert next(made, None) is None
+        return nnxp.get_backend("auto").device
+
+    made = resource()
+    copy_context().run(next, made)
+    assert copy_context().run(leave, made) == nnxp.get_backend().device  # it never knew of it
+    made = resource()
+    copy_context().run(next, made)
+    with nnxp.use_backend("sim"):  # as here, where another choice is in force
+        assert leave(made) == "sim:0"
+    with nnxp.use_backend("sim:1"):  # of the same name, too
+        made = resource()
+        copy_context().run(next, made)
+        assert leave(made) == "sim:1"
+    with nnxp.use_backend("sim"):
+        made = resource()
+        next(made)
+        assert copy_context().run(leave, made) == "sim:0"  # where it is in force, it is ended
+        assert nnxp.get_backend().device == "sim:1"
     assert nnxp.backend._used.get() == "auto"
 
 

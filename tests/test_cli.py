@@ -62,7 +62,8 @@ def fails(done, code, *words):
 
 def read(path):
     if path.suffix == ".csv":
-        return np.loadtxt(path, delimiter=",", dtype="float32")
+        assert path.read_text().splitlines()[0] == "y0,y1,y2"
+        return np.loadtxt(path, delimiter=",", dtype="float32", skiprows=1)
     return np.load(path) if path.suffix == ".npy" else np.load(path)["output"]
 
 
@@ -512,3 +513,93 @@ def test_doctor_in_a_process_of_its_own_answers_in_json_alone():
     said = json.loads(done.stdout)
     assert said["ok"] is True
     assert said["numpy"]["numpy"] == np.__version__
+
+
+# tables
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv.gz", ".parquet", ".arrow"])
+def test_predict_reads_tables_and_names_what_it_writes(room, ending):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from nnxp.io.rows import open_rows, read_rows, written_rows
+
+    x = np.load("x.npy")
+    with written_rows(f"t{ending}", x.shape, x.dtype, list("abcdef")) as out:
+        out[...] = x
+    y = nnxp.predict(nnxp.load("net.safetensors"), x, "cpu")
+    for output in ("y.npy", "y.npz", "y.csv", "y.parquet"):
+        done = nnxp_("predict", "net.safetensors", f"t{ending}", "-o", output, "--backend", "cpu")
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"{output}: 50 rows, float32 (50, 3), in ")
+        np.testing.assert_allclose(read_rows(output), y, rtol=1e-6)
+    assert open_rows("y.parquet").columns == ("y0", "y1", "y2")
+
+
+def test_predict_takes_what_is_asked_of_a_table(room):
+    x = np.load("x.npy").astype(str)
+    x[3, 2] = "NA"
+    lines = ["f;text;e;d;c;b;a", *(";".join([r[5], "t", *r[4::-1]]) for r in x)]
+    Path("t.csv").write_text("\n".join(lines))
+    args = ["predict", "net.safetensors", "t.csv", "-o", "y.npy", "--columns", "a,b,c,d,e,0"]
+    fails(nnxp_(*args, "--delimiter", ";"), 1, "line 5", "column 5 (c)", "--missing nan")
+    done = nnxp_(*args, "--missing", "nan", "--backend", "cpu")
+    assert done.exit_code == 0
+    assert done.stderr == "nnxp: note: t.csv: the delimiter is ';', by what the lines look like\n"
+    same = np.load("x.npy")
+    same[3, 2] = np.nan
+    y = nnxp.predict(nnxp.load("net.safetensors"), same, "cpu")
+    np.testing.assert_allclose(np.load("y.npy"), y, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "word"),
+    [
+        (["--columns", "a,z"], 2, "no column 'z'"),
+        (["--missing", "none"], 2, "--missing"),
+        (["--delimiter", "::"], 2, "delimiter"),
+        (["--no-header"], 1, "line 1"),
+        (["--columns", "a"], 1, "(50, 1)"),
+    ],
+)
+def test_wrong_options_for_a_table_are_one_clear_line(room, args, code, word):
+    done = nnxp_("predict", "net.safetensors", "x.csv", "-o", "y.npy", *args)
+    fails(done, code, word)
+    assert not (room / "y.npy").exists()
+
+
+def test_a_header_of_numbers_is_said_and_can_be_a_row(room):
+    text = "0,1,2,3,4,5\n1,1,1,1,1,1\n"
+    Path("t.csv").write_text(text)
+    args = "predict", "net.safetensors", "t.csv", "-o", "y.npy"
+    done = nnxp_(*args)
+    assert "1 rows" in done.stdout
+    assert "0 to 5 are taken as names" in done.stderr
+    assert "2 rows" in nnxp_(*args, "--no-header").stdout
+
+
+def test_the_next_run_says_what_a_killed_one_left(room):
+    Path("y.npy.part").write_bytes(b"half")
+    done = nnxp_("predict", "net.safetensors", "x.npy", "-o", "y.npy")
+    assert done.exit_code == 0
+    assert done.stderr.endswith("y.npy.part was left by a run that did not end; it is replaced\n")
+    assert not Path("y.npy.part").exists()
+
+
+def test_a_mapped_output_is_let_go_of_before_it_is_renamed(room, monkeypatch):
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("only Linux shows what is mapped")
+    replace = os.replace
+
+    def strict(source, target):
+        assert str(source) not in Path("/proc/self/maps").read_text()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", strict)
+    done = nnxp_("predict", "net.safetensors", "x.npy", "-o", "y.npy", "--backend", "cpu")
+    assert done.exit_code == 0, done.output
+
+
+def test_verify_reads_tables(room):
+    done = nnxp_("verify", "net.safetensors", "x.csv", "--columns", "f,e,d,c,b,a")
+    assert done.exit_code == 0, done.output
+    fails(nnxp_("verify", "net.safetensors", "x.csv", "--no-header"), 1, "line 1")

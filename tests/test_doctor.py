@@ -18,7 +18,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import nnxp
-from nnxp.backend import _probe, _machine
+from nnxp.backend import _machine, _probe
 from nnxp.doctor import Diagnosis, Problem, diagnose, problems_in
 from nnxp.doctor import facts as looked_up
 from nnxp.doctor.facts import VARIABLES

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import signal
+import sys
 import threading
 import time
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -458,14 +462,69 @@ def test_predict_iter_reads_one_batch_ahead_and_no_more():
     assert asked == [0, 1, 2]
 
 
-def test_an_error_in_the_batches_reaches_the_caller_and_the_thread_ends():
+def test_batches_are_read_in_the_caller_s_thread_and_computed_in_another():
+    read, computed = [], []
+
+    class Looks(nnxp.Layer):
+        """Notes the thread that it runs in."""
+
+        def __call__(self, x):
+            computed.append((threading.get_ident(), np.geterr()["over"]))
+            return x
+
+        @classmethod
+        def examples(cls):
+            yield cls(), (2, 2)
+
+    def batches():
+        for i in range(5):
+            read.append(threading.get_ident())
+            yield X[i * 10 : i * 10 + 10]
+
+    with np.errstate(over="raise"):
+        answers = list(nnxp.predict_iter(Looks(), batches(), "cpu"))
+    np.testing.assert_array_equal(np.concatenate(answers), X[:50])
+    assert set(read) == {threading.get_ident()}
+    assert len(set(computed)) == 1
+    assert computed[0][0] != threading.get_ident()
+    assert computed[0][1] == "raise"
+
+
+def test_one_batch_is_computed_while_the_next_is_read():
+    at_work, read = threading.Event(), threading.Event()
+
+    class Waits(nnxp.Layer):
+        """Waits for the next batch."""
+
+        def __call__(self, x):
+            at_work.set()
+            assert read.wait(20)
+            return x
+
+        def output_shape(self, shape):
+            return shape
+
+        @classmethod
+        def examples(cls):
+            yield cls(), (2, 2)
+
+    def batches():
+        yield X[:10]
+        assert at_work.wait(20)
+        read.set()
+        yield X[10:20]
+
+    assert len(list(nnxp.predict_iter(Waits(), batches(), "cpu"))) == 2
+
+
+def test_an_error_in_the_batches_comes_in_its_turn_and_the_thread_ends():
     def batches():
         yield X[:10]
         raise OSError("the disk is gone")
 
     threads = threading.active_count()
     answers = nnxp.predict_iter(NET, batches(), "cpu")
-    next(answers)
+    close(next(answers), NET(X[:10]))
     with pytest.raises(OSError, match="the disk is gone"):
         next(answers)
     assert threading.active_count() == threads
@@ -473,21 +532,36 @@ def test_an_error_in_the_batches_reaches_the_caller_and_the_thread_ends():
     next(abandoned)
     abandoned.close()
     assert threading.active_count() == threads
+    wrong = nnxp.predict_iter(NET, [X[:10], X[:10, :3]], "cpu")
+    next(wrong)
+    with pytest.raises(nnxp.ShapeError):
+        next(wrong)
+    assert threading.active_count() == threads
 
 
-def test_batches_that_never_come_keep_nobody_waiting_who_has_stopped_asking():
-    never = threading.Event()
+def test_whoever_waits_for_a_batch_that_never_comes_can_be_interrupted():
+    class Interrupted(BaseException):
+        pass
+
+    def heard(number, frame):
+        raise Interrupted
 
     def batches():
         yield X[:10]
-        never.wait(20)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        threading.Event().wait(20)
 
-    answers = nnxp.predict_iter(NET, batches(), "cpu")
-    next(answers)
-    start = time.monotonic()
-    answers.close()
-    assert time.monotonic() - start < 5
-    never.set()
+    threads = threading.active_count()
+    before = signal.signal(signal.SIGALRM, heard)
+    try:
+        start = time.monotonic()
+        with pytest.raises(Interrupted):
+            next(nnxp.predict_iter(NET, batches(), "cpu"))
+        assert time.monotonic() - start < 5
+        assert signal.getsignal(signal.SIGALRM) is heard
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert threading.active_count() == threads
 
 
 def test_batches_are_read_in_the_caller_s_context():
@@ -560,14 +634,70 @@ def test_a_deep_network_agrees_layer_by_layer():
     assert report.largest < 3
 
 
+def test_progress_may_be_a_function_of_the_rows_done_and_in_all():
+    heard = []
+    nnxp.predict(NET, X, "cpu", workers=3, progress=lambda done, rows: heard.append((done, rows)))
+    nnxp.predict(NET, X[:10], "sim", progress=lambda done, rows: heard.append((done, rows)))
+    assert heard[-1] == (10, 10)
+    assert heard[-2] == (5000, 5000)
+    assert sorted(heard[:-1]) == heard[:-1]
+
+    class Enough(Exception):
+        pass
+
+    def enough(done, rows):
+        raise Enough
+
+    with pytest.raises(Enough):
+        nnxp.predict(NET, X, "cpu", workers=3, progress=enough)
+
+
+def closed():
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+class Full:
+    """A terminal that takes so much and no more."""
+
+    encoding = "utf-8"
+
+    def __init__(self, writes):
+        self.writes = writes
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.writes -= 1
+        if self.writes < 0:
+            raise OSError(28, "No space left on device")
+
+    def flush(self):
+        self.write("")
+
+
+@pytest.mark.parametrize("stderr", [None, object(), closed(), Full(0), Full(2), Full(3)])
+def test_a_bar_that_cannot_be_drawn_ends_no_work(monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    close(nnxp.predict(NET, X, "cpu", progress=True), NET(X))
+
+
+def test_a_notebook_shows_a_bar(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    threads = threading.active_count()
+    nnxp.predict(NET, X, "cpu", progress=True)
+    assert "5.00k/5.00k" in capfd.readouterr().err
+    assert threading.active_count() == threads
+
+
 def test_progress_is_silent_away_from_a_terminal(capfd):
     nnxp.predict(NET, X, "cpu", progress=True)
     assert capfd.readouterr() == ("", "")
 
 
 def test_progress_on_a_terminal_reaches_the_end(monkeypatch, capfd):
-    import sys
-
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     nnxp.predict(NET, X, "cpu", progress=True)
     said = capfd.readouterr().err

@@ -25,7 +25,7 @@ def elsewhere(layer, formula):
         return formula(self, x) if isinstance(x, sim.ndarray) else type(layer).__call__(self, x)
 
     kind = type("Wrong" + type(layer).__name__, (type(layer),), {"__call__": call})
-    return kind.of(**dict(layer._fields()))
+    return kind._made(**dict(layer._fields()))
 
 
 def dense():
@@ -234,5 +234,5 @@ def test_a_fault_that_all_backends_share_is_not_seen_by_parity():
         def __call__(self, x):
             return kernels.layer_norm(x, self.gain, self.bias, eps=0.0)
 
-    wrong = IgnoresEps.of(**dict(nnxp.LayerNorm(8, eps=0.1)._fields()))
+    wrong = IgnoresEps._made(**dict(nnxp.LayerNorm(8, eps=0.1)._fields()))
     assert parity_report(wrong, draw((5, 8))).ok

@@ -137,7 +137,6 @@ def test_nan_and_infinity_are_numbers(tmp_path):
         ("1,2\n3,\n", "line 2: .*''"),
         ("1,x\n3,4\n", "line 1: .*'x'"),  # a bad row, not names: it has a number
         ("NA,NA\n3,4\n", "line 1: .*'NA'"),
-        ("a;b\n1;2\n", "line 2: .*'1;2'"),
         ("1,2\n#3,4\n", "line 2: .*'#3'"),
         ("1,2\n" * 60000 + "1,x\n", "line 60001: .*'x'"),  # NumPy reads 50000 rows at a time
         ("1,2\n3,4\0\n", "line 2"),
@@ -281,7 +280,7 @@ def test_nothing_stands_in_the_place_before_all_is_written(tmp_path, ending):
     assert read_rows(path).tolist() == [[1, 1, 1]] * 4
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 3, 2)])
+@pytest.mark.parametrize("shape", [(4, 3, 2), (4, 3, 2, 1)])
 def test_a_csv_file_has_two_axes(tmp_path, shape):
     with (
         pytest.raises(OptionError, match="rows and columns"),

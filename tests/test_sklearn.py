@@ -68,7 +68,7 @@ def doubt(estimator, x, dtype):
     def rounded(value):
         return bounded.asarray(value).astype(dtype)
 
-    model = from_sklearn(estimator, "float64").map_arrays(lambda name, value: rounded(value))
+    model = from_sklearn(estimator, "float64")._replaced(lambda name, value: rounded(value))
     return model(rounded(x)).error
 
 

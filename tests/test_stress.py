@@ -1,4 +1,5 @@
 """Eight threads call engines at once while faults are injected: no wrong row, no deadlock.
+And processes are forked while threads are at work.
 
 Three seconds in the suite; NNXP_STRESS_SECONDS=60 for the minute that a release is owed.
 """
@@ -7,10 +8,13 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import threading
 import time
+from collections import Counter
 
 import numpy as np
+import pytest
 from threadpoolctl import threadpool_info
 
 import nnxp
@@ -97,7 +101,45 @@ def test_eight_threads_with_injected_faults_give_no_wrong_row_and_no_deadlock():
     for thread in threads:
         thread.join()
     faulthandler.cancel_dump_traceback_later()
+    print(counts)
     assert not wrong
     assert min(counts.values()) > 10, counts
     assert blas() == before
     assert threading.active_count() == threads_before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_children_forked_while_sweeps_are_under_way_answer_right():
+    before, expected, end = blas(), nnxp.predict(NET, X, "cpu"), time.monotonic() + SECONDS
+    engine = nnxp.Engine(NET, "cpu", workers=2)
+
+    def work():
+        while time.monotonic() < end:
+            engine(X)
+
+    def child():
+        signal.alarm(60)  # what hangs is ended, and counted
+        if blas() != before:
+            return 2
+        ok = np.allclose(engine(X), expected, atol=1e-6) and blas() == before
+        return 0 if ok else 3
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    ends = Counter()
+    while time.monotonic() < end:
+        process = os.fork()
+        if process == 0:
+            try:
+                os._exit(child())
+            finally:
+                os._exit(4)
+        ends[os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])] += 1
+    for thread in threads:
+        thread.join()
+    print(dict(ends))
+    assert set(ends) == {0}
+    assert ends[0] > 2
+    assert blas() == before

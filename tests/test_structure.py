@@ -13,10 +13,9 @@ import nnxp
 
 ROOT = Path(nnxp.__file__).parent
 FLOORS = [  # from the ground up; a module may import its own floor and those below
-    {"_errors", "_arrays", "_exchange", "_library", "_progress", "sim"},
+    {"_errors", "_arrays", "_exchange", "_progress", "sim"},
     {"backend"},
     {"kernels"},
-    {"program"},
     {"layers"},
     {"engine", "io"},
     {"testing"},
@@ -70,17 +69,9 @@ def test_cupy_is_imported_only_where_cuda_is(path):
 
 
 def test_importing_nnxp_loads_no_optional_library():
-    heavy = [
-        "cupy",
-        "typer",
-        "rich",
-        "safetensors",
-        "sklearn",
-        "scipy",
-        "ml_dtypes",
-        "asyncio",
-        "tqdm",
-    ]
+    heavy = (
+        "cupy typer rich safetensors sklearn scipy ml_dtypes asyncio pyarrow decimal tqdm".split()
+    )
     code = f"import sys, nnxp; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -8,12 +8,12 @@ NnxpError
 ├── CheckpointError (ValueError)       a file is not a model that can be trusted
 ├── OptionError (ValueError)           an argument has a value that means nothing here
 ├── ConversionError (ValueError)       another library's model has no counterpart here
-├── FrozenLayer (AttributeError)       a layer is fixed once it is made
-├── UnsupportedFunction (AttributeError)  an array library of ours has no such function
 └── OutOfMemory (MemoryError)          not even one row fits
 """
 
 from __future__ import annotations
+
+from contextlib import suppress
 
 __all__ = [
     "BackendUnavailable",
@@ -21,13 +21,11 @@ __all__ = [
     "ConversionError",
     "DeviceMismatch",
     "DtypeMismatch",
-    "FrozenLayer",
     "NnxpError",
     "OptionError",
     "OutOfMemory",
     "RowsError",
     "ShapeError",
-    "UnsupportedFunction",
 ]
 
 
@@ -83,13 +81,16 @@ class ConversionError(NnxpError, ValueError):
     """A model of another library has no counterpart in nnxp."""
 
 
-class FrozenLayer(NnxpError, AttributeError):
-    """A layer is fixed once it is made: with_parameters makes another one."""
-
-
-class UnsupportedFunction(NnxpError, AttributeError):
-    """A function or method that `sim`, `bounded` or `traced` arrays do not have, by name."""
-
-
 class OutOfMemory(NnxpError, MemoryError):
     """Not even one row fits into the memory that may be used."""
+
+
+def name_layer(error: Exception, name: str) -> None:
+    """Put `name` in front of the path of the layer that the error came from.
+
+    An error from deep inside a model passes here at every level, so it arrives with the whole
+    path: `layers.3.inner.layers.0`.
+    """
+    inner = getattr(error, "layer_path", "")
+    with suppress(AttributeError):  # an error of someone's own that cannot take it goes on bare
+        error.layer_path = f"{name}.{inner}" if inner else name  # type: ignore[attr-defined]

@@ -15,7 +15,6 @@ import numbers
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from decimal import Decimal
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -231,6 +230,8 @@ def _of_masked(block: Any) -> HostArray:
 
 def _of_objects(block: HostArray) -> HostArray:
     """An array of Python objects that are real numbers, each exactly as far as a float64 goes."""
+    from decimal import Decimal  # not for every import of nnxp
+
     kinds = set(map(type, block.ravel().tolist()))
     for kind in sorted(kinds, key=lambda kind: kind is type(None)):  # text is named before None
         if not issubclass(kind, (numbers.Real, Decimal, np.bool_)):

@@ -6,6 +6,7 @@ something that was asked for failed, 2 for wrong usage, 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -24,8 +26,9 @@ from typer.core import TyperGroup
 from nnxp._errors import NnxpError, OptionError
 
 if TYPE_CHECKING:
-    from nnxp._arrays import Shape
+    from nnxp._arrays import HostArray, Shape
     from nnxp.engine import Engine
+    from nnxp.io.tables import Reading, Table
     from nnxp.layers._layer import Layer
 
 
@@ -109,6 +112,32 @@ Precision = Annotated[
     str | None,
     typer.Option(metavar="NAME", help='"tf32": a GPU may round factors to ten bits for speed.'),
 ]
+Header = Annotated[
+    bool | None,
+    typer.Option(
+        "--header/--no-header",
+        help="Whether the first line of a text is names. Default: if it looks like names, or is "
+        "0, 1, ... n-1; where in doubt, stderr tells.",
+    ),
+]
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MARK", help='What stands between the fields of a text, such as ";" or "tab".'
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="The columns of a table to take, names or numbers from 0."),
+]
+Missing = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER", help='What missing values are: "nan", or a number. Default: an error.'
+    ),
+]
+Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")]
+ROWS = ".npy, .npz, .csv, .tsv (.gz), .parquet, .arrow or .feather"
 Model = Annotated[Path, typer.Argument(help="A model, as nnxp.save writes it.", metavar="MODEL")]
 
 
@@ -163,32 +192,37 @@ def predict(
         Path,
         typer.Argument(
             metavar="INPUT",
-            help="The rows: .npy (may be larger than memory), .npz or .csv (read whole).",
+            help=f"The rows: {ROWS}. Only a .npz file must fit into memory.",
         ),
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Where the model's outputs go: .npy, .npz or .csv."),
+        typer.Option("--output", "-o", help="Where the model's outputs go: as for INPUT."),
     ],
     backend: OnBackends = "auto",
     memory_limit: MemoryLimit = None,
     workers: Workers = None,
     precision: Precision = None,
-    key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")
-    ] = None,
+    key: Key = None,
+    header: Header = None,
+    delimiter: Delimiter = None,
+    columns: Columns = None,
+    missing: Missing = None,
     as_json: AsJson = False,
 ) -> None:
     """A model's output for every row of a file.
 
     OUTPUT is written beside its place and renamed at the end: it is whole, or it is not there. A
-    .csv file may begin with a line of column names; none is written.
+    table is read a batch of rows at a time; what is written as a table has the names y0, y1, ...,
+    or those of the model's classes.
     """
-    from nnxp.engine import Engine, float_type
+    from nnxp.engine import Engine
     from nnxp.io.checkpoint import load
-    from nnxp.io.rows import Passing, ending, read_rows, written_rows
+    from nnxp.io.rows import ending, open_rows
+    from nnxp.io.tables import Table
 
     ending(rows), ending(output)
+    reading = _reading(header, delimiter, columns, missing)
     for taken in (model, rows):
         if taken.exists() and output.exists() and output.samefile(taken):
             raise OptionError(f"{output}: the output would replace {taken}, which is read")
@@ -200,11 +234,11 @@ def predict(
         precision=precision,
     )
     start = perf_counter()
-    x = read_rows(rows, key)
-    shape = engine.model.output_shape(x.shape)
-    with written_rows(output, shape, engine.model.dtype or float_type(x)) as out:
-        dtype = str(out.dtype)
-        engine(Passing(x, out), out, progress=True)
+    x = open_rows(rows, key, reading)
+    if isinstance(x, Table):
+        shape, dtype = _table_through(engine, x, output)
+    else:
+        shape, dtype = _array_through(engine, x, output)
     seconds = perf_counter() - start  # reading and writing included
     where = engine.backend
     if as_json:
@@ -215,6 +249,81 @@ def predict(
         name = typer.format_filename(output)
         typer.echo(f"{name}: {shape[0]:,} rows, {dtype} {shape}, in {seconds:.3g} s")
         typer.echo(f"ran on {_names(engine)}: {where.why}")
+
+
+def _array_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, str]:
+    """All rows of an array through the model, into a file; the shape and type of what is there."""
+    from nnxp.engine import float_type
+    from nnxp.io.rows import Passing, written_rows
+
+    shape = engine.model.output_shape(x.shape)
+    dtype = engine.model.dtype or float_type(x)
+    with written_rows(output, shape, dtype, _output_names(engine.model, shape), _note) as out:
+        dtype = out.dtype
+        engine(Passing(x, out), out, progress=True)
+        del out  # or Windows would not rename the file
+    return shape, str(dtype)
+
+
+def _table_through(engine: Engine, table: Table, output: Path) -> tuple[Shape, str]:
+    """All rows of a table through the model, batch by batch, into a file."""
+    from nnxp._errors import RowsError
+    from nnxp.engine import float_type
+    from nnxp.io.rows import appended_rows
+
+    batches = iter(table)
+    first = next(batches, None)
+    if first is None:
+        raise RowsError("there are no rows to predict")
+    shape = engine.model.output_shape(first.shape)
+    dtype = engine.model.dtype or float_type(first)
+    names = _output_names(engine.model, shape)
+    count = 0
+    with (
+        appended_rows(output, shape[1:], dtype, names, _note) as append,
+        _progress(table) as tell,
+    ):
+        for batch in chain([first], batches):
+            append(engine(batch))
+            count += len(batch)
+            tell()
+    return (count, *shape[1:]), "float32" if dtype.name == "bfloat16" else str(dtype)
+
+
+def _output_names(model: Layer, shape: Shape) -> list[str] | None:
+    """The names of the model's classes, if it knows one for each column of its output."""
+    classes = getattr(model, "classes", None)
+    fits = classes is not None and len(shape) == 2 and len(classes) == shape[1]
+    return [str(name) for name in classes] if classes is not None and fits else None
+
+
+def _reading(
+    header: bool | None, delimiter: str | None, columns: str | None, missing: str | None
+) -> Reading:
+    """The options for tables, as one."""
+    from nnxp.io.tables import Reading
+
+    try:
+        number = None if missing is None else float(missing)
+    except ValueError:
+        raise OptionError(f'--missing is "nan" or a number, not {missing!r}') from None
+    mark = {"tab": "\t", "\\t": "\t"}.get(delimiter or "", delimiter)
+    names = next(csv.reader([columns], skipinitialspace=True)) if columns else ()
+    return Reading(header, mark, tuple(names), number, _note)
+
+
+def _note(message: str) -> None:
+    typer.echo(f"nnxp: note: {message}", err=True)
+
+
+@contextmanager
+def _progress(table: Table) -> Iterator[Callable[[], None]]:
+    """What shows on a terminal how much of a table has been read."""
+    if not (table.size and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    with typer.progressbar(length=table.size, file=sys.stderr, width=0) as bar:
+        yield lambda: bar.update(table.passed - bar.pos)
 
 
 @app.command()
@@ -274,7 +383,7 @@ def verify(
         typer.Argument(metavar="[MODEL]", help="A model to judge, as nnxp.save writes it."),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Argument(metavar="[INPUT]", help="Rows for it: .npy, .npz or .csv.")
+        Path | None, typer.Argument(metavar="[INPUT]", help=f"Rows for it: {ROWS}.")
     ] = None,
     backend: Annotated[
         str,
@@ -293,9 +402,11 @@ def verify(
             metavar="FOLDER", help="Record what each backend answers, for other machines."
         ),
     ] = None,
-    key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")
-    ] = None,
+    key: Key = None,
+    header: Header = None,
+    delimiter: Delimiter = None,
+    columns: Columns = None,
+    missing: Missing = None,
     as_json: AsJson = False,
 ) -> None:
     """Does every backend here agree with float64?
@@ -309,7 +420,7 @@ def verify(
 
     found = verifying.verify(
         load(model) if model else None,
-        read_rows(rows, key) if rows else None,
+        read_rows(rows, key, _reading(header, delimiter, columns, missing)) if rows else None,
         [] if backend == "auto" else _listed(backend),
         _listed(require),
     )
@@ -391,13 +502,23 @@ def _parse_shape(text: str) -> Shape:
 
 
 def _row_of(model: Layer) -> Shape:
-    """The shape of a row that the model takes, if its parameters tell."""
+    """The shape of a row that the model takes, if it is one size out of those of its parameters.
+
+    A model that also takes a size which is none of these takes any: its rows cannot be known.
+    """
+    sizes = {size for value in model.parameters().values() for size in value.shape}
+    taken = [(size,) for size in sizes if _takes(model, (1, size))]
+    if len(taken) != 1 or _takes(model, (1, max(sizes) + 1)):
+        raise OptionError("the model does not tell the shape of its rows: give it with --shape")
+    return taken[0]
+
+
+def _takes(model: Layer, shape: Shape) -> bool:
     try:
-        return model.row_shape()
-    except OptionError:
-        raise OptionError(
-            "the model does not tell the shape of its rows: give it with --shape"
-        ) from None
+        model.output_shape(shape)
+    except (ValueError, IndexError):  # a ShapeError, or what unpacking a shape of other axes gives
+        return False
+    return True
 
 
 def _print(result: Any, as_json: bool) -> None:

@@ -8,8 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +23,7 @@ from nnxp.backend._lanes import Kept, Recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.kernels.linear import precision as _precision
 from nnxp.layers._layer import Layer
-from nnxp.program.program import Costs, Outline, Program
-from nnxp.program.recording import Recording, costs, expanded
-from nnxp.program.rewrite import in_their_own_type
-from nnxp.program.traced import Untraceable
+from nnxp.layers._summary import costs
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -38,13 +34,22 @@ FEW_ROWS = 512  # at most, to be recorded: with more of them, starting the work 
 
 
 @dataclass
-class _Kind:
-    """Rows of one type and shape: the program for them, what it costs, and what fits together."""
+class _Known:
+    """What rows of one shape cost, and how many fit where memory ran out."""
 
-    program: Program
-    output: Outline
-    costs: Costs
+    row_bytes: int
+    fixed_bytes: int
+    row_work: int
     most_rows: int | None = None
+
+
+class _Direct(NamedTuple):
+    """A kind of rows that need no planning: what they become, the most of them, what comes out."""
+
+    model: Layer
+    dtype: np.dtype[Any]
+    rows: int
+    output: Shape
 
 
 class Engine:
@@ -92,8 +97,9 @@ class Engine:
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers = None if workers is None else int(workers)
         self.precision = precision
-        self._places = [Replica(model, each) for each in _backends(backend)]
+        self._places = [_Place(model, each) for each in _backends(backend)]
         self.backend = self._places[0].backend
+        self._direct: dict[tuple[np.dtype[Any], Shape], _Direct] = {}
 
     @property
     def backends(self) -> list[Backend]:
@@ -123,10 +129,10 @@ class Engine:
         Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
         are on another device, and OutOfMemory if not even one row fits.
         """
-        if out is None and type(x) is np.ndarray and self._places:
-            idle = self._places[0].ready.get((x.dtype, x.shape))
-            if idle is not None:
-                return idle(x)
+        if out is None and type(x) is np.ndarray:
+            few = self._few(x)
+            if few is not None:
+                return few
         model = self.model
         place, there = self._at_home(x)
         if place is not None:
@@ -134,36 +140,61 @@ class Engine:
             return in_kind(self._resident(place, there, out))
         rows: Source = source_of(x)
         shape = tuple(rows.shape)
+        output = model.output_shape(shape)
         dtype = model.dtype or float_type(rows)
-        given = getattr(rows, "dtype", None)
-        travels = given.newbyteorder("=") if isinstance(given, np.dtype) else dtype
-        kind = self._places[0].kind(shape, travels, dtype)
-        output, dtype = (shape[0], *kind.output.shape), kind.output.dtype
-        fresh = out is None
+        given = out is not None
         out = _result(out, output, dtype, rows)
         if shape[0] == 0:
             return out
-        plans = self._plans(shape, travels, dtype)
+        plans = self._plans(shape)
         cursor = Cursor(shape[0])
         with told(shape[0], progress) as done:
 
-            def sweep(place: Replica, plan: Plan) -> None:
-                kind = place.kind(shape, travels, dtype)
-                fn = partial(place.forward, kind, self.precision)
-                fill = partial(place.fill, kind, dtype, self.memory_limit is not None)
-                sweep = Sweep(fn, fill, rows, out, dtype, plan, done, cursor, place.kept)
+            def sweep(place: _Place, plan: Plan) -> None:
+                fn = partial(self._forward, place.model, dtype=dtype, output=output[1:])
+                sweep = Sweep(fn, rows, out, dtype, plan, done, cursor, place.kept)
                 found = place.backend.sweep(sweep)
                 if found is not None:
-                    kind.most_rows = found
+                    place.known[shape[1:]].most_rows = found
 
             together([partial(sweep, *each) for each in zip(*plans, strict=True)], cursor.stop)
-        if type(rows) is np.ndarray and fresh and not self.memory_limit:
-            few = shape[0] <= plans[1][0].rows
-            for place in self._places[:1] if few else []:  # none, if it was closed meanwhile
-                place.meet(rows, kind, dtype, self.precision)
+        if type(rows) is np.ndarray and rows.dtype.isnative and not given and not self.memory_limit:
+            self._remember(rows, dtype, plans[1][0], output)
         return out
 
-    def _at_home(self, x: Any) -> tuple[Replica | None, Array]:
+    def _few(self, x: HostArray) -> HostArray | None:
+        """The output for few rows of a kind that was met before, None for others.
+
+        With so few rows the time goes to asking and planning, so it is done once for each kind: on
+        the CPU for all numbers of rows up to a tile, on a device for each, with a recording.
+        """
+        shape, dtype = x.shape, x.dtype
+        if not self._direct or not shape:
+            recorded = self._places and self._places[0].recorded.get((dtype, shape))
+            return recorded.host(x) if recorded else None
+        known = self._direct.get((dtype, shape[1:]))
+        if known is None or not 0 < shape[0] <= known.rows:
+            return None
+        try:  # without the door, for all that it asks is known
+            y: HostArray = known.model._bare(x if dtype == known.dtype else x.astype(known.dtype))
+        except Exception:
+            return None  # the long way says what is wrong, and where
+        if y.shape != (shape[0], *known.output):
+            return None
+        own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
+        return y if own else y.copy()
+
+    def _remember(self, x: HostArray, dtype: np.dtype[Any], plan: Plan, output: Shape) -> None:
+        """Make the next call with such rows a short one."""
+        if self.backend.device != "cpu":
+            for place in self._places[:1]:  # none, if it was closed meanwhile
+                place.meet(x, partial(self._forward, dtype=dtype, output=output[1:]))
+        else:
+            if len(self._direct) >= MOST_KINDS:
+                self._direct.clear()
+            self._direct[x.dtype, x.shape[1:]] = _Direct(self.model, dtype, plan.rows, output[1:])
+
+    def _at_home(self, x: Any) -> tuple[_Place | None, Array]:
         """The place where x is already, and x as an array of ours; None if it is in host memory.
 
         Raises DeviceMismatch for what is on a device that is not the engine's.
@@ -192,7 +223,7 @@ class Engine:
             f"{device}; bring it to the host, with nnxp.asnumpy(x) if it is an array of CuPy"
         )
 
-    def _resident(self, place: Replica, x: Array, out: Array | None) -> Array:
+    def _resident(self, place: _Place, x: Array, out: Array | None) -> Array:
         """Rows that are on the device, through the model, there."""
         recorded = place.recorded.get((x.dtype, x.shape)) if out is None else None
         if recorded is not None:
@@ -203,9 +234,9 @@ class Engine:
             raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
         if not is_numeric(x.dtype):
             raise DtypeMismatch(f"rows are real numbers, but x is {x.dtype}")
-        kind = place.kind(x.shape, x.dtype, model.dtype or float_type(x))
-        output, dtype = (len(x), *kind.output.shape), kind.output.dtype
-        fn = partial(place.forward, kind, self.precision)
+        output = model.output_shape(x.shape)
+        dtype = model.dtype or float_type(x)
+        fn = partial(self._forward, dtype=dtype, output=output[1:])
         if out is not None and not (is_array(out) and place_of(out) == backend.device):
             raise OptionError(f"x is on {backend.device}, so out is an array there, too")
         if out is not None and out.shape != output:
@@ -216,11 +247,24 @@ class Engine:
             if len(x) == 0:
                 return backend.xp.empty(output, dtype) if out is None else out
             few = self.memory_limit is None and len(x) <= BLOCK_ROWS[0]
-            plan = Plan(len(x), 1, 0) if few else self._plan(place, kind, len(x))  # to ask takes long
-            made = backend.through(fn, x, out, output, dtype, plan, place.kept)
+            plan = Plan(len(x), 1, 0) if few else self._plan(place, x.shape)  # to ask takes long
+            made = backend.through(partial(fn, model), x, out, output, dtype, plan, place.kept)
         if out is None and self.memory_limit is None:
-            place.meet(x, kind, dtype, self.precision)
+            place.meet(x, fn)
         return made
+
+    def _forward(self, model: Layer, rows: Array, dtype: np.dtype[Any], output: Shape) -> Array:
+        token = _precision.set(self.precision)
+        try:
+            y = model(rows if rows.dtype == dtype else rows.astype(dtype))
+        finally:
+            _precision.reset(token)
+        if y.shape[1:] != output or len(y) != len(rows):
+            raise ShapeError(
+                f"{model} answers {y.shape} for {len(rows)} rows, where its output_shape "
+                f"says {(len(rows), *output)}"
+            )
+        return y
 
     def plan(self, shape: Shape) -> Plan:
         """How an x of this shape would be cut: rows together, workers, and the working set.
@@ -228,39 +272,39 @@ class Engine:
         Several devices have the largest of their blocks, and all their workers and working sets.
         Raises ShapeError if such an x does not fit, OutOfMemory if the limit holds not one row.
         """
-        if not (isinstance(shape, tuple | list) and all(hasattr(n, "__index__") for n in shape)):
-            raise OptionError(f"plan takes the shape of x, such as (1000, 784), not {shape!r:.60}")
-        dtype = self.model.dtype or np.dtype("float32")
-        plans = self._plans(tuple(shape), dtype, dtype)[1]
+        self.model.output_shape(shape)
+        plans = self._plans(shape)[1]
         return Plan(
             max(each.rows for each in plans),
             sum(each.workers for each in plans),
             sum(each.working_set for each in plans),
         )
 
-    def _plans(
-        self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]
-    ) -> tuple[list[Replica], list[Plan]]:
+    def _plans(self, shape: Shape) -> tuple[list[_Place], list[Plan]]:
         """The places that have a part in so many rows, and how each would cut its part."""
-        kinds = [place.kind(shape, travels, dtype) for place in self._places]
-        first = self._plan(self._places[0], kinds[0], shape[0])
+        first = self._plan(self._places[0], shape)
         if len(self._places) == 1 or shape[0] <= first.rows:
             return self._places[:1], [first]
         part = -(-shape[0] // len(self._places))
-        return self._places, [
-            self._plan(place, kind, part) for place, kind in zip(self._places, kinds, strict=True)
-        ]
+        return self._places, [self._plan(place, (part, *shape[1:])) for place in self._places]
 
-    def _plan(self, place: Replica, kind: _Kind, rows: int) -> Plan:
+    def _plan(self, place: _Place, shape: Shape) -> Plan:
+        known = place.known.get(shape[1:])
+        if known is None:
+            if len(place.known) >= MOST_KINDS:
+                place.known.clear()
+            known = place.known[shape[1:]] = _Known(*costs(place.model, shape[1:]))
+        costs_ = known.row_bytes, known.fixed_bytes, known.row_work
         held = place.kept.unused()
-        budget = Budget(*kind.costs, self.memory_limit, self.workers, kind.most_rows, held)
-        return place.backend.plan(rows, budget)
+        budget = Budget(*costs_, self.memory_limit, self.workers, known.most_rows, held)
+        return place.backend.plan(shape[0], budget)
 
     def close(self) -> None:
         """Give back what is held on the device; the engine takes no more rows."""
         places, self._places = self._places, []
         for place in places:
             place.close()
+        self._direct.clear()
 
     def __enter__(self) -> Engine:
         return self
@@ -291,142 +335,44 @@ def _engine(
     return Engine(model, devices, memory_limit=memory_limit, workers=workers, precision=precision)
 
 
-class Replica:
+class _Place:
     """The model on one device, with what an engine keeps and knows there."""
 
     def __init__(self, model: Layer, backend: Backend) -> None:
         self.backend, self.model = backend, _shared(model, backend)
+        self.known: dict[Shape, _Known] = {}
         self.kept = Kept()
-        self.ready: dict[tuple[np.dtype[Any], Shape], Callable[[Array], Array]] = {}
         self.recorded: dict[tuple[np.dtype[Any], Shape], Recorded] = {}
-        self._kinds: dict[tuple[Shape, np.dtype[Any], np.dtype[Any]], _Kind] = {}
-        self._idle: dict[tuple[np.dtype[Any], Shape], list[Recording]] = {}
         self._met: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.kept.close)
         self._close.atexit = False
 
-    def kind(self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]) -> _Kind:
-        """What is known of rows like these, that come in one type and are computed in another.
+    def meet(self, x: Array, fn: Callable[[Layer, Array], Array]) -> None:
+        """Few rows of one shape and type are recorded when they have come twice.
 
-        Raises ShapeError for rows that do not fit, and for a model that mixes rows.
+        Only for models of our own layers: a recording repeats what the device did, and cannot know
+        whether another layer would do something else the next time.
         """
-        key = shape[1:], travels, dtype
-        kind = self._kinds.get(key)
-        if kind is None:
-            made = _Kind(*self._written(shape, travels, dtype))
-            if len(self._kinds) >= MOST_KINDS:
-                self._kinds.clear()
-            kind = self._kinds[key] = made
-        return kind
-
-    def _written(
-        self, shape: Shape, travels: np.dtype[Any], dtype: np.dtype[Any]
-    ) -> tuple[Program, Outline, Costs]:
-        try:
-            program = self.model.program((shape, dtype))
-        except Untraceable as error:
-            raise ShapeError(f"{self.model!r:.200} does not go through an engine: {error}") from None
-        if program.mixing:
-            raise ShapeError(
-                f"an engine takes rows in blocks, but {program.mixing}; call the model on all of them"
-            )
-        if is_floating(travels) and travels.itemsize > dtype.itemsize:
-            program = in_their_own_type(program, travels)
-        if program.several:
-            raise ShapeError(f"{self.model!r:.200} answers several arrays: an engine takes one")
-        if self.backend.name != "cupy":
-            program = expanded(program)  # on CUDA kernels have bodies of their own
-        (output,) = program.outline(1)
-        counted = costs(program, travels)
-        row = prod(shape[1:]) * travels.itemsize  # a block of rows, as it is read
-        result = prod(output.shape) * output.dtype.itemsize
-        own = row if self.backend.name == "numpy" else row + result
-        return (
-            program,
-            Outline(output.shape[1:], output.dtype),
-            Costs(counted.row_bytes + own, counted.fixed_bytes, counted.row_work),
-        )
-
-    def forward(self, kind: _Kind, precision: str | None, rows: Array) -> Array:
-        """Rows on the device through the model, there."""
-        token = _precision.set(precision)
-        try:
-            dtype = kind.program.inputs[0].dtype
-            return kind.program(rows if rows.dtype == dtype else rows.astype(dtype))
-        finally:
-            _precision.reset(token)
-
-    def fill(
-        self, kind: _Kind, dtype: np.dtype[Any], sparing: bool, rows: HostArray, out: HostArray
-    ) -> None:
-        """Host rows through the model on the CPU, into `out`.
-
-        What is recorded for such a block is kept for the next one, unless memory is to be spared:
-        then only while blocks go on being of one size.
-        """
-        key = rows.dtype, rows.shape
-        idle = self._idle.get(key)
-        if idle is None:
-            if sparing or len(self._idle) >= MOST_RECORDED:
-                self._idle.clear()
-            idle = self._idle[key] = []
-        try:
-            recording = idle.pop()
-        except IndexError:
-            recording = Recording(kind.program, len(rows), [rows.dtype])
-        whole = out.flags.c_contiguous and out.dtype == dtype
-        into = out if whole else np.empty(out.shape, dtype)
-        with np.errstate(all="ignore"):
-            recording((rows,), (into,))
-            if not whole:
-                np.copyto(out, into, casting="same_kind")
-        idle.append(recording)
-
-    def meet(
-        self, x: Array, kind: _Kind, dtype: np.dtype[Any], precision: str | None
-    ) -> None:
-        """Make the next call with such rows a short one.
-
-        On a device few rows are recorded when they have come twice, unless layers are run as
-        Python: a recording cannot know whether these would do something else the next time.
-        """
-        key = x.dtype, x.shape
-        if len(self.ready) >= MOST_KINDS:
-            self.ready.clear()
-        if self.backend.device == "cpu":
-            if x.dtype.isnative:
-                output = kind.output.shape
-
-                def short(rows: HostArray) -> HostArray:
-                    y = np.empty((len(rows), *output), dtype)
-                    self.fill(kind, dtype, False, rows, y)
-                    return y
-
-                self.ready[key] = short
+        kind = x.dtype, x.shape
+        if not 0 < len(x) <= FEW_ROWS or len(self._met) > MOST_KINDS:
             return
-        if not 0 < len(x) <= FEW_ROWS or len(self._met) > MOST_KINDS or kind.program.opaque:
-            return
-        count = self._met[key] = self._met.get(key, 0) + 1
+        count = self._met[kind] = self._met.get(kind, 0) + 1
         if count < 2 or count & (count - 1) or not isinstance(self.backend, BlockBackend):
             return
-        fn = partial(self.forward, kind, precision)
+        if not _ours(self.model):
+            return
         try:
-            recorded = Recorded(self.backend, fn, x.shape, x.dtype)
+            made = Recorded(self.backend, partial(fn, self.model), x.shape, x.dtype)
         except Exception:
             return  # it goes the long way, as it did so far; perhaps there was no memory just now
-        recorded.model = self.model  # whose parameters it reads where they lie
+        made.model = self.model  # whose parameters it reads where they lie
         while len(self.recorded) >= MOST_RECORDED:
-            gone = next(iter(self.recorded), None)
-            self.recorded.pop(gone, None)  # type: ignore[arg-type]
-            self.ready.pop(gone, None)  # type: ignore[arg-type]
-        self.recorded[key] = recorded
-        self.ready[key] = recorded.host
+            self.recorded.pop(next(iter(self.recorded)), None)
+        self.recorded[kind] = made
 
     def close(self) -> None:
         self._close()
         self.recorded.clear()
-        self.ready.clear()
-        self._idle.clear()
 
 
 def _backends(
@@ -455,6 +401,12 @@ def _shared(model: Layer, backend: Backend) -> Layer:
         if there is not model:
             copies[backend.device] = there
     return there
+
+
+def _ours(model: Layer) -> bool:
+    """Whether all layers of the model are nnxp's own."""
+    inner = all(_ours(child) for _, child in model.children())
+    return inner and type(model).__module__.startswith("nnxp.")
 
 
 _HOST = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: a slice becomes a NumPy array

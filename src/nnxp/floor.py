@@ -21,8 +21,8 @@ from nnxp._comparison import Comparison, Result, count, here
 from nnxp._errors import OptionError
 from nnxp.engine import Engine
 from nnxp.layers._layer import Layer
-from nnxp.program.recording import expanded
-from nnxp.program.traced import ROWS
+from nnxp.layers._trace import trace_shapes
+from nnxp.layers.dense import Dense
 
 FLOOR, PLAIN = "floor", "plain NumPy"
 TURN = 0.2  # seconds of work in a turn: short calls are timed many at once
@@ -38,12 +38,10 @@ Run = Callable[[], Any]
 
 def products_of(model: Layer, row: Shape) -> list[tuple[HostArray, int]]:
     """The weight of each product in the model, and how many lines of it a row makes."""
-    program = expanded(model.program((1, *row)))
-    products = [step for step in program.steps if step.name == "matmul"]
     return [
-        (step.values[1].numbers, prod(step.values[0].shape[:-1]) // ROWS)
-        for step in products
-        if step.values[1].numbers is not None and len(step.values[1].shape) == 2
+        (step.layer.weight, prod(step.input[1:-1]))
+        for step in trace_shapes(model, (1, *row))
+        if isinstance(step.layer, Dense)
     ]
 
 

@@ -48,7 +48,17 @@ _AUTOMATIC = ("cupy", "numpy")  # in this order; the last one is always there
 
 
 class _Choice(str):
-    """The name that one use_backend block chose: equal to another's, and yet not the same."""
+    """The name that one use_backend block chose, and what was chosen around the block."""
+
+    before: str
+
+    def holds_in(self, current: str) -> bool:
+        """Whether this very choice is in force, or was before those that are."""
+        while isinstance(current, _Choice):
+            if current is self:
+                return True
+            current = current.before
+        return False
 
 
 _used: ContextVar[str] = ContextVar("nnxp_backend", default="auto")
@@ -85,13 +95,14 @@ def use_backend(backend: str | Backend) -> Iterator[Backend]:
     name = _name(backend)
     if name != "auto":
         get_backend(backend)
-    before, own = _used.get(), _Choice(name)
+    own = _Choice(name)
+    own.before = _used.get()
     _used.set(own)
     try:
         yield get_backend(backend)
     finally:
-        if _used.get() is own:
-            _used.set(before)
+        if own.holds_in(_used.get()):
+            _used.set(own.before)
 
 
 def set_backend(backend: str | Backend) -> Backend:

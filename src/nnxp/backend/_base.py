@@ -43,7 +43,10 @@ class Availability:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device's memory: `free` for new arrays, `total`, and `used` by our library."""
+    """Bytes of a device's memory: `free` for new arrays, `total`, and `used` by our library.
+
+    The CPU's are 0 where the system does not tell.
+    """
 
     free: int
     total: int
@@ -107,14 +110,13 @@ class Cursor:
 class Sweep:
     """One sweep of rows through a function: what an engine asks of a backend.
 
-    fn takes rows on the device and answers with as many rows on the device; where host memory is
-    the device's, `fill(rows, out)` writes them where they are wanted. `rows` holds host rows, `out` is a host array to fill, `dtype` what the rows become, and `done` hears how many
+    fn takes rows on the device and answers with as many rows on the device; `rows` holds host
+    rows, `out` is a host array to fill, `dtype` what the rows become, and `done` hears how many
     rows were finished. Several backends may share the `cursor` of one sweep. `kept` is what an
     engine keeps on its device between sweeps.
     """
 
     fn: Callable[[Array], Array]
-    fill: Callable[[HostArray, HostArray], None]
     rows: Source
     out: HostArray
     dtype: np.dtype[Any]

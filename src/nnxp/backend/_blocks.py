@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -148,7 +149,9 @@ class BlockBackend(Backend):
         made: list[Array] = []
         if out is None and block == len(x):
             if _fits(lambda: made.append(fn(x))):
-                return made.pop()
+                y = made.pop()
+                own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
+                return y if own else y.copy()
             kept.release()
         if out is None:
             if not _fits(lambda: made.append(self.xp.empty(shape, dtype))):

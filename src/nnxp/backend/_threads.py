@@ -10,13 +10,13 @@ after, the handlers of signals are run at once, but what they raise is held back
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from functools import partial
-from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -56,13 +56,13 @@ def together(
             stop()
 
     with Interrupts(stop) as interrupts:
-        finished: SimpleQueue[None] = SimpleQueue()
+        finished = threading.Semaphore(0)
 
         def other(work: Callable[[], object]) -> None:
             try:
                 run(work)
             finally:
-                finished.put(None)
+                finished.release()
 
         threads = []
         for work in works[1:]:
@@ -71,7 +71,7 @@ def together(
             threads.append(thread)
         run(works[0], *works[1 + len(threads) :], interrupts=interrupts)
         for _ in threads:
-            finished.get()
+            finished.acquire()
         for thread in threads:
             thread.join()
     try:
@@ -122,23 +122,25 @@ class Aside:
     """A thread that makes one call after the other; this one, if no other can be had."""
 
     def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
-        self._done: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._asked, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._call: Callable[[], Any] | None = None
         self._value: Any = None
         self._error: BaseException | None = None
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Begin a call, in a copy of the caller's context."""
-        self._calls.put(partial(copy_context().run, function, *arguments))
+        self._call = partial(copy_context().run, function, *arguments)
+        self._asked.release()
         if self._thread is None:
             self._thread = started(self._serve)
 
     def wait(self) -> None:
         """Until the call has ended."""
         if self._thread is None:
-            self._answer(self._calls.get())
-        self._done.get()
+            self._asked.acquire()
+            self._make()
+        self._done.acquire()
 
     def result(self) -> Any:
         """What the call has answered, once; or what it has raised."""
@@ -152,23 +154,24 @@ class Aside:
 
     def close(self) -> None:
         """No further calls."""
-        self._calls.put(None)
+        self._call = None
+        self._asked.release()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(0.1)  # it ends at once, unless it was left at work
 
     def _serve(self) -> None:
-        while (call := self._calls.get()) is not None:
-            self._answer(call)
-            del call
+        while self._asked.acquire() and self._call is not None:
+            self._make()
 
-    def _answer(self, call: Callable[[], Any] | None) -> None:
+    def _make(self) -> None:
+        call, self._call = self._call, None
         try:
-            assert call is not None
-            self._value = call()
+            self._value = call() if call else None
         except BaseException as error:
             self._error = error
         finally:
-            self._done.put(None)
+            del call
+            self._done.release()
 
 
 def started(function: Callable[..., object], *arguments: Any) -> threading.Thread | None:
@@ -205,8 +208,6 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.get_ident() == threading.main_thread().ident:
-            import signal
-
             for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
                 handler = signal.getsignal(number)
                 owner = getattr(handler, "__self__", None)
@@ -223,8 +224,6 @@ class Interrupts:
         self._active = False
         self._stop = None
         if self._handlers:
-            import signal
-
             for number, handler in self._handlers.items():
                 if signal.getsignal(number) == self._hear:
                     signal.signal(number, handler)

@@ -26,8 +26,8 @@ from threadpoolctl import threadpool_info
 
 from nnxp._errors import BackendUnavailable
 from nnxp.backend import TABLE, available_backends, get_backend
-from nnxp.backend._probe import cupy_wheels, libcuda, nvidia, probe
 from nnxp.backend._machine import core_quota, cores, memory_limit
+from nnxp.backend._probe import cupy_wheels, libcuda, nvidia, probe
 from nnxp.backend.cpu import worker_count
 
 PROC = Path("/proc")

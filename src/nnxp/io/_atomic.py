@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 LONGEST = 255  # bytes in a name, on most file systems
 
 
-def _warn(message: str) -> None:
+def warn_of_leftover(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 @contextmanager
 def written_beside(
-    path: str | os.PathLike[str], say: Callable[[str], object] = _warn
+    path: str | os.PathLike[str], say: Callable[[str], object] = warn_of_leftover
 ) -> Iterator[Path]:
     """A path to write to in place of `path`: renamed over it if the block ends well, else removed.
 

@@ -1,57 +1,80 @@
-"""Rows in files: .npy, .npz and .csv, read and written without pickle and never half-written.
+"""Rows in files: .npy, .npz and tables, read and written without pickle and never half-written.
 
-A .npy file is mapped, not read, so it may be larger than memory, and whatever is written grows on
-the disk and not in memory. A .npz or .csv file is read whole.
+A .npy file is mapped and a table is read a batch at a time, so either may be larger than memory; a
+.npz file is read whole. Whatever is written grows on the disk and not in memory.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import numpy as np
+from numpy.lib.format import dtype_to_descr as descr_of
 from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0 as write_header
 
 from nnxp._arrays import HostArray, Shape, is_numeric
 from nnxp._errors import NnxpError, OptionError, RowsError
-from nnxp.io._atomic import written_beside
+from nnxp.io import tables
+from nnxp.io._atomic import warn_of_leftover, written_beside
+from nnxp.io.tables import Reading, Table
 
 Name: TypeAlias = str | os.PathLike[str]
 
-ENDINGS = (".npy", ".npz", ".csv")
-MISSING = {"", "-", "?", "na", "n/a", "null", "none"}  # a row of these is a row, not names
+TABLES = tables.TEXTS + tables.BINARIES
+ENDINGS = (".npy", ".npz", *TABLES)
+APPENDED = 1 << 16  # rows that are written together
 PASSED = 64 << 20  # bytes of pages to go through before they are let go
 
 
 def ending(path: Name) -> str:
-    """How the file's name ends: ".npy", ".npz" or ".csv"; OptionError for any other."""
-    found = Path(path).suffix.lower()
+    """How the file's name ends, one of ENDINGS: ".npy", ".csv.gz"; OptionError for any other."""
+    found = tables.ending(path)
     if found not in ENDINGS:
         raise OptionError(f"{path}: rows are in files ending in {', '.join(ENDINGS)}")
     return found
 
 
-def read_rows(path: Name, key: str | None = None) -> HostArray:
+def read_rows(path: Name, key: str | None = None, reading: Reading | None = None) -> HostArray:
     """The rows (rows, ...) of real numbers in a file; those of a .npy file as a memory map.
 
-    `key` names one array of a .npz file that holds several. A .csv file has a row on each line,
-    numbers with commas between, and may begin with a line of column names.
+    `key` names one array of a .npz file that holds several. `reading` says how a table is read: see
+    `nnxp.io.tables.Reading`.
 
     Raises RowsError for a file that is empty, truncated, ragged or anything but rows of numbers,
-    OptionError for an unknown ending or a key where there can be none, and OSError.
+    OptionError for an unknown ending or an option that means nothing for it, and OSError.
     """
+    source = open_rows(path, key, reading)
+    if not isinstance(source, Table):
+        return source
+    blocks = list(source)
+    if not blocks:
+        raise RowsError(f"{path} holds no rows")
+    return np.concatenate(blocks)
+
+
+def open_rows(
+    path: Name, key: str | None = None, reading: Reading | None = None
+) -> HostArray | Table:
+    """The rows of a file as for `read_rows`; a table is not read yet, but gives them in batches."""
     kind = ending(path)
     if key is not None and kind != ".npz":
         raise OptionError(f"{path}: only a .npz file holds several arrays, so there is no {key!r}")
-    if kind == ".csv":
-        return _read_csv(path)
+    if kind in TABLES:
+        return tables.open_table(path, reading or Reading())
+    asked = reading or Reading()
+    if (asked.header, asked.delimiter, asked.columns, asked.missing) != (None, None, (), None):
+        raise OptionError(
+            f"{path}: only a table ({', '.join(TABLES)}) has a header, a delimiter, columns with "
+            "names, and missing values"
+        )
     try:
         rows = open_memmap(path, mode="r") if kind == ".npy" else _read_npz(path, key)
     except (OSError, MemoryError, NnxpError):
@@ -79,71 +102,33 @@ def _read_npz(path: Name, key: str | None) -> HostArray:
         return rows
 
 
-def _read_csv(path: Name) -> HostArray:
-    at = 0  # the number of the line that was read last
-
-    def lines(file: IO[str]) -> Iterator[str]:
-        nonlocal at
-        for at, line in enumerate(file, start=1):  # noqa: B007  used where an error is caught
-            if not line.isspace():
-                yield line
-
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            rest = lines(file)
-            first = next(rest, None)
-            if first is not None and _is_header(first):
-                first = next(rest, None)
-            if first is None:
-                raise RowsError(f"{path} holds no rows")
-            return np.loadtxt(chain([first], rest), delimiter=",", ndmin=2, comments=None)
-        except UnicodeDecodeError as error:
-            raise RowsError(f"{path} is not text: {error}") from error
-        except ValueError as error:
-            if isinstance(error, NnxpError):
-                raise
-            said = (
-                re.sub(r" at row \d+", "", str(error)).partition("; use `usecols`")[0].rstrip(".")
-            )
-            raise RowsError(f"{path}, line {at}: {said}") from error
-
-
-def _is_header(line: str) -> bool:
-    """Whether the line holds names: no number, so that a row with a bad one is not passed over."""
-    fields = [field.strip().strip('"') for field in line.split(",")]
-    return not any(map(_is_number, fields)) and not all(each.lower() in MISSING for each in fields)
-
-
-def _is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
-
-
 @contextmanager
-def written_rows(path: Name, shape: Shape, dtype: np.dtype[Any]) -> Iterator[HostArray]:
+def written_rows(
+    path: Name,
+    shape: Shape,
+    dtype: np.dtype[Any],
+    names: Sequence[str] | None = None,
+    say: Callable[[str], object] = warn_of_leftover,
+) -> Iterator[HostArray]:
     """An array of this shape on the disk, to fill; it becomes the file when the block ends well.
 
     If the block is left by an error, nothing is left of it, and what stood at the path still does.
-    bfloat16, which no NumPy file can name, is written as float32.
+    bfloat16, which no NumPy file can name, is written as float32. `names` are those of a table's
+    columns; without them they are y0, y1, ... `say` hears of what a killed run left behind.
+
+    On Windows a file that is mapped cannot be renamed: `del` the array at the end of the block.
 
     Raises OptionError for an ending or a shape that cannot be written, OSError if the disk has no
-    room or the place may not be written to, before the block is entered.
+    room or the place may not be written to, before the block is entered. The block itself lets go
+    of the array, for there are systems that rename no file while it is mapped.
     """
-    kind = ending(path)
-    if kind == ".csv" and len(shape) != 2:
-        raise OptionError(f"{path}: a .csv file has rows and columns, but the output is {shape}")
-    if dtype.name == "bfloat16":
-        dtype = np.dtype("float32")
-    with written_beside(path) as beside:
-        if kind == ".npy":
+    dtype, names = _writable(path, shape, dtype, names)
+    with written_beside(path, say) as beside:
+        if ending(path) == ".npy":
             with _room(path), open(beside, "r+b") as file:
-                mapped = open_memmap(beside, mode="w+", dtype=dtype, shape=shape)
+                mapped = [open_memmap(beside, mode="w+", dtype=dtype, shape=shape)]
                 _reserve(file)
-            yield mapped
-            mapped.flush()
+            yield mapped.pop()  # nobody but the block holds it, so that it can be let go of
             return
         with tempfile.TemporaryFile(dir=beside.parent, buffering=0) as scratch:
             out: HostArray = np.empty(0, dtype)
@@ -154,16 +139,105 @@ def written_rows(path: Name, shape: Shape, dtype: np.dtype[Any]) -> Iterator[Hos
                     out = np.memmap(scratch, dtype, "w+", shape=shape)
                     _reserve(scratch)
             yield out
-            _store(out, beside, kind)
+            if ending(path) == ".npz":
+                with open(beside, "wb") as file:
+                    np.savez(file, output=out)
+                return
+            with _appending(path, beside, shape[1:], dtype, names) as append:
+                for start in range(0, len(out), APPENDED):
+                    append(out[start : start + APPENDED])
 
 
-def _store(rows: HostArray, path: Path, kind: str) -> None:
-    with open(path, "wb") as file:
-        if kind == ".npz":
-            np.savez(file, output=rows)
+@contextmanager
+def appended_rows(
+    path: Name,
+    row: Shape,
+    dtype: np.dtype[Any],
+    names: Sequence[str] | None = None,
+    say: Callable[[str], object] = warn_of_leftover,
+) -> Iterator[Callable[[HostArray], None]]:
+    """As `written_rows`, for any number of rows of this shape: a function that appends a block."""
+    dtype, names = _writable(path, ("rows", *row), dtype, names)
+    with (
+        written_beside(path, say) as beside,
+        _appending(path, beside, row, dtype, names) as append,
+    ):
+        yield append
+
+
+def _writable(
+    path: Name, shape: tuple[Any, ...], dtype: np.dtype[Any], names: Sequence[str] | None
+) -> tuple[np.dtype[Any], Sequence[str]]:
+    """The type that is written, and the names of a table's columns."""
+    kind, row = ending(path), shape[1:]
+    if kind in TABLES and len(row) > 1:
+        raise OptionError(
+            f"{path}: a {kind} file has rows and columns, but the output is "
+            f"({', '.join(map(str, shape))})"
+        )
+    if kind in tables.BINARIES:
+        tables.required_pyarrow(path)
+    width = prod(row)
+    if kind in TABLES and names is not None and len(names) != width:
+        raise OptionError(f"{path}: {len(names)} names for {width} columns")
+    wanted = np.dtype("float32") if dtype.name == "bfloat16" else dtype
+    return wanted, names or [f"y{index}" for index in range(width if kind in TABLES else 0)]
+
+
+@contextmanager
+def _appending(
+    path: Name, beside: Path, row: Shape, dtype: np.dtype[Any], names: Sequence[str]
+) -> Iterator[Callable[[HostArray], None]]:
+    """What appends blocks of rows to the file beside its place."""
+    kind = ending(path)
+    with open(beside, "wb") as file:
+        if kind in TABLES:
+            text = kind in tables.TEXTS
+            with (
+                tables.text_writer(path, file, names)
+                if text
+                else tables.arrow_writer(path, file, names, dtype)
+            ) as append:
+                yield lambda rows: append(
+                    rows.astype(dtype, copy=False).reshape(len(rows), len(names))
+                )
+        elif kind == ".npy":
+            with _appending_npy(file, row, dtype) as append:
+                yield append
         else:
-            digits = "%.17g" if rows.itemsize > 4 else "%.9g"  # as many as a float has
-            np.savetxt(file, rows, fmt=digits, delimiter=",")
+            with tempfile.TemporaryFile(dir=beside.parent) as scratch:
+                with _appending_npy(scratch, row, dtype) as append:
+                    yield append
+                start, size = scratch.tell(), os.fstat(scratch.fileno()).st_size
+                shape = (size - start) // max(1, prod(row) * dtype.itemsize), *row
+                whole: HostArray = np.empty(shape, dtype)
+                if whole.size:
+                    whole = np.memmap(scratch, dtype, "r", start, shape)
+                np.savez(file, output=whole)
+
+
+@contextmanager
+def _appending_npy(
+    file: IO[bytes], row: Shape, dtype: np.dtype[Any]
+) -> Iterator[Callable[[HostArray], None]]:
+    """Append blocks to a .npy file, whose number of rows is written at the end; it stands there."""
+    count = 0
+
+    def append(rows: HostArray) -> None:
+        nonlocal count
+        count += len(rows)
+        file.write(np.ascontiguousarray(rows, dtype).data.cast("B") if rows.size else b"")
+
+    def head() -> None:  # NumPy leaves room in it for any number of rows
+        file.seek(0)
+        about = {"descr": descr_of(dtype), "fortran_order": False, "shape": (count, *row)}
+        write_header(file, about)
+
+    head()
+    yield append
+    file.flush()
+    head()
+    file.flush()
 
 
 def _reserve(file: IO[bytes]) -> None:
@@ -189,7 +263,7 @@ class Passing:
     """
 
     def __init__(self, x: HostArray, *others: HostArray) -> None:
-        self.shape, self.dtype = x.shape, x.dtype
+        self.shape, self.dtype, self.reads = x.shape, x.dtype, (x,)
         self._x = x
         mapped = [(each, _map_of(each)) for each in (x, *others)]
         self._maps = [found for _, found in mapped if found is not None]

@@ -40,7 +40,7 @@ class Kernel:
         self.temporaries = temporaries  # arrays like its output that it holds at once, besides it
         self.reference = reference
         self._fused: dict[str, Body] = {}
-        self._body: dict[type, Body] = {}
+        self._body: dict[type, Body | None] = {}
         KERNELS[self.__name__] = self
 
     def on(self, library: str) -> Callable[[Body], Body]:
@@ -53,51 +53,32 @@ class Kernel:
 
         return register
 
-    def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Any:
+    def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Array:
         try:
-            body = self._body[type(x)]
+            fused = self._body[type(x)]
         except KeyError:
-            body = self._find(x)
-        return body(x, *arrays, **options)
+            fused = self._find(x)
+        if fused is not None:
+            return fused(x, *arrays, **options)
+        if x.dtype.itemsize == 2:
+            return self._widened(x, *arrays, **options)
+        return self.reference(x, *arrays, **options)
 
-    def _find(self, x: Array) -> Body:
-        """The body for the library of x: a fused one, or the reference.
-
-        A library may take a kernel whole, as one step, by a `kernel` of its array type.
-        """
-        library, whole = library_of(x), getattr(type(x), "kernel", None)
+    def _find(self, x: Array) -> Body | None:
+        """The fused body for the library of x, if there is one."""
+        library = library_of(x)
         if library in _FUSED:
             importlib.import_module(_FUSED[library])
-        body = self._fused.get(library, self.widened)
-        if whole is not None:
-
-            def body(*arrays: Any, **options: Any) -> Any:
-                return whole(self, arrays, options)
-
-        self._body[type(x)] = body
+        body = self._body[type(x)] = self._fused.get(library)
         return body
 
-    def on_library(self, library: str) -> Body | None:
-        """The fused body for a library, if there is one."""
-        if library in _FUSED:
-            importlib.import_module(_FUSED[library])
-        return self._fused.get(library)
-
-    def widened(self, x: Array, *arrays: Array | None, **options: Any) -> Any:
-        """The reference body; arrays of 16-bit floats go in as float32, and the result is rounded."""
-        if x.dtype.itemsize != 2:
-            return self.reference(x, *arrays, **options)
+    def _widened(self, x: Array, *arrays: Array | None, **options: Any) -> Array:
         if not is_floating(x.dtype):
             raise DtypeMismatch(f"{self.__name__} takes floats, not {x.dtype}")
-        wide = [
-            a.astype("float32") if a is not None and a.dtype.itemsize == 2 else a
-            for a in (x, *arrays)
-        ]
+        wide = [None if a is None else a.astype("float32") for a in (x, *arrays)]
         out = options.pop("out", None)
         with np.errstate(over="ignore"):  # a result too large for the type is infinite, as it says
-            made = self.reference(*wide, **options)
-            several = isinstance(made, tuple)
-            result = tuple(y.astype(x.dtype) for y in made) if several else made.astype(x.dtype)
+            result = self.reference(*wide, **options).astype(x.dtype)
         if out is None:
             return result
         out[...] = result

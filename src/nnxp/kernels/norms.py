@@ -59,13 +59,10 @@ def batch_norm(
 
 @kernel
 def standardize(x: Array, mean: Array, scale: Array) -> Array:
-    """y = (x - mean) / scale, for x (..., c), mean (c,), scale (c,) -> y like x
-
-    In float64 if mean and scale are: what is left of a large mean is small, and then rounded.
-    """
+    """y = (x - mean) / scale, for x (..., c), mean (c,), scale (c,) -> y like x"""
     y = x - mean
     y /= scale
-    return y.astype(x.dtype, copy=False)
+    return y
 
 
 def _gain_and_bias(y: Array, gain: Array | None, bias: Array | None) -> Array:

@@ -1,82 +1,53 @@
-"""What every layer is: a dataclass whose fields are its parameters, options and children.
+"""What every layer is: a frozen dataclass whose fields are its parameters, options and children.
 
-A layer is a formula. Writing one takes the fields, an `__init__` that assigns them, `__call__` with
-the formula, and `examples`. Shapes, costs and what is in a model are read off its program: the
-formula, written out on arrays that have no numbers.
+A layer is a formula. Writing one takes the fields, `__call__` with the formula, `output_shape`
+if the shape changes, and `examples`; the base class adds the dataclass, and puts a door in front
+of the outermost call that checks shape, type and place before any work is done.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, dataclass_transform
 
 import numpy as np
 
-from nnxp._arrays import Array, Shape, float_dtype, is_array, is_floating, place_of
-from nnxp._errors import (
-    DeviceMismatch,
-    DtypeMismatch,
-    FrozenLayer,
-    NnxpError,
-    OptionError,
-    ShapeError,
-    UnsupportedFunction,
+from nnxp._arrays import (
+    Array,
+    Shape,
+    float_dtype,
+    is_array,
+    is_floating,
+    place_of,
 )
+from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp.backend import Backend, get_backend, home_of, to_backend
-from nnxp.program import traced
-from nnxp.program.program import Outline, Program, same_for_any_rows, sized, trace
-from nnxp.program.traced import ROWS, Untraceable
 
 if TYPE_CHECKING:
-    from nnxp.program.summary import Summary
+    from nnxp.layers._summary import Summary
 
 L = TypeVar("L", bound="Layer")
 Rng: TypeAlias = "int | np.random.Generator | None"  # quoted: NumPy loads its random on demand
 """What `rng=` takes: a seed, a Generator, or None for fresh entropy (SPEC 7)."""
 
-Example: TypeAlias = "tuple[Layer, Any]"
-"""A layer and the shape of an x that it takes; several shapes in a list, for several inputs."""
-
-MOST_KINDS = 1000  # shapes of rows that a layer remembers
+_inside: ContextVar[bool] = ContextVar("nnxp_inside_a_layer", default=False)
 
 
-class _Assembly(type):
-    """Makes layers: what `__init__` has assigned is checked, and from then on it is fixed."""
-
-    def __call__(cls, *args: Any, **options: Any) -> Any:
-        made = super().__call__(*args, **options)
-        made._complete()
-        return made
-
-
-@dataclass_transform(eq_default=False)
-class Layer(metaclass=_Assembly):
+@dataclass_transform(frozen_default=True, eq_default=False)
+class Layer:
     """A formula with parameters, rows in and rows out.
 
     Axis 0 of x holds rows, each treated on its own. Layers know nothing of devices, buffers or
-    threads: arrays bring their library along. Derive from this class to make a layer: a field is a
-    parameter if it holds an array, a child if it holds a layer or a tuple of layers, else an
-    option. Fields are assigned in `__init__`, or by the one that dataclasses make, and then fixed.
-
-        class Scale(nnxp.Layer):
-            factor: nnxp.Array
-
-            def __init__(self, size):
-                self.factor = np.ones(size, "float32")
-
-            def __call__(self, x):
-                return x * self.factor
+    threads: arrays bring their library along. Derive from this class to make a layer; the
+    derived class becomes a frozen dataclass of its annotated fields, and a field is a parameter
+    if it holds an array, a child if it holds a layer or a tuple of layers, else an option.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ()
-    """What each input is: "float" (without a word), "int" for ids that stay whole, or "any"."""
-
-    wide: ClassVar[tuple[str, ...]] = ()
-    """The fields that stay in float64 whatever the model's type."""
+    _bare: ClassVar[Callable[[Any, Array], Array]]
+    """The formula without the door: for a container, which is inside already."""
 
     known: ClassVar[dict[str, type[Layer]]] = {}
     """Layers by class name, so that a file can name them."""
@@ -85,7 +56,8 @@ class Layer(metaclass=_Assembly):
         super().__init_subclass__()
         formula = cls.__dict__.get("__call__")
         if formula is not None:
-            cls.__call__ = _entrance(formula)  # type: ignore[method-assign]
+            cls._bare = formula
+            cls.__call__ = _behind_the_door(formula)  # type: ignore[assignment,method-assign]
         taken_names = {*dir(Layer), "output"} & cls.__annotations__.keys()
         if taken_names:
             names = ", ".join(sorted(taken_names))
@@ -93,7 +65,7 @@ class Layer(metaclass=_Assembly):
                 f"a field of {cls.__name__} cannot be called {names}: every layer has it"
             )
         new = bool(cls.__annotations__)  # without fields of its own it is made as its base is
-        dataclasses.dataclass(eq=False, repr=False, init=new)(cls)
+        dataclasses.dataclass(frozen=True, eq=False, repr=False, init=new)(cls)
         if cls.__name__.startswith("_"):
             return
         taken = Layer.known.get(cls.__name__)
@@ -102,94 +74,60 @@ class Layer(metaclass=_Assembly):
 
     # what a layer defines
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         """The formula: x (rows, ...) to y (rows, ...), both where the parameters are.
 
         Raises ShapeError, DtypeMismatch or DeviceMismatch before any work is done.
         """
         raise NotImplementedError(f"{type(self).__name__} has no formula: define __call__")
 
-    def validate(self) -> None:
+    def output_shape(self, shape: Shape) -> Shape:
+        """The shape of y for an x of this shape; ShapeError if such an x does not fit."""
+        return shape
+
+    def multiply_adds(self, shape: Shape) -> int:
+        """How many multiply-adds the products take for an x of this shape."""
+        return 0
+
+    @property
+    def temporaries(self) -> int:
+        """Arrays as large as its output that the layer holds at once, the output aside."""
+        return 2
+
+    def __post_init__(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Refuse what would not be seen as a parameter or a child, then ask `_validate`."""
+        for name, value in self._fields():
+            if isinstance(value, list | tuple):
+                inner = [each for each in value if is_array(each) or _holds_layers(each)]
+                hidden = isinstance(value, list) and any(isinstance(e, Layer) for e in value)
+                if inner or hidden:
+                    raise OptionError(
+                        f"{name} of {type(self).__name__} holds arrays or layers where nobody "
+                        "finds them: a field is an array, a layer, or a tuple of layers"
+                    )
+        self._validate()
+
+    def _validate(self) -> None:
         """Raise ShapeError or OptionError unless the fields fit each other.
 
-        Asked when a layer is made, by `__init__`, `of`, or from a file, whose fields have only the
-        kinds that the annotations ask for. Looks at shapes and options, never at numbers in arrays.
+        Asked whenever fields are filled: by `__init__`, `.to()`, and from a file, whose fields have
+        only the kinds that the annotations ask for. Looks at shapes and options, never
+        at the values in arrays.
         """
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         """Small instances with shapes of x they take: what every test of all layers runs on."""
         raise NotImplementedError(f"{cls.__name__} has no examples: define examples()")
 
-    # how it is made
-
-    @classmethod
-    def of(cls: type[L], *values: Any, **fields: Any) -> L:
-        """The layer with these fields, in their order or by name, not by way of `__init__`.
-
-        `nnxp.Dense.of(weight, bias, "relu")`. Fields that have a default may be left out.
-        """
-        declared = dataclasses.fields(cls)  # type: ignore[arg-type]
-        names = [each.name for each in declared]
-        given = dict(zip(names, values, strict=False)) | fields
-        if len(values) > len(names) or not given.keys() <= set(names):
-            raise OptionError(f"{cls.__name__}.of takes {', '.join(names)}")
-        made = object.__new__(cls)
-        defaults = {d.name: d.default for d in declared if d.default is not dataclasses.MISSING}
-        made.__dict__.update(defaults | given)
-        made._complete()
-        return made
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if "_fixed" in self.__dict__:
-            raise FrozenLayer(
-                f"{name} of {self} cannot be assigned: a layer is fixed once it is made; "
-                "with_parameters({...}) makes another one"
-            )
-        if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
-            raise OptionError(
-                f"{type(self).__name__}.{name} is assigned, but no field of that name is declared; "
-                f"write `{name}: {type(value).__name__}` in the class"
-            )
-        self.__dict__[name] = value
-
-    def __delattr__(self, name: str) -> None:
-        raise FrozenLayer(f"{name} of {self} cannot be deleted: a layer is fixed once it is made")
-
-    def _complete(self) -> None:
-        """Refuse what would not be seen as a parameter or a child, ask `validate`, fix the fields."""
-        if "_fixed" in self.__dict__:
-            return
-        for each in dataclasses.fields(self):  # type: ignore[arg-type]
-            name = each.name
-            if not hasattr(self, name):
-                raise OptionError(f"{type(self).__name__} has no {name}: __init__ must assign it")
-            value = self.__dict__.setdefault(name, getattr(self, name))
-            if each.type == "float" and type(value) is int:
-                value = self.__dict__[name] = float(value)
-            if _hides(value):
-                raise OptionError(
-                    f"{name} of {type(self).__name__} holds arrays or layers where nobody "
-                    "finds them: a field is an array, a layer, or a tuple of layers"
-                )
-            if type(value) is np.ndarray or isinstance(value, np.memmap):
-                dtype = np.dtype("float64") if name in self.wide else value.dtype.newbyteorder("=")
-                self.__dict__[name] = value.astype(dtype, copy=False)
-        self.validate()
-        self.__dict__["_fixed"] = True
-
-    def _copy(self: L, fields: dict[str, Any]) -> L:
-        """A layer of this class with fields that are known to fit."""
-        made = object.__new__(type(self))
-        made.__dict__.update(fields, _fixed=True)
-        return made
-
-    # what is in it
+    # what every layer has
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
-        for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
-            if name in self.__dict__:
-                yield name, self.__dict__[name]
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            yield each.name, getattr(self, each.name)
 
     def children(self) -> Iterator[tuple[str, Layer]]:
         """The layers in the fields, by name: `inner`, `layers.0`, `layers.1`."""
@@ -197,59 +135,23 @@ class Layer(metaclass=_Assembly):
             if isinstance(value, Layer):
                 yield name, value
             elif isinstance(value, tuple):
-                for i, item in enumerate(value):
-                    if isinstance(item, Layer):
-                        yield f"{name}.{i}", item
+                for i, each in enumerate(value):
+                    if isinstance(each, Layer):
+                        yield f"{name}.{i}", each
 
     def parameters(self) -> dict[str, Array]:
         """Every array in the model by its dotted name, such as `layers.0.weight`."""
-        arrays = {name: value for name, value in self._fields() if is_array(value)}
+        found = {name: value for name, value in self._fields() if is_array(value)}
         for name, child in self.children():
-            arrays |= {f"{name}.{inner}": value for inner, value in child.parameters().items()}
-        return arrays
+            found |= {f"{name}.{inner}": value for inner, value in child.parameters().items()}
+        return found
 
-    @property
-    def parameter_count(self) -> int:
-        """How many numbers the parameters hold."""
-        return sum(value.size for value in self.parameters().values())
-
-    def map_arrays(self: L, change: Callable[[str, Array], Any], prefix: str = "") -> L:
-        """A model like this one, with change(dotted name, array) for every array."""
-
-        def mapped(path: str, value: Any) -> Any:
-            if is_array(value):
-                return change(path, value)
-            if isinstance(value, Layer):
-                return value.map_arrays(change, f"{path}.")
-            if isinstance(value, tuple):
-                return tuple(
-                    item.map_arrays(change, f"{path}.{i}.") if isinstance(item, Layer) else item
-                    for i, item in enumerate(value)
-                )
-            return value
-
-        return self._copy({name: mapped(prefix + name, value) for name, value in self._fields()})
-
-    def map_layers(
-        self, change: Callable[[str, Layer], Layer], prefix: str = "", name: str = ""
-    ) -> Layer:
-        """A model like this one, with change(dotted name, layer) for every layer, children first."""
-
-        def mapped(path: str, value: Any) -> Any:
-            if isinstance(value, Layer):
-                return value.map_layers(change, f"{path}.", path)
-            if isinstance(value, tuple):
-                return tuple(mapped(f"{path}.{i}", item) for i, item in enumerate(value))
-            return value
-
-        return change(name, self._copy({n: mapped(prefix + n, v) for n, v in self._fields()}))
-
-    def with_parameters(self: L, parameters: Mapping[str, Array]) -> L:
+    def with_parameters(self: L, parameters: dict[str, Array]) -> L:
         """A model like this one with other arrays: all of them, by name, in the same shapes.
 
         They may be of another type or in another place, but all of one type in one place. Raises
-        ShapeError for missing, unknown or misshapen ones, DtypeMismatch for what is no array of
-        NumPy or CuPy and for mixtures of types, DeviceMismatch for mixtures of places.
+        ShapeError for missing, unknown or misshapen ones, DtypeMismatch and DeviceMismatch for
+        mixtures.
         """
         own = self.parameters()
         missing, unknown = own.keys() - parameters.keys(), parameters.keys() - own.keys()
@@ -260,186 +162,133 @@ class Layer(metaclass=_Assembly):
                 + (f"; unknown: {', '.join(sorted(unknown))}" if unknown else "")
             )
         for name, value in parameters.items():
-            if not is_array(value):
-                kind = f"{type(value).__module__}.{type(value).__qualname__}"
-                raise DtypeMismatch(
-                    f"{name} of {self} is an array of NumPy or CuPy, not {kind}; "
-                    "numpy.asarray(value) may make it one"
+            if not is_array(value) or value.shape != own[name].shape:
+                raise ShapeError(
+                    f"{name} of {self} is an array {own[name].shape}, "
+                    f"not {getattr(value, 'shape', value)}"
                 )
-            if value.shape != own[name].shape:
-                raise ShapeError(f"{name} of {self} is {own[name].shape}, not {value.shape}")
-
-        def given(name: str, value: Array) -> Array:
-            array = parameters[name]
-            if type(array) is not np.ndarray:
-                return array
-            wide = name.rpartition(".")[2] in self.wide
-            return array.astype("float64" if wide else array.dtype.newbyteorder("="), copy=False)
-
-        made = self.map_arrays(given)
-        made._home  # raises if the arrays are a mixture  # noqa: B018
+        made = self._replaced(lambda name, value: parameters[name])
+        made._kind  # raises if the arrays are a mixture  # noqa: B018
         return made
 
-    # where it is, and in which type
+    def _replaced(
+        self: L,
+        array: Callable[[str, Array], Array] = lambda name, value: value,
+        layer: Callable[[str, Layer], Layer] | None = None,
+        prefix: str = "",
+    ) -> L:
+        """A copy: arrays replaced by array(path, value), then children by layer(path, child)."""
+
+        def child(path: str, value: Layer) -> Layer:
+            made = value._replaced(array, layer, path + ".")
+            return made if layer is None else layer(path, made)
+
+        fields = {}
+        for name, value in self._fields():
+            path = prefix + name
+            if is_array(value):
+                value = array(path, value)
+            elif isinstance(value, Layer):
+                value = child(path, value)
+            elif isinstance(value, tuple):
+                value = tuple(
+                    child(f"{path}.{i}", each) if isinstance(each, Layer) else each
+                    for i, each in enumerate(value)
+                )
+            fields[name] = value
+        if layer is None:
+            return self._made(**fields)
+        made = object.__new__(type(self))  # children of another class: not for _validate to judge
+        made.__dict__.update(fields)
+        return made
+
+    @classmethod
+    def _made(cls: type[L], **fields: Any) -> L:
+        """An instance with these fields, not by way of `__init__`."""
+        made = object.__new__(cls)
+        made._set(**fields)
+        return made
+
+    def _set(self, **fields: Any) -> None:
+        """Fill the fields, once, and see that they fit each other: what an `__init__` ends with."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        self._settle()
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers the parameters hold."""
+        return sum(value.size for value in self.parameters().values())
 
     @cached_property
-    def _home(self) -> tuple[str | None, np.dtype[Any] | None]:
-        """(place, dtype) of the parameters; None for what they do not settle."""
-        places: dict[str, str] = {}
-        dtypes: dict[np.dtype[Any], str] = {}
-        exempt = {
-            f"{path}.{name}" if path else name
-            for path, layer in [*walk(self), ("", self)]
-            for name in layer.wide
-        }
+    def _kind(self) -> tuple[str, np.dtype[Any]] | None:
+        """(place, dtype) of all parameters, or None if there are none."""
+        found: dict[tuple[str, np.dtype[Any]], str] = {}
         for name, value in self.parameters().items():
             if not is_floating(value.dtype):
                 raise DtypeMismatch(f"{name} of {self} is {value.dtype}; parameters are floats")
-            places.setdefault(place_of(value), name)
-            if name not in exempt:
-                dtypes.setdefault(value.dtype, name)
-        if len(places) > 1:
-            said = " but ".join(f"{name} is on {place}" for place, name in places.items())
+            found.setdefault((place_of(value), value.dtype), name)
+        if len({place for place, _ in found}) > 1:
+            said = " but ".join(f"{name} is on {place}" for (place, _), name in found.items())
             raise DeviceMismatch(f"{self}: {said}; bring the parameters together with .to(...)")
-        if len(dtypes) > 1:
-            said = " but ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+        if len(found) > 1:
+            said = " but ".join(f"{name} is {dtype}" for (_, dtype), name in found.items())
             raise DtypeMismatch(f"{self}: {said}; bring the parameters together with .astype(...)")
-        return next(iter(places), None), next(iter(dtypes), None)
+        return next(iter(found), None)
+
+    @cached_property
+    def _accepted(self) -> set[Any]:
+        """The kinds of host arrays that were checked and found to fit: types and shapes of rows."""
+        return set()
 
     @property
     def place(self) -> str | None:
         """Where the parameters live, such as "cpu" or "cuda:0"; None if there are none."""
-        return self._home[0]
+        return self._kind[0] if self._kind else None
 
     @property
     def dtype(self) -> np.dtype[Any] | None:
         """The type of the parameters; None if there are none."""
-        return self._home[1]
+        return self._kind[1] if self._kind else None
 
     def to(self: L, backend: str | Backend) -> L:
         """The same model with its parameters on this backend; itself if they are there already."""
         target = get_backend(backend)
         if {place_of(value) for value in self.parameters().values()} <= {target.device}:
             return self
-        moved = self.map_arrays(_once(lambda value: to_backend(value, target)))
+        there = self._replaced(lambda name, value: to_backend(value, target))
         target.synchronize()  # whichever thread or stream uses the parameters, they have arrived
-        return moved
+        return there
 
     def astype(self: L, dtype: object) -> L:
         """The same model with parameters of this type: "float16", "bfloat16", "float32", ..."""
         wanted = float_dtype(dtype)
-        exempt = {id(getattr(each, name)) for _, each in [*walk(self), ("", self)]
-                  for name in each.wide}  # fmt: skip
+        if {value.dtype for value in self.parameters().values()} <= {wanted}:
+            return self
 
-        def converted(value: Array) -> Array:
-            if value.dtype == wanted or id(value) in exempt:
-                return value
+        def converted(name: str, value: Array) -> Array:
             with home_of(place_of(value)).current():
                 return value.astype(wanted)
 
-        return self if self.dtype == wanted else self.map_arrays(_once(converted))
+        return self._replaced(converted)
 
-    # what it does
-
-    def program(self, *outlines: Any) -> Program:
-        """The formula written out, for inputs of these shapes, such as `net.program((1, 784))`.
-
-        Axis 0 is any number of rows. An outline is a shape, in the model's own type, or a pair
-        (shape, dtype). Layers that look at numbers are one step each, run as Python. Raises
-        ShapeError, with the layer's path, for shapes that do not fit, and DtypeMismatch.
-
-            >>> print(nnxp.Dense(784, 10, "relu", rng=0).program((1, 784)))
-            x: float32(rows, 784)
-            v0 = linear(x, weight, bias, activation=relu)               # (rows, 10)
-            return v0
-        """
-        return self._program(tuple(map(self._outline, outlines)), _rows_said(outlines[0]))
-
-    def _program(self, kinds: tuple[Outline, ...], rows: int | None) -> Program:
-        """The program for these kinds of inputs; `rows` is what errors say, None for short ones."""
-        programs = self.__dict__.setdefault("_programs", {})
-        made: Program | NnxpError | None = programs.get(kinds)
-        if made is None:
-            if len(programs) >= MOST_KINDS:
-                programs.clear()
-            try:
-                made = _written(self, kinds, rows)
-            except Untraceable as error:
-                made = error
-            programs[kinds] = made
-        if isinstance(made, Untraceable):
-            raise made
-        return made  # type: ignore[return-value]
-
-    def _outline(self, outline: Any) -> Outline:
-        shape, dtype = outline, None
-        if len(outline) == 2 and isinstance(outline[0], tuple | list):
-            shape, dtype = outline
-        if len(shape) == 0:
-            raise ShapeError(f"{self} takes (rows, ...) but got a single number")
-        kind = np.dtype(dtype or self.dtype or "float32")
-        return Outline((ROWS, *map(int, shape[1:])), kind)
-
-    def output_shape(self, *shapes: Any) -> Any:
-        """The shape of y for an x of this shape; ShapeError if such an x does not fit.
-
-        Read off the program. A layer whose formula looks at numbers may define it; without it, such
-        a layer is taken to keep the shape.
-        """
-        if not shapes or any(len(shape) == 0 for shape in shapes):
-            raise ShapeError(f"{self} takes (rows, ...) but got {shapes[0] if shapes else ()}")
-        outlines = list(zip(shapes, self._dtypes(len(shapes)), strict=True))
-        program = self.program(*outlines)
-        made = tuple(each.shape for each in program.outline(shapes[0][0]))
-        return made if program.several else made[0]
-
-    def _dtypes(self, count: int) -> list[Any]:
-        """The types in which so many inputs are taken."""
-        kinds = [*self.takes, *["float"] * count][:count]
-        return ["int64" if kind == "int" else self.dtype or "float32" for kind in kinds]
-
-    def activations(self, *inputs: Array) -> dict[str, Array]:
-        """Every layer's output for these inputs by the layer's name, in the order of their making.
+    def activations(self, x: Array) -> dict[str, Array]:
+        """Every layer's output for x by the layer's name, in the order in which they are made.
 
         The last one, "output", is the model's own.
         """
-        _check(self, inputs)
-        program = self.program(*((x.shape, x.dtype) for x in inputs))
-        calls = [call for call in program.calls if call.path]
-        with _current(self, inputs):
-            made = program.run(inputs, [v for call in calls for v in call.outputs[:1]])
-            output = program(*inputs)
-        return {call.path: y for call, y in zip(calls, made, strict=True)} | {"output": output}
+        from nnxp.layers._trace import trace
 
-    def row_shape(self) -> Shape:
-        """The shape of a row that the model takes, if its parameters tell: `(784,)`.
+        return {step.name: step.output for step in trace(self, x)}
 
-        Raises OptionError if they do not, or if rows of any size would do.
-        """
-        sizes = sorted({size for value in self.parameters().values() for size in value.shape})
-        fits = [(size,) for size in sizes if self._takes((1, size))]
-        if len(fits) != 1 or self._takes((1, max(sizes) + 1)):
-            raise OptionError(
-                f"{self!r:.200} does not tell the shape of its rows: name it, as in (1, 784)"
-            )
-        return fits[0]
-
-    def _takes(self, shape: Shape) -> bool:
-        try:
-            self._program((self._outline((shape, self._dtypes(1)[0])),), None)
-        except Exception:  # a ShapeError, or whatever a formula says to a shape of other axes
-            return False
-        return True
-
-    def summary(self, *shapes: Any) -> Summary:
+    def summary(self, shape: Shape) -> Summary:
         """What the model is made of and costs for an x of this shape; print it.
 
-        Layers, shapes, parameters, multiply-adds, and bytes a row at the widest point. Without a
-        shape, for one row, if the parameters tell its size.
+        Layers, shapes, parameters, multiply-adds, and bytes a row at the widest point.
         """
-        from nnxp.program.summary import summarize
+        from nnxp.layers._summary import summarize
 
-        return summarize(self, shapes or ((1, *self.row_shape()),))
+        return summarize(self, shape)
 
     def __repr__(self) -> str:
         options = [
@@ -452,266 +301,78 @@ class Layer(metaclass=_Assembly):
     def __getstate__(self) -> dict[str, Any]:
         return dict(self._fields())
 
-    def __setstate__(self, fields: dict[str, Any]) -> None:
-        self.__dict__.update(fields, _fixed=True)
+
+Layer._bare = Layer.__call__
 
 
-def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The formula, guarded: what does not fit is refused before any work, and errors name layers."""
-    signature = inspect.signature(formula)
+def _behind_the_door(formula: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
+    """The formula, guarded where a caller enters a model and bare between the layers of one."""
 
     @wraps(formula)
-    def call(self: Layer, *inputs: Any, **named: Any) -> Any:
-        if named or len(inputs) != 1:
-            inputs = _in_order(self, signature, inputs, named)
-        x = inputs[0]
+    def call(self: Layer, x: Array) -> Array:
+        if _inside.get():
+            return formula(self, x)
+        on_host = type(x) is np.ndarray
+        kind = (x.dtype, x.shape[1:], x.ndim) if on_host else None  # all that decides on the host
+        if kind is None or kind not in self._accepted:
+            check(self, x)
+            if len(self._accepted) > 1000:  # rows of ever new shapes
+                self._accepted.clear()
+            self._accepted.add(kind)
+        token = _inside.set(True)
         try:
-            if type(x) is traced.ndarray or any(type(each) is traced.ndarray for each in inputs):
-                return _noted(self, formula, inputs)
-            kind = (x.dtype, x.shape[1:]) if type(x) is np.ndarray and x.ndim else None
-            taken = self.__dict__.get("_taken")
-            if taken is None:
-                taken = self.__dict__["_taken"] = set()
-            if kind is None or kind not in taken or len(inputs) > 1:
-                _check(self, inputs)
-                if len(taken) >= MOST_KINDS:
-                    taken.clear()
-                taken.add(kind)
-            if type(x) is np.ndarray:
-                return formula(self, *inputs)
-            with _current(self, inputs):
-                return formula(self, *inputs)
+            if on_host or place_of(x) == "cpu":
+                return formula(self, x)
+            with home_of(place_of(x)).current():
+                return formula(self, x)
         except Exception as error:
-            _locate(error, self)
+            path = getattr(error, "layer_path", "")
+            if path and not hasattr(type(error), "layer_path"):
+                error.add_note(f"raised in layer {path} of {self}")
             raise
+        finally:
+            _inside.reset(token)
 
     return call
 
 
-def _in_order(
-    layer: Layer, signature: inspect.Signature, inputs: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[Any, ...]:
-    """The inputs in the order of the formula's arguments."""
-    try:
-        given = signature.bind(layer, *inputs, **named)
-    except TypeError as error:
-        names = ", ".join(list(signature.parameters)[1:])
-        raise ShapeError(f"{layer} takes {names}: {error}") from None
-    if given.kwargs:
-        given.apply_defaults()
-    arrays = list(given.args[1:])
-    while len(arrays) > 1 and arrays[-1] is None:  # left out
-        arrays.pop()
-    return tuple(arrays)
-
-
-def _current(layer: Layer, inputs: tuple[Any, ...]) -> Any:
-    """A block in which the device of the inputs is the current one."""
-    places = {place_of(x) for x in inputs if is_array(x)}
-    place = next(iter(places), "cpu")
-    return nullcontext() if place == "cpu" else home_of(place).current()
-
-
-def _locate(error: Exception, layer: Layer) -> None:
-    """Name the layer in which an error arose, by its path in `layer`.
-
-    An error from deep inside a model passes here at every level, so it arrives with the path in the
-    outermost model: `layers.3.inner.layers.0`.
-    """
-    with suppress(AttributeError):  # an error of someone's own that cannot take it goes on bare
-        origin = error.__dict__.setdefault("_layer", layer)
-        if origin is layer:
-            return
-        path = next((path for path, each in walk(layer) if each is origin), "")
-        if path and isinstance(error, NnxpError):
-            error.layer_path = path
-        elif path:
-            note = f"raised in layer {path} of {layer!r:.200}"
-            old = getattr(error, "__notes__", [])
-            error.__notes__ = [n for n in old if not n.startswith("raised in layer ")] + [note]
-
-
-def walk(model: Layer, prefix: str = "") -> list[tuple[str, Layer]]:
-    """Every layer below the model with its path, children before their parents."""
-    layers = []
-    for name, child in model.children():
-        layers += walk(child, f"{prefix}{name}.")
-        layers.append((prefix + name, child))
-    return layers
-
-
-# tracing
-
-
-def _rows_said(outline: Any) -> int:
-    pair = len(outline) == 2 and isinstance(outline[0], tuple | list)
-    return int((outline[0] if pair else outline)[0])
-
-
-def _written(model: Layer, outlines: tuple[Outline, ...], rows: int | None) -> Program:
-    """The program of a model, for inputs of these outlines."""
-    lift = _once(lambda value, name: traced.lifted(value, name), named=True)
-    lifted = model.map_arrays(lift)
-    pairs = zip([*walk(model), ("", model)], [*walk(lifted), ("", lifted)], strict=True)
-    layers = {id(copy): (path, original) for (path, original), (_, copy) in pairs}
-    formula = type(model).__call__
-    names = _input_names(model, len(outlines))
-
-    def written(times: int) -> Program:
-        values = [
-            traced.Value((times * shape[0], *shape[1:]), dtype, name=name)
-            for (shape, dtype), name in zip(outlines, names, strict=True)
-        ]
-        return trace(
-            lambda *inputs: formula(lifted, *inputs), *values, layers=layers, rows=rows
-        )
-
-    program = written(1)
-    same_for_any_rows(program, written(2))
-    return program
-
-
-def _input_names(model: Layer, count: int) -> list[str]:
-    names = list(inspect.signature(type(model).__call__).parameters)[1:]
-    plain = [f"x{i}" for i in range(count)]
-    return names[:count] if len(names) >= count else plain
-
-
-def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    """The formula on arrays without numbers, noted as the layer's; run as Python if it must be."""
-    tape = traced.current_tape()
-    path, original = tape.layers.get(id(layer), (tape.path, None))
-    outer, mark = tape.path, len(tape.steps)
-    tape.path = path
-    given = tuple(map(traced.value_of, inputs))
-    try:
-        if original is not None:
-            _check_types(original, inputs)
-        made = formula(layer, *inputs)
-    except (Untraceable, UnsupportedFunction) as error:
-        if original is None:
-            raise
-        del tape.steps[mark:]
-        made = traced.opaque(original, inputs, _opaque_outline(original, inputs), str(error))
-    except NnxpError:
-        raise
-    except (ValueError, IndexError, TypeError) as error:
-        raise ShapeError(_misfit(original or layer, inputs, tape.rows, error)) from error
-    finally:
-        tape.path = outer
-    tape.calls.append((path, original, given, made))
-    return made
-
-
-def _misfit(layer: Layer, inputs: tuple[Any, ...], rows: int | None, error: Exception) -> str:
-    """What a layer takes and what came instead, in words."""
-    shapes = [tuple(rows if n == ROWS else n for n in getattr(x, "shape", ())) for x in inputs]
-    said = ", ".join(str(shape).replace("None", "rows") for shape in shapes)
-    row: Shape = ()
-    with suppress(OptionError):
-        row = layer.row_shape() if len(inputs) == 1 and rows is not None else ()
-    if not row:
-        return f"{layer} does not take {said}: {error}"
-    fix, (size,), (shape,) = "", row, shapes
-    if shape == row:
-        fix = f"; x[None] makes it {(1, size)}"
-    elif len(shape) == 2 and shape[0] == size:
-        fix = f"; x.T makes it {shape[::-1]}"
-    return f"{layer} takes (rows, {size}) but got {said}{fix}"
-
-
-def _opaque_outline(layer: Layer, inputs: tuple[Any, ...]) -> list[Outline]:
-    """What a layer answers that is run as Python: as its own `output_shape` says, or like x."""
-    x = inputs[0]
-    shape = x.shape
-    if type(layer).output_shape is not Layer.output_shape:
-        shape = layer.output_shape(*(each.shape for each in inputs))
-    return [Outline(tuple(shape), layer.dtype or x.dtype)]
-
-
-def _once(change: Callable[..., Any], named: bool = False) -> Callable[[str, Array], Any]:
-    """change(array), once for an array that several fields share, so that they go on sharing it."""
-    made: dict[int, Any] = {}
-
-    def changed(name: str, value: Array) -> Any:
-        if id(value) not in made:
-            made[id(value)] = change(value, name) if named else change(value)
-        return made[id(value)]
-
-    return changed
-
-
-# what fits
-
-
-def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
-    """Raise ShapeError, DtypeMismatch or DeviceMismatch unless the layer can take the inputs."""
-    place = layer.place
-    for x in inputs:
-        if x is None or isinstance(x, bool | int | float):
-            continue
-        at = place_of(x)
-        if x.ndim == 0:
-            raise ShapeError(f"{layer} takes (rows, ...) but got a single number")
-        if place is not None and at != place:
-            raise DeviceMismatch(
-                f"{layer} has its parameters on {place} but x is on {at}; "
-                f"x = nnxp.to_backend(x, {place!r}) or model.to({at!r}) brings them together, "
-                "and nnxp.predict(model, x) takes host rows wherever the model is"
-            )
-    _check_types(layer, inputs)
-    arrays = [x for x in inputs if is_array(x)]
-    if len({len(x) for x in arrays}) > 1:
-        raise ShapeError(f"{layer}: the inputs have {[len(x) for x in arrays]} rows")
-    with suppress(Untraceable):  # then the formula itself says what fits
-        program = layer.program(*((x.shape, x.dtype) for x in arrays))
-        if len(arrays) == 1 and type(arrays[0]) is np.ndarray:
-            for call in program.calls:  # what was asked of the children just now
-                if len(call.inputs) == 1 and call.layer is not layer:
-                    (value,) = call.inputs
-                    if value.shape and value.shape[0] == ROWS:
-                        seen = call.layer.__dict__.setdefault("_taken", set())
-                        seen.add((value.dtype, sized(value.shape, 1)[1:]))
-
-
-def _check_types(layer: Layer, inputs: tuple[Any, ...]) -> None:
-    """Raise DtypeMismatch unless the inputs are of the types that the layer takes."""
-    dtype = layer.dtype
-    for i, x in enumerate(inputs):
-        kind = layer.takes[i] if i < len(layer.takes) else "float"
-        given = getattr(x, "dtype", None)
-        if given is None or kind == "any":
-            continue
-        if kind == "int":
-            if given.kind not in "iu":
-                raise DtypeMismatch(f"{layer} takes whole numbers, but x is {given}")
-        elif dtype is not None and given != dtype:
-            raise DtypeMismatch(
-                f"{layer} computes in {dtype} but x is {given}; x.astype({str(dtype)!r}) "
-                "converts it, and nnxp.predict(model, x) takes rows of any numeric type"
-            )
-        elif not is_floating(given):
-            raise DtypeMismatch(f"{layer} takes floats but x is {given}; x.astype('float32')")
-
-
-def _hides(value: Any) -> bool:
-    """Whether a list or tuple hides arrays or layers: in a list, or deeper than one level."""
-    if not isinstance(value, list | tuple):
-        return False
-    if isinstance(value, list) and any(isinstance(item, Layer) for item in value):
-        return True
-    return any(
-        is_array(item) or (isinstance(item, list | tuple) and _holds_layers(item)) for item in value
-    )
-
-
 def _holds_layers(value: Any) -> bool:
-    return any(
-        isinstance(item, Layer)
-        or is_array(item)
-        or (isinstance(item, list | tuple) and _holds_layers(item))
-        for item in value
+    return isinstance(value, list | tuple) and any(
+        isinstance(each, Layer) or is_array(each) or _holds_layers(each) for each in value
     )
+
+
+def check(layer: Layer, x: Array) -> None:
+    """Raise ShapeError, DtypeMismatch or DeviceMismatch unless the layer can take x."""
+    kind, place = layer._kind, place_of(x)
+    if x.ndim == 0:
+        raise ShapeError(f"{layer} takes (rows, ...) but got a single number")
+    if kind is not None and place != kind[0]:
+        mend = f"x = nnxp.to_backend(x, {kind[0]!r}) or model.to({place!r})"
+        raise DeviceMismatch(
+            f"{layer} has its parameters on {kind[0]} but x is on {place}; {mend} brings them "
+            "together, and nnxp.predict(model, x) takes host rows wherever the model is"
+        )
+    if kind is not None and x.dtype != kind[1]:
+        raise DtypeMismatch(
+            f"{layer} computes in {kind[1]} but x is {x.dtype}; x.astype({str(kind[1])!r}) "
+            "converts it, and nnxp.predict(model, x) takes rows of any numeric type"
+        )
+    if kind is None and not is_floating(x.dtype):
+        raise DtypeMismatch(f"{layer} takes floats but x is {x.dtype}; x.astype('float32')")
+    layer.output_shape(x.shape)
+
+
+def last_axis(layer: Layer, shape: Shape, size: int) -> None:
+    """Raise ShapeError unless the shape is (rows, ..., size)."""
+    if len(shape) >= 2 and shape[-1] == size:
+        return
+    mend = ""
+    if shape == (size,):
+        mend = f"; x[None] makes it {(1, size)}"
+    elif len(shape) >= 2 and shape[0] == size:
+        mend = f"; x.T makes it {shape[::-1]}" if len(shape) == 2 else ""
+    raise ShapeError(f"{layer} takes (rows, {size}) but got {shape}{mend}")
 
 
 def array_shape(layer: Layer, name: str) -> Shape:
@@ -723,20 +384,6 @@ def array_shape(layer: Layer, name: str) -> Shape:
     return shape
 
 
-def whole(what: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least so much, as an int; OptionError for anything else."""
-    index = getattr(type(value), "__index__", None)
-    if index is None or isinstance(value, bool) or int(value) < least:
-        raise OptionError(f"{what} is a whole number, at least {least}, not {value!r:.60}")
-    return int(value)
-
-
 def generator(rng: Rng) -> np.random.Generator:
-    """The Generator for a seed, a Generator or None; OptionError for what is none of them."""
-    try:
-        return np.random.default_rng(rng)
-    except (TypeError, ValueError):
-        raise OptionError(
-            f"rng is a seed (a whole number, 0 or more), a numpy.random.Generator or None, "
-            f"not {rng!r:.60}"
-        ) from None
+    """The Generator for a seed, a Generator or None."""
+    return np.random.default_rng(rng)

@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Iterator
 
 from nnxp import kernels
-from nnxp._arrays import Array
+from nnxp._arrays import Array, Shape
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer
+from nnxp.layers._layer import Layer
 
 
 def named(activation: str) -> kernels.Kernel:
@@ -31,10 +31,12 @@ class Activation(Layer):
     options: dict[str, float]
 
     def __init__(self, activation: str, **options: float) -> None:
-        self.activation = named(activation).__name__
-        self.options = options
+        self._set(
+            activation=named(activation).__name__,
+            options={name: float(v) for name, v in options.items()},
+        )
 
-    def validate(self) -> None:
+    def _validate(self) -> None:
         kernel = named(self.activation)
         known = set(inspect.signature(kernel.reference).parameters) - {"x", "out"}
         if not self.options.keys() <= known:
@@ -45,16 +47,23 @@ class Activation(Layer):
             )
 
     def __call__(self, x: Array) -> Array:
-        if self.activation in ("softmax", "log_softmax") and x.ndim < 2:
-            raise ShapeError(f"{self} takes (rows, ..., classes) but got {x.ndim} axis")
         return kernels.ACTIVATIONS[self.activation](x, **self.options)
+
+    @property
+    def temporaries(self) -> int:
+        return kernels.ACTIVATIONS[self.activation].temporaries
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if self.activation in ("softmax", "log_softmax") and (len(shape) < 2 or 0 in shape[1:]):
+            raise ShapeError(f"{self} takes (rows, ..., classes) but got {shape}")
+        return shape
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"Activation({self.activation}{options})"
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         for name in kernels.ACTIVATIONS:
             yield cls(name), (5, 7)
         yield cls("leaky_relu", negative_slope=0.2), (2, 3, 4)

@@ -5,61 +5,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nnxp._arrays import Array, Shape
-from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer
+from nnxp._errors import OptionError, ShapeError, name_layer
+from nnxp.layers._layer import Layer
 from nnxp.layers.dense import Dense
 from nnxp.layers.norm import LayerNorm
 
 
 class Sequential(Layer):
-    """y = last(... second(first(x))): one layer after the other.
-
-    Raises ShapeError for a layer that cannot take what the one before it answers.
-
-        net = nnxp.Sequential(nnxp.Dense(784, 128, "relu"), nnxp.Dense(128, 10, "softmax"))
-    """
+    """y = last(... second(first(x))): one layer after the other."""
 
     layers: tuple[Layer, ...]
 
     def __init__(self, *layers: Layer) -> None:
         for i, layer in enumerate(layers):
             if not isinstance(layer, Layer):
-                raise OptionError(f"Sequential takes layers, but argument {i} is {layer!r:.60}")
-        self.layers = layers
-
-    @property
-    def takes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.layers[0].takes if self.layers else ()
-
-    def validate(self) -> None:
-        row: Shape | None = None
-        for i, layer in enumerate(self.layers):
-            if row is None or not layer._takes((1, *row)):
-                try:
-                    size = layer.row_shape()
-                except OptionError:
-                    row = None
-                    continue
-                if row is not None and len(row) == 1:
-                    before = self.layers[i - 1]
-                    raise ShapeError(
-                        f"layers.{i} {layer!r:.80} takes (rows, {size[0]}), but layers.{i - 1} "
-                        f"{before!r:.80} answers (rows, {row[0]})"
-                    )
-                row = size
-            made = layer.output_shape((1, *row))
-            row = made[1:] if isinstance(made[0], int) else None
+                raise OptionError(f"Sequential takes layers, but argument {i} is {layer!r}")
+        self._set(layers=layers)
 
     def __call__(self, x: Array) -> Array:
-        for layer in self.layers:
-            x = layer(x)
+        i = 0
+        try:
+            for i, layer in enumerate(self.layers):  # noqa: B007 (an error asks for i)
+                x = layer._bare(x)
+        except Exception as error:
+            name_layer(error, f"layers.{i}")
+            raise
         return x
+
+    def output_shape(self, shape: Shape) -> Shape:
+        i = 0
+        try:
+            for i, layer in enumerate(self.layers):  # noqa: B007 (an error asks for i)
+                shape = layer.output_shape(shape)
+        except Exception as error:
+            name_layer(error, f"layers.{i}")
+            raise
+        return shape
 
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.layers))})"
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         yield cls(), (3, 2)
         yield (
             cls(
@@ -83,19 +70,30 @@ class Residual(Layer):
     def __init__(self, *layers: Layer) -> None:
         inner = layers[0] if len(layers) == 1 else Sequential(*layers)
         if not isinstance(inner, Layer):
-            raise OptionError(f"Residual takes layers, not {inner!r:.60}")
-        self.inner = inner
+            raise OptionError(f"Residual takes layers, not {inner!r}")
+        self._set(inner=inner)
 
     def __call__(self, x: Array) -> Array:
-        y = self.inner(x)
-        if y.shape != x.shape:
-            raise ShapeError(f"{self} adds x to inner(x), which has another shape")
-        return x + y
+        try:
+            return x + self.inner._bare(x)
+        except Exception as error:
+            name_layer(error, "inner")
+            raise
+
+    def output_shape(self, shape: Shape) -> Shape:
+        try:
+            made = self.inner.output_shape(shape)
+        except Exception as error:
+            name_layer(error, "inner")
+            raise
+        if made != shape:
+            raise ShapeError(f"{self} adds its input {shape} to {made}: inner must keep the shape")
+        return shape
 
     def __repr__(self) -> str:
         return f"Residual({self.inner!r})"
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         yield cls(Dense(6, 6, "tanh", rng=0)), (4, 6)
         yield cls(Dense(6, 12, "gelu", rng=1), Dense(12, 6, rng=2)), (2, 3, 6)

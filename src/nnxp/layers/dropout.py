@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nnxp._arrays import Array
+from nnxp._arrays import Array, Shape
 from nnxp._errors import OptionError
-from nnxp.layers._layer import Example, Layer
+from nnxp.layers._layer import Layer
 
 
 class Dropout(Layer):
@@ -19,15 +19,15 @@ class Dropout(Layer):
     rate: float
 
     def __init__(self, rate: float) -> None:
-        self.rate = rate
+        self._set(rate=float(rate))
 
-    def validate(self) -> None:
-        if not (isinstance(self.rate, int | float) and 0 <= self.rate < 1):
-            raise OptionError(f"a dropout rate is at least 0 and below 1, not {self.rate!r:.60}")
+    def _validate(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise OptionError(f"a dropout rate is at least 0 and below 1, not {self.rate}")
 
     def __call__(self, x: Array) -> Array:
         return x
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         yield cls(0.5), (3, 4)

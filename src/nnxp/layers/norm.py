@@ -8,30 +8,33 @@ from math import inf
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import Array, float_dtype
+from nnxp._arrays import Array, Shape, float_dtype
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer, array_shape, generator, whole
+from nnxp.layers._layer import Layer, array_shape, generator, last_axis
 
 
 class _Norm(Layer):
     """A normalisation over the last axis, whose size its first parameter has."""
 
-    def _fitting(self, x: Array) -> Array:
-        """x, if it is (rows, ..., channels): others would be broadcast."""
+    def output_shape(self, shape: Shape) -> Shape:
         (first, *_) = self.parameters().values()
-        if x.ndim < 2 or x.shape[-1] != first.shape[0]:
-            raise ValueError("the last axis is that of the channels")
-        return x
+        last_axis(self, shape, first.shape[0])
+        return shape
 
-    def validate(self) -> None:
+    def _validate(self) -> None:
         names = [name for name, _ in self._fields() if name != "eps"]
         shapes = [array_shape(self, name) for name in names]
         if len(set(shapes)) != 1 or len(shapes[0]) != 1 or shapes[0][0] < 1:
             wanted, came = ", ".join(names), ", ".join(map(str, shapes))
             raise ShapeError(f"{type(self).__name__} takes (channels,) for {wanted}; got {came}")
-        eps = getattr(self, "eps", 0.0)
-        if not (isinstance(eps, int | float) and 0 <= eps < inf):
-            raise OptionError(f"eps is zero or a little more, not {eps!r:.60}")
+        if not 0 <= getattr(self, "eps", 0) < inf:
+            raise OptionError(f"eps is zero or a little more, not {getattr(self, 'eps', 0)}")
+
+
+def _channels(channels: int) -> int:
+    if channels < 1:
+        raise ShapeError(f"a normalisation takes at least one channel, not {channels}")
+    return channels
 
 
 class LayerNorm(_Norm):
@@ -46,16 +49,18 @@ class LayerNorm(_Norm):
     eps: float
 
     def __init__(self, channels: int, *, eps: float = 1e-5, dtype: object = "float32") -> None:
-        kind, channels = float_dtype(dtype), whole("a normalisation's channels", channels)
-        self.gain = np.ones(channels, kind)
-        self.bias = np.zeros(channels, kind)
-        self.eps = eps
+        kind = float_dtype(dtype)
+        self._set(
+            gain=np.ones(_channels(channels), kind),
+            bias=np.zeros(channels, kind),
+            eps=float(eps),
+        )
 
     def __call__(self, x: Array) -> Array:
-        return kernels.layer_norm(self._fitting(x), self.gain, self.bias, eps=self.eps)
+        return kernels.layer_norm(x, self.gain, self.bias, eps=self.eps)
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         yield _drawn(cls(6, eps=1e-3)), (4, 6)
         yield _drawn(cls(33)), (2, 3, 33)
 
@@ -71,15 +76,16 @@ class RMSNorm(_Norm):
     eps: float
 
     def __init__(self, channels: int, *, eps: float = 1e-6, dtype: object = "float32") -> None:
-        channels = whole("a normalisation's channels", channels)
-        self.gain = np.ones(channels, float_dtype(dtype))
-        self.eps = eps
+        self._set(
+            gain=np.ones(_channels(channels), float_dtype(dtype)),
+            eps=float(eps),
+        )
 
     def __call__(self, x: Array) -> Array:
-        return kernels.rms_norm(self._fitting(x), self.gain, eps=self.eps)
+        return kernels.rms_norm(x, self.gain, eps=self.eps)
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         yield _drawn(cls(6, eps=1e-3)), (4, 6)
         yield _drawn(cls(33)), (2, 3, 33)
 
@@ -98,18 +104,20 @@ class BatchNorm(_Norm):
     eps: float
 
     def __init__(self, channels: int, *, eps: float = 1e-5, dtype: object = "float32") -> None:
-        kind, channels = float_dtype(dtype), whole("a normalisation's channels", channels)
-        self.mean = np.zeros(channels, kind)
-        self.var = np.ones(channels, kind)
-        self.gain = np.ones(channels, kind)
-        self.bias = np.zeros(channels, kind)
-        self.eps = eps
+        kind = float_dtype(dtype)
+        self._set(
+            mean=np.zeros(_channels(channels), kind),
+            var=np.ones(channels, kind),
+            gain=np.ones(channels, kind),
+            bias=np.zeros(channels, kind),
+            eps=float(eps),
+        )
 
     def __call__(self, x: Array) -> Array:
-        return kernels.batch_norm(self._fitting(x), self.mean, self.var, self.gain, self.bias, eps=self.eps)
+        return kernels.batch_norm(x, self.mean, self.var, self.gain, self.bias, eps=self.eps)
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         yield _drawn(cls(6, eps=1e-3)), (4, 6)
         yield _drawn(cls(5)), (2, 3, 5)
 
@@ -118,28 +126,22 @@ class Standardize(_Norm):
     """y = (x - mean) / scale: the inputs in units of their spread, as scikit-learn's scaler.
 
     x (rows, ..., channels) -> y like x; mean and scale are (channels,), the scale without zeros.
-    They stay in float64 whatever the type of x: a mean that is large beside the scale, as of times
-    in seconds since 1970, would lose in float32 what the subtraction is to leave.
     """
-
-    wide = ("mean", "scale")
 
     mean: Array
     scale: Array
 
     def __init__(self, mean: Array, scale: Array) -> None:
-        self.mean = np.asarray(mean) if isinstance(mean, list | tuple) else mean
-        self.scale = np.asarray(scale) if isinstance(scale, list | tuple) else scale
-        if type(self.scale) is np.ndarray and not (np.abs(self.scale) > 0).all():
-            raise OptionError(
-                "scale of Standardize has zeros or NaN: a column that never changes has scale 1"
-            )
+        self._set(
+            mean=mean,
+            scale=scale,
+        )
 
     def __call__(self, x: Array) -> Array:
-        return kernels.standardize(self._fitting(x), self.mean, self.scale)
+        return kernels.standardize(x, self.mean, self.scale)
 
     @classmethod
-    def examples(cls) -> Iterator[Example]:
+    def examples(cls) -> Iterator[tuple[Layer, Shape]]:
         rng = np.random.default_rng(0)
         mean, scale = rng.normal(size=(2, 6)).astype("float32")
         yield cls(mean, np.abs(scale) + 0.1), (4, 6)

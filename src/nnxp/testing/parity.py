@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, is_array, is_floating, is_numeric, place_of, xp_of
+from nnxp._arrays import Array, HostArray, is_array, is_floating, is_numeric, place_of
 from nnxp._errors import DtypeMismatch, OptionError
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
 from nnxp.engine import Engine
 from nnxp.layers._layer import Layer
-from nnxp.program.program import Program, scaled
-from nnxp.program.traced import Step, Untraceable, Value, perform
+from nnxp.layers._trace import Step, trace, walk
 from nnxp.testing import bounded
 
 LIMIT = 6.0
@@ -226,7 +225,7 @@ def _expected(function: Layer | Function, inputs: Sequence[Any]) -> Expected:
     arrays = [x for x in inputs if is_array(x)]
     if isinstance(function, Layer):
         arrays += function.parameters().values()
-        function = function.map_arrays(lambda name, value: _lift(value))
+        function = function._replaced(lambda name, value: _lift(value))
     kinds = [x.dtype for x in arrays if is_floating(x.dtype)]
     coarsest = max(kinds, key=bounded.unit_roundoff, default=None)
     with np.errstate(all="ignore"), bounded.no_coarser_than(coarsest):
@@ -356,74 +355,61 @@ def _judge_model(model: Layer, x: Any, backends: Sequence[Backend]) -> list[Chec
         raise DtypeMismatch(f"rows are real numbers, not {rows.dtype}")
     if host.dtype is not None:
         rows = rows.astype(host.dtype)
-    checks = _judge_steps(host, rows, backends)
+    steps = _reference(host, rows)
+    checks = [
+        _run(step.name, repr(step.layer), step.layer, [step.input], backend, expected)
+        for backend in backends
+        for step, expected in steps
+    ]
     whole = _expected(host, [rows])
     checks += [_sweep(host, rows, backend, whole) for backend in backends]
     return checks
 
 
-def _judge_steps(
-    model: Layer, rows: HostArray, backends: Sequence[Backend]
-) -> list[Check]:
-    """Every step of the model's program, given the float64 reference's arrays on every backend.
+def _reference(model: Layer, rows: HostArray) -> list[tuple[Step, Expected]]:
+    """Each layer with its input, as the float64 reference makes it, and what it should answer.
 
-    So the first step that diverges is the one that is named, with its layer's path and its kernel,
-    and no bound has to be carried through the whole depth. A model that cannot be written out is
-    one step.
+    A layer with children gets children that answer what the reference's answered, so that only
+    its own formula is judged.
     """
-    try:
-        program = model.program((rows.shape, rows.dtype))
-        exact = model.astype("float64").program((rows.shape, "float64"))
-    except Untraceable:
-        expected = _expected(model, [rows])
-        return [_run("output", repr(model), model, [rows], each, expected) for each in backends]
-    values = [value for step in exact.steps for value in step.outputs]
+    kind = model.dtype or rows.dtype
+    layers = {**dict(walk(model)), "output": model}
     with np.errstate(all="ignore"):
-        made = exact.run([rows.astype("float64")], values)
-    known: dict[Value, HostArray] = {program.inputs[0]: rows}
-    for step, found in zip(program.steps, _in_steps(exact, made), strict=True):
-        for value, array in zip(step.outputs, found, strict=True):
-            known[value] = _as(np.asarray(array), value.dtype)
-    checks = []
-    for backend in backends:
-        for step in program.steps:
-            if step.values and any(v.numbers is None for v in step.values):
-                checks.append(_judge_step(step, known, len(rows), backend))
-    return checks
+        seen = {step.name: step for step in trace(model.astype("float64"), rows.astype("float64"))}
+    steps = []
+    for name, step in seen.items():
 
+        def said(path: str, child: Layer, name: str = name) -> Layer:
+            whole = path if name == "output" else f"{name}.{path}"
+            return _Said._made(answer=_as(seen[whole].output, kind), layer=child)
 
-def _in_steps(program: Program, made: list[Any]) -> Iterator[list[Any]]:
-    """What was made, by the step that made it."""
-    results = iter(made)
-    for step in program.steps:
-        yield [next(results) for _ in step.outputs]
-
-
-def _judge_step(step: Step, known: dict[Value, HostArray], rows: int, backend: Backend) -> Check:
-    """One step of a program on one backend."""
-    inputs = [known.get(v, v.numbers) if isinstance(v, Value) else v for v in step.inputs]
-    now = scaled(step, rows)
-
-    def function(*arrays: Any) -> Any:
-        layer = step.function
-        if isinstance(layer, Layer) and is_array(arrays[0]):
-            at = place_of(arrays[0])
-            if type(arrays[0]) is bounded.ndarray:
-                layer = layer.map_arrays(lambda name, value: _lift(value))
-            elif at != "cpu":
-                layer = layer.to(at)
-            now.function = layer
-        found = [x for x in arrays if is_array(x)]
-        made = perform(xp_of(found[0]) if found else np, now, arrays)
-        return made[0] if step.several else made
-
-    name = step.path or "output"
-    return _run(name, step.name, function, inputs, backend, _expected(function, inputs))
+        layer, given = layers[name]._replaced(layer=said), _as(step.input, kind)
+        steps.append((Step(name, layer, given, None), _expected(layer, [given])))
+    return steps
 
 
 def _as(x: HostArray, dtype: Any) -> HostArray:
     with np.errstate(all="ignore"):
         return x.astype(dtype)
+
+
+class _Said(Layer):
+    """A layer that answers what it is told, whatever it is asked."""
+
+    answer: Array
+    layer: Layer
+
+    def __call__(self, x: Array) -> Array:
+        return self.answer
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.layer.output_shape(shape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)  # a parent may look at its child's fields
+
+    def __repr__(self) -> str:
+        return repr(self.layer)
 
 
 def _run(

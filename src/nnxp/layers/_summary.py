@@ -1,15 +1,14 @@
-"""What a model is made of and what it costs, read off its program."""
+"""What a model is made of and what it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from nnxp._arrays import Shape
-from nnxp.program.program import multiply_adds, sized
-from nnxp.program.recording import costs
-from nnxp.program.traced import ROWS
+from nnxp.layers._layer import Layer
+from nnxp.layers._trace import trace_shapes
 
 
 @dataclass(frozen=True)
@@ -72,34 +71,58 @@ class Summary:
         )
 
 
-def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
-    """The summary of a layer for inputs of these shapes; ShapeError if such inputs do not fit."""
-    output = model.output_shape(*shapes)
-    program = model.program(*zip(shapes, model._dtypes(len(shapes)), strict=True))
-    rows = shapes[0][0]
-    work: dict[str, int] = {}
-    for step in program.steps:
-        work[step.path] = work.get(step.path, 0) + multiply_adds(step)
-    leaves = [call for call in program.calls if not any(True for _ in call.layer.children())]
+def summarize(model: Layer, shape: Shape) -> Summary:
+    """The summary of a model for an x of this shape; ShapeError if such an x does not fit."""
+    output = model.output_shape(shape)
+    leaves = [step for step in trace_shapes(model, shape) if _is_leaf(step.layer)]
     layers = tuple(
         LayerSummary(
-            call.path or "output",
-            repr(call.layer),
-            sized(call.outputs[0].shape, rows),
-            call.layer.parameter_count,
-            work.get(call.path, 0) * rows // ROWS,
+            step.name,
+            repr(step.layer),
+            step.output,
+            step.layer.parameter_count,
+            step.layer.multiply_adds(step.input),
         )
-        for call in leaves
+        for step in leaves
     )
     values = model.parameters().values()
     return Summary(
         layers=layers,
-        input_shape=shapes[0] if len(shapes) == 1 else tuple(shapes),
+        input_shape=shape,
         output_shape=output,
         dtype=str(model.dtype or "any float"),
         place=model.place or "anywhere",
         parameters=model.parameter_count,
         parameter_bytes=sum(value.nbytes for value in values),
-        multiply_adds=sum(work.values()) * rows // ROWS,
-        row_bytes=costs(program).row_bytes,
+        multiply_adds=sum(each.multiply_adds for each in layers),
+        row_bytes=costs(model, shape[1:])[0],
     )
+
+
+def costs(model: Layer, row: Shape) -> tuple[int, int, int]:
+    """(bytes a row, bytes besides, work a row) for rows of this shape, at the widest point.
+
+    A layer holds its input, its output and its temporaries; a layer with children holds its own
+    input meanwhile. 16-bit types are computed in float32 beside their own copy, and the parameters
+    of one layer with them: these are the bytes besides. A byte that is passed over takes about as
+    long as a multiply-add in a product, so both are work.
+    """
+    steps = {step.name: step for step in trace_shapes(model, (1, *row))}
+    held = {name: prod(step.input) for name, step in steps.items()}
+    widest = 0
+    for name, step in steps.items():
+        parts = name.split(".")
+        around = sum(held.get(".".join(parts[:i]), 0) for i in range(1, len(parts)))
+        arrays = 1 + step.layer.temporaries
+        widest = max(widest, around + prod(step.input) + arrays * prod(step.output))
+    narrow = model.dtype is not None and model.dtype.itemsize == 2
+    itemsize = 2 + 4 if narrow else model.dtype.itemsize if model.dtype else 8
+    leaves = [step for step in steps.values() if _is_leaf(step.layer)]
+    largest = max((step.layer.parameter_count for step in leaves), default=0)
+    bytes_ = itemsize * (prod(row) + widest)
+    work = sum(step.layer.multiply_adds(step.input) for step in leaves)
+    return bytes_, 4 * largest if narrow else 0, bytes_ + work
+
+
+def _is_leaf(layer: Layer) -> bool:
+    return not any(True for _ in layer.children())
