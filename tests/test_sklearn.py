@@ -269,3 +269,24 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.neural_network", None)
     with pytest.raises(ConversionError, match=r"pip install scikit-learn"):
         from_sklearn(UNFITTED)
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(1.6e9, 3600.0), (-1e6, 10.0), (2000.0, 1e-3)])
+def test_a_mean_that_rounding_to_float32_would_drown_is_refused(mean, scale):
+    rows = SEEN[:, [0, 1, 3]].copy()
+    rows[:, 1] = mean + scale * draw((len(rows),), "float64", seed=3)
+    network = MLPRegressor(hidden_layer_sizes=(5,), max_iter=30, tol=1e9, random_state=0)
+    fitted = make_pipeline(StandardScaler(), network).fit(rows, SCORE)
+    with pytest.raises(ConversionError, match=r"column 1 .*float64"):
+        from_sklearn(fitted)
+    y = nnxp.predict(from_sklearn(fitted, "float64"), rows, "cpu")
+    np.testing.assert_allclose(y[:, 0], fitted.predict(rows), rtol=1e-9)
+
+
+def test_a_mean_that_float32_can_bear_is_taken():
+    rows = SEEN[:, [0, 1, 3]].copy()
+    rows[:, 1] = 2000 + 10 * draw((len(rows),), "float64", seed=3)  # years
+    network = MLPRegressor(hidden_layer_sizes=(5,), max_iter=30, tol=1e9, random_state=0)
+    fitted = make_pipeline(StandardScaler(), network).fit(rows, SCORE)
+    y = nnxp.predict(from_sklearn(fitted), rows, "cpu")
+    np.testing.assert_allclose(y[:, 0], fitted.predict(rows), atol=1e-3 * np.abs(y).max())

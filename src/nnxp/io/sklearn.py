@@ -14,6 +14,9 @@ from nnxp.layers.containers import Sequential
 from nnxp.layers.dense import Dense
 from nnxp.layers.norm import Standardize
 
+LOST = 2**-12
+"""The most of its scale that a column's values may lose by rounding before they are centred."""
+
 _ACTIVATIONS = {
     "identity": "identity",
     "logistic": "sigmoid",
@@ -39,7 +42,8 @@ def from_sklearn(estimator: Any, dtype: object = "float32") -> Sequential:
     scikit-learn computes in float64 unless it was given float32; `dtype="float64"` comes closest.
 
     Raises ConversionError for any other estimator or step, for one that is not fitted, for
-    parameters that `dtype` cannot hold, and if scikit-learn is not installed.
+    parameters that `dtype` cannot hold, for a scaler with a mean so far above its scale that rows
+    of `dtype` would lose more than 1/4096 of it, and if scikit-learn is not installed.
     """
     try:
         from sklearn.neural_network import MLPClassifier, MLPRegressor
@@ -90,6 +94,16 @@ def _scaler(path: str, scaler: Any, kind: np.dtype[Any]) -> Iterator[Layer]:
             raise ConversionError(
                 f"{path}the scale has values as small as {np.min(scale):.3g}, which {kind} "
                 "cannot tell from zero; a wider dtype can"
+            )
+        # Of 16-bit types nobody expects more than a few digits, wherever the mean lies.
+        lost = np.abs(mean / scale) * (np.finfo(kind).eps / 2 if kind.itemsize > 2 else 0.0)
+        if np.any(lost > LOST):
+            column = int(np.argmax(lost))
+            raise ConversionError(
+                f"{path}column {column} has the mean {mean[column]:.3g} and the scale "
+                f"{scale[column]:.3g}: in {kind} its rows would be rounded by up to "
+                f'{lost[column]:.2g} of that scale before the mean is subtracted; dtype="float64" '
+                "keeps them, and so do rows that are scaled before they come"
             )
         yield Standardize(_stored(f"{path}the mean", mean, kind), stored)
 
