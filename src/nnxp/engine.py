@@ -44,12 +44,16 @@ class _Known:
 
 
 class _Direct(NamedTuple):
-    """A kind of rows that need no planning: what they become, the most of them, what comes out."""
+    """A kind of rows that need no planning: what they become, the most of them, what comes out.
+
+    `fresh` says that a result is an array that nobody else holds, unless it is x or a view.
+    """
 
     model: Layer
     dtype: np.dtype[Any]
     rows: int
     output: Shape
+    fresh: bool
 
 
 class Engine:
@@ -176,13 +180,14 @@ class Engine:
         if known is None or not 0 < shape[0] <= known.rows:
             return None
         try:  # without the door, for all that it asks is known
-            y: HostArray = known.model._bare(x if dtype == known.dtype else x.astype(known.dtype))
+            with np.errstate(under="ignore"):  # as at the door of the model
+                rows = x if dtype == known.dtype else x.astype(known.dtype)
+                y: HostArray = known.model._bare(rows)
         except Exception:
             return None  # the long way says what is wrong, and where
         if y.shape != (shape[0], *known.output):
             return None
-        own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
-        return y if own else y.copy()
+        return y if known.fresh and y.base is None and y is not x else y.copy()
 
     def _remember(self, x: HostArray, dtype: np.dtype[Any], plan: Plan, output: Shape) -> None:
         """Make the next call with such rows a short one."""
@@ -192,7 +197,9 @@ class Engine:
         else:
             if len(self._direct) >= MOST_KINDS:
                 self._direct.clear()
-            self._direct[x.dtype, x.shape[1:]] = _Direct(self.model, dtype, plan.rows, output[1:])
+            self._direct[x.dtype, x.shape[1:]] = _Direct(
+                self.model, dtype, plan.rows, output[1:], _ours(self.model)
+            )
 
     def _at_home(self, x: Any) -> tuple[_Place | None, Array]:
         """The place where x is already, and x as an array of ours; None if it is in host memory.
@@ -248,7 +255,9 @@ class Engine:
                 return backend.xp.empty(output, dtype) if out is None else out
             few = self.memory_limit is None and len(x) <= BLOCK_ROWS[0]
             plan = Plan(len(x), 1, 0) if few else self._plan(place, x.shape)  # to ask takes long
-            made = backend.through(partial(fn, model), x, out, output, dtype, plan, place.kept)
+            made = backend.through(
+                partial(fn, model), x, out, output, dtype, plan, place.kept, _ours(model)
+            )
         if out is None and self.memory_limit is None:
             place.meet(x, fn)
         return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -140,18 +139,19 @@ class BlockBackend(Backend):
         dtype: np.dtype[Any],
         plan: Plan,
         kept: Kept,
+        fresh: bool = False,
     ) -> Array:
         """fn of rows that are on this device already, block by block, on the current stream.
 
-        The result is `out`, or a new array of this shape and type.
+        The result is `out`, or a new array of this shape and type. `fresh` says that fn answers
+        with arrays that nobody else holds, unless it is x or a view: others are copied.
         """
         block, start = min(len(x), plan.rows * plan.workers), 0  # nothing is under way beside it
         made: list[Array] = []
         if out is None and block == len(x):
             if _fits(lambda: made.append(fn(x))):
                 y = made.pop()
-                own = y.base is None and sys.getrefcount(y) <= 2  # nobody holds it but us
-                return y if own else y.copy()
+                return y if fresh and y.base is None and y is not x else y.copy()
             kept.release()
         if out is None:
             if not _fits(lambda: made.append(self.xp.empty(shape, dtype))):
