@@ -291,3 +291,35 @@ def test_softmax_needs_an_axis_of_classes():
 def test_subclasses_that_compute_otherwise_are_no_arrays(x):
     with pytest.raises(nnxp.DtypeMismatch, match="not an array that nnxp knows"):
         nnxp.Activation("relu")(x)
+
+
+@every_layer
+def test_parameters_of_another_byte_order_become_the_machine_s_own(layer, shape):
+    turned = {
+        name: value.astype(value.dtype.newbyteorder()) for name, value in layer.parameters().items()
+    }
+    other = layer.with_parameters(turned)
+    assert all(value.dtype.isnative for value in other.parameters().values())
+    x = rows_for(layer, shape)
+    np.testing.assert_array_equal(other(x), layer(x))
+    np.testing.assert_array_equal(nnxp.predict(other, x, "cpu"), nnxp.predict(layer, x, "cpu"))
+
+
+def test_parameters_that_are_no_arrays_are_refused_by_what_they_are():
+    net = nnxp.Dense(2, 3, rng=0)
+    for given in ([[1.0] * 3] * 2, np.ma.ones((2, 3), "float32"), None):
+        kind = type(given).__qualname__
+        with pytest.raises(nnxp.DtypeMismatch, match=f"not .*{kind}"):
+            net.with_parameters(net.parameters() | {"weight": given})
+
+
+@every_layer
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_results_too_small_for_their_type_raise_nothing(layer, shape, size):
+    x = rows_for(layer, shape) * np.float32(size)
+    expected = layer(x)
+    engine = nnxp.Engine(layer, "cpu")
+    with np.errstate(under="raise"):
+        results = [layer(x), engine(x), engine(x)]  # the second time it takes the short way
+    for result in results:
+        np.testing.assert_array_equal(result, expected)

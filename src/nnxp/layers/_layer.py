@@ -98,8 +98,14 @@ class Layer:
         self._settle()
 
     def _settle(self) -> None:
-        """Refuse what would not be seen as a parameter or a child, then ask `_validate`."""
+        """Refuse what would not be seen as a parameter or a child, then ask `_validate`.
+
+        Arrays of another byte order than this machine's are taken in as its own.
+        """
         for name, value in self._fields():
+            if isinstance(value, np.ndarray) and not value.dtype.isnative:
+                native = value.astype(value.dtype.newbyteorder("="))
+                object.__setattr__(self, name, native)
             if isinstance(value, list | tuple):
                 inner = [each for each in value if is_array(each) or _holds_layers(each)]
                 hidden = isinstance(value, list) and any(isinstance(e, Layer) for e in value)
@@ -150,8 +156,8 @@ class Layer:
         """A model like this one with other arrays: all of them, by name, in the same shapes.
 
         They may be of another type or in another place, but all of one type in one place. Raises
-        ShapeError for missing, unknown or misshapen ones, DtypeMismatch and DeviceMismatch for
-        mixtures.
+        ShapeError for missing, unknown or misshapen ones, DtypeMismatch for what is no array of
+        NumPy or CuPy, DtypeMismatch and DeviceMismatch for mixtures.
         """
         own = self.parameters()
         missing, unknown = own.keys() - parameters.keys(), parameters.keys() - own.keys()
@@ -162,11 +168,14 @@ class Layer:
                 + (f"; unknown: {', '.join(sorted(unknown))}" if unknown else "")
             )
         for name, value in parameters.items():
-            if not is_array(value) or value.shape != own[name].shape:
-                raise ShapeError(
-                    f"{name} of {self} is an array {own[name].shape}, "
-                    f"not {getattr(value, 'shape', value)}"
+            if not is_array(value):
+                kind = f"{type(value).__module__}.{type(value).__qualname__}"
+                raise DtypeMismatch(
+                    f"{name} of {self} is an array of NumPy or CuPy, not {kind}; "
+                    "numpy.asarray(value) may make it one"
                 )
+            if value.shape != own[name].shape:
+                raise ShapeError(f"{name} of {self} is {own[name].shape}, not {value.shape}")
         made = self._replaced(lambda name, value: parameters[name])
         made._kind  # raises if the arrays are a mixture  # noqa: B018
         return made
@@ -322,7 +331,8 @@ def _behind_the_door(formula: Callable[[Any, Array], Array]) -> Callable[[Any, A
         token = _inside.set(True)
         try:
             if on_host or place_of(x) == "cpu":
-                return formula(self, x)
+                with np.errstate(under="ignore"):  # what is too small for its type is rightly zero
+                    return formula(self, x)
             with home_of(place_of(x)).current():
                 return formula(self, x)
         except Exception as error:
