@@ -13,6 +13,7 @@ import pytest
 import nnxp
 from conftest import draw
 from nnxp import CheckpointError, ConversionError, DtypeMismatch, ShapeError, load_onnx
+from nnxp.program.mixing import mixing
 from nnxp.testing import assert_parity
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: it reads the files")
@@ -150,7 +151,7 @@ def test_arithmetic_on_shapes_folds_whatever_the_number_of_rows():
     model, x = load_onnx(flattened("n")), draw((7, 2, 3))
     program = model.program((1, 2, 3))
     assert [step.name for step in program.steps] == ["reshape", "linear"]
-    assert program.mixing == ""
+    assert mixing(program) == ""
     np.testing.assert_allclose(program(x), x.reshape(7, 6) @ W + B, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(nnxp.predict(model, x), model(x), rtol=1e-6, atol=1e-6)
 
