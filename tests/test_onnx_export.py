@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nnxp
-from conftest import draw, every_layer
+from conftest import draw, every_swept_layer
 from nnxp import ConversionError, ShapeError
 from nnxp._arrays import xp_of
 from nnxp.program.mixing import mixing
@@ -23,9 +23,13 @@ def run(path, *inputs):
     return session.run(None, dict(zip(names, inputs, strict=True)))
 
 
-@every_layer
-def test_every_layer_goes_out_and_comes_back(layer, shape, tmp_path):
+@every_swept_layer
+def test_every_swept_layer_goes_out_and_comes_back(layer, shape, tmp_path):
     path, x = tmp_path / "net.onnx", draw(shape)
+    if isinstance(layer, nnxp.ConvTranspose) and layer.weight.shape[:-2] != layer.stride:
+        with pytest.raises(ConversionError, match="ONNX has no sliding_window_view"):
+            nnxp.save_onnx(layer, path, row=shape[1:])
+        return
     nnxp.save_onnx(layer, path, row=shape[1:])
     value, unit = error_bound(layer, x)
     back = nnxp.load_onnx(path)

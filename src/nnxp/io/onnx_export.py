@@ -14,6 +14,7 @@ from nnxp._errors import ConversionError, OptionError
 from nnxp._library import KINDS
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import written_beside
+from nnxp.kernels._windows import windows
 from nnxp.kernels import Kernel
 from nnxp.layers._layer import Layer
 from nnxp.program.program import Program
@@ -248,6 +249,8 @@ class _Writing:
         x = step.values[0]
         if kernel.__name__ == "linear" and len(x.shape) >= 2 and _one_type(step):
             made = self._linear(step)
+        elif kernel.__name__ == "conv" and _one_type(step):
+            made = self._conv(step)
         elif kernel.__name__ == "layer_norm" and _one_type(step):
             _, gain, bias = (*step.inputs, None, None)[:3]
             gain = self.name(gain) if gain is not None else self.constant(
@@ -278,6 +281,31 @@ class _Writing:
         else:
             y = self.node("MatMul", names)
             y = y if bias is None else self.node("Add", [y, self.name(bias)])
+        return self._activated(step, y)
+
+    def _conv(self, step: Step) -> str:
+        """ONNX has channels first, and weights (outputs, channels / groups, *window)."""
+        x, weight, bias = (*step.inputs, None)[:3]
+        window, options = weight.shape[:-2], step.options
+        n, plain = len(window), {k: v for k, v in options.items() if k in _WINDOW_OPTIONS}
+        over = windows("conv", lifted(x), window, **plain)
+        first = self.node("Transpose", [self.name(x)], perm=[0, n + 1, *range(1, n + 1)])
+        turned = self.node("Transpose", [self.name(weight)], perm=[n + 1, n, *range(n)])
+        names = [first, turned] + ([] if bias is None else [self.name(bias)])
+        y = self.node(
+            "Conv",
+            names,
+            strides=list(over.stride),
+            dilations=list(over.dilation),
+            pads=[before for before, _ in over.pads] + [after for _, after in over.pads],
+            group=options.get("groups", 1),
+        )
+        y = self.node("Transpose", [y], perm=[0, *range(2, n + 2), 1])
+        return self._activated(step, y)
+
+    def _activated(self, step: Step, y: str) -> str:
+        """The activation of a step's options, of what it has made."""
+        x = step.values[0]
         activation = step.options.get("activation")
         if activation is None or activation.__name__ == "identity":
             return str(y)
@@ -296,6 +324,9 @@ class _Writing:
         results = made if isinstance(made, tuple | list) else (made,)
         for value, result in zip(step.outputs, results, strict=True):
             self.names[value] = self.name(value_of(result))
+
+
+_WINDOW_OPTIONS = ("stride", "padding", "dilation")
 
 
 def _one_type(step: Step) -> bool:
