@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, Shape, is_array, is_floating, is_numeric, place_of
+from nnxp._arrays import Array, HostArray, Shape, float_dtype, is_array, is_floating, is_numeric, place_of
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp._exchange import shares_memory, source_of
 from nnxp._progress import Progress, told
@@ -536,9 +536,11 @@ def _kind(model: Layer, index: int, rows: Any) -> Kind:
     elif takes == "int":
         if given is not None and given.kind not in "iub":
             raise DtypeMismatch(f"{model!r:.200} takes whole numbers, but the rows are {given}")
-        dtype = np.dtype(model.input_dtypes(index + 1)[index])
-    else:
+        dtype = np.dtype("int64")
+    elif takes == "any":
         dtype = given or np.dtype("float32")
+    else:
+        dtype = float_dtype(takes) if takes == "bfloat16" else np.dtype(takes)
     return Kind(tuple(map(int, rows.shape[1:])), given or dtype, dtype)
 
 

@@ -84,7 +84,8 @@ class Layer(metaclass=_Assembly):
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
-    """What each input is: "float" (without a word), "int" for ids that stay whole, or "any"."""
+    """What each input is: "float" (without a word), "int" for ids that stay whole, "any", or the
+    name of a type, which the layer itself asks for."""
 
     wide: ClassVar[tuple[str, ...]] = ()
     """The fields that stay in float64 whatever the model's type."""
@@ -816,7 +817,7 @@ def _check_types(layer: Layer, inputs: tuple[Any, ...]) -> None:
     for i, x in enumerate(inputs):
         kind = layer.takes[i] if i < len(layer.takes) else "float"
         given = getattr(x, "dtype", None)
-        if given is None or kind == "any":
+        if given is None or kind not in ("float", "int"):
             continue
         if kind == "int":
             if given.kind not in "iu":

@@ -86,10 +86,7 @@ class Graph(Layer):
 
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(
-            {"i": "int", "u": "int", "f": "float"}.get(np.dtype(each["dtype"]).kind, "any")
-            for each in self.inputs
-        )
+        return tuple(str(self._retyped(each["dtype"])) for each in self.inputs)
 
     @property
     def input_names(self) -> tuple[str, ...]:
