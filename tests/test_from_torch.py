@@ -440,6 +440,35 @@ def test_the_module_is_left_as_it_was_and_shares_nothing():
     np.testing.assert_array_equal(model(x), before)
 
 
+class Training(nn.Module):
+    def forward(self, x):
+        return x * 0 if self.training else F.dropout(x, 0.5, self.training) + 1
+
+
+def test_a_module_in_training_is_read_as_it_is_in_eval():
+    module = Training().train()
+    x = x_of(2, 3)
+    np.testing.assert_array_equal(nnxp.from_torch(module)(x), x + 1)
+    assert module.training
+
+
+def test_tensors_that_come_and_go_are_not_taken_for_each_other():
+    from nnxp.io.torch import _Reading
+
+    reading = _Reading(nn.Identity(), None)
+    for size in (3, 64, 4096):  # of some, memory is given out again at once
+        taken = [reading.take(torch.arange(size).float() * 0 + i) for i in range(60)]
+        assert [float(each[0]) for each in taken] == list(range(60))
+    tied = torch.ones(3)
+    assert reading.take(tied) is reading.take(tied)
+
+
+def test_inputs_are_called_as_forward_calls_them():
+    model = nnxp.from_torch(drawn(OneStep("LSTMCell")))
+    assert (model.input_names, model.takes) == (("x", "h", "c"), ("float",) * 3)
+    assert nnxp.from_torch(drawn(Tagger())).takes == ("int",)
+
+
 def test_another_type_and_bfloat16():
     module = drawn(nn.Linear(3, 4))
     assert nnxp.from_torch(module, dtype="float64").dtype == np.float64

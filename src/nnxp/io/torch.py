@@ -353,7 +353,7 @@ class _Reading:
         steps = tuple((renamed(what), args, options) for what, args, options in steps)
         inputs = range(len(self.inputs))
         kinds = tuple(_kind_of_input({"value": i}, steps, layers) for i in inputs)
-        return TorchGraph.of(layers, steps, answers, kinds)
+        return TorchGraph.of(layers, steps, answers, kinds, tuple(self.inputs))
 
 
 def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]) -> str:

@@ -86,20 +86,35 @@ class TorchGraph(Layer):
     """What `nnxp.from_torch` makes of a module whose `forward` is more than layers in a row.
 
     Takes what `forward` takes, in torch's layout, and answers an array or a tuple. `kinds` says
-    what each input is, as `takes` does; `answers` which values are the answer.
+    what each input is, as `takes` does, `names` what it is called; `answers` are values by number.
     """
 
     layers: tuple[Layer, ...]
     steps: tuple[Any, ...]
     answers: tuple[Any, ...]
     kinds: tuple[str, ...]
+    names: tuple[str, ...]
 
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.kinds
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs, as `forward` has them."""
+        return self.names
+
+    @property
+    def required_inputs(self) -> int:
+        """How many inputs there are at least: all of them."""
+        return len(self.names)
+
     def validate(self) -> None:
         count = len(self.kinds)
+        if len(self.names) != count:
+            raise OptionError(
+                f"a TorchGraph has a name and a kind for each input: {self.names!r:.100}"
+            )
         for step in self.steps:
             fits = type(step) is tuple and len(step) == 3 and isinstance(step[0], str)
             if not fits or not _knows(step[0], self.layers) or not _sound(step[1:], count):
@@ -146,7 +161,7 @@ class TorchGraph(Layer):
             ),
             ("cat", (({"value": 3}, x), 1), {}),
         )
-        yield cls.of((Dense(3, 4, rng=0),), steps, ({"value": 4},), ("float",)), (5, 3)
+        yield cls.of((Dense(3, 4, rng=0),), steps, ({"value": 4},), ("float",), ("x",)), (5, 3)
 
 
 def encoded(x: Any) -> Any:
