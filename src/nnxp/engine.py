@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, Shape, float_dtype, is_array, is_floating, is_numeric, place_of
+from nnxp._arrays import (
+    Array,
+    HostArray,
+    Shape,
+    float_dtype,
+    is_array,
+    is_floating,
+    is_numeric,
+    place_of,
+)
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp._exchange import shares_memory, source_of
 from nnxp._progress import Progress, told
@@ -130,15 +139,16 @@ class Engine:
             answer = self._replicas[0].ready.get((x.dtype, x.shape))
             if answer is not None:
                 return answer(x)
-        inputs = inputs_of(self.model, x)
+        given = inputs_of(self.model, x)
+        inputs = tuple(each for each in given if each is not None)
         replica, arrays = self._at_home(inputs)
         if replica is not None:
             in_kind = _in_kind(inputs[0])
-            made = self._resident(replica, arrays, out)
+            made = self._resident(replica, given, arrays, out)
             return tuple(map(in_kind, made)) if isinstance(made, tuple) else in_kind(made)
         sources = tuple(map(source_of, inputs))
         rows = _row_count(self.model, sources)
-        kinds = tuple(map(partial(_kind, self.model), range(len(sources)), sources))
+        kinds = _kinds(self.model, given, sources)
         prepared = self._first().prepared(kinds, rows)
         results = _results(out, rows, prepared, sources)
         if rows:
@@ -151,14 +161,14 @@ class Engine:
         self,
         sources: tuple[Source, ...],
         results: tuple[HostArray, ...],
-        kinds: tuple[Kind, ...],
+        kinds: tuple[Kind | None, ...],
         progress: Progress,
     ) -> None:
         """All rows through the model, on every device that has a part in them."""
         rows = sources[0].shape[0]
         replicas, plans = self._plans(rows, kinds)
         cursor = Cursor(rows)
-        dtypes = tuple(kind.dtype for kind in kinds)
+        dtypes = tuple(kind.dtype for kind in kinds if kind)
         with told(rows, progress) as done:
 
             def sweep(replica: Replica, plan: Plan) -> None:
@@ -220,7 +230,9 @@ class Engine:
             f"{device}; bring it to the host, with nnxp.asnumpy(x) if it is an array of CuPy"
         )
 
-    def _resident(self, replica: Replica, arrays: tuple[Array, ...], out: Any) -> Any:
+    def _resident(
+        self, replica: Replica, given: tuple[Any, ...], arrays: tuple[Array, ...], out: Any
+    ) -> Any:
         """Rows that are on the device, through the model, there."""
         x, backend = arrays[0], replica.backend
         recorded = replica.recorded.get((x.dtype, x.shape))
@@ -235,9 +247,7 @@ class Engine:
             if not is_numeric(array.dtype):
                 raise DtypeMismatch(f"rows are real numbers, but x is {array.dtype}")
         rows = _row_count(replica.model, arrays)
-        prepared = replica.prepared(
-            tuple(map(partial(_kind, replica.model), range(len(arrays)), arrays)), rows
-        )
+        prepared = replica.prepared(_kinds(replica.model, given, arrays), rows)
         outlines = prepared.program.outline(rows)
         outs = _device_results(out, outlines, prepared, backend)
         with backend.current():
@@ -270,7 +280,7 @@ class Engine:
         if not shapes:
             raise OptionError("plan takes the shape of x, such as (1000, 784)")
         dtypes = map(np.dtype, self.model.input_dtypes(len(shapes)))
-        kinds = (Kind(tuple(s[1:]), d, d) for s, d in zip(shapes, dtypes, strict=True))
+        kinds = [Kind(tuple(s[1:]), d, d) for s, d in zip(shapes, dtypes, strict=True)]
         plans = self._plans(shapes[0][0], tuple(kinds))[1]
         return Plan(
             max(each.rows for each in plans),
@@ -278,7 +288,7 @@ class Engine:
             sum(each.working_set for each in plans),
         )
 
-    def _plans(self, rows: int, kinds: tuple[Kind, ...]) -> tuple[list[Replica], list[Plan]]:
+    def _plans(self, rows: int, kinds: tuple[Kind | None, ...]) -> tuple[list[Replica], list[Plan]]:
         """The replicas that have a part in so many rows, and how each would cut its part."""
 
         def plan(replica: Replica, rows: int) -> Plan:
@@ -345,12 +355,12 @@ class Replica:
         self.lanes = LanePool()
         self.ready: dict[tuple[np.dtype[Any], Shape], Callable[[HostArray], Any]] = {}
         self.recorded: dict[tuple[np.dtype[Any], Shape], DeviceRecording] = {}
-        self._prepared: dict[tuple[Kind, ...], Prepared] = {}
+        self._prepared: dict[tuple[Kind | None, ...], Prepared] = {}
         self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
 
-    def prepared(self, kinds: tuple[Kind, ...], rows: int = 1) -> Prepared:
+    def prepared(self, kinds: tuple[Kind | None, ...], rows: int = 1) -> Prepared:
         """The program for such rows; so many of them, for what errors say.
 
         Raises ShapeError for rows that do not fit, and for a model that mixes rows.
@@ -363,14 +373,16 @@ class Replica:
             self._prepared[kinds] = prepared
         return prepared
 
-    def _program(self, kinds: tuple[Kind, ...], rows: int) -> Program:
+    def _program(self, kinds: tuple[Kind | None, ...], rows: int) -> Program:
         try:
-            program = self.model.program(*(((rows, *kind.row), kind.dtype) for kind in kinds))
+            program = self.model.program(
+                *(kind and ((rows, *kind.row), kind.dtype) for kind in kinds)
+            )
         except Untraceable as error:
             raise ShapeError(
                 f"{self.model!r:.200} does not go through an engine: {error}"
             ) from None
-        first = kinds[0]
+        first = next(filter(None, kinds))
         wider = first.travels.itemsize > first.dtype.itemsize and is_floating(first.travels)
         if wider and len(kinds) == 1:
             program = in_their_own_type(program, first.travels)
@@ -420,7 +432,7 @@ class Prepared:
     """
 
     def __init__(
-        self, program: Program, kinds: tuple[Kind, ...], backend: Backend, sparing: bool
+        self, program: Program, kinds: tuple[Kind | None, ...], backend: Backend, sparing: bool
     ) -> None:
         written_out = expanded(program)
         if mixed := mixing(written_out):
@@ -485,11 +497,12 @@ class Prepared:
 
 
 def _costs(
-    program: Program, kinds: tuple[Kind, ...], outputs: tuple[Outline, ...], backend: Backend
+    program: Program, kinds: tuple[Kind | None, ...], outputs: tuple[Outline, ...], backend: Backend
 ) -> Costs:
     """What rows cost where they are at work, as they are read and as they are answered."""
-    counted = costs(program, [kind.travels for kind in kinds])
-    own = sum(prod(kind.row) * kind.travels.itemsize for kind in kinds)
+    at_work = [kind for kind in kinds if kind]
+    counted = costs(program, [kind.travels for kind in at_work])
+    own = sum(prod(kind.row) * kind.travels.itemsize for kind in at_work)
     if isinstance(backend, DeviceBackend):
         own += sum(prod(shape) * dtype.itemsize for shape, dtype in outputs)
     return Costs(counted.row_bytes + own, counted.fixed_bytes, counted.row_work)
@@ -497,21 +510,21 @@ def _costs(
 
 def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
     """The inputs in the order of the formula: of one array, a tuple, or a dict by name."""
-    names, required = model.input_names, model.required_inputs
+    names, required, most = model.input_names, model.required_inputs, model.most_inputs
     if isinstance(x, tuple) and not x:
         raise OptionError(f"{model!r:.200} takes {', '.join(names)}, but got no input")
     if isinstance(x, Mapping) and set(x) <= set(names):
         count = max(names.index(name) for name in x) + 1 if x else 0
-        missing = [name for name in names[: max(count, required)] if name not in x]
+        missing = [name for name in names[:required] if name not in x]
         if missing:
             raise ShapeError(
                 f"{model!r:.200} takes {', '.join(names)}; without {', '.join(missing)}"
             )
-        return tuple(x[name] for name in names[:count])
+        return tuple(x.get(name) for name in names[: max(count, required)])
     if isinstance(x, Mapping) and len(names) > 1:
         raise ShapeError(f"{model!r:.200} takes {', '.join(names)}, not {', '.join(map(str, x))}")
-    given: tuple[Any, ...] = x if isinstance(x, tuple) and len(names) > 1 else (x,)
-    if not required <= len(given) <= len(names):
+    given: tuple[Any, ...] = x if isinstance(x, tuple) and most != 1 else (x,)
+    if not required <= len(given) <= (most or len(given)):
         raise ShapeError(
             f"{model!r:.200} takes {', '.join(names)}: {len(given)} inputs are not so many; "
             "give a tuple of them, or a dict"
@@ -524,6 +537,12 @@ def _row_count(model: Layer, inputs: Sequence[Any]) -> int:
     if len(set(counts)) > 1:
         raise ShapeError(f"{model!r:.200} takes inputs of as many rows each, not {counts}")
     return counts[0]
+
+
+def _kinds(model: Layer, given: Sequence[Any], sources: Sequence[Any]) -> tuple[Kind | None, ...]:
+    """What the rows of each input are; None for one that is left out."""
+    rows = iter(sources)
+    return tuple(None if x is None else _kind(model, i, next(rows)) for i, x in enumerate(given))
 
 
 def _kind(model: Layer, index: int, rows: Any) -> Kind:

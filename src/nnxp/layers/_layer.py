@@ -498,6 +498,12 @@ class Layer(metaclass=_Assembly):
         """How many inputs there are at least: those after them may be left out."""
         return sum(each.default is each.empty for each in _inputs_of(type(self)).values())
 
+    @property
+    def most_inputs(self) -> int | None:
+        """How many inputs there may be; None for a formula that takes any number of them."""
+        inputs = _inputs_of(type(self)).values()
+        return None if any(each.kind is each.VAR_POSITIONAL for each in inputs) else len(inputs)
+
     def input_dtypes(self, count: int) -> list[np.dtype[Any]]:
         """The types in which so many inputs are computed, where the rows do not tell."""
         kinds = [*self.takes, *["float"] * count][:count]

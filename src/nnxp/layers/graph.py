@@ -97,6 +97,10 @@ class Graph(Layer):
     def required_inputs(self) -> int:
         return len(self.inputs)
 
+    @property
+    def most_inputs(self) -> int:
+        return len(self.inputs)
+
     def program(self, *outlines: Any) -> Program:
         """The graph written out, for inputs of these shapes, in the types that it says."""
         plain = [not (len(each) == 2 and isinstance(each[0], tuple | list)) for each in outlines]

@@ -1,0 +1,129 @@
+"""Several inputs and outputs: through the model, the engine, the parity kit, on every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import PAIRS, draw, every_backend
+from nnxp.testing import assert_parity
+
+
+class Branches(nnxp.Layer):
+    """(a, b) = (dense(x) + y, dense(x) * 2), ids picking rows of a table besides."""
+
+    takes = ("float", "float", "int")
+    dense: nnxp.Dense
+    table: nnxp.Embedding
+
+    def __init__(self):
+        self.dense = nnxp.Dense(4, 3, "tanh", rng=0)
+        self.table = nnxp.Embedding(7, 3, rng=1)
+
+    def __call__(self, x, y, ids=None):
+        inner = self.dense(x)
+        inner = inner if ids is None else inner + self.table(ids)
+        return inner + y, inner * 2
+
+    @classmethod
+    def examples(cls):
+        yield cls(), [(5, 4), (5, 3)]
+
+
+NET = Branches()
+X, Y, IDS = draw((5000, 4)), draw((5000, 3), seed=1), np.arange(5000) % 7
+
+
+def both(made, expected):
+    assert isinstance(made, tuple)
+    for y, wanted in zip(made, expected, strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("limit", [None, "100 KiB"])
+def test_a_tuple_or_a_dict_of_inputs_gives_a_tuple_of_outputs(backend, limit):
+    engine = nnxp.Engine(NET, backend, memory_limit=limit)
+    for rows in (5000, 3, 3, 3, 1, 0):
+        x, y, ids = X[:rows], Y[:rows], IDS[:rows]
+        if rows:
+            both(engine((x, y, ids)), NET(x, y, ids))
+            both(engine({"y": y, "ids": ids, "x": x}), NET(x, y, ids))
+            both(engine((x.astype("float64"), y)), NET(x, y))
+        assert [len(each) for each in engine((x, y))] == [rows, rows]
+
+
+@every_backend
+def test_out_is_a_tuple_and_ids_stay_whole(backend):
+    out = np.empty((5000, 3), "float32"), np.empty((5000, 3), "float64")
+    assert nnxp.predict(NET, (X, Y, IDS.astype("uint8")), backend, out=out) == out
+    both(out, NET(X, Y, IDS))
+    with pytest.raises(nnxp.DtypeMismatch, match="whole numbers"):
+        nnxp.predict(NET, (X, Y, IDS + 0.5), backend)
+
+
+@every_backend
+def test_inputs_on_the_device_stay_there(backend):
+    where = nnxp.get_backend(backend)
+    engine = nnxp.Engine(NET, backend)
+    x, y = where.put(X[:9]), where.put(Y[:9])
+    for _ in range(3):
+        made = engine((x, y))
+        assert all(type(each) is type(x) for each in made)
+        both(tuple(map(nnxp.asnumpy, made)), NET(X[:9], Y[:9]))
+    if where.device != "cpu":
+        with pytest.raises(nnxp.DeviceMismatch, match="several places"):
+            engine((x, Y[:9]))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ((X, Y[:7]), nnxp.ShapeError, "as many rows each"),
+        (X, nnxp.ShapeError, "x, y, ids"),
+        ((X, Y, IDS, X), nnxp.ShapeError, "4 inputs"),
+        ({"x": X}, nnxp.ShapeError, "without y"),
+        ({"x": X, "z": Y}, nnxp.ShapeError, "takes x, y, ids"),
+        ((X[:, :2], Y), nnxp.ShapeError, "takes"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(given, error, words):
+    with pytest.raises(error, match=words):
+        nnxp.predict(NET, given, "cpu")
+    for out in (np.empty((5000, 3), "float32"), ()):
+        with pytest.raises(nnxp.OptionError, match="tuple of 2 arrays"):
+            nnxp.predict(NET, (X, Y), "cpu", out=out)
+
+
+def test_parity_judges_all_outputs_of_all_inputs():
+    report = assert_parity(NET, X[:20], Y[:20], IDS[:20], backends=["numpy", "sim"])
+    assert {check.name for check in report.checks} == {"dense", "table", "output", "engine"}
+    assert_parity(NET, (X[:20], Y[:20]), backends=["sim"])
+
+
+SEVERAL = [(layer, shape) for layer, shape in PAIRS if isinstance(shape, list)]
+
+
+def rows_of(layer, shapes):
+    """Rows for these shapes; ids small, lengths within."""
+    kinds = [*layer.takes, *["float"] * len(shapes)]
+    return tuple(
+        None if shape is None else np.ones(shape, "int64") if kind == "int" else draw(shape)
+        for shape, kind in zip(shapes, kinds, strict=False)
+    )
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("layer", "shapes"), SEVERAL, ids=[f"{layer!r}"[:50] for layer, _ in SEVERAL]
+)
+def test_every_layer_of_several_inputs_goes_through_an_engine(layer, shapes, backend):
+    given = rows_of(layer, shapes)
+    expected = layer(*given)
+    engine = nnxp.Engine(layer, backend)
+    for _ in range(3):
+        made = engine(given)
+        pairs = zip(made, expected, strict=True) if isinstance(made, tuple) else [(made, expected)]
+        for y, wanted in pairs:
+            np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-5)
