@@ -477,7 +477,8 @@ def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
                     taken.clear()
                 taken.add(kind)
             if type(x) is np.ndarray:
-                return formula(self, *inputs)
+                with np.errstate(under="ignore"):  # what is too small for its type is rightly zero
+                    return formula(self, *inputs)
             with _current(self, inputs):
                 return formula(self, *inputs)
         except Exception as error:
