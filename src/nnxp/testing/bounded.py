@@ -103,14 +103,15 @@ def _finfo(dtype: Any) -> Any:
     return np.finfo(kind)
 
 
-def _rounding(value: HostArray, dtype: Any, times: Any = 1.0) -> HostArray:
+def _rounding(value: HostArray, dtype: Any, times: float | HostArray = 1.0) -> HostArray:
     """What storing `value` in dtype may add, `times` over; small results may be flushed to zero."""
     if not is_floating(np.dtype(dtype)):
         return np.zeros(np.shape(value))
     dtype = _charged(dtype)
     info = _finfo(dtype)
     floor = float(info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.tiny)
-    return times * unit_roundoff(dtype) * np.abs(value) + floor * (value != 0)
+    added: HostArray = times * unit_roundoff(dtype) * np.abs(value) + floor * (value != 0)
+    return added
 
 
 class ndarray(_library.ndarray):
@@ -444,7 +445,9 @@ def _logaddexp(x: Any, y: Any) -> ndarray:
 # Functions of one number
 
 
-def _function(value: HostArray, slope: Any, x: ndarray, dtype: Any, times: Any = 2.0) -> ndarray:
+def _function(
+    value: HostArray, slope: Any, x: ndarray, dtype: Any, times: float | HostArray = 2.0
+) -> ndarray:
     """f(x) with |f'| = slope: the incoming error times the slope, and a few units of its own.
 
     Libraries differ by an ulp or two in such functions: NumPy's vectorised ones reach 4 ulp.
