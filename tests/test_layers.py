@@ -16,7 +16,9 @@ from conftest import (
     every_swept_layer,
     results,
 )
+from nnxp import kernels
 from nnxp._arrays import place_of
+from nnxp.layers.activation import ALIASES, named
 from nnxp.testing import assert_parity, bounded, error_bound
 from nnxp.testing.parity import compare
 
@@ -381,3 +383,75 @@ def test_results_too_small_for_their_type_raise_nothing(layer, shape, size):
         results = [layer(x), engine(x), engine(x)]  # the second time it takes the short way
     for result in results:
         np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("ReLU", "relu"),
+        ("swish", "silu"),
+        ("linear", "identity"),
+        ("Tanh", "tanh"),
+        ("logsigmoid", "log_sigmoid"),
+        ("hardtanh", "hard_tanh"),
+        ("LeakyReLU", "leaky_relu"),
+        ("hard-swish", "hard_swish"),
+        ("GELU tanh", "gelu_tanh"),
+        ("logistic", "sigmoid"),
+    ],
+)
+def test_an_activation_is_found_in_any_spelling_and_kept_by_its_own_name(name, canonical):
+    assert nnxp.Activation(name).activation == canonical
+    assert nnxp.Dense(2, 3, name, rng=0).activation == canonical
+    assert nnxp.Activation.of(name, {}).activation == canonical
+
+
+def test_every_alias_leads_to_an_activation_and_hides_none():
+    for alias, name in ALIASES.items():
+        assert named(alias).__name__ == name
+    for name in kernels.ACTIVATIONS:
+        for spelling in (name, name.upper(), name.replace("_", "-"), name.replace("_", "")):
+            assert named(spelling).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (
+            lambda: nnxp.Dense(2, 3, "rellu"),
+            r"no activation 'rellu'; did you mean relu .*names are",
+        ),
+        (lambda: nnxp.Activation("hardsigmod"), "did you mean hard_sigmoid"),
+        (lambda: nnxp.Activation("xyzzy"), r"no activation 'xyzzy'\. The names are celu"),
+        (lambda: nnxp.Activation(None), "no activation None"),
+        (lambda: nnxp.Activation("PReLU"), r"a layer of its own: nnxp\.PReLU"),
+        (lambda: nnxp.Activation("elu", alpha="a"), "alpha of elu is a number, not 'a'"),
+        (lambda: nnxp.Activation("elu", slope=1.0), "elu has the options alpha, not slope"),
+        (lambda: nnxp.Activation("celu", alpha=0), "alpha of celu is a number above 0, not 0"),
+        (lambda: nnxp.Activation("soft_shrink", lambd=-1), "lambd of soft_shrink .* at least 0"),
+        (lambda: nnxp.Activation("hard_tanh", min_val=2), "from min_val to max_val, not 2 to 1"),
+        (lambda: nnxp.PReLU(slope="a"), "PReLU's slope is a number, not 'a'"),
+    ],
+)
+def test_a_wrong_activation_is_answered_with_what_would_be_right(wrong, words):
+    with pytest.raises(nnxp.OptionError, match=words):
+        wrong()
+
+
+def test_prelu_has_a_slope_for_each_channel_or_one_for_all():
+    x = np.array([[-2.0, 4.0], [3.0, -8.0]], "float32")
+    np.testing.assert_array_equal(nnxp.PReLU()(x), [[-0.5, 4], [3, -2]])
+    layer = nnxp.PReLU.of(np.array([0.5, -1.0], "float32"))
+    np.testing.assert_array_equal(layer(x), [[-1, 4], [3, 8]])
+    for odd in (np.ones((2, 1), "float32"), np.ones(2, "float32")):
+        with pytest.raises(nnxp.ShapeError, match=r"takes \(rows, \.\.\., 2\) but got \(rows"):
+            layer(odd)
+
+
+def test_glu_halves_its_last_axis():
+    x = np.array([[-1.0, 0.0, 1.0, 1.0]])
+    np.testing.assert_allclose(nnxp.GLU()(x), [[-0.73105858, 0]], rtol=1e-8)
+    assert nnxp.GLU().output_shape((9, 6)) == (9, 3)
+    assert kernels.glu(np.ones((2, 4, 3)), axis=1).shape == (2, 2, 3)
+    with pytest.raises(nnxp.ShapeError, match="one of 3 has no halves"):
+        nnxp.GLU()(np.ones((2, 3)))

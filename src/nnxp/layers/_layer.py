@@ -601,11 +601,11 @@ def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
                 if len(taken) >= MOST_KINDS:
                     taken.clear()
                 taken.add(kind)
-            with np.errstate(under="ignore"):  # where exp underflows, 0 is the right answer
-                if type(x) is np.ndarray:
+            if type(x) is np.ndarray:
+                with np.errstate(under="ignore"):  # what is too small for its type is rightly zero
                     return formula(self, *inputs)
-                with _current(self, inputs):
-                    return formula(self, *inputs)
+            with _current(self, inputs):
+                return formula(self, *inputs)
         except Exception as error:
             _locate(error, self)
             raise

@@ -48,13 +48,20 @@ def named(activation: str) -> kernels.Kernel:
     from difflib import get_close_matches
 
     near = dict.fromkeys(names[each] for each in get_close_matches(plain, names))
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     known = ", ".join(sorted(kernels.ACTIVATIONS))
-    raise OptionError(f"there is no activation {activation!r:.60}; {hint}The names are {known}")
+    raise OptionError(f"there is no activation {activation!r:.60}{hint} The names are {known}")
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+def _number(what: str, value: object) -> float:
+    """A number as a float; OptionError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise OptionError(f"{what} is a number, not {value!r:.60}")
+    return float(value)
 
 
 class Activation(Layer):
@@ -83,8 +90,7 @@ class Activation(Layer):
                 f"not {', '.join(sorted(self.options.keys() - known))}"
             )
         for name, value in self.options.items():
-            if not is_real(value):
-                raise OptionError(f"{name} of {self.activation} is a number, not {value!r:.60}")
+            _number(f"{name} of {self.activation}", value)
         with np.errstate(all="ignore"):
             kernel.reference(np.zeros((1, 1), "float32"), **self.options)  # refuses what it must
 
@@ -123,7 +129,8 @@ class PReLU(Layer):
     def __init__(
         self, channels: int = 1, *, slope: float = 0.25, dtype: object = "float32"
     ) -> None:
-        self.slope = np.full(whole("PReLU's channels", channels), slope, float_dtype(dtype))
+        start = _number("PReLU's slope", slope)
+        self.slope = np.full(whole("PReLU's channels", channels), start, float_dtype(dtype))
 
     def validate(self) -> None:
         shape = array_shape(self, "slope")
@@ -133,7 +140,8 @@ class PReLU(Layer):
     def __call__(self, x: Array) -> Array:
         (channels,) = self.slope.shape
         if channels > 1 and (x.ndim < 2 or x.shape[-1] != channels):
-            raise ShapeError(f"{self} takes (rows, ..., {channels}) but got {x.shape}")
+            got = ", ".join(["rows", *map(str, x.shape[1:])])
+            raise ShapeError(f"{self} takes (rows, ..., {channels}) but got ({got})")
         return kernels.prelu(x, self.slope)
 
     def __repr__(self) -> str:

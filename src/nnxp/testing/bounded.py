@@ -103,7 +103,7 @@ def _finfo(dtype: Any) -> Any:
     return np.finfo(kind)
 
 
-def _rounding(value: HostArray, dtype: Any, times: Any = 1.0) -> HostArray:
+def _rounding(value: HostArray, dtype: Any, times: float | HostArray = 1.0) -> HostArray:
     """What storing `value` in dtype may add, `times` over; small results may be flushed to zero."""
     if not is_floating(np.dtype(dtype)):
         return np.zeros(np.shape(value))
@@ -446,7 +446,9 @@ def _logaddexp(x: Any, y: Any) -> ndarray:
 # Functions of one number
 
 
-def _function(value: HostArray, slope: Any, x: ndarray, dtype: Any, times: Any = 2.0) -> ndarray:
+def _function(
+    value: HostArray, slope: Any, x: ndarray, dtype: Any, times: float | HostArray = 2.0
+) -> ndarray:
     """f(x) with |f'| = slope: the incoming error times the slope, and a few units of its own.
 
     Libraries differ by an ulp or two in such functions: NumPy's vectorised ones reach 4 ulp.
