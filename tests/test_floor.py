@@ -141,7 +141,7 @@ def test_nnxp_bench_takes_a_model_and_says_where_it_ran(tmp_path):
         (["nowhere.safetensors"], 1, "nowhere.safetensors"),
         (["norm.safetensors"], 2, "no Dense layer"),
         (["norm.safetensors", "--shape", "many"], 2, "'many'"),
-        (["dense.safetensors", "--shape", "7"], 1, "(1, 7)"),
+        (["dense.safetensors", "--shape", "7"], 2, "(1, 7)"),
     ],
 )
 def test_what_nnxp_bench_cannot_do_is_one_clear_line(tmp_path, monkeypatch, args, code, word):
