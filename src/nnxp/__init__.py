@@ -23,6 +23,8 @@ from nnxp.io.columns import Columns as Columns
 from nnxp.io.sklearn import from_sklearn as from_sklearn
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import Activation as Activation
+from nnxp.layers.columns import Clip as Clip
+from nnxp.layers.columns import Take as Take
 from nnxp.layers.containers import Residual as Residual
 from nnxp.layers.containers import Sequential as Sequential
 from nnxp.layers.dense import Dense as Dense

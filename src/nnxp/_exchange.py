@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -46,9 +46,15 @@ class Rows:
     the names of the columns, if they have any.
     """
 
-    def __init__(self, source: Any, take: Callable[[slice], Any], shape: Shape) -> None:
+    def __init__(
+        self,
+        source: Any,
+        take: Callable[[slice], Any],
+        shape: Shape,
+        columns: tuple[str | None, ...] | None = None,
+    ) -> None:
         self.reads, self.shape, self._take = (source,), shape, take
-        self.columns = columns_of(source)
+        self.columns = columns or columns_of(source)
         self.dtype = self[:0].dtype if shape else None
 
     def __len__(self) -> int:
@@ -131,18 +137,81 @@ def host_rows(block: Any) -> HostArray:
         ) from error
 
 
-def columns_of(source: Any) -> tuple[str, ...] | None:
-    """The names of a source's columns, None if it has none or if they are not all strings."""
+# names of columns
+
+
+def columns_of(source: Any) -> tuple[str | None, ...] | None:
+    """The names of a source's columns, None where one has none; None if no column has a name."""
     if source is None or isinstance(source, np.ndarray):
         return None
     names = _names(source) if _is_table(source) else getattr(source, "columns", None)
-    if names is None or callable(names):
+    if names is None or callable(names) or isinstance(names, str):
         return None
     try:
-        names = tuple(names)
+        names = tuple(name if isinstance(name, str) else None for name in names)
     except TypeError:
         return None
-    return names if names and all(isinstance(name, str) for name in names) else None
+    return names if any(name is not None for name in names) else None
+
+
+def in_order(source: Any, names: Any) -> Any:
+    """The source with its columns in the order of these names, as a model was trained with them.
+
+    A source whose columns have no names is taken as it is, and so is every source if there are no
+    names to compare. Raises ShapeError for columns that are missing, more, or not to be told apart.
+    """
+    columns = columns_of(source)
+    places = order_of(columns, names) if columns and names else None
+    if places is None:
+        return source
+
+    def take(rows: slice) -> HostArray:
+        return np.take(host_rows(source[rows]), places, axis=1)
+
+    return Rows(source, take, _shape(source), tuple(names))
+
+
+def order_of(columns: Sequence[str | None], names: Sequence[str]) -> list[int] | None:
+    """The places of the named columns, in this order; None if they are in it already.
+
+    Columns that are called "0", "1", "2", ... have no names, and some without a name stay where
+    they are, if the others are where they belong. Raises ShapeError as `in_order` does.
+    """
+    columns, names = tuple(columns), tuple(names)
+    counted = tuple(map(str, range(len(columns))))
+    if columns in (names, counted):
+        return None
+    if None in columns and len(columns) == len(names):
+        named = zip(columns, names, strict=True)
+        wrong = next(((is_, due) for is_, due in named if is_ not in (None, due)), None)
+        if wrong is None:
+            return None
+        raise ShapeError(
+            f"x has the column {wrong[0]!r} in the place of {wrong[1]!r}, and others without a name"
+        )
+    missing, extra = Counter(names) - Counter(columns), Counter(columns) - Counter(names)
+    if missing or extra:
+        raise ShapeError(_other_columns(list(missing), list(extra)))
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ShapeError(
+            f"x has its columns in another order than the model was trained with, and as several "
+            f"are called {twice!r}, nobody can tell which is which"
+        )
+    return [columns.index(name) for name in names]
+
+
+def _other_columns(missing: list[str], extra: list[str | None]) -> str:
+    """What the columns of x lack, and what they have besides, in words."""
+
+    def some(names: Sequence[str | None]) -> str:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return ", ".join("one without a name" if n is None else repr(n) for n in names[:5]) + more
+
+    said = [f"lacks {some(missing)}"] if missing else []
+    said += [f"has {some(extra)} besides"] if extra else []
+    fix = "" if missing else "; x[list(model.columns)] leaves out what is too much"
+    return f"the model was trained with other columns: x {' and '.join(said)}{fix}"
 
 
 # arrays and lists

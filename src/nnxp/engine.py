@@ -15,7 +15,7 @@ import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape, is_array, is_floating, is_numeric, place_of
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
-from nnxp._exchange import shares_memory, source_of
+from nnxp._exchange import in_order, shares_memory, source_of
 from nnxp._progress import Progress, told
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
 from nnxp.backend._base import Cursor, Source
@@ -132,7 +132,7 @@ class Engine:
         if place is not None:
             in_kind = _in_kind(x)
             return in_kind(self._resident(place, there, out))
-        rows: Source = source_of(x)
+        rows: Source = in_order(source_of(x), getattr(model, "columns", None))
         shape = tuple(rows.shape)
         dtype = model.dtype or float_type(rows)
         given = getattr(rows, "dtype", None)
