@@ -14,7 +14,7 @@ from __future__ import annotations
 import numbers
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -161,57 +161,55 @@ def in_order(source: Any, names: Any) -> Any:
     names to compare. Raises ShapeError for columns that are missing, more, or not to be told apart.
     """
     columns = columns_of(source)
-    places = order_of(columns, names) if columns and names else None
-    if places is None:
+    places = columns and order_of(columns, names, "x[list(model.columns)] leaves them out")
+    if not places:
         return source
 
     def take(rows: slice) -> HostArray:
         return np.take(host_rows(source[rows]), places, axis=1)
 
-    return Rows(source, take, _shape(source), tuple(names))
+    return Rows(source, take, _shape(source), names)
 
 
-def order_of(columns: Sequence[str | None], names: Sequence[str]) -> list[int] | None:
-    """The places of the named columns, in this order; None if they are in it already.
+def order_of(columns: tuple[str | None, ...], names: Any, fix: str) -> list[int] | None:
+    """The places of columns in the order of these names; None if they are in it, or have no names.
 
-    Columns that are called "0", "1", "2", ... have no names, and some without a name stay where
-    they are, if the others are where they belong. Raises ShapeError as `in_order` does.
+    Columns "0", "1", "2", ... have none. Where some have names and some not, all stay in their
+    places, if the names are in theirs. `fix` says how columns that are too many can be left out.
     """
-    columns, names = tuple(columns), tuple(names)
-    counted = tuple(map(str, range(len(columns))))
-    if columns in (names, counted):
+    named = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    if not named or columns in (names, tuple(map(str, range(len(columns))))):
         return None
     if None in columns and len(columns) == len(names):
-        named = zip(columns, names, strict=True)
-        wrong = next(((is_, due) for is_, due in named if is_ not in (None, due)), None)
-        if wrong is None:
+        pairs = [(own, due) for own, due in zip(columns, names, strict=True) if own is not None]
+        if all(own == due for own, due in pairs):
             return None
+        own, due = next((own, due) for own, due in pairs if own != due)
         raise ShapeError(
-            f"x has the column {wrong[0]!r} in the place of {wrong[1]!r}, and others without a name"
+            f"the column {own!r} is where the model was trained with {due!r}; with names for all "
+            "columns they would be put in order"
         )
     missing, extra = Counter(names) - Counter(columns), Counter(columns) - Counter(names)
     if missing or extra:
-        raise ShapeError(_other_columns(list(missing), list(extra)))
-    if len(set(names)) < len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
+        said = [f"{_some(missing)} missing"] if missing else []
+        said += [f"{_some(extra)} too many"] if extra else []
         raise ShapeError(
-            f"x has its columns in another order than the model was trained with, and as several "
-            f"are called {twice!r}, nobody can tell which is which"
+            f"these are not the columns that the model was trained with: {', '.join(said)}"
+            + ("" if missing else f"; {fix}")
+        )
+    if len(set(names)) < len(names):
+        twice, _ = Counter(names).most_common(1)[0]
+        raise ShapeError(
+            "the columns are in another order than the model was trained with, and as several are "
+            f"called {twice!r}, they cannot be put in order"
         )
     return [columns.index(name) for name in names]
 
 
-def _other_columns(missing: list[str], extra: list[str | None]) -> str:
-    """What the columns of x lack, and what they have besides, in words."""
-
-    def some(names: Sequence[str | None]) -> str:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return ", ".join("one without a name" if n is None else repr(n) for n in names[:5]) + more
-
-    said = [f"lacks {some(missing)}"] if missing else []
-    said += [f"has {some(extra)} besides"] if extra else []
-    fix = "" if missing else "; x[list(model.columns)] leaves out what is too much"
-    return f"the model was trained with other columns: x {' and '.join(said)}{fix}"
+def _some(names: Counter[Any]) -> str:
+    said = ["one without a name" if name is None else repr(name) for name in names]
+    more = f" and {len(said) - 5} more" if len(said) > 5 else ""
+    return f"{', '.join(said[:5])}{more} {'is' if len(said) == 1 else 'are'}"
 
 
 # arrays and lists

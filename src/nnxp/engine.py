@@ -330,8 +330,7 @@ class Replica:
             raise ShapeError(
                 f"an engine takes rows in blocks, but {program.mixing}; call the model on all of them"
             )
-        if is_floating(travels) and travels.itemsize > dtype.itemsize:
-            program = in_their_own_type(program, travels)
+        program = in_their_own_type(program, travels)
         if program.several:
             raise ShapeError(f"{self.model!r:.200} answers several arrays: an engine takes one")
         if self.backend.name != "cupy":

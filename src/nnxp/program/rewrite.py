@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nnxp import kernels
+from nnxp._arrays import is_floating
 from nnxp.program.program import Program, replay, trace
 from nnxp.program.recording import again
 from nnxp.program.traced import Step, Value, record
@@ -23,12 +24,17 @@ def repeated(step: Step, arrays: tuple[Any, ...]) -> Any:
 
 
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
-    """The program for rows of a wider type, if the first thing it does is to centre them.
+    """The program for rows of this type, if it is wider and the first thing is to centre them.
 
     What is left after a large mean was subtracted is rounded to the program's type, not the rows
-    themselves. A program that does something else with its rows stays as it is.
+    themselves. Whole numbers of which the program's type may not hold all are taken as float64. A
+    program that does something else with its rows stays as it is.
     """
     (x,) = program.inputs
+    whole = dtype.kind in "iu" and dtype.itemsize >= x.dtype.itemsize
+    wide_type = np.dtype("float64") if whole else dtype
+    if not is_floating(wide_type) or wide_type.itemsize <= x.dtype.itemsize:
+        return program
     uses = [step for step in program.steps if x in step.values]
     if len(uses) != 1 or uses[0].function not in CENTRING or uses[0].inputs[0] is not x:
         return program
@@ -38,6 +44,6 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
         made = repeated(step, arrays)
         return made.astype(narrow) if step is uses[0] else made
 
-    wide = Value(x.shape, np.dtype(dtype), name=x.name)
+    wide = Value(x.shape, wide_type, name=x.name)
     made = trace(lambda *inputs: tuple(replay(program, inputs, change)), wide)
     return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)
