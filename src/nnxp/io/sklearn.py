@@ -205,7 +205,7 @@ def _transform(model: _Model, step: _Step) -> None:
         raise ConversionError(f"{step} has no counterpart{_way_on(step)}")
     _fitted(step)
     if step.name in _SCALERS:
-        model.standardize(step, *_scaling(step))
+        model.standardize(step, *_scaling(step, model.kind))
         if getattr(step.estimator, "clip", False):
             low, high = step.estimator.feature_range
             model.append(Clip(float(low), float(high)))
@@ -217,12 +217,14 @@ def _transform(model: _Model, step: _Step) -> None:
         _normalize(model, step)
 
 
-def _scaling(step: _Step) -> tuple[HostArray, HostArray]:
+def _scaling(step: _Step, kind: np.dtype[Any]) -> tuple[HostArray, HostArray]:
     """(mean, scale) of a scaler that answers (x - mean) / scale."""
     scaler, size = step.estimator, step.estimator.n_features_in_
     zeros, ones = np.zeros(size), np.ones(size)
     match step.name:
         case "StandardScaler":
+            if not scaler.with_mean and scaler.mean_ is not None:
+                _refuse_loss(step, step.array("mean_"), step.array("scale_"), kind)
             return (
                 step.array("mean_") if scaler.with_mean else zeros,
                 step.array("scale_") if scaler.with_std else ones,
@@ -359,7 +361,7 @@ def _predict_transformed(model: _Model, step: _Step) -> None:
             f"{scaler} has no counterpart; convert its regressor_, and give what the model "
             "predicts to its transformer_.inverse_transform"
         )
-    mean, scale = _scaling(scaler)
+    mean, scale = _scaling(scaler, model.kind)
     _refuse_loss(scaler, mean, scale, model.kind)
     if isinstance(model.layers[-1], Take):
         model.layers.pop()

@@ -31,9 +31,9 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
     program that does something else with its rows stays as it is.
     """
     (x,) = program.inputs
-    whole = dtype.kind in "iu" and dtype.itemsize >= x.dtype.itemsize
-    wide_type = np.dtype("float64") if whole else dtype
-    if not is_floating(wide_type) or wide_type.itemsize <= x.dtype.itemsize:
+    if dtype.kind in "iu" and dtype.itemsize >= x.dtype.itemsize:
+        dtype = np.dtype("float64")
+    if not is_floating(dtype) or dtype.itemsize <= x.dtype.itemsize:
         return program
     uses = [step for step in program.steps if x in step.values]
     if len(uses) != 1 or uses[0].function not in CENTRING or uses[0].inputs[0] is not x:
@@ -44,6 +44,6 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
         made = repeated(step, arrays)
         return made.astype(narrow) if step is uses[0] else made
 
-    wide = Value(x.shape, wide_type, name=x.name)
+    wide = Value(x.shape, np.dtype(dtype), name=x.name)
     made = trace(lambda *inputs: tuple(replay(program, inputs, change)), wide)
     return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)
