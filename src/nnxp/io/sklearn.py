@@ -223,7 +223,7 @@ def _scaling(step: _Step, kind: np.dtype[Any]) -> tuple[HostArray, HostArray]:
     zeros, ones = np.zeros(size), np.ones(size)
     match step.name:
         case "StandardScaler":
-            if not scaler.with_mean and scaler.mean_ is not None:
+            if scaler.with_std and not scaler.with_mean and scaler.mean_ is not None:
                 _refuse_loss(step, step.array("mean_"), step.array("scale_"), kind)
             return (
                 step.array("mean_") if scaler.with_mean else zeros,
