@@ -151,7 +151,8 @@ class Engine:
                 kind = place.kind(shape, travels, dtype)
                 fn = partial(place.forward, kind, self.precision)
                 fill = partial(place.fill, kind, dtype, self.memory_limit is not None)
-                sweep = Sweep(fn, fill, rows, out, dtype, plan, done, cursor, place.kept)
+                taken = kind.program.inputs[0].dtype  # wider than the model's, where it centres first
+                sweep = Sweep(fn, fill, rows, out, taken, plan, done, cursor, place.kept)
                 found = place.backend.sweep(sweep)
                 if found is not None:
                     kind.most_rows = found
