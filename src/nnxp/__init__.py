@@ -32,6 +32,8 @@ from nnxp.layers.attention import MultiHeadAttention as MultiHeadAttention
 from nnxp.layers.attention import TransformerEncoder as TransformerEncoder
 from nnxp.layers.attention import TransformerEncoderLayer as TransformerEncoderLayer
 from nnxp.layers.bilinear import Bilinear as Bilinear
+from nnxp.layers.columns import Clip as Clip
+from nnxp.layers.columns import Take as Take
 from nnxp.layers.containers import Add as Add
 from nnxp.layers.containers import Concatenate as Concatenate
 from nnxp.layers.containers import Residual as Residual

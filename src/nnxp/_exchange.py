@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from types import ModuleType
@@ -46,9 +46,15 @@ class Rows:
     the names of the columns, if they have any.
     """
 
-    def __init__(self, source: Any, take: Callable[[slice], Any], shape: Shape) -> None:
+    def __init__(
+        self,
+        source: Any,
+        take: Callable[[slice], Any],
+        shape: Shape,
+        columns: tuple[str | None, ...] | None = None,
+    ) -> None:
         self.reads, self.shape, self._take = (source,), shape, take
-        self.columns = columns_of(source)
+        self.columns = columns or columns_of(source)
         self.dtype = self[:0].dtype if shape else None
 
     def __len__(self) -> int:
@@ -133,18 +139,79 @@ def host_rows(block: Any) -> HostArray:
         ) from error
 
 
-def columns_of(source: Any) -> tuple[str, ...] | None:
-    """The names of a source's columns, None if it has none or if they are not all strings."""
+# names of columns
+
+
+def columns_of(source: Any) -> tuple[str | None, ...] | None:
+    """The names of a source's columns, None where one has none; None if no column has a name."""
     if source is None or isinstance(source, np.ndarray):
         return None
     names = _names(source) if _is_table(source) else getattr(source, "columns", None)
-    if names is None or callable(names):
+    if names is None or callable(names) or isinstance(names, str):
         return None
     try:
-        names = tuple(names)
+        names = tuple(name if isinstance(name, str) else None for name in names)
     except TypeError:
         return None
-    return names if names and all(isinstance(name, str) for name in names) else None
+    return names if any(name is not None for name in names) else None
+
+
+def in_order(source: Any, names: Any) -> Any:
+    """The source with its columns in the order of these names, as a model was trained with them.
+
+    A source whose columns have no names is taken as it is, and so is every source if there are no
+    names to compare. Raises ShapeError for columns that are missing, more, or not to be told apart.
+    """
+    columns = columns_of(source)
+    places = columns and order_of(columns, names, "x[list(model.columns)] leaves them out")
+    if not places:
+        return source
+
+    def take(rows: slice) -> HostArray:
+        return np.take(host_rows(source[rows]), places, axis=1)
+
+    return Rows(source, take, _shape(source), names)
+
+
+def order_of(columns: tuple[str | None, ...], names: Any, fix: str) -> list[int] | None:
+    """The places of columns in the order of these names; None if they are in it, or have no names.
+
+    Columns "0", "1", "2", ... have none. Where some have names and some not, all stay in their
+    places, if the names are in theirs. `fix` says how columns that are too many can be left out.
+    """
+    named = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    if not named or columns in (names, tuple(map(str, range(len(columns))))):
+        return None
+    if None in columns and len(columns) == len(names):
+        pairs = [(own, due) for own, due in zip(columns, names, strict=True) if own is not None]
+        if all(own == due for own, due in pairs):
+            return None
+        own, due = next((own, due) for own, due in pairs if own != due)
+        raise ShapeError(
+            f"the column {own!r} is where the model was trained with {due!r}; with names for all "
+            "columns they would be put in order"
+        )
+    missing, extra = Counter(names) - Counter(columns), Counter(columns) - Counter(names)
+    if missing or extra:
+        said = [f"{_some(missing)} missing"] if missing else []
+        said += [f"{_some(extra)} too many"] if extra else []
+        raise ShapeError(
+            f"these are not the columns that the model was trained with: {', '.join(said)}"
+            + ("" if missing else f"; {fix}")
+        )
+    if len(set(names)) < len(names):
+        twice, _ = Counter(names).most_common(1)[0]
+        raise ShapeError(
+            "the columns are in another order than the model was trained with, and as several are "
+            f"called {twice!r}, they cannot be put in order"
+        )
+    return [columns.index(name) for name in names]
+
+
+def _some(names: Counter[Any]) -> str:
+    said = ["one without a name" if name is None else repr(name) for name in names]
+    more = f" and {len(said) - 5} more" if len(said) > 5 else ""
+    return f"{', '.join(said[:5])}{more} {'is' if len(said) == 1 else 'are'}"
 
 
 # arrays and lists

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
@@ -275,13 +275,18 @@ def predict(
     columns: Columns = None,
     missing: Missing = None,
     imports: Imports = None,
+    labels: Annotated[
+        bool,
+        typer.Option("--labels", help="Write the class of each row's largest output instead."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """A model's output for every row of a file.
 
     OUTPUT is written beside its place and renamed at the end: it is whole, or it is not there. A
-    table is read a batch of rows at a time; what is written as a table has the names y0, y1, ...,
-    or those of the model's classes.
+    table is read a batch of rows at a time, its columns in the order of the names that the model was
+    trained with; what is written as a table has the names y0, y1, ..., or those of the model's
+    classes.
     """
     from nnxp.engine import Engine
     from nnxp.io.onnx import load_model as load
@@ -293,17 +298,20 @@ def predict(
     for taken in (model, rows):
         if taken.exists() and output.exists() and output.samefile(taken):
             raise OptionError(f"{output}: the output would replace {taken}, which is read")
+    net = load(model)
     engine = Engine(
-        load(model),
+        net,
         _listed(backend),
         memory_limit=memory_limit,
         workers=workers,
         precision=precision,
     )
     start = perf_counter()
-    x = open_rows(rows, key, reading)
+    x = open_rows(rows, key, _of_model(reading, net))
     if isinstance(x, Table):
-        shape, dtype = _table_through(engine, x, output)
+        shape, dtype = _table_through(engine, x, output, labels)
+    elif labels:
+        shape, dtype = _labels_through(engine, x, output)
     else:
         shape, dtype = _array_through(engine, x, output)
     seconds = perf_counter() - start  # reading and writing included
@@ -335,11 +343,26 @@ def _array_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, s
     return shape, str(dtype)
 
 
-def _table_through(engine: Engine, table: Table, output: Path) -> tuple[Shape, str]:
+def _labels_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, str]:
+    """The labels of all rows of an array, into a file."""
+    from nnxp.io.labels import Labels
+    from nnxp.io.rows import APPENDED, Passing, appended_rows
+
+    labels, passing = Labels(engine.model, x.shape), Passing(x)
+    with appended_rows(output, (), labels.dtype, ["label"], _note) as append:
+        for start in range(0, len(x), APPENDED):
+            append(labels(engine(passing[start : start + APPENDED])))
+    return (len(x),), str(labels.dtype)
+
+
+def _table_through(
+    engine: Engine, table: Table, output: Path, labelled: bool
+) -> tuple[Shape, str]:
     """All rows of a table through the model, batch by batch, into a file."""
     from nnxp._arrays import nonfinite_rows
     from nnxp._errors import RowsError
     from nnxp.engine import float_type
+    from nnxp.io.labels import Labels
     from nnxp.io.rows import appended_rows
 
     batches = iter(table)
@@ -349,13 +372,17 @@ def _table_through(engine: Engine, table: Table, output: Path) -> tuple[Shape, s
     shape = engine.model.output_shape(first.shape)
     dtype = engine.model.dtype or float_type(first)
     names = _output_names(engine.model, shape)
+    labels = Labels(engine.model, first.shape) if labelled else None
+    if labels is not None:
+        shape, dtype, names = shape[:1], labels.dtype, ["label"]
     count = nonfinite = 0
     with (
         appended_rows(output, shape[1:], dtype, names, _note) as append,
         _progress(table) as tell,
     ):
         for batch in chain([first], batches):
-            append(engine(batch))
+            made = engine(batch)
+            append(made if labels is None else labels(made))
             count += len(batch)
             nonfinite += nonfinite_rows(batch)
             tell()
@@ -408,7 +435,12 @@ def _reading(
         raise OptionError(f'--missing is "nan" or a number, not {missing!r}') from None
     mark = {"tab": "\t", "\\t": "\t"}.get(delimiter or "", delimiter)
     names = next(csv.reader([columns], skipinitialspace=True)) if columns else ()
-    return Reading(header, mark, tuple(names), number, _note)
+    return Reading(header, mark, tuple(names), number, say=_note)
+
+
+def _of_model(reading: Reading, model: Layer | None) -> Reading:
+    """The same, with the names by which the model knows its columns."""
+    return replace(reading, names=getattr(model, "columns", None))
 
 
 def _note(message: str) -> None:
@@ -529,9 +561,11 @@ def verify(
     from nnxp.io.onnx import load_model as load
     from nnxp.io.rows import read_rows
 
+    net = load(model) if model else None
+    reading = _of_model(_reading(header, delimiter, columns, missing), net)
     found = verifying.verify(
-        load(model) if model else None,
-        read_rows(rows, key, _reading(header, delimiter, columns, missing)) if rows else None,
+        net,
+        read_rows(rows, key, reading) if rows else None,
         [] if backend == "auto" else _listed(backend),
         _listed(require),
     )

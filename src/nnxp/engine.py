@@ -23,7 +23,7 @@ from nnxp._arrays import (
     place_of,
 )
 from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
-from nnxp._exchange import shares_memory, source_of
+from nnxp._exchange import in_order, shares_memory, source_of
 from nnxp._progress import Progress, told
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
 from nnxp.backend._base import Cursor, Source
@@ -146,7 +146,8 @@ class Engine:
             in_kind = _in_kind(inputs[0])
             made = self._resident(replica, given, arrays, out)
             return tuple(map(in_kind, made)) if isinstance(made, tuple) else in_kind(made)
-        sources = tuple(map(source_of, inputs))
+        columns = getattr(self.model, "columns", None)
+        sources = tuple(in_order(source_of(each), columns) for each in inputs)
         rows = _row_count(self.model, sources)
         kinds = _kinds(self.model, given, sources)
         prepared = self._first().prepared(kinds, rows)
@@ -168,11 +169,11 @@ class Engine:
         rows = sources[0].shape[0]
         replicas, plans = self._plans(rows, kinds)
         cursor = Cursor(rows)
-        dtypes = tuple(kind.dtype for kind in kinds if kind)
         with told(rows, progress) as done:
 
             def sweep(replica: Replica, plan: Plan) -> None:
                 prepared = replica.prepared(kinds)
+                dtypes = tuple(value.dtype for value in prepared.program.inputs)
                 fitted = replica.backend.sweep(
                     Sweep(
                         prepared.forward, prepared.fill, sources, results, dtypes, plan, done,
@@ -383,8 +384,7 @@ class Replica:
                 f"{self.model!r:.200} does not go through an engine: {error}"
             ) from None
         first = next(filter(None, kinds))
-        wider = first.travels.itemsize > first.dtype.itemsize and is_floating(first.travels)
-        if wider and len(kinds) == 1:
+        if len(program.inputs) == 1:
             program = in_their_own_type(program, first.travels)
         if self.precision is not None:
             program = with_precision(program, self.precision)

@@ -8,7 +8,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import OptionError, ShapeError
-from nnxp._exchange import host_rows, source_of
+from nnxp._exchange import columns_of, host_rows, source_of
 
 
 class Columns:
@@ -33,7 +33,13 @@ class Columns:
         dtypes = [getattr(each, "dtype", None) for each in self.reads]
         known = [dtype if isinstance(dtype, np.dtype) else "float64" for dtype in dtypes]
         self.dtype = np.result_type(*known)
-        self.shape: Shape = (shapes[0][0], sum(shape[1] if shape[1:] else 1 for shape in shapes))
+        widths = [shape[1] if shape[1:] else 1 for shape in shapes]
+        self.shape: Shape = (shapes[0][0], sum(widths))
+        self.columns = [
+            name
+            for each, width in zip(self.reads, widths, strict=True)
+            for name in _names(each, width)
+        ]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -43,3 +49,8 @@ class Columns:
             raise OptionError(f"Columns gives slices of rows, not [{rows!r}]")
         parts = [host_rows(each[rows]) for each in self.reads]
         return np.concatenate([part[:, None] if part.ndim == 1 else part for part in parts], axis=1)
+
+
+def _names(source: Any, width: int) -> tuple[str | None, ...]:
+    names = columns_of(source)
+    return names if names is not None and len(names) == width else (None,) * width

@@ -230,7 +230,7 @@ def _appending_npy(
     def append(rows: HostArray) -> None:
         nonlocal count
         count += len(rows)
-        file.write(np.ascontiguousarray(rows, dtype).data.cast("B") if rows.size else b"")
+        file.write(np.ascontiguousarray(rows, dtype).reshape(-1).view("uint8").data)
 
     def head() -> None:  # NumPy leaves room in it for any number of rows
         file.seek(0)

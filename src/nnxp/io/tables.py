@@ -30,8 +30,8 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 
 from nnxp._arrays import HostArray
-from nnxp._errors import NnxpError, OptionError, RowsError
-from nnxp._exchange import host_rows
+from nnxp._errors import NnxpError, OptionError, RowsError, ShapeError
+from nnxp._exchange import host_rows, order_of
 
 Name: TypeAlias = str | os.PathLike[str]
 
@@ -64,13 +64,15 @@ class Reading:
     `header` says whether the first line of a text holds names, `delimiter` what stands between its
     fields; both are found out if None. `columns` are the names or numbers (from 0) of the columns
     to take, in this order; none are all. `missing` is the number for missing values, an error if
-    None. `say` hears what was decided where a text leaves it in doubt.
+    None. `names` are those by which a model knows its columns: they are taken in that order, and
+    other ones refused. `say` hears what was decided where a text leaves it in doubt.
     """
 
     header: bool | None = None
     delimiter: str | None = None
     columns: Sequence[str | int] = ()
     missing: float | None = None
+    names: tuple[str, ...] | None = None
     say: Callable[[str], object] = lambda message: None
 
     def __post_init__(self) -> None:
@@ -86,9 +88,26 @@ class Table:
     bytes or rows, `passed` have been read.
     """
 
+    path: Name
+    reading: Reading
+    chosen: list[int]
     columns: tuple[str, ...] | None
     size: int
     passed: int = 0
+
+    def put_in_order(self) -> None:
+        """Take the columns in the order of the names that are asked for; RowsError for others."""
+        if self.columns is None:
+            return
+        names = self.reading.names
+        try:
+            places = order_of(self.columns, names, "--columns names those to take")
+        except ShapeError as error:
+            raise RowsError(f"{self.path}: {error}") from None
+        if places:
+            self.chosen = [self.chosen[place] for place in places]
+            self.columns = names
+            self.reading.say(f"{self.path}: the columns are put in the order of the model's")
 
     def __iter__(self) -> Iterator[HostArray]:
         raise NotImplementedError
@@ -100,7 +119,9 @@ def open_table(path: Name, reading: Reading) -> Table:
     Raises RowsError for a file that is no table of numbers, OptionError for what cannot be asked
     of it, and OSError.
     """
-    return (TextTable if ending(path) in TEXTS else ArrowTable)(path, reading)
+    table = (TextTable if ending(path) in TEXTS else ArrowTable)(path, reading)
+    table.put_in_order()
+    return table
 
 
 def ending(path: Name) -> str:
@@ -239,7 +260,7 @@ class TextTable(Table):
             )
         except ValueError:
             return None
-        return rows if rows.shape[1] == self.width else None
+        return rows[:, self.chosen] if rows.shape[1] == self.width else None
 
     def _rows_of_records(self, chunk: bytes, line: int) -> HostArray:
         rows = []
@@ -500,6 +521,11 @@ def text_writer(path: Name, file: IO[bytes], names: Sequence[str]) -> Iterator[C
     fast = _pyarrow("csv")
 
     def write(rows: HostArray) -> None:
+        if rows.dtype.kind in "Ub":  # labels
+            text = io.StringIO()
+            csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows.tolist())
+            stream.write(text.getvalue().encode())
+            return
         rows = rows if rows.itemsize > 2 else rows.astype("float32")
         if fast and rows.size:
             import pyarrow
@@ -509,6 +535,7 @@ def text_writer(path: Name, file: IO[bytes], names: Sequence[str]) -> Iterator[C
             fast.write_csv(table, stream, options)
         else:
             digits = "%.17g" if rows.itemsize > 4 else "%.9g"  # as many as a float has
+            digits = "%d" if rows.dtype.kind in "iu" else digits
             np.savetxt(stream, rows, fmt=digits, delimiter=delimiter)
 
     yield write

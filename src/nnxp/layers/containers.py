@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nnxp._arrays import Array, Shape, xp_of
 from nnxp._errors import NnxpError, OptionError, ShapeError
 from nnxp.layers._layer import Example, Layer
+from nnxp.layers._names import class_names, column_names
 from nnxp.layers.dense import Dense
 from nnxp.layers.norm import LayerNorm
 
@@ -14,17 +15,31 @@ from nnxp.layers.norm import LayerNorm
 class Sequential(Layer):
     """y = last(... second(first(x))): one layer after the other.
 
-    Raises ShapeError for a layer that cannot take what the one before it answers.
+    `columns` are the names of the columns that the model was trained with: tables are put in their
+    order, or refused (`nnxp.predict`). `classes` are what the outputs stand for, one each, or two
+    for a single output. Without them, those of the first and of the last layer count, if these are
+    Sequential. Both are saved with the model.
+
+    Raises ShapeError for a layer that cannot take what the one before it answers, and for names or
+    classes that are more or fewer than there are columns or outputs.
 
         net = nnxp.Sequential(nnxp.Dense(784, 128, "relu"), nnxp.Dense(128, 10, "softmax"))
     """
 
     layers: tuple[Layer, ...]
+    columns: tuple[str, ...] | None = None
+    classes: tuple[str | int | float | bool, ...] | None = None
 
-    def __init__(self, *layers: Layer) -> None:
+    def __init__(
+        self,
+        *layers: Layer,
+        columns: Sequence[str] | None = None,
+        classes: Sequence[str | int | float | bool] | None = None,
+    ) -> None:
         if len(layers) == 1 and isinstance(layers[0], list | tuple):
             raise OptionError("Sequential takes layers, not a list of them: Sequential(*layers)")
         self.layers = layers
+        self.columns, self.classes = columns, classes  # type: ignore[assignment]  # made tuples
 
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -47,6 +62,21 @@ class Sequential(Layer):
                     )
                 row = own
             row = None if row is None else _answer(layer, row)
+        self._name(row)
+
+    def _name(self, row: Shape | None) -> None:
+        """Check the names that were given, and take over those of the first and last layer."""
+        first, last = (*self.layers[:1], *self.layers[-1:]) or (None, None)
+        columns, classes = self.columns, self.classes
+        if columns is not None and first is not None:
+            columns = column_names(columns, first)
+        elif isinstance(first, Sequential):
+            columns = first.columns
+        if classes is not None:
+            classes = class_names(classes, row)
+        elif isinstance(last, Sequential):
+            classes = last.classes
+        self.__dict__.update(columns=columns, classes=classes)
 
     def __call__(self, x: Array) -> Array:
         for layer in self.layers:
@@ -68,6 +98,7 @@ class Sequential(Layer):
             ),
             (9, 8),
         )
+        yield cls(Dense(2, 3, rng=3), columns=("a", "b"), classes=("x", "y", "z")), (4, 2)
 
 
 class Add(Layer):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import HostArray, is_array
+from nnxp._arrays import HostArray, is_array, is_floating
 from nnxp.program.program import Program, replay, trace
 from nnxp.program.recording import again
 from nnxp.program.traced import Step, Value, current_tape, ndarray, record
@@ -44,12 +44,17 @@ def rewritten(program: Program, change: Callable[..., Any], inputs: Sequence[Val
 
 
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
-    """The program for rows of a wider type, if the first thing it does is to centre them.
+    """The program for rows of this type, if it is wider and the first thing is to centre them.
 
     What is left after a large mean was subtracted is rounded to the program's type, not the rows
-    themselves. A program that does something else with its rows stays as it is.
+    themselves. Whole numbers of which the program's type may not hold all are taken as float64. A
+    program that does something else with its rows stays as it is.
     """
     (x,) = program.inputs
+    if dtype.kind in "iu" and dtype.itemsize >= x.dtype.itemsize:
+        dtype = np.dtype("float64")
+    if not is_floating(dtype) or dtype.itemsize <= x.dtype.itemsize:
+        return program
     uses = [step for step in program.steps if x in step.values]
     if len(uses) != 1 or uses[0].function not in CENTRING or uses[0].inputs[0] is not x:
         return program
