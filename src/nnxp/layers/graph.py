@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, Shape, is_array, xp_of
+from nnxp._arrays import Array, Shape, is_array, is_floating, xp_of
 from nnxp._errors import (
     ConversionError,
     DtypeMismatch,
@@ -86,13 +86,19 @@ class Graph(Layer):
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(
-            "int" if np.dtype(each["dtype"]).kind in "iu" else "any" for each in self.inputs
+            "float" if each["dtype"] == self.kind else "int" if "int" in each["dtype"] else "any"
+            for each in self.inputs
         )
 
     @property
     def input_names(self) -> list[str]:
         """The names of the inputs, in their order."""
         return [each["name"] for each in self.inputs]
+
+    @property
+    def required_inputs(self) -> int:
+        """How many inputs must be given: all."""
+        return len(self.inputs)
 
     def program(self, *outlines: Any) -> Program:
         """The graph written out, for inputs of these shapes, in the types that it says."""
@@ -190,7 +196,8 @@ class Graph(Layer):
             if not fits:
                 wanted = ", ".join("any" if n is None else str(n) for n in shape)
                 raise ShapeError(f"{who} is ({wanted}), not {_said(x.shape)}")
-        if x.dtype == dtype:
+        free = self.dtype is None and said["dtype"] == self.kind  # without weights, of any width
+        if x.dtype == dtype or (free and is_floating(x.dtype)):
             return x
         if x.dtype.kind in "iu" and dtype.kind in "iu":
             return x.astype(dtype)
