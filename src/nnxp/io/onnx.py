@@ -250,11 +250,12 @@ class _Reading:
         """The numbers of a tensor, as many as it says."""
         dtype = self._dtype(tensor.data_type, tensor.name)
         if tensor.HasField("raw_data"):
-            if len(tensor.raw_data) != prod(tensor.dims) * dtype.itemsize:
+            data = tensor.raw_data  # a copy each time it is asked for
+            if len(data) != prod(tensor.dims) * dtype.itemsize:
                 raise CheckpointError(
-                    f"{tensor.name!r}, {list(tensor.dims)} of {dtype}, has "
-                    f"{len(tensor.raw_data)} bytes"
+                    f"{tensor.name!r}, {list(tensor.dims)} of {dtype}, has {len(data)} bytes"
                 )
+            return np.frombuffer(data, dtype.newbyteorder("<")).reshape(tensor.dims)
         else:
             fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
             if sum(len(getattr(tensor, name)) for name in fields) != prod(tensor.dims):

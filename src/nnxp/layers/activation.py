@@ -10,7 +10,7 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer, array_shape, is_real, whole
+from nnxp.layers._layer import Example, Layer, array_shape, whole
 
 ALIASES = {
     "geluapproximate": "gelu_tanh",

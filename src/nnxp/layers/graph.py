@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, Shape, is_array, xp_of
+from nnxp._arrays import Array, Shape, is_array, is_floating, xp_of
 from nnxp._errors import (
     ConversionError,
     DtypeMismatch,
@@ -94,11 +94,12 @@ class Graph(Layer):
         return tuple(each["name"] for each in self.inputs)
 
     @property
-    def required_inputs(self) -> int:
+    def most_inputs(self) -> int:
         return len(self.inputs)
 
     @property
-    def most_inputs(self) -> int:
+    def required_inputs(self) -> int:
+        """How many inputs must be given: all."""
         return len(self.inputs)
 
     def program(self, *outlines: Any) -> Program:
@@ -197,7 +198,8 @@ class Graph(Layer):
             if not fits:
                 wanted = ", ".join("any" if n is None else str(n) for n in shape)
                 raise ShapeError(f"{who} is ({wanted}), not {_said(x.shape)}")
-        if x.dtype == dtype:
+        free = self.dtype is None and said["dtype"] == self.kind  # without weights, of any width
+        if x.dtype == dtype or (free and is_floating(x.dtype)):
             return x
         if x.dtype.kind in "iu" and dtype.kind in "iu":
             return x.astype(dtype)
