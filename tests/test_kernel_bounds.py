@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conftest import SEQUENCES
 from nnxp import kernels
 from nnxp.testing import LIMIT, error_bound
 from nnxp.testing.parity import compare

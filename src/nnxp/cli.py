@@ -284,8 +284,8 @@ def predict(
     """A model's output for every row of a file.
 
     OUTPUT is written beside its place and renamed at the end: it is whole, or it is not there. A
-    table is read a batch of rows at a time, its columns in the order of the names that the model was
-    trained with; what is written as a table has the names y0, y1, ..., or those of the model's
+    table is read a batch of rows at a time, its columns in the order of the names that the model
+    was trained with; what is written as a table has the names y0, y1, ..., or those of the model's
     classes.
     """
     from nnxp.engine import Engine
@@ -355,9 +355,7 @@ def _labels_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, 
     return (len(x),), str(labels.dtype)
 
 
-def _table_through(
-    engine: Engine, table: Table, output: Path, labelled: bool
-) -> tuple[Shape, str]:
+def _table_through(engine: Engine, table: Table, output: Path, labelled: bool) -> tuple[Shape, str]:
     """All rows of a table through the model, batch by batch, into a file."""
     from nnxp._arrays import nonfinite_rows
     from nnxp._errors import RowsError

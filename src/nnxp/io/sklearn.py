@@ -30,11 +30,12 @@ _ACTIVATIONS = {
 
 # scikit-learn's classes by what they do. The very classes: a subclass may do it in another way.
 _NETWORKS = "MLPClassifier MLPRegressor".split()
-_REGRESSORS = """ARDRegression BayesianRidge ElasticNet ElasticNetCV HuberRegressor Lars LarsCV Lasso
+_REGRESSORS = """ARDRegression BayesianRidge ElasticNet ElasticNetCV HuberRegressor Lars LarsCV
+Lasso
     LassoCV LassoLars LassoLarsCV LassoLarsIC LinearRegression LinearSVR MultiTaskElasticNet
     MultiTaskElasticNetCV MultiTaskLasso MultiTaskLassoCV OrthogonalMatchingPursuit
-    OrthogonalMatchingPursuitCV PassiveAggressiveRegressor QuantileRegressor Ridge RidgeCV SGDRegressor
-    TheilSenRegressor""".split()
+    OrthogonalMatchingPursuitCV PassiveAggressiveRegressor QuantileRegressor Ridge RidgeCV
+    SGDRegressor TheilSenRegressor""".split()
 _CLASSIFIERS = """LinearSVC LogisticRegression LogisticRegressionCV PassiveAggressiveClassifier
     Perceptron RidgeClassifier RidgeClassifierCV SGDClassifier""".split()
 _SCALERS = "MaxAbsScaler MinMaxScaler RobustScaler StandardScaler".split()

@@ -142,9 +142,7 @@ def windows(
         pads.append((before, behind + lacking))
         beyond.append((0, lacking))
         positions.append(count)
-    return Windows(
-        tuple(window), strides, apart, tuple(pads), tuple(positions), tuple(beyond)
-    )
+    return Windows(tuple(window), strides, apart, tuple(pads), tuple(positions), tuple(beyond))
 
 
 def _named(name: str, n: int, reach: int, stride: int) -> tuple[int, int]:
@@ -155,7 +153,8 @@ def _named(name: str, n: int, reach: int, stride: int) -> tuple[int, int]:
 
 
 def padded(x: Array, pads: Sequence[tuple[int, int]], fill: float = 0.0) -> Array:
-    """x with so much of `fill` around the axes between rows and channels; less than none is cut off."""
+    """x with so much of `fill` around the axes between rows and channels; less than none is cut
+    off."""
     if any(before < 0 or behind < 0 for before, behind in pads):
         x, pads = _cut(x, pads)
     if not any(map(any, pads)):

@@ -39,7 +39,8 @@ def conv(
     groups: int = 1,
     activation: Kernel = identity,
 ) -> Array:
-    """y[n, p, o] = activation(sum over k, i of x[n, stride p + dilation k - padding, i] weight[k, i, o] + bias[o])
+    """y[n, p, o] = activation(sum over k, i of x[n, stride p + dilation k - padding, i] weight[k,
+    i, o] + bias[o])
 
     x (n, *space, c), weight (*window, c / groups, o), bias (o,) -> y (n, *positions, o): a cross-
     correlation, as everywhere in the field [Dumoulin & Visin 2016, arXiv:1603.07285]. With groups,
@@ -87,7 +88,11 @@ def _fitting(who: str, x: Array, weight: Array, groups: int) -> None:
         raise ShapeError(
             f"{who} takes {weight.shape[-2] * groups} channels on the last axis, but got "
             f"{x.shape[-1]}"
-            + ("; x.moveaxis(1, -1) brings them there" if x.shape[1] == weight.shape[-2] * groups else "")
+            + (
+                "; x.moveaxis(1, -1) brings them there"
+                if x.shape[1] == weight.shape[-2] * groups
+                else ""
+            )
         )
 
 
@@ -160,11 +165,12 @@ def conv_transpose(
     groups: int = 1,
     activation: Kernel = identity,
 ) -> Array:
-    """y[n, stride p + dilation k - padding, o] = activation(sum over p, k, i of x[n, p, i] weight[k, i, o] + bias[o])
+    """y[n, stride p + dilation k - padding, o] = activation(sum over p, k, i of x[n, p, i]
+    weight[k, i, o] + bias[o])
 
-    x (n, *space, c), weight (*window, c / groups, o), bias (o,) -> y (n, *made, o): the transpose of
-    a convolution, as in upsampling [Dumoulin & Visin 2016, arXiv:1603.07285]. Along each axis of n
-    it makes (n - 1) stride - before - behind + reach + output_padding; with "same" n stride.
+    x (n, *space, c), weight (*window, c / groups, o), bias (o,) -> y (n, *made, o): the transpose
+    of a convolution, as in upsampling [Dumoulin & Visin 2016, arXiv:1603.07285]. Along each axis
+    of n it makes (n - 1) stride - before - behind + reach + output_padding; with "same" n stride.
 
     Outputs that are a stride apart see the same part of the window: each such phase is a plain
     convolution with that part, turned over, so that no product is with a zero in between.
@@ -268,7 +274,9 @@ def _through(x: Array, weight: Array, phases: Sequence[Phase], groups: int) -> A
 
 def _alike(phases: Sequence[tuple[Phase | None, ...]]) -> bool:
     """Whether all phases see as many elements, and the same ones."""
-    seen = {tuple((len(p.taps), p.dilation, p.pads) if p else None for p in each) for each in phases}
+    seen = {
+        tuple((len(p.taps), p.dilation, p.pads) if p else None for p in each) for each in phases
+    }
     return len(seen) == 1 and None not in phases[0]
 
 

@@ -77,7 +77,8 @@ def bilinear(
     left, right, outputs = weight.shape
     if x.shape[-1] != left or y.shape[-1] != right or x.shape[:-1] != y.shape[:-1]:
         raise ShapeError(
-            f"bilinear takes x (..., {left}) and y (..., {right}) with the same axes before, but got "
+            f"bilinear takes x (..., {left}) and y (..., {right}) with the same axes before, but "
+            "got "
             f"(rows, *{x.shape[1:]}) and (rows, *{y.shape[1:]})"
         )
     made = matmul(x, weight.reshape(left, right * outputs))

@@ -141,23 +141,30 @@ def _centred_and_scaled(x: Array, axes: tuple[int, ...], eps: float) -> Array:
 
 @kernel
 def group_norm(
-    x: Array, gain: Array | None = None, bias: Array | None = None, *, groups: int, eps: float = 1e-5
+    x: Array,
+    gain: Array | None = None,
+    bias: Array | None = None,
+    *,
+    groups: int,
+    eps: float = 1e-5,
 ) -> Array:
     """y = (x - mean) / sqrt(var + eps) * gain + bias   [Wu & He 2018, arXiv:1803.08494]
 
-    x (n, *space, c), gain (c,), bias (c,) -> y like x. Mean and variance of each row run over all of
-    space and over the c / groups channels of a group, in two passes.
+    x (n, *space, c), gain (c,), bias (c,) -> y like x. Mean and variance of each row run over all
+    of space and over the c / groups channels of a group, in two passes.
     """
     channels = x.shape[-1]
     if x.ndim < 2 or groups < 1 or channels % groups:
         raise ShapeError(
-            f"group_norm with {groups} groups takes (rows, *space, channels), the channels a multiple "
+            f"group_norm with {groups} groups takes (rows, *space, channels), the channels a "
+            "multiple "
             f"of {groups}, but got (rows, *{x.shape[1:]})"
         )
     space = tuple(range(1, x.ndim - 1))
 
     def mean(a: Array) -> Array:
-        """The mean of each group, for each of its channels: over space first, then over channels."""
+        """The mean of each group, for each of its channels: over space first, then over
+        channels."""
         by_channel = a.mean(axis=space, keepdims=True) if space else a
         parts = by_channel.reshape(*by_channel.shape[:-1], groups, channels // groups)
         return xp.repeat(parts.mean(axis=-1), channels // groups, axis=-1)
@@ -174,7 +181,8 @@ def group_norm(
 def instance_norm(
     x: Array, gain: Array | None = None, bias: Array | None = None, *, eps: float = 1e-5
 ) -> Array:
-    """y = (x - mean) / sqrt(var + eps) * gain + bias   [Ulyanov, Vedaldi, Lempitsky 2016, arXiv:1607.08022]
+    """y = (x - mean) / sqrt(var + eps) * gain + bias   [Ulyanov, Vedaldi, Lempitsky 2016,
+    arXiv:1607.08022]
 
     x (n, *space, c), gain (c,), bias (c,) -> y like x. Mean and variance of each row and channel
     run over space, in two passes.
@@ -191,8 +199,8 @@ def local_response_norm(
 ) -> Array:
     """y_c = x_c / (k + alpha / size * sum of x_j^2 for the `size` channels j around c)^beta
 
-    [Krizhevsky, Sutskever, Hinton 2012]. x (n, ..., c) -> y like x. Where the size is even, one more
-    of the channels is before c than behind it, as in PyTorch.
+    [Krizhevsky, Sutskever, Hinton 2012]. x (n, ..., c) -> y like x. Where the size is even, one
+    more of the channels is before c than behind it, as in PyTorch.
     """
     if size < 1:
         raise OptionError(f"size of local_response_norm is at least 1, not {size}")

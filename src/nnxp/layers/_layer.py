@@ -415,8 +415,9 @@ class Layer(metaclass=_Assembly):
         """The formula written out, for inputs of these shapes, such as `net.program((1, 784))`.
 
         Axis 0 is any number of rows. An outline is a shape, in the model's own type, a pair
-        (shape, dtype), or None for an input that is left out. Layers that look at numbers are one step each, run as Python. Raises
-        ShapeError, with the layer's path, for shapes that do not fit, and DtypeMismatch.
+        (shape, dtype), or None for an input that is left out. Layers that look at numbers are one
+        step each, run as Python. Raises ShapeError, with the layer's path, for shapes that do not
+        fit, and DtypeMismatch.
 
             >>> print(nnxp.Dense(784, 10, "relu", rng=0).program((1, 784)))
             x: float32(rows, 784)

@@ -47,7 +47,8 @@ class Bilinear(Layer):
         bias = None if self.bias is None else array_shape(self, "bias")
         if len(weight) != 3 or 0 in weight or bias not in (None, weight[2:]):
             raise ShapeError(
-                f"Bilinear takes weight (left, right, outputs), bias (outputs,); got {weight} and {bias}"
+                f"Bilinear takes weight (left, right, outputs), bias (outputs,); got {weight} "
+                f"and {bias}"
             )
         self.__dict__["activation"] = named(self.activation).__name__
 

@@ -47,11 +47,13 @@ class _Convolution(Layer):
         groups, window = whole(f"{name}'s groups", groups), window_of(name, window)
         if inputs % groups or outputs % groups:
             raise OptionError(
-                f"groups of {name} divides its inputs and outputs, {inputs} and {outputs}, not {groups}"
+                f"groups of {name} divides its inputs and outputs, {inputs} and {outputs}, not "
+                f"{groups}"
             )
         if not isinstance(bias, bool | np.bool_):
             raise OptionError(
-                f"bias of {name} is True or False, not {bias!r:.60}; {name}.of(weight, bias) takes arrays"
+                f"bias of {name} is True or False, not {bias!r:.60}; {name}.of(weight, bias) "
+                "takes arrays"
             )
         kind = float_dtype(dtype)
         limit = sqrt(6 * groups / (prod(window) * (inputs + outputs)))
@@ -70,7 +72,9 @@ class _Convolution(Layer):
                 f"{weight} and {bias}"
             )
         if weight[-1] % whole(f"{name}'s groups", self.groups):
-            raise OptionError(f"groups of {name} divides its outputs, {weight[-1]}, not {self.groups}")
+            raise OptionError(
+                f"groups of {name} divides its outputs, {weight[-1]}, not {self.groups}"
+            )
         axes = len(weight) - 2
         self.__dict__["activation"] = named(self.activation).__name__
         self.__dict__["stride"] = per_axis(f"stride of {name}", self.stride, axes)
@@ -102,7 +106,8 @@ def window_of(who: str, window: Any) -> tuple[int, ...]:
     """The size of a window along each axis of space; OptionError for what is none."""
     if not isinstance(window, tuple | list) or not window:
         raise OptionError(
-            f"the window of {who} has a size for each axis of space, such as (3, 3), not {window!r:.60}"
+            f"the window of {who} has a size for each axis of space, such as (3, 3), not "
+            f"{window!r:.60}"
         )
     return per_axis(f"window of {who}", window, len(window))
 
@@ -127,7 +132,10 @@ class Conv(_Convolution):
     def examples(cls) -> Iterator[Example]:
         yield cls(3, 4, (3, 3), "relu", padding=1, rng=0), (2, 5, 6, 3)
         yield cls(2, 3, (1,), rng=1, stride=2, bias=False), (3, 7, 2)
-        yield cls(4, 6, (3, 2), "tanh", groups=2, stride=(1, 2), padding="same", rng=2), (2, 4, 5, 4)
+        yield (
+            cls(4, 6, (3, 2), "tanh", groups=2, stride=(1, 2), padding="same", rng=2),
+            (2, 4, 5, 4),
+        )
         yield cls(3, 3, (3, 3), groups=3, stride=2, padding=((0, 1), (1, 2)), rng=3), (2, 5, 6, 3)
         yield cls(2, 4, (2, 1, 3), groups=2, dilation=(1, 1, 2), rng=4), (2, 3, 2, 6, 2)
 
@@ -137,8 +145,9 @@ class ConvTranspose(_Convolution):
     window's worth to y, at places that are a stride apart.
 
     x (rows, *space, inputs) -> y (rows, *made, outputs), where along an axis of n
-    (n - 1) stride - padding + dilation (window - 1) + 1 + output_padding are made, and n stride with
-    padding "same". weight (*window, inputs / groups, outputs), bias (outputs,); the rest as in Conv.
+    (n - 1) stride - padding + dilation (window - 1) + 1 + output_padding are made, and n stride
+    with padding "same". weight (*window, inputs / groups, outputs), bias (outputs,); the rest as in
+    Conv.
     """
 
     output_padding: PerAxis = 0
@@ -170,5 +179,8 @@ class ConvTranspose(_Convolution):
     def examples(cls) -> Iterator[Example]:
         yield cls(3, 4, (2, 2), "relu", stride=2, rng=0), (2, 3, 4, 3)
         yield cls(2, 3, (4,), stride=2, padding=1, output_padding=1, rng=1), (3, 5, 2)
-        yield cls(4, 6, (3, 3), "tanh", groups=2, stride=(1, 2), padding="same", rng=2), (2, 3, 4, 4)
+        yield (
+            cls(4, 6, (3, 3), "tanh", groups=2, stride=(1, 2), padding="same", rng=2),
+            (2, 3, 4, 4),
+        )
         yield cls(3, 3, (1, 2), groups=3, stride=3, bias=False, rng=3), (2, 2, 3, 3)

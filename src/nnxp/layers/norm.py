@@ -170,8 +170,8 @@ class _BatchNormInTraining(BatchNorm):
 class GroupNorm(_Norm):
     """y = (x - mean) / sqrt(var + eps) * gain + bias, over space and each group's channels.
 
-    x (rows, *space, channels) -> y like x; gain (channels,) starts at one, bias (channels,) at zero.
-    [Wu & He 2018, arXiv:1803.08494]
+    x (rows, *space, channels) -> y like x; gain (channels,) starts at one, bias (channels,) at
+    zero. [Wu & He 2018, arXiv:1803.08494]
     """
 
     gain: Array
@@ -191,7 +191,9 @@ class GroupNorm(_Norm):
         super().validate()
         channels = self.gain.shape[0]
         if channels % whole("GroupNorm's groups", self.groups):
-            raise OptionError(f"groups of GroupNorm divides its {channels} channels, not {self.groups}")
+            raise OptionError(
+                f"groups of GroupNorm divides its {channels} channels, not {self.groups}"
+            )
 
     def __call__(self, x: Array) -> Array:
         x = self._fitting(x)
@@ -206,8 +208,8 @@ class GroupNorm(_Norm):
 class InstanceNorm(_Norm):
     """y = (x - mean) / sqrt(var + eps) * gain + bias, over each row's space, channel by channel.
 
-    x (rows, *space, channels) -> y like x; gain (channels,) starts at one, bias (channels,) at zero.
-    [Ulyanov, Vedaldi, Lempitsky 2016, arXiv:1607.08022]
+    x (rows, *space, channels) -> y like x; gain (channels,) starts at one, bias (channels,) at
+    zero. [Ulyanov, Vedaldi, Lempitsky 2016, arXiv:1607.08022]
     """
 
     gain: Array

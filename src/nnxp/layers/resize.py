@@ -24,8 +24,8 @@ class Pad(Layer):
 
     x (rows, *space, channels) -> y (rows, *larger, channels). `padding` is a number, or for each
     axis a number or a pair (before, behind); a negative one cuts off. `mode` says what is added:
-    "constant", of `value`; "reflect", x mirrored about its ends, which are not repeated; "edge", the
-    ends themselves; "wrap", x from its other end.
+    "constant", of `value`; "reflect", x mirrored about its ends, which are not repeated; "edge",
+    the ends themselves; "wrap", x from its other end.
     """
 
     padding: Padding
@@ -65,8 +65,8 @@ class Pad(Layer):
 class Resize(Layer):
     """y = x with its space resampled.
 
-    x (rows, *space, channels) -> y (rows, *size, channels). Give the `size` of y, or the `scale`, for
-    which it is floor(scale * space): one for all axes of space, or one for each. `method` is
+    x (rows, *space, channels) -> y (rows, *size, channels). Give the `size` of y, or the `scale`,
+    for which it is floor(scale * space): one for all axes of space, or one for each. `method` is
     "nearest", "linear" or "cubic"; `coordinates`, `nearest`, `cubic`, `exclude_outside` and
     `antialias` say where outputs are in x and what is around them, in ONNX's words: see
     nnxp.kernels.resize. PyTorch's interpolate is, by its mode,
@@ -110,7 +110,8 @@ class Resize(Layer):
         size = self.size if isinstance(self.size, tuple | list) else (self.size,)
         if not all(m is None or whole(m, 1) for m in size):
             raise OptionError(
-                f"size of Resize is a whole number for each axis of space, or None for an axis that "
+                "size of Resize is a whole number for each axis of space, or None for an axis "
+                "that "
                 f"stays, not {self.size!r:.60}"
             )
         scales = self.scale if isinstance(self.scale, tuple | list) else (self.scale or 1.0,)

@@ -38,7 +38,8 @@ class Reshape(Layer):
         known = [n for n in shape if hasattr(type(n), "__index__") and (n > 0 or n == -1)]
         if len(known) != len(shape) or known.count(-1) > 1:
             raise OptionError(
-                f"shape of Reshape is the sizes of a row, one of them perhaps -1, not {self.shape!r:.60}"
+                "shape of Reshape is the sizes of a row, one of them perhaps -1, not "
+                f"{self.shape!r:.60}"
             )
         self.__dict__["shape"] = tuple(map(int, shape))
 
@@ -46,7 +47,9 @@ class Reshape(Layer):
         size, known = prod(x.shape[1:]), prod(n for n in self.shape if n != -1)
         fits = size % known == 0 if -1 in self.shape else size == known
         if not fits:
-            raise ShapeError(f"{self} takes rows of {known} numbers, but got (rows, *{x.shape[1:]})")
+            raise ShapeError(
+                f"{self} takes rows of {known} numbers, but got (rows, *{x.shape[1:]})"
+            )
         return x.reshape(x.shape[0], *(size // known if n == -1 else n for n in self.shape))
 
     def __repr__(self) -> str:

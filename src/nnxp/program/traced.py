@@ -403,7 +403,8 @@ def _is_view(step: Step, outlines: list[Any]) -> bool:
 
 
 def _in_place(x: Value, shape: Any) -> bool:
-    """Whether an array of this shape can look at the memory of x: else a reshape is a copy, first."""
+    """Whether an array of this shape can look at the memory of x: else a reshape is a copy,
+    first."""
     if x.memory is None or x.numbers is not None:
         return True
     try:
