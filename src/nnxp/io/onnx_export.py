@@ -16,6 +16,7 @@ from nnxp.backend import asnumpy
 from nnxp.io._atomic import written_beside
 from nnxp.kernels import Kernel
 from nnxp.kernels._windows import windows
+from nnxp.kernels.functions import einsum_terms
 from nnxp.layers._layer import Layer
 from nnxp.program.program import Program
 from nnxp.program.traced import (
@@ -25,7 +26,6 @@ from nnxp.program.traced import (
     Value,
     axes_of,
     counts_rows,
-    einsum_terms,
     lifted,
     value_of,
     writing,

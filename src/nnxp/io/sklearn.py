@@ -31,8 +31,7 @@ _ACTIVATIONS = {
 # scikit-learn's classes by what they do. The very classes: a subclass may do it in another way.
 _NETWORKS = "MLPClassifier MLPRegressor".split()
 _REGRESSORS = """ARDRegression BayesianRidge ElasticNet ElasticNetCV HuberRegressor Lars LarsCV
-Lasso
-    LassoCV LassoLars LassoLarsCV LassoLarsIC LinearRegression LinearSVR MultiTaskElasticNet
+    Lasso LassoCV LassoLars LassoLarsCV LassoLarsIC LinearRegression LinearSVR MultiTaskElasticNet
     MultiTaskElasticNetCV MultiTaskLasso MultiTaskLassoCV OrthogonalMatchingPursuit
     OrthogonalMatchingPursuitCV PassiveAggressiveRegressor QuantileRegressor Ridge RidgeCV
     SGDRegressor TheilSenRegressor""".split()
@@ -367,7 +366,8 @@ def _predict_transformed(model: _Model, step: _Step) -> None:
     if isinstance(model.layers[-1], Take):
         model.layers.pop()
     product = model.layers[-1]
-    assert isinstance(product, Dense) and product.activation == "identity"
+    assert isinstance(product, Dense)
+    assert product.activation == "identity"
     weight, bias = np.asarray(product.weight), np.asarray(product.bias)
     model.layers[-1] = Dense.of(weight * scale, bias * scale + mean)
     if target._training_dim == 1:

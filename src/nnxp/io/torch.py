@@ -98,7 +98,7 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
         graph.output(graph.call_module("", (), given))
         return graph
 
-    class Writable(fx.Proxy):  # fx itself takes x += y for x = x + y, and knows no x[...] = y
+    class Writable(fx.Proxy):  # type: ignore[misc]  # fx itself takes x += y for x = x + y, and knows no x[...] = y
         def __setitem__(self, key: Any, value: Any) -> None:
             self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -110,7 +110,7 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
     for name in _IN_PLACE - {"setitem"}:
         setattr(Writable, f"__{name}__", writer(getattr(operator, name)))
 
-    class Tracer(fx.Tracer):
+    class Tracer(fx.Tracer):  # type: ignore[misc]
         trace_asserts = True
         proxy_buffer_attributes = True
 

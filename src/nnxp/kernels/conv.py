@@ -266,10 +266,11 @@ def _phase(at: int, n: int, window: int, stride: int, dilation: int, count: int)
     return Phase(taps, apart, (-first, count + (len(taps) - 1) * apart + first - n))
 
 
-def _through(x: Array, weight: Array, phases: Sequence[Phase], groups: int) -> Array:
+def _through(x: Array, weight: Array, phases: Sequence[Phase | None], groups: int) -> Array:
     """The convolution that makes the outputs of a phase along each axis."""
-    x = padded(x, [phase.pads for phase in phases])
-    return conv(x, weight, dilation=tuple(phase.dilation for phase in phases), groups=groups)
+    here = [phase for phase in phases if phase is not None]
+    x = padded(x, [phase.pads for phase in here])
+    return conv(x, weight, dilation=tuple(phase.dilation for phase in here), groups=groups)
 
 
 def _alike(phases: Sequence[tuple[Phase | None, ...]]) -> bool:

@@ -21,7 +21,8 @@ def _pooled(who: str, x: Array, window: Any, options: dict[str, Any]) -> Windows
         for reach, (before, _) in zip(over.reach, over.pads, strict=True):
             if before >= reach:
                 raise OptionError(
-                    f"padding of {who}, {option!r:.60}, is not smaller than its windows, which reach "
+                    f"padding of {who}, {option!r:.60}, is not smaller than its windows, which "
+                    "reach "
                     f"over {over.reach}: some would see nothing of x"
                 )
     return over
@@ -165,7 +166,8 @@ def adaptive_max_pool(x: Array, *, size: tuple[int | None, ...]) -> Array:
 def _by_parts(who: str, x: Array, size: tuple[int | None, ...], reduce: str) -> Array:
     if len(_space(who, x)) != len(size):
         raise ShapeError(
-            f"{who} to {size} takes (rows, *space, channels), {len(size) + 2} axes, but got {x.ndim}"
+            f"{who} to {size} takes (rows, *space, channels), {len(size) + 2} axes, but got "
+            f"{x.ndim}"
         )
     for axis, m in enumerate(size, 1):
         n = x.shape[axis]

@@ -20,8 +20,8 @@ def pad(x: Array, *, padding: Any, mode: str = "constant", value: float = 0.0) -
     """x with so much before and behind each axis of space: of `value`, of x mirrored about its ends
     (which are not repeated), of the ends themselves, or of x begun anew.
 
-    x (n, *space, c) -> y (n, *larger, c). `padding` is a number, or for each axis a number or a pair
-    (before, behind); a negative one cuts off.
+    x (n, *space, c) -> y (n, *larger, c). `padding` is a number, or for each axis a number or a
+    pair (before, behind); a negative one cuts off.
     """
     axes = x.ndim - 2
     if axes < 1:
@@ -36,7 +36,8 @@ def pad(x: Array, *, padding: Any, mode: str = "constant", value: float = 0.0) -
             mode != "constant" and max(before, behind, 0) > max(0, most)
         ):
             raise ShapeError(
-                f"pad by {around} in mode {mode!r} does not fit (rows, *{x.shape[1:-1]}, channels): "
+                f"pad by {around} in mode {mode!r} does not fit (rows, *{x.shape[1:-1]}, "
+                "channels): "
                 "there is not so much to take from"
             )
     if mode == "constant":
@@ -58,7 +59,8 @@ def pixel_shuffle(x: Array, *, factor: Any, order: str = "channels first") -> Ar
     channels, left = divmod(x.shape[-1], prod(factors))
     if left or not channels:
         raise ShapeError(
-            f"pixel_shuffle by {factors} takes a multiple of {prod(factors)} channels, not {x.shape[-1]}"
+            f"pixel_shuffle by {factors} takes a multiple of {prod(factors)} channels, not "
+            f"{x.shape[-1]}"
         )
     first = order == "channels first"
     tail = (channels, *factors) if first else (*factors, channels)
@@ -167,8 +169,8 @@ def resize(
         tf_half_pixel_for_nn  u = (o + 1/2) / s
 
     as ONNX's Resize has them; with a `region` (start, end) for each axis, in units of n - 1, u runs
-    from its start to its end (tf_crop_and_resize), and y is `outside` where u is not in x. PyTorch's
-    "nearest" is asymmetric with nearest="floor", its "nearest-exact" half_pixel with
+    from its start to its end (tf_crop_and_resize), and y is `outside` where u is not in x.
+    PyTorch's "nearest" is asymmetric with nearest="floor", its "nearest-exact" half_pixel with
     "round_prefer_ceil".
     """
     _known("method", method, METHODS)
@@ -220,7 +222,8 @@ def _sizes(x: Array, size: Any, scale: Any) -> tuple[list[int], list[float]]:
         sizes = [floor(length) for length in lengths]
     if not good or any(m < 1 for m in sizes):
         raise ShapeError(
-            f"resize takes a size or a scale for each axis of space, {space}, of which something is "
+            f"resize takes a size or a scale for each axis of space, {space}, of which something "
+            "is "
             f"left; got size={size}, scale={scale}"
         )
     return sizes, lengths
@@ -264,8 +267,9 @@ def _weights(
     elif low < 0 or high > n:
         before = weight[:, : 1 - low].sum(axis=1, keepdims=True)
         behind = weight[:, n - 1 - low :].sum(axis=1, keepdims=True)
-        ends = [before, inside[:, 1:-1], behind] if n > 1 else [weight.sum(axis=1, keepdims=True)]
-        weight = xp.concatenate(ends, axis=1)
+        whole = weight.sum(axis=1, keepdims=True)
+        parts = [before, inside[:, 1:-1], behind] if n > 1 else [whole]
+        weight = xp.concatenate(parts, axis=1)
     if exclude_outside or shrink < 1:
         weight = weight / weight.sum(axis=1, keepdims=True)
     return weight

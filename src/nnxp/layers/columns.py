@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isnan
+from typing import Any
 
 from nnxp._arrays import Array
 from nnxp._errors import OptionError, ShapeError
@@ -25,7 +26,8 @@ class Take(Layer):
 
     def validate(self) -> None:
         single = not isinstance(self.indices, tuple | list)
-        places = (self.indices,) if single else tuple(self.indices)
+        given: Any = self.indices
+        places = (given,) if single else tuple(given)
         if not places or not all(_is_place(each) for each in places):
             raise OptionError(
                 "indices of Take is a whole number from 0, or some of them, not "
@@ -35,11 +37,11 @@ class Take(Layer):
         self.__dict__["indices"] = places[0] if single else places
 
     def __call__(self, x: Array) -> Array:
-        single = isinstance(self.indices, int)
-        last = self.indices if single else max(self.indices)
+        places = self.indices if isinstance(self.indices, int) else list(self.indices)
+        last = places if isinstance(places, int) else max(places)
         if x.ndim < 2 or x.shape[-1] <= last:
             raise ShapeError(f"{self} takes (rows, ..., {last + 1} or more) but got {x.shape}")
-        return x[..., self.indices if single else list(self.indices)]
+        return x[..., places]
 
     def __repr__(self) -> str:
         return f"Take({self.indices!r:.60})"

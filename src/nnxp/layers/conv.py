@@ -130,14 +130,15 @@ class Conv(_Convolution):
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
-        yield cls(3, 4, (3, 3), "relu", padding=1, rng=0), (2, 5, 6, 3)
-        yield cls(2, 3, (1,), rng=1, stride=2, bias=False), (3, 7, 2)
+        make: Any = cls
+        yield make(3, 4, (3, 3), "relu", padding=1, rng=0), (2, 5, 6, 3)
+        yield make(2, 3, (1,), rng=1, stride=2, bias=False), (3, 7, 2)
         yield (
-            cls(4, 6, (3, 2), "tanh", groups=2, stride=(1, 2), padding="same", rng=2),
+            make(4, 6, (3, 2), "tanh", groups=2, stride=(1, 2), padding="same", rng=2),
             (2, 4, 5, 4),
         )
-        yield cls(3, 3, (3, 3), groups=3, stride=2, padding=((0, 1), (1, 2)), rng=3), (2, 5, 6, 3)
-        yield cls(2, 4, (2, 1, 3), groups=2, dilation=(1, 1, 2), rng=4), (2, 3, 2, 6, 2)
+        yield make(3, 3, (3, 3), groups=3, stride=2, padding=((0, 1), (1, 2)), rng=3), (2, 5, 6, 3)
+        yield make(2, 4, (2, 1, 3), groups=2, dilation=(1, 1, 2), rng=4), (2, 3, 2, 6, 2)
 
 
 class ConvTranspose(_Convolution):

@@ -47,7 +47,11 @@ class _Pool(Layer):
 
     def __repr__(self) -> str:
         axes = len(self.window)
-        plain = {"stride": self.window, "padding": ((0, 0),) * axes, "dilation": (1,) * axes}
+        plain: dict[str, Any] = {
+            "stride": self.window,
+            "padding": ((0, 0),) * axes,
+            "dilation": (1,) * axes,
+        }
         plain |= {"ceil_mode": False, "count_include_pad": False, "window": self.window}
         options = [f"{n}={v}" for n, v in self._fields() if plain.get(n, ()) != v]
         return f"{type(self).__name__}({', '.join([str(self.window), *options])})"

@@ -155,11 +155,12 @@ class PixelShuffle(Layer):
     def validate(self) -> None:
         name = type(self).__name__
         _one_of(f"order of {name}", self.order, ORDERS)
-        factors = self.factor if isinstance(self.factor, tuple | list) else (self.factor,)
+        given: Any = self.factor
+        factors = given if isinstance(given, tuple | list) else (given,)
         if not factors or not all(whole(each, 1) for each in factors):
-            raise OptionError(f"factor of {name} is a whole number, not {self.factor!r:.60}")
-        if isinstance(self.factor, list):
-            self.__dict__["factor"] = tuple(self.factor)
+            raise OptionError(f"factor of {name} is a whole number, not {given!r:.60}")
+        if isinstance(given, list):
+            self.__dict__["factor"] = tuple(given)
 
     def __call__(self, x: Array) -> Array:
         return kernels.pixel_shuffle(x, factor=self.factor, order=self.order)
@@ -181,5 +182,5 @@ class PixelUnshuffle(PixelShuffle):
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
-        yield cls(2), (2, 6, 4, 3)
+        yield cls(2, "channels first"), (2, 6, 4, 3)
         yield cls((1, 3), "channels last"), (2, 3, 6, 2)

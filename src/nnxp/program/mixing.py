@@ -7,8 +7,9 @@ from typing import Any
 
 from nnxp._arrays import Shape
 from nnxp._library import KINDS
+from nnxp.kernels.functions import einsum_terms
 from nnxp.program.program import Program, shape_text
-from nnxp.program.traced import ROWS, Step, axes_of, counts_rows, einsum_terms
+from nnxp.program.traced import ROWS, Step, axes_of, counts_rows
 
 
 def mixing(program: Program) -> str:
