@@ -69,7 +69,7 @@ def test_reading_leaves_the_proto_as_it_is():
 def test_initialisers_that_are_inputs_too_are_no_inputs():
     nodes = [("MatMul", "x w", "y")]
     model = load_onnx(proto(nodes, [("x", ["n", 6]), ("w", [6, 4])], arrays={"w": W}, ir=3))
-    assert model.input_names == ["x"]
+    assert model.input_names == ("x",)
 
 
 def test_optional_inputs_are_left_out():

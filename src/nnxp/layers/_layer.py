@@ -574,7 +574,7 @@ def _written(model: Layer, outlines: tuple[Outline, ...], rows: int | None) -> P
 
 
 def _input_names(model: Layer, count: int) -> list[str]:
-    names = getattr(model, "input_names", None)
+    names = list(getattr(model, "input_names", ()))
     names = names or list(inspect.signature(type(model).__call__).parameters)[1:]
     plain = [f"x{i}" for i in range(count)]
     return names[:count] if len(names) >= count else plain

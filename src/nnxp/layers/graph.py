@@ -91,9 +91,9 @@ class Graph(Layer):
         )
 
     @property
-    def input_names(self) -> list[str]:
+    def input_names(self) -> tuple[str, ...]:
         """The names of the inputs, in their order."""
-        return [each["name"] for each in self.inputs]
+        return tuple(each["name"] for each in self.inputs)
 
     @property
     def required_inputs(self) -> int:
