@@ -192,8 +192,8 @@ def resize(
             x = _taken(x, axis, [min(max(0, i), n - 1) for i in places])
         else:
             shrink = min(1.0, length / n) if antialias else 1.0
-            weight = _weights(xp_of(x), line, (first, last), n, shrink, cubic if method == "cubic" else None,
-                              exclude_outside)  # fmt: skip
+            steepness = cubic if method == "cubic" else None
+            weight = _weights(xp_of(x), line, (first, last), n, shrink, steepness, exclude_outside)
             x = _along(x, axis, weight.astype(x.dtype))
     return with_padding(x, around, outside)
 
