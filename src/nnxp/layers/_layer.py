@@ -693,19 +693,11 @@ def _written(model: Layer, outlines: tuple[Outline | None, ...], rows: int | Non
     return program
 
 
-<<<<<<< HEAD
 @cache
 def _inputs_of(kind: type[Layer]) -> dict[str, inspect.Parameter]:
     """The inputs of a formula by name, without `self`."""
     own = list(inspect.signature(kind.__call__).parameters.items())[1:]
     return {name: each for name, each in own if each.kind is not each.KEYWORD_ONLY}
-=======
-def _input_names(model: Layer, count: int) -> list[str]:
-    names = list(getattr(model, "input_names", ()))
-    names = names or list(inspect.signature(type(model).__call__).parameters)[1:]
-    plain = [f"x{i}" for i in range(count)]
-    return names[:count] if len(names) >= count else plain
->>>>>>> onnx
 
 
 def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:

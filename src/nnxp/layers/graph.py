@@ -92,13 +92,10 @@ class Graph(Layer):
     def input_names(self) -> tuple[str, ...]:
         """The names of the inputs, in their order."""
         return tuple(each["name"] for each in self.inputs)
-<<<<<<< HEAD
 
     @property
     def most_inputs(self) -> int:
         return len(self.inputs)
-=======
->>>>>>> onnx
 
     @property
     def required_inputs(self) -> int:
