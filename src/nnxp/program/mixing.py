@@ -9,7 +9,7 @@ from nnxp._arrays import Shape
 from nnxp._library import KINDS
 from nnxp.kernels.functions import einsum_terms
 from nnxp.program.program import Program, shape_text
-from nnxp.program.traced import ROWS, Step, axes_of, counts_rows
+from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows
 
 
 def mixing(program: Program) -> str:
@@ -17,14 +17,43 @@ def mixing(program: Program) -> str:
 
     Kernels are to be written out: inside of one nobody looks.
     """
+    outer = dict.fromkeys(program.inputs, 1)
     for step in program.steps:
-        if isinstance(step.function, str) and _mixes(step):
+        outside = {outer[value] for value in step.values if value in outer and _counts(value)} or {1}
+        mixed = len(outside) > 1 or (isinstance(step.function, str) and _mixes(step))
+        around = 0 if mixed else _around(step, outside.pop())
+        if not around:
             return f"{step.path or 'the model'} mixes rows: {step.name} along the rows"
+        outer.update(dict.fromkeys(step.outputs, around))
     for value in program.outputs:
-        if not value.shape or value.shape[0] != ROWS:
+        if not value.shape or value.shape[0] != ROWS or outer.get(value, 1) != 1:
             shape = shape_text(value.shape)
             return f"the model answers {shape} for (rows, ...): not a row for a row"
     return ""
+
+
+def _counts(value: Value) -> bool:
+    return any(map(counts_rows, value.shape))
+
+
+def _around(step: Step, outer: int) -> int:
+    """How many times the rows lie one after the other in the axis that counts them; 0 if cut.
+
+    An axis of 6 * rows may be six groups of all rows, or for each row six of something. Only a
+    reshape makes it another: what lies before the rows in memory stays before them.
+    """
+    if step.name != "reshape" or not _counts(step.values[0]):
+        return outer
+    (x, y) = step.values[0].shape, step.outputs[0].shape
+    before = prod(x[: _axis(x)]) * outer
+    axis = _axis(y)
+    around, left = divmod(before, prod(y[:axis]))
+    return 0 if left or y[axis] % (around * ROWS) else around
+
+
+def _axis(shape: Shape) -> int:
+    """The axis that counts rows."""
+    return next(i for i, size in enumerate(shape) if counts_rows(size))
 
 
 def _mixes(step: Step) -> bool:
@@ -99,16 +128,6 @@ def _contracted(step: Step) -> bool:
     return any(counts_rows(a.shape[axis]) for axis in left)
 
 
-def _reshaped(step: Step) -> bool:
-    """Whether what lies before the rows changes: rows would then be cut or joined elsewhere."""
-
-    def before(shape: Shape) -> int | None:
-        at = next((i for i, size in enumerate(shape) if counts_rows(size)), None)
-        return None if at is None else prod(shape[:at])
-
-    return before(step.values[0].shape) != before(step.outputs[0].shape)
-
-
 def _tiled(step: Step) -> bool:
     """Whether the rows themselves are repeated as a whole."""
     before, after = step.values[0].shape, step.outputs[0].shape
@@ -127,7 +146,7 @@ _RULES = {
     "getitem": _picked, "assign": _picked, "concatenate": _joined,
     "matmul": lambda step: counts_rows(step.values[0].shape[-1]),
     "dot": lambda step: counts_rows(step.values[0].shape[-1]),
-    "einsum": _summed_out, "tensordot": _contracted, "reshape": _reshaped, "tile": _tiled,
+    "einsum": _summed_out, "tensordot": _contracted, "tile": _tiled,
     "tril": _triangle, "triu": _triangle, "diagonal": _triangle,
     "sliding_window_view": lambda step: step.values[0].shape[0] != step.outputs[0].shape[0],
 }  # fmt: skip
