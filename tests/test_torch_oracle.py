@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import nnxp
+import test_space
 from conftest import every_layer
 from nnxp import kernels
 from nnxp.testing import LIMIT, error_bound
@@ -44,6 +45,9 @@ class Draw:
 
     def weight(self):
         return self._exact(self.rng.normal(size=(self.channels, 4)))
+
+    def exact(self, values):
+        return self._exact(values)
 
     def vector(self, size=None):
         return self._exact(self.rng.normal(size=size or self.channels))
@@ -125,6 +129,8 @@ CASES = {
     ),
 }
 
+CASES |= test_space.CASES
+
 
 def gelu_tanh_of_torch(x):
     """x/2 * (1 + tanh(u)), which cancels on the left, where ours does not."""
@@ -195,7 +201,8 @@ def parameter(x):
 
 
 def torch_norm(kind, layer, **names):
-    module = kind(next(iter(layer.parameters().values())).shape[0], eps=layer.eps)
+    shape = next(iter(layer.parameters().values())).shape
+    module = kind(shape if len(shape) > 1 else shape[0], eps=layer.eps)
     module = module.to(parameter(layer.gain).dtype)
     for ours, theirs in names.items():
         getattr(module, theirs).data = torch.from_numpy(getattr(layer, ours).copy())
@@ -268,6 +275,7 @@ MODULES = {
     "Residual": lambda layer: Plus(layer),
     "Sequential": lambda layer: torch.nn.Sequential(*map(as_module, layer.layers)),
 }
+MODULES |= test_space.MODULES_OF_TORCH
 
 
 def as_module(layer):
