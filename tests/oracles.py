@@ -48,6 +48,9 @@ class Draw:
     def positive(self):
         return self._exact(self.rng.uniform(0.1, 3, self.channels))
 
+    def exact(self, values):
+        return self._exact(values)
+
     def option(self, low, high):
         return round(float(self.rng.uniform(low, high)), 4)
 

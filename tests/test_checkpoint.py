@@ -588,7 +588,7 @@ UNFIT = [
     (Dense(4, 6, bias=False), {"weight": (24,)}),
     (Dense(4, 6, bias=False), {"weight": (1, 4, 6)}),
     (nnxp.LayerNorm(6), {"gain": (6,), "bias": (5,)}),
-    (nnxp.LayerNorm(6), {"gain": (2, 3), "bias": (2, 3)}),
+    (nnxp.LayerNorm(6), {"gain": (2, 3), "bias": (3, 2)}),
     (nnxp.RMSNorm(6), {"gain": ()}),
     (nnxp.RMSNorm(6), {"gain": (0,)}),
 ]

@@ -529,7 +529,7 @@ REFUSED = {
     ),
     "norms over axes": (lambda: nn.LayerNorm((3, 4)), "over 2 axes"),
     "activation": (
-        lambda: nn.TransformerEncoderLayer(4, 2, 4, activation=F.hardtanh, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(4, 2, 4, activation=F.rrelu, batch_first=True),
         "activation",
     ),
 }

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import nnxp
-from conftest import draw
+import test_space
+from conftest import SEQUENCES, draw
 from nnxp import kernels
 from nnxp._arrays import float_dtype
 from nnxp.kernels._erf import erf
@@ -25,7 +26,7 @@ ELEMENTWISE = sorted(set(ACTIVATIONS) & set(EXACT))
 
 
 def test_every_kernel_has_an_oracle_and_every_elementwise_one_a_formula():
-    assert set(ORACLES) == set(kernels.KERNELS)
+    assert set(ORACLES) | set(test_space.CASES) | SEQUENCES == set(kernels.KERNELS)
     assert set(ACTIVATIONS) - set(EXACT) == {"softmax", "softmin", "log_softmax"}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import nnxp
+import test_space
 from conftest import SEQUENCES, every_swept_layer
 from nnxp import kernels
 from nnxp.testing import LIMIT, error_bound
@@ -29,16 +30,20 @@ needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
 every_float = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
+# Every kernel: what arrays and options it is asked with, and how torch says the same.
+CASES = {name: (oracle.draw, oracle.torch) for name, oracle in ORACLES.items()} | test_space.CASES
+
+
 def by_torch(name, arrays, options, dtype):
     tensors = [torch.from_numpy(each.astype(dtype)) for each in arrays]
-    return ORACLES[name].torch(*tensors, **options).numpy()
+    return CASES[name][1](*tensors, **options).numpy()
 
 
 def reference(name, arrays, options, dtype):
     """What our reference says, and the unit of doubt of a computation in dtype."""
     given = [each.astype(dtype) for each in arrays]
     value, error = error_bound(kernels.KERNELS[name], *given, **options)
-    rounded = ORACLES[name].rounded
+    rounded = ORACLES[name].rounded if name in ORACLES else None
     if rounded is not None:
         error = np.maximum(error, error_bound(rounded, *given, **options)[1])
     return value, error
@@ -51,29 +56,35 @@ def test_every_kernel_is_asked():
 
 
 @needs_torch
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("name", CASES)
 @every_float
 def test_torch_says_the_same_of_every_kernel(name, dtype):
     for seed in range(20):
         size = np.random.default_rng(seed).integers(1, 100, 2)
-        arrays, options = ORACLES[name].draw(Draw(seed, *size))
+        arrays, options = CASES[name][0](Draw(seed, *size))
         value, error = reference(name, arrays, options, dtype)
         check = compare(name, "", "torch", by_torch(name, arrays, options, dtype), value, error)
         assert check.ok, f"seed {seed}: {check.problem}"
 
 
-@pytest.mark.parametrize("name", ORACLES)
+def as_tuple(option):
+    """What JSON has made a list of."""
+    return tuple(map(as_tuple, option)) if isinstance(option, list) else option
+
+
+@pytest.mark.parametrize("name", CASES)
 @every_float
 def test_torch_once_said_the_same_of_every_kernel(name, dtype):
     found = json.loads(FROZEN.read_text())
     for case in found["cases"]:
         if case["kernel"] == name:
             arrays = [np.array(each) for each in case["arrays"]]
-            value, error = reference(name, arrays, case["options"], dtype)
+            options = {key: as_tuple(option) for key, option in case["options"].items()}
+            value, error = reference(name, arrays, options, dtype)
             frozen = compare(name, "", "torch", np.array(case["answer"]), value, error)
             assert frozen.ok, f"torch {found['torch']}: {frozen.problem}"
             given = [each.astype(dtype) for each in arrays]
-            ours = kernels.KERNELS[name](*given, **case["options"])
+            ours = kernels.KERNELS[name](*given, **options)
             assert compare(name, "", "cpu", ours, np.array(case["answer"]), error, 2 * LIMIT).ok
 
 
@@ -82,7 +93,8 @@ def parameter(x):
 
 
 def torch_norm(kind, layer, **names):
-    module = kind(next(iter(layer.parameters().values())).shape[0], eps=layer.eps)
+    shape = next(iter(layer.parameters().values())).shape
+    module = kind(shape if len(shape) > 1 else shape[0], eps=layer.eps)
     module = module.to(parameter(layer.gain).dtype)
     for ours, theirs in names.items():
         getattr(module, theirs).data = torch.from_numpy(getattr(layer, ours).copy())
@@ -114,6 +126,15 @@ class Standardized(ChannelsLast):
 
     def forward(self, x):
         return (x - self.mean) / self.scale
+
+
+class Sloped(torch.nn.Module if torch else object):
+    def __init__(self, layer):
+        super().__init__()
+        self.slope = torch.from_numpy(layer.slope)
+
+    def forward(self, x):
+        return torch.where(x > 0, x, x * self.slope)
 
 
 class Plus(ChannelsLast):
@@ -153,15 +174,19 @@ MODULES = {
     "RMSNorm": lambda layer: torch_norm(torch.nn.RMSNorm, layer, gain="weight"),
     "BatchNorm": lambda layer: ChannelsLast(layer),
     "Standardize": lambda layer: Standardized(layer),
+    "GLU": lambda layer: torch.nn.GLU(-1),
+    "PReLU": lambda layer: Sloped(layer),
     "Flatten": lambda layer: torch.nn.Flatten(),
     "Dropout": lambda layer: torch.nn.Dropout(layer.rate).eval(),
     "Residual": lambda layer: Plus(layer),
     "Sequential": lambda layer: torch.nn.Sequential(*map(as_module, layer.layers)),
 }
+MODULES |= test_space.MODULES_OF_TORCH
 
 
-# Layers that are made of torch's modules in test_from_torch.py, and asked there.
-TURNED_ROUND = "attention positions recurrent torch_graph".split()
+# Layers that are made of torch's modules in test_from_torch.py, of ONNX's operators in test_onnx*.py,
+# of scikit-learn's steps in test_sklearn.py, or of kernels that test_space.py asks: all asked there.
+TURNED_ROUND = "attention positions recurrent torch_graph graph columns resize".split()
 
 
 def as_module(layer):
@@ -202,8 +227,8 @@ def test_torch_s_module_says_the_same_of_every_layer(layer, shape, dtype):
 def freeze():
     """Write what the torch that is installed says, in float64, of small cases of every kernel."""
     cases = []
-    for name in ORACLES:
-        arrays, options = ORACLES[name].draw(Draw(1, 4, 5))
+    for name in CASES:
+        arrays, options = CASES[name][0](Draw(1, 4, 5))
         answer = by_torch(name, arrays, options, "float64")
         given = [each.tolist() for each in arrays]
         cases.append(

@@ -75,7 +75,7 @@ def average_pool(
 
     x (n, *space, c) -> y (n, *positions, c). The mean is over what a window sees of x; with
     `count_include_pad` over its zeros from padding as well (PyTorch's default), though not over
-    what `ceil_mode` lets it reach beyond them.
+    what `ceil_mode` lets it reach beyond them. Of nothing, as between `dilation`, it is 0.
     """
     options = {"stride": window if stride is None else stride, "padding": padding}
     options |= {"dilation": dilation, "ceil_mode": ceil_mode}
@@ -88,7 +88,7 @@ def average_pool(
     whole = (n + a + b for n, (a, b) in zip(x.shape[1:-1], over.pads, strict=True))
     counted = [n - a - b for n, (a, b) in zip(whole, beyond, strict=True)]
     ones = xp.ones((1, *counted, 1), x.dtype)
-    return y / _reduced(padded(ones, beyond), over, xp.add)
+    return y / xp.maximum(_reduced(padded(ones, beyond), over, xp.add), 1)
 
 
 @kernel

@@ -176,9 +176,12 @@ def resize(
     _known("method", method, METHODS)
     _known("coordinates", coordinates, COORDINATES)
     _known("nearest", nearest, NEAREST)
-    sizes, lengths = _sizes(x, size, scale)
     around = []
-    for axis, (n, m, length) in enumerate(zip(x.shape[1:-1], sizes, lengths, strict=True), 1):
+    for axis, (n, length) in enumerate(zip(x.shape[1:-1], _lengths(x, size, scale), strict=True), 1):
+        if length is None:
+            around.append((0, 0))
+            continue
+        m = floor(length)
         if region is None:
             line = COORDINATES[coordinates](n, length)
         else:
@@ -203,30 +206,25 @@ def _known(what: str, name: str, names: Iterable[str]) -> None:
         raise OptionError(f"{what} of resize is one of {', '.join(names)}, not {name!r:.60}")
 
 
-def _sizes(x: Array, size: Any, scale: Any) -> tuple[list[int], list[float]]:
-    """How long each axis of space becomes: in whole elements, and as the scale says."""
+def _lengths(x: Array, size: Any, scale: Any) -> list[float | None]:
+    """How long each axis of space becomes, as the size or the scale says; None if it stays."""
     space = x.shape[1:-1]
-    axes = len(space)
-    if axes < 1 or 0 in space:
+    if not space or 0 in space:
         raise ShapeError(f"resize takes (rows, *space, channels) but got (rows, *{x.shape[1:]})")
     if (size is None) == (scale is None):
         raise OptionError("resize takes either a size or a scale")
-    if size is not None:
-        given = [size] if isinstance(size, int) else list(size)
-        sizes = [n if m is None else m for n, m in zip(space, given, strict=False)]
-        good, lengths = len(given) == axes, [float(m) for m in sizes]
-    else:
-        scales = [scale] * axes if isinstance(scale, int | float) else list(scale)
-        good = len(scales) == axes and all(s > 0 for s in scales)
-        lengths = [n * s for n, s in zip(space, scales, strict=False)]
-        sizes = [floor(length) for length in lengths]
-    if not good or any(m < 1 for m in sizes):
+    given = scale if size is None else size
+    each = list(given) if isinstance(given, tuple | list) else [given] * (len(space) if scale else 1)
+    lengths = [
+        m if m is None or size is not None else n * m for n, m in zip(space, each, strict=False)
+    ]
+    if len(each) != len(space) or any(m is not None and m < 1 for m in lengths):
         raise ShapeError(
             f"resize takes a size or a scale for each axis of space, {space}, of which something "
             "is "
             f"left; got size={size}, scale={scale}"
         )
-    return sizes, lengths
+    return lengths
 
 
 def _within(start: float, end: float, n: int, m: float) -> Line:
