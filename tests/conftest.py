@@ -51,6 +51,7 @@ def draw_inputs(layer, shapes, dtype="float32", rows=None):
     rng, drawn = np.random.default_rng(0), []
     for i, shape in enumerate(shapes if isinstance(shapes, list) else [shapes]):
         kind = layer.takes[i] if i < len(layer.takes) else "float"
+        kind = "float" if kind.startswith("float") else "int" if kind.startswith("int") else kind
         if shape is not None and rows is not None:
             shape = (rows, *shape[1:])
         if shape is None:

@@ -393,12 +393,12 @@ WRONG = [
 ]
 
 SKLEARN = [
-    ("from_sklearn(None)", ConversionError, "None holds no MLPClassifier"),
+    ("from_sklearn(None)", ConversionError, "None is empty.*MLPClassifier"),
     ("from_sklearn(3)", ConversionError, "int has no counterpart"),
     ("from_sklearn('mlp')", ConversionError, "str has no counterpart"),
     ("from_sklearn(net)", ConversionError, "Sequential has no counterpart"),
     ("from_sklearn(MLPClassifier())", ConversionError, "not fitted"),
-    ("from_sklearn(LinearRegression())", ConversionError, "LinearRegression has no counterpart"),
+    ("from_sklearn(LinearRegression())", ConversionError, "LinearRegression is not fitted"),
 ]
 
 

@@ -529,6 +529,8 @@ def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
             f"{model!r:.200} takes {', '.join(names)}: {len(given)} inputs are not so many; "
             "give a tuple of them, or a dict"
         )
+    if given[0] is None:
+        raise OptionError(f"{model!r:.200} takes {', '.join(names)}, but {names[0]} is None")
     return given
 
 

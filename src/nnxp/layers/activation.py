@@ -10,7 +10,7 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer, array_shape, whole
+from nnxp.layers._layer import Example, Layer, array_shape, is_real, whole
 
 ALIASES = {
     "geluapproximate": "gelu_tanh",
@@ -59,7 +59,7 @@ def _plain(name: str) -> str:
 
 def _number(what: str, value: object) -> float:
     """A number as a float; OptionError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+    if not is_real(value):
         raise OptionError(f"{what} is a number, not {value!r:.60}")
     return float(value)
 

@@ -494,8 +494,10 @@ def _judge_parts(
     except Untraceable:
         expected = _expected(model, rows)
         return [_run("output", repr(model), model, rows, each, expected) for each in backends]
+    alike = [step.name for step in exact.steps] == [step.name for step in program.steps]
+    ran, given = (exact, wide) if alike else (program, rows)  # types make other steps of some
     with np.errstate(all="ignore"):
-        made = exact.run(wide, [value for step in exact.steps for value in step.outputs])
+        made = ran.run(given, [value for step in ran.steps for value in step.outputs])
     known: dict[Value, HostArray] = dict(zip(program.inputs, rows, strict=True))
     made_here = (value for step in program.steps for value in step.outputs)
     for value, array in zip(made_here, made, strict=True):
