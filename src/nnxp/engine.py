@@ -136,7 +136,7 @@ class Engine:
         shape = tuple(rows.shape)
         dtype = model.dtype or float_type(rows)
         given = getattr(rows, "dtype", None)
-        travels = given.newbyteorder("=") if isinstance(given, np.dtype) else dtype
+        travels = given.newbyteorder("=") if isinstance(given, np.dtype) else np.dtype("float64")
         kind = self._places[0].kind(shape, travels, dtype)
         output, dtype = (shape[0], *kind.output.shape), kind.output.dtype
         fresh = out is None
