@@ -75,17 +75,17 @@ def test_names_are_saved_as_they_are(classes, tmp_path):
 
 
 WRONG = {
-    "one text": (dict(columns="abc"), "several names"),
-    "a number": (dict(columns=3), "several names"),
-    "numbers": (dict(columns=(1, 2, 3)), "columns are names, but one is 1"),
-    "no columns": (dict(columns=()), "at least one name"),
-    "too few columns": (dict(columns=("a", "b")), "2 names of columns do not fit Dense"),
-    "no classes": (dict(classes=()), "at least one name"),
-    "too few classes": (dict(classes=("a",)), r"1 classes do not fit .* \(rows, 2\)"),
-    "too many classes": (dict(classes=("a", "b", "c")), r"3 classes do not fit"),
-    "a mixture": (dict(classes=("a", 1)), "all str, int, float or bool"),
-    "lists": (dict(classes=([1], [2])), "all str, int, float or bool"),
-    "the same twice": (dict(classes=("a", "a")), "differ from each other"),
+    "one text": ({"columns": "abc"}, "several names"),
+    "a number": ({"columns": 3}, "several names"),
+    "numbers": ({"columns": (1, 2, 3)}, "columns are names, but one is 1"),
+    "no columns": ({"columns": ()}, "at least one name"),
+    "too few columns": ({"columns": ("a", "b")}, "2 names of columns do not fit Dense"),
+    "no classes": ({"classes": ()}, "at least one name"),
+    "too few classes": ({"classes": ("a",)}, r"1 classes do not fit .* \(rows, 2\)"),
+    "too many classes": ({"classes": ("a", "b", "c")}, r"3 classes do not fit"),
+    "a mixture": ({"classes": ("a", 1)}, "all str, int, float or bool"),
+    "lists": ({"classes": ([1], [2])}, "all str, int, float or bool"),
+    "the same twice": ({"classes": ("a", "a")}, "differ from each other"),
 }
 
 
@@ -110,13 +110,18 @@ def rewritten(path, change):
 
 def test_a_file_without_names_is_loaded(tmp_path):
     nnxp.save(NET, tmp_path / "net")
-    rewritten(tmp_path / "net", lambda fields: [fields.pop(name) for name in ("columns", "classes")])
+    rewritten(
+        tmp_path / "net", lambda fields: [fields.pop(name) for name in ("columns", "classes")]
+    )
     loaded = nnxp.load(tmp_path / "net")
     assert loaded.columns is loaded.classes is None
 
 
 HOSTILE = [
-    *[("columns", value) for value in ("abc", 3, [1, 2, 3], [["a"], "b", "c"], {"dict": {}}, ["a"])],
+    *[
+        ("columns", value)
+        for value in ("abc", 3, [1, 2, 3], [["a"], "b", "c"], {"dict": {}}, ["a"])
+    ],
     *[("columns", value) for value in ({"tensor": "columns"}, [None, "b", "c"], [], True)],
     *[("classes", value) for value in ("ab", [1, "a"], ["a", "a"], [[], []], [None, None], 1e999)],
     *[("classes", value) for value in ([float("nan"), 1.0], ["a"], [{"dict": {}}, "b"])],
@@ -185,11 +190,11 @@ def test_the_table_itself_is_left_as_it_is_and_out_is_filled():
 @pytest.mark.parametrize("table", [name for name in TABLES if name != "columns"])
 def test_other_columns_are_refused_by_name(table):
     make = TABLES[table]
-    with pytest.raises(nnxp.ShapeError, match="'b' is missing$"):
+    with pytest.raises(nnxp.ShapeError, match=r"'b' is missing$"):
         nnxp.predict(NET, make(FRAME.drop(columns="b")), "cpu")
     with pytest.raises(nnxp.ShapeError, match=r"'d' is too many; x\[list\(model.columns\)\]"):
         nnxp.predict(NET, make(FRAME.assign(d=1.0)), "cpu")
-    with pytest.raises(nnxp.ShapeError, match="'b' is missing, 'd' is too many$"):
+    with pytest.raises(nnxp.ShapeError, match=r"'b' is missing, 'd' is too many$"):
         nnxp.predict(NET, make(FRAME.rename(columns={"b": "d"})), "cpu")
     taken = make(FRAME.assign(d=1.0)[list(NET.columns)])
     np.testing.assert_allclose(nnxp.predict(NET, taken, "cpu"), Y, atol=1e-6)
@@ -303,7 +308,9 @@ def test_labels_of_any_type_are_written(classes, ending, reader, files, monkeypa
     nnxp.save(nnxp.Sequential(NET, classes=classes), files / "net")
     if reader == "numpy" and ending != ".parquet":
         monkeypatch.setattr("nnxp.io.tables._pyarrow", lambda module: None)
-    code, said = run("predict", files / "net", files / "x.npy", "-o", files / f"y{ending}", "--labels")
+    code, said = run(
+        "predict", files / "net", files / "x.npy", "-o", files / f"y{ending}", "--labels"
+    )
     assert code == 0, said
     due = np.array(classes)[Y.argmax(axis=1)]
     np.testing.assert_array_equal(read(files / f"y{ending}").ravel(), due)
@@ -312,8 +319,12 @@ def test_labels_of_any_type_are_written(classes, ending, reader, files, monkeypa
 def test_labels_of_a_model_that_knows_no_classes_are_refused(files):
     nnxp.save(nnxp.Sequential(*NET.layers), files / "net")
     for source in ("x.npy", "x.csv"):
-        code, said = run("predict", files / "net", files / source, "-o", files / "y.npy", "--labels")
-        assert (code, "knows no classes: nnxp.Sequential(model, classes=" in said) == (2, True), said
+        code, said = run(
+            "predict", files / "net", files / source, "-o", files / "y.npy", "--labels"
+        )
+        assert (code, "knows no classes: nnxp.Sequential(model, classes=" in said) == (2, True), (
+            said
+        )
         assert not (files / "y.npy").exists()
 
 

@@ -217,9 +217,9 @@ def predict(
     """A model's output for every row of a file.
 
     OUTPUT is written beside its place and renamed at the end: it is whole, or it is not there. A
-    table is read a batch of rows at a time, its columns in the order of the names that the model was
-    trained with; what is written as a table has the names y0, y1, ..., or those of the model's
-    classes.
+    table is read a batch of rows at a time, its columns in the order of the names that the model
+    was trained with; what is written as a table has the names y0, y1, ..., or those of the
+    model's classes.
     """
     from nnxp.engine import Engine
     from nnxp.io.checkpoint import load

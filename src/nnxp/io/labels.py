@@ -29,7 +29,9 @@ class Labels:
         row = model.output_shape(shape)[1:]
         if row not in ((len(classes),), (1,), ()):
             answers = ", ".join(map(str, ("rows", *row)))
-            raise OptionError(f"labels are for outputs (rows, {len(classes)}), but it answers ({answers})")
+            raise OptionError(
+                f"labels are for outputs (rows, {len(classes)}), but it answers ({answers})"
+            )
         self.classes: HostArray = np.array(classes)
         self.single = row in ((1,), ()) and len(classes) == 2
         self.above = _threshold(model, shape) if self.single else 0.0

@@ -38,7 +38,9 @@ def class_names(classes: Any, row: Shape | None) -> tuple[str | int | float | bo
             f"classes are all str, int, float or bool, not {', '.join(map(repr, names)):.100}"
         )
     if len(set(names)) < len(names):
-        raise OptionError(f"classes differ from each other, unlike {', '.join(map(repr, names)):.100}")
+        raise OptionError(
+            f"classes differ from each other, unlike {', '.join(map(repr, names)):.100}"
+        )
     if row is not None and row != (len(names),) and not (len(names) == 2 and row in ((), (1,))):
         answers = str(("rows", *row)).replace("'", "")
         raise ShapeError(f"{len(names)} classes do not fit a model that answers {answers}")

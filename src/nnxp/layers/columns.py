@@ -28,7 +28,7 @@ class Take(Layer):
         places = (self.indices,) if single else tuple(self.indices)
         if not places or not all(_is_place(each) for each in places):
             raise OptionError(
-                f"indices of Take is a whole number from 0, or some of them, not {self.indices!r:.60}"
+                f"Take takes a whole number from 0, or some of them, not {self.indices!r:.60}"
             )
         places = tuple(map(int, places))
         self.__dict__["indices"] = places[0] if single else places
@@ -66,7 +66,8 @@ class Clip(Layer):
         numbers = all(type(each) in (int, float) for each in (self.low, self.high))
         if not numbers or isnan(self.low) or not self.low <= self.high:
             raise OptionError(
-                f"Clip takes two numbers, the lower one first, not {self.low!r:.30}, {self.high!r:.30}"
+                "Clip takes two numbers, the lower one first, not "
+                f"{self.low!r:.30} and {self.high!r:.30}"
             )
 
     def __call__(self, x: Array) -> Array:
