@@ -409,7 +409,7 @@ LINEAR = [
 @pytest.mark.parametrize(("name", "y"), LINEAR)
 def test_a_linear_model_predicts_what_scikit_learn_predicts(name, y):
     kind = getattr(linear_model, name, None) or getattr(svm, name)
-    quick = {"max_iter": 300} if "max_iter" in kind().get_params() else {}
+    quick = {"max_iter": 300} if kind().get_params().get("max_iter") else {}
     estimator = make_pipeline(StandardScaler(), kind(**quick)).fit(SEEN, y)
     due = prediction(estimator, UNSEEN)
     model = from_sklearn(estimator, "float64")

@@ -49,7 +49,9 @@ class Labels:
             row = self._rows + int(unknown.argmax())
             raise RowsError(f"row {row} has no label: the model answers NaN for it")
         self._rows += len(y)
-        return self.classes[(y[:, 0] > self.above).astype(int) if self.single else y.argmax(axis=1)]
+        found = (y[:, 0] > self.above).astype(int) if self.single else y.argmax(axis=1)
+        labels: HostArray = self.classes[found]
+        return labels
 
 
 def _threshold(model: Layer, shape: Shape) -> float:

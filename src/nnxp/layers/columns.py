@@ -24,21 +24,20 @@ class Take(Layer):
         self.indices = indices
 
     def validate(self) -> None:
-        single = not isinstance(self.indices, tuple | list)
-        places = (self.indices,) if single else tuple(self.indices)
-        if not places or not all(_is_place(each) for each in places):
+        indices = self.indices if isinstance(self.indices, tuple | list) else (self.indices,)
+        if not indices or not all(_is_place(each) for each in indices):
             raise OptionError(
                 f"Take takes a whole number from 0, or some of them, not {self.indices!r:.60}"
             )
-        places = tuple(map(int, places))
-        self.__dict__["indices"] = places[0] if single else places
+        whole = tuple(map(int, indices))
+        self.__dict__["indices"] = whole if indices is self.indices else whole[0]
 
     def __call__(self, x: Array) -> Array:
-        single = isinstance(self.indices, int)
-        last = self.indices if single else max(self.indices)
-        if x.ndim < 2 or x.shape[-1] <= last:
-            raise ShapeError(f"{self} takes (rows, ..., {last + 1} or more) but got {x.shape}")
-        return x[..., self.indices if single else list(self.indices)]
+        key = self.indices if isinstance(self.indices, int) else list(self.indices)
+        size = 1 + (key if isinstance(key, int) else max(key))
+        if x.ndim < 2 or x.shape[-1] < size:
+            raise ShapeError(f"{self} takes (rows, ..., {size} or more) but got {x.shape}")
+        return x[..., key]
 
     def __repr__(self) -> str:
         return f"Take({self.indices!r:.60})"
