@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
+from sklearn import feature_selection, linear_model, svm
 from sklearn.base import clone
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.decomposition import PCA, IncrementalPCA, TruncatedSVD
 from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.preprocessing import (
+    MaxAbsScaler,
+    MinMaxScaler,
+    Normalizer,
+    PolynomialFeatures,
+    RobustScaler,
+    StandardScaler,
+)
 
 import nnxp
 from conftest import draw
 from nnxp import ConversionError, from_sklearn
+from nnxp.io import sklearn as conversion
+from nnxp.io.labels import Labels
 from nnxp.testing import LIMIT, assert_close, assert_parity, bounded
 
 # Rows to fit and rows not seen, with columns of different size and place, one of them constant.
@@ -53,9 +61,11 @@ def fitted(task="four classes", activation="relu", scaler="scaled", hidden=(9, 7
 
 
 def prediction(estimator, x):
-    """What scikit-learn predicts, as (rows, outputs)."""
-    y = estimator.predict_proba(x) if hasattr(estimator, "classes_") else estimator.predict(x)
-    return y.reshape(len(x), -1)
+    """What scikit-learn predicts, in the most telling way that it has."""
+    if hasattr(estimator, "predict_proba"):
+        return estimator.predict_proba(x)
+    classifies = hasattr(estimator, "decision_function")
+    return estimator.decision_function(x) if classifies else estimator.predict(x)
 
 
 def doubt(estimator, x, dtype):
@@ -130,9 +140,11 @@ def test_the_labels_of_a_multilabel_classifier_are_had_as_the_documentation_says
     np.testing.assert_array_equal(y > 0.5, estimator.predict(UNSEEN))
 
 
-def test_a_regressor_with_one_target_gives_one_column():
-    y = from_sklearn(fitted("one target"), "float64")(UNSEEN)
-    assert y.shape == (75, 1)
+def test_a_regressor_answers_in_the_shape_that_scikit_learn_does():
+    for task, shape in (("one target", (75,)), ("three targets", (75, 3))):
+        estimator = fitted(task)
+        y = from_sklearn(estimator, "float64")(UNSEEN)
+        assert y.shape == estimator.predict(UNSEEN).shape == shape
 
 
 def test_both_columns_of_a_binary_classifier_are_right_where_scikit_learn_s_first_is_lost():
@@ -201,6 +213,12 @@ def unlisted():
     return network
 
 
+def no_scale():
+    scaler = StandardScaler().fit(SEEN)
+    scaler.scale_[2] = 0
+    return make_pipeline(scaler, fitted(scaler="unscaled"))
+
+
 UNFITTED = MLPClassifier()
 SCALER = StandardScaler().fit(SEEN)
 REFUSED = {
@@ -213,22 +231,37 @@ REFUSED = {
         lambda: make_pipeline(StandardScaler(), fitted(scaler="unscaled")),
         "StandardScaler is not fitted",
     ),
-    "another estimator": (LogisticRegression, "LogisticRegression has no counterpart; from_skl"),
+    "another estimator": (svm.SVC, "SVC has no counterpart; from_sklearn takes a fitted network"),
     "another step": (
-        lambda: Pipeline([("pca", PCA()), ("net", fitted(scaler="unscaled"))]),
-        "step 'pca', PCA has no counterpart",
+        lambda: Pipeline([("a", SCALER), ("b", PolynomialFeatures()), ("c", fitted())]),
+        r"step 'b', PolynomialFeatures has no .* pipeline\[:2\]\.transform\(x\), .*pipeline\[2:\]",
     ),
-    "another scaler": (
-        lambda: make_pipeline(MinMaxScaler(), fitted(scaler="unscaled")),
-        "MinMaxScaler has no counterpart",
+    "another step of a step": (
+        lambda: make_pipeline(make_pipeline(PolynomialFeatures()), fitted(scaler="unscaled")),
+        "PolynomialFeatures has no counterpart; transform the rows with it first",
     ),
-    "a scaler at the end": (lambda: make_pipeline(SCALER), "StandardScaler has no counterpart"),
-    "a scaler alone": (lambda: SCALER, "StandardScaler has no counterpart"),
+    "another norm": (
+        lambda: make_pipeline(Normalizer("l1").fit(SEEN), fitted(scaler="unscaled")),
+        "Normalizer with norm='l1' has no counterpart",
+    ),
+    "a function of the target": (
+        lambda: TransformedTargetRegressor(
+            linear_model.Ridge(), func=np.arcsinh, inverse_func=np.sinh
+        ).fit(SEEN, SCORE),
+        "transformer_, FunctionTransformer has no counterpart; convert the regressor_",
+    ),
+    "other probabilities": (
+        lambda: linear_model.SGDClassifier(loss="modified_huber").fit(SEEN, SCORE > 0),
+        "loss='modified_huber' in a way that has no counterpart",
+    ),
+    "a scale of zero": (no_scale, "the scale has zeros"),
+    "a scaler at the end": (lambda: make_pipeline(SCALER), "StandardScaler predicts nothing"),
+    "a scaler alone": (lambda: SCALER, "StandardScaler predicts nothing"),
     "a network in the middle": (
         lambda: make_pipeline(fitted(scaler="unscaled"), fitted(scaler="unscaled")),
         "step 'mlpclassifier-1', MLPClassifier has no counterpart",
     ),
-    "an empty pipeline": (lambda: make_pipeline("passthrough"), "holds no MLPClassifier"),
+    "an empty pipeline": (lambda: make_pipeline("passthrough"), "is empty; from_sklearn takes"),
     "a subclass": (Subclass, "Subclass has no counterpart"),
     "a scaler's subclass": (
         lambda: make_pipeline(Scaled().fit(SEEN), fitted(scaler="unscaled")),
@@ -255,38 +288,206 @@ def test_parameters_that_the_type_cannot_hold_are_refused():
     estimator = fitted(scaler="unscaled")
     estimator.coefs_[1][2, 3] = 1e5
     assert from_sklearn(estimator, "bfloat16").dtype == "bfloat16"
-    with pytest.raises(ConversionError, match=r"coefs_\[1\] has values up to 1e\+05, too large"):
-        from_sklearn(estimator, "float16")
-    estimator = fitted()
-    estimator.steps[0][1].scale_[0] = 1e-9
-    with pytest.raises(ConversionError, match=r"step 'standardscaler', .*float16 cannot tell"):
+    with pytest.raises(ConversionError, match=r"coefs_\[1\]: weight has values up to 1e\+05, too"):
         from_sklearn(estimator, "float16")
     with pytest.raises(nnxp.DtypeMismatch, match="not 'int8'"):
         from_sklearn(estimator, "int8")
 
 
-def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.neural_network", None)
-    with pytest.raises(ConversionError, match=r"pip install scikit-learn"):
-        from_sklearn(UNFITTED)
+STEPS = {
+    "min-max": MinMaxScaler((2, 5)),
+    "bounds": MinMaxScaler(clip=True),
+    "max-abs": MaxAbsScaler(),
+    "robust": RobustScaler(),
+    "robust, centred": RobustScaler(with_scaling=False),
+    "robust, spread": RobustScaler(with_centering=False),
+    "normalizer": Normalizer(),
+    "pca": PCA(3),
+    "pca, whitened": PCA(3, whiten=True),
+    "pca by batches": IncrementalPCA(3, whiten=True),
+    "svd": TruncatedSVD(3),
+    "variance": feature_selection.VarianceThreshold(0.1),
+    "k best": feature_selection.SelectKBest(feature_selection.f_regression, k=2),
+    "from a model": feature_selection.SelectFromModel(linear_model.Lasso(0.1)),
+}
+
+# columns of Unix times and the like, which float32 would round before they are centred
+
+TIMES = SEEN.copy(), UNSEEN.copy()
+for each in TIMES:
+    each[:, 1] = 1.6e9 + 3600 * each[:, 0]
+    each[:, 2] += -1e6
+FIRST = {
+    "standard": (StandardScaler(),),
+    "min-max": (MinMaxScaler((-1, 1)),),
+    "robust": (RobustScaler(),),
+    "pca": (PCA(4),),
+    "whitened": (StandardScaler(), PCA(4, whiten=True)),
+    "after a selection": (feature_selection.VarianceThreshold(), StandardScaler()),
+    "in two steps": (StandardScaler(with_std=False), MaxAbsScaler(), StandardScaler()),
+    "before a selection": (StandardScaler(), STEPS["from a model"], RobustScaler()),
+}
 
 
-@pytest.mark.parametrize(("mean", "scale"), [(1.6e9, 3600.0), (-1e6, 10.0), (2000.0, 1e-3)])
-def test_a_mean_that_rounding_to_float32_would_drown_is_refused(mean, scale):
-    rows = SEEN[:, [0, 1, 3]].copy()
-    rows[:, 1] = mean + scale * draw((len(rows),), "float64", seed=3)
-    network = MLPRegressor(hidden_layer_sizes=(5,), max_iter=30, tol=1e9, random_state=0)
-    fitted = make_pipeline(StandardScaler(), network).fit(rows, SCORE)
-    with pytest.raises(ConversionError, match=r"column 1 .*float64"):
-        from_sklearn(fitted)
-    y = nnxp.predict(from_sklearn(fitted, "float64"), rows, "cpu")
-    np.testing.assert_allclose(y[:, 0], fitted.predict(rows), rtol=1e-9)
+@pytest.mark.parametrize("backend", ["numpy", "sim"])
+@pytest.mark.parametrize("first", FIRST)
+def test_large_means_are_subtracted_before_rows_are_rounded(first, backend):
+    steps = [clone(step) for step in FIRST[first]]
+    estimator = make_pipeline(*steps, linear_model.Ridge()).fit(TIMES[0], SCORE)
+    due = estimator.predict(TIMES[1])
+    engine = nnxp.Engine(from_sklearn(estimator), backend)
+    for _ in range(3):  # the third of few rows is recorded
+        np.testing.assert_allclose(engine(TIMES[1]), due, atol=3e-6 * np.abs(due).max())
 
 
-def test_a_mean_that_float32_can_bear_is_taken():
-    rows = SEEN[:, [0, 1, 3]].copy()
-    rows[:, 1] = 2000 + 10 * draw((len(rows),), "float64", seed=3)  # years
-    network = MLPRegressor(hidden_layer_sizes=(5,), max_iter=30, tol=1e9, random_state=0)
-    fitted = make_pipeline(StandardScaler(), network).fit(rows, SCORE)
-    y = nnxp.predict(from_sklearn(fitted), rows, "cpu")
-    np.testing.assert_allclose(y[:, 0], fitted.predict(rows), atol=1e-3 * np.abs(y).max())
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint32"])
+@pytest.mark.parametrize("backend", ["numpy", "sim"])
+def test_whole_numbers_meet_a_scaler_as_they_are(dtype, backend):
+    times = [np.round(np.abs(rows)).astype(dtype) for rows in TIMES]
+    estimator = make_pipeline(StandardScaler(), linear_model.Ridge()).fit(times[0], SCORE)
+    due = estimator.predict(times[1])
+    y = nnxp.predict(from_sklearn(estimator), times[1], backend)
+    np.testing.assert_allclose(y, due, atol=3e-6 * np.abs(due).max())
+
+
+class Unsaid:
+    """Rows that do not say of what type they are."""
+
+    def __init__(self, rows):
+        self.rows, self.shape = rows, rows.shape
+
+    def __getitem__(self, rows):
+        return self.rows[rows]
+
+
+def test_rows_of_a_type_that_is_not_said_meet_a_scaler_as_they_are():
+    estimator = make_pipeline(StandardScaler(), linear_model.Ridge()).fit(TIMES[0], SCORE)
+    due = estimator.predict(TIMES[1])
+    y = nnxp.predict(from_sklearn(estimator), Unsaid(TIMES[1]), "cpu")
+    np.testing.assert_allclose(y, due, atol=3e-6 * np.abs(due).max())
+
+
+DROWNED = {
+    "a scale alone": (StandardScaler(with_mean=False),),
+    "behind bounds": (MinMaxScaler((1e6, 1e6 + 1), clip=True), StandardScaler()),
+}
+
+
+@pytest.mark.parametrize("case", DROWNED)
+def test_a_mean_that_float32_would_drown_between_layers_is_refused(case):
+    steps = [clone(step) for step in DROWNED[case]]
+    estimator = make_pipeline(*steps, linear_model.Ridge()).fit(TIMES[0], SCORE)
+    with pytest.raises(ConversionError, match=r"column \d has the mean .*float64"):
+        from_sklearn(estimator)
+    y = nnxp.predict(from_sklearn(estimator, "float64"), TIMES[1], "cpu")
+    np.testing.assert_allclose(y, estimator.predict(TIMES[1]), atol=1e-6)
+
+
+def test_a_target_with_a_mean_that_float32_would_drown_is_refused():
+    target = TransformedTargetRegressor(linear_model.Ridge(), transformer=StandardScaler())
+    estimator = target.fit(SEEN, 1.6e9 + 3600 * SCORE)
+    with pytest.raises(ConversionError, match=r"transformer_, .*mean 1.6e\+09 .*float64"):
+        from_sklearn(estimator)
+    y = from_sklearn(estimator, "float64")(UNSEEN)
+    np.testing.assert_allclose(y, estimator.predict(UNSEEN), rtol=1e-12)
+
+
+# linear models, and what may come before them
+
+LINEAR = [
+    *[(name, SCORE) for name in conversion._REGRESSORS if not name.startswith("MultiTask")],
+    *[(name, TASKS["three targets"][1]) for name in conversion._REGRESSORS if "Task" in name],
+    ("LinearRegression", SCORE[:, None]),
+    ("LinearRegression", TASKS["three targets"][1]),
+    *[(name, SCORE > 0) for name in conversion._CLASSIFIERS],
+    *[(name, TASKS["four classes"][1]) for name in conversion._CLASSIFIERS],
+    ("RidgeClassifier", TASKS["three labels"][1]),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of scikit-learn's, for training so little
+@pytest.mark.parametrize(("name", "y"), LINEAR)
+def test_a_linear_model_predicts_what_scikit_learn_predicts(name, y):
+    kind = getattr(linear_model, name, None) or getattr(svm, name)
+    quick = {"max_iter": 300} if kind().get_params().get("max_iter") else {}
+    estimator = make_pipeline(StandardScaler(), kind(**quick)).fit(SEEN, y)
+    due = prediction(estimator, UNSEEN)
+    model = from_sklearn(estimator, "float64")
+    answer = model(UNSEEN)
+    assert answer.shape == due.shape
+    np.testing.assert_allclose(answer, due, rtol=1e-12, atol=1e-12)
+    if y.ndim == 1 and hasattr(estimator, "classes_"):
+        assert model.classes == tuple(estimator.classes_.tolist())
+        np.testing.assert_array_equal(
+            Labels(model, UNSEEN.shape)(answer), estimator.predict(UNSEEN)
+        )
+    else:
+        assert model.classes is None
+
+
+def test_probabilities_of_a_linear_classifier():
+    estimator = linear_model.SGDClassifier(loss="log_loss", tol=1e9, n_iter_no_change=9)
+    estimator = make_pipeline(StandardScaler(), estimator).fit(SEEN, SCORE > 0)
+    np.testing.assert_allclose(
+        from_sklearn(estimator, "float64")(UNSEEN), estimator.predict_proba(UNSEEN), atol=1e-12
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*constant:UserWarning")
+@pytest.mark.parametrize("after", [(), (StandardScaler(),)], ids=["", "scaled"])
+@pytest.mark.parametrize("before", [(), (StandardScaler(),)], ids=["", "scaled"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_transforms_as_scikit_learn_does(step, before, after):
+    steps = [clone(each) for each in (*before, STEPS[step], *after)]
+    estimator = make_pipeline(*steps, linear_model.Ridge()).fit(SEEN, SCORE)
+    x = UNSEEN.copy()
+    x[3] *= 1000  # beyond what was seen
+    due = estimator.predict(x)
+    np.testing.assert_allclose(from_sklearn(estimator, "float64")(x), due, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_of_zeros_stay_zeros_in_a_normalizer():
+    estimator = make_pipeline(Normalizer(), linear_model.Ridge()).fit(SEEN, SCORE)
+    for dtype in ("float16", "float32", "float64"):
+        y = from_sklearn(estimator, dtype)(np.zeros((2, 6), dtype))
+        np.testing.assert_allclose(y, estimator.predict(np.zeros((2, 6))), rtol=2e-3)
+
+
+@pytest.mark.parametrize("y", [SCORE, SCORE[:, None], TASKS["three targets"][1]], ids=np.shape)
+@pytest.mark.parametrize("scaler", ["none", "standard", "min-max", "max-abs", "robust"])
+def test_a_transformed_target_is_transformed_back(scaler, y):
+    scaler = StandardScaler() if scaler == "standard" else STEPS.get(scaler)
+    inner = make_pipeline(StandardScaler(), linear_model.Ridge())
+    outer = TransformedTargetRegressor(inner, transformer=scaler)
+    estimator = make_pipeline(StandardScaler(), outer).fit(SEEN, y)
+    due = estimator.predict(UNSEEN)
+    answer = from_sklearn(estimator, "float64")(UNSEEN)
+    assert answer.shape == due.shape
+    np.testing.assert_allclose(answer, due, rtol=1e-12, atol=1e-12)
+
+
+# names
+
+
+def test_a_model_keeps_the_names_of_columns_and_of_classes(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    names = ["age", "dose", "mass", "size", "time", "rate"]
+    frame = pandas.DataFrame(SEEN, columns=names)
+    estimator = make_pipeline(StandardScaler(), MLPClassifier((5,), tol=1e9, random_state=0))
+    estimator.fit(frame, TASKS["two classes"][1])
+    model = from_sklearn(estimator, "float64")
+    assert (model.columns, model.classes) == (tuple(names), ("no", "yes"))
+    nnxp.save(model, tmp_path / "net")
+    loaded = nnxp.load(tmp_path / "net")
+    unseen = pandas.DataFrame(UNSEEN, columns=names)
+    due = estimator.predict_proba(unseen)
+    y = nnxp.predict(loaded, unseen[names[::-1]], "cpu")
+    np.testing.assert_allclose(y, due, atol=1e-12)
+    with pytest.raises(nnxp.ShapeError, match="'dose' is missing"):
+        nnxp.predict(loaded, unseen.drop(columns="dose"), "cpu")
+
+
+def test_labels_of_rows_that_may_have_several_are_not_kept():
+    assert from_sklearn(fitted("three labels")).classes is None
+    assert from_sklearn(fitted("four classes")).classes == (5, 6, 7, 8)
+    assert from_sklearn(fitted("one target")).classes is None

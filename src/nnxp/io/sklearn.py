@@ -30,11 +30,11 @@ _ACTIVATIONS = {
 
 # scikit-learn's classes by what they do. The very classes: a subclass may do it in another way.
 _NETWORKS = "MLPClassifier MLPRegressor".split()
-_REGRESSORS = """ARDRegression BayesianRidge ElasticNet ElasticNetCV HuberRegressor Lars LarsCV
-    Lasso LassoCV LassoLars LassoLarsCV LassoLarsIC LinearRegression LinearSVR MultiTaskElasticNet
-    MultiTaskElasticNetCV MultiTaskLasso MultiTaskLassoCV OrthogonalMatchingPursuit
-    OrthogonalMatchingPursuitCV PassiveAggressiveRegressor QuantileRegressor Ridge RidgeCV
-    SGDRegressor TheilSenRegressor""".split()
+_REGRESSORS = """ARDRegression BayesianRidge ElasticNet ElasticNetCV HuberRegressor Lars
+    LarsCV Lasso LassoCV LassoLars LassoLarsCV LassoLarsIC LinearRegression LinearSVR
+    MultiTaskElasticNet MultiTaskElasticNetCV MultiTaskLasso MultiTaskLassoCV
+    OrthogonalMatchingPursuit OrthogonalMatchingPursuitCV PassiveAggressiveRegressor
+    QuantileRegressor Ridge RidgeCV SGDRegressor TheilSenRegressor""".split()
 _CLASSIFIERS = """LinearSVC LogisticRegression LogisticRegressionCV PassiveAggressiveClassifier
     Perceptron RidgeClassifier RidgeClassifierCV SGDClassifier""".split()
 _SCALERS = "MaxAbsScaler MinMaxScaler RobustScaler StandardScaler".split()
@@ -353,25 +353,30 @@ def _predict_transformed(model: _Model, step: _Step) -> None:
     for each in before:
         _transform(model, each)
     _predict(model, last)
-    scaler = _Step(f"{step.path}transformer_, ", target.transformer_, None)
-    if scaler.name == "FunctionTransformer" and not target.func and not target.inverse_func:
-        return
-    if scaler.name not in _SCALERS:
-        raise ConversionError(
-            f"{scaler} has no counterpart; convert its regressor_, and give what the model "
-            "predicts to its transformer_.inverse_transform"
-        )
-    mean, scale = _scaling(scaler, model.kind)
-    _refuse_loss(scaler, mean, scale, model.kind)
+    mean, scale = _target_scaling(
+        _Step(f"{step.path}transformer_, ", target.transformer_, None), model
+    )
     if isinstance(model.layers[-1], Take):
         model.layers.pop()
     product = model.layers[-1]
-    assert isinstance(product, Dense)
-    assert product.activation == "identity"
-    weight, bias = np.asarray(product.weight), np.asarray(product.bias)
+    weight, bias = np.asarray(product.weight), np.asarray(product.bias)  # type: ignore[attr-defined]
     model.layers[-1] = Dense.of(weight * scale, bias * scale + mean)
     if target._training_dim == 1:
         model.append(Take(0))
+
+
+def _target_scaling(step: _Step, model: _Model) -> tuple[Any, Any]:
+    """(mean, scale) of what was done to a target: (y - mean) / scale"""
+    if step.name == "FunctionTransformer" and step.estimator.inverse_func is None:
+        return 0.0, 1.0
+    if step.name not in _SCALERS:
+        raise ConversionError(
+            f"{step} has no counterpart; convert the regressor_, and give what the model predicts "
+            "to transformer_.inverse_transform"
+        )
+    mean, scale = _scaling(step, model.kind)
+    _refuse_loss(step, mean, scale, model.kind)
+    return mean, scale
 
 
 def _two_columns(weight: Any, bias: Any) -> tuple[Any, Any]:

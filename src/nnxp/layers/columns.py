@@ -25,23 +25,20 @@ class Take(Layer):
         self.indices = indices
 
     def validate(self) -> None:
-        single = not isinstance(self.indices, tuple | list)
-        given: Any = self.indices
-        places = (given,) if single else tuple(given)
-        if not places or not all(_is_place(each) for each in places):
+        indices = self.indices if isinstance(self.indices, tuple | list) else (self.indices,)
+        if not indices or not all(_is_place(each) for each in indices):
             raise OptionError(
-                "indices of Take is a whole number from 0, or some of them, not "
-                f"{self.indices!r:.60}"
+                f"Take takes a whole number from 0, or some of them, not {self.indices!r:.60}"
             )
-        places = tuple(map(int, places))
-        self.__dict__["indices"] = places[0] if single else places
+        whole = tuple(map(int, indices))
+        self.__dict__["indices"] = whole if indices is self.indices else whole[0]
 
     def __call__(self, x: Array) -> Array:
-        places = self.indices if isinstance(self.indices, int) else list(self.indices)
-        last = places if isinstance(places, int) else max(places)
-        if x.ndim < 2 or x.shape[-1] <= last:
-            raise ShapeError(f"{self} takes (rows, ..., {last + 1} or more) but got {x.shape}")
-        return x[..., places]
+        key = self.indices if isinstance(self.indices, int) else list(self.indices)
+        size = 1 + (key if isinstance(key, int) else max(key))
+        if x.ndim < 2 or x.shape[-1] < size:
+            raise ShapeError(f"{self} takes (rows, ..., {size} or more) but got {x.shape}")
+        return x[..., key]
 
     def __repr__(self) -> str:
         return f"Take({self.indices!r:.60})"
@@ -69,8 +66,8 @@ class Clip(Layer):
         numbers = all(type(each) in (int, float) for each in (self.low, self.high))
         if not numbers or isnan(self.low) or not self.low <= self.high:
             raise OptionError(
-                f"Clip takes two numbers, the lower one first, not {self.low!r:.30}, "
-                f"{self.high!r:.30}"
+                "Clip takes two numbers, the lower one first, not "
+                f"{self.low!r:.30} and {self.high!r:.30}"
             )
 
     def __call__(self, x: Array) -> Array:
