@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+import test_space
 from nnxp import kernels
 from nnxp.testing import LIMIT, error_bound
 from nnxp.testing.parity import compare
@@ -115,6 +116,9 @@ WRONG = {  # what each kernel could be mistaken for
     ],
     "standardize": [lambda x, mean, scale: x / scale, lambda x, mean, scale: (x - mean) / scale**2],
 }
+
+CORRECT |= test_space.CORRECT
+WRONG |= test_space.WRONG
 
 
 class AnyDraw(Draw):

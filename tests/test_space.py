@@ -290,6 +290,7 @@ def torch_resize(x, *, method, coordinates, size=None, antialias=False, exclude_
 
 def torch_pad(x, *, padding, mode, value=0.0):
     modes = {"edge": "replicate", "wrap": "circular"}
+    padding = naive.sides(padding, x.ndim - 2)
     flat = [p for pair in reversed(padding) for p in pair]
     if min(flat) < 0 and mode != "constant":
         raise ValueError("torch cuts off otherwise")
@@ -299,6 +300,7 @@ def torch_pad(x, *, padding, mode, value=0.0):
 
 def torch_shuffle(name):
     def shuffle(x, *, factor, order):
+        factor = naive.each(factor, x.ndim - 2)
         if order == "channels last" or len(set(factor)) > 1 or len(factor) != 2:
             raise ValueError("torch has one factor for two axes")
         return last(getattr(torch.nn.functional, name)(first(x), factor[0]))
@@ -440,6 +442,75 @@ def plain_case(name, draw):
     return cases[name]
 
 
+def turned(x, weight, bias, **options):
+    return kernels.conv(x, weight[::-1, ::-1], bias, **options)
+
+
+def dropped_tap(x, weight, bias, **options):
+    weight = weight.copy()
+    weight[0, 0, 0] = 0
+    return kernels.conv(x, weight, bias, **options)
+
+
+CORRECT = {name: getattr(naive, name) for name in DRAWN}
+WRONG = {  # what each kernel could be mistaken for
+    "conv": [
+        turned,
+        dropped_tap,
+        lambda x, w, b, **options: kernels.conv(x, w, **options),
+    ],
+    "conv_transpose": [
+        lambda x, w, b, **options: kernels.conv_transpose(x, w[::-1, ::-1], b, **options),
+        lambda x, w, b, **options: kernels.conv_transpose(x, w, **options),
+    ],
+    "max_pool": [lambda x, **options: kernels.average_pool(x, **options)],
+    "average_pool": [
+        lambda x, **options: kernels.average_pool(x, **options | {"count_include_pad": True}),
+        lambda x, count_include_pad, **options: kernels.max_pool(x, **options),
+    ],
+    "lp_pool": [
+        lambda x, p, **options: kernels.lp_pool(x, p=2.0, **options),
+        lambda x, p, **options: kernels.average_pool(np.abs(x) ** p, **options) ** (1 / p),
+    ],
+    "global_average_pool": [lambda x, keepdims: x.sum((1, 2)), lambda x, keepdims: x.max((1, 2))],
+    "global_max_pool": [lambda x, keepdims: np.abs(x).max((1, 2), keepdims=True)],
+    "adaptive_average_pool": [lambda x, size: kernels.adaptive_max_pool(x, size=size)],
+    "adaptive_max_pool": [lambda x, size: kernels.adaptive_average_pool(x, size=size)],
+    "pad": [lambda x, padding, mode: kernels.pad(x, padding=padding, mode="edge")],
+    "pixel_shuffle": [
+        lambda x, factor, order: kernels.pixel_shuffle(x, factor=factor, order="channels last")
+    ],
+    "pixel_unshuffle": [
+        lambda x, factor, order: kernels.pixel_unshuffle(x, factor=factor, order="channels last")
+    ],
+    "resize": [
+        lambda x, coordinates, **options: kernels.resize(x, coordinates="align_corners", **options),
+        lambda x, method, **options: kernels.resize(x, method="cubic", **options),
+    ],
+    "group_norm": [
+        lambda x, gain, bias, groups, eps: kernels.group_norm(x, gain, bias, groups=groups, eps=0.0),
+        lambda x, gain, bias, groups, eps: kernels.group_norm(x, gain, groups=groups, eps=eps),
+        lambda x, gain, bias, groups, eps: kernels.instance_norm(x, gain, bias, eps=eps),
+    ],
+    "instance_norm": [
+        lambda x, gain, bias, eps: kernels.instance_norm(x, gain, bias, eps=0.0),
+        lambda x, gain, bias, eps: kernels.layer_norm(x, gain, bias, eps=eps),
+    ],
+    "mean_variance_norm": [
+        lambda x, gain, bias, axes, eps: kernels.mean_variance_norm(x, gain, bias, axes=axes, eps=0.0),
+        lambda x, gain, bias, axes, eps: kernels.layer_norm(x, gain, bias, eps=eps),
+    ],
+    "local_response_norm": [
+        lambda x, size, **options: kernels.local_response_norm(x, size=size + 2, **options),
+        lambda x, alpha, **options: kernels.local_response_norm(x, alpha=alpha * 3, **options),
+    ],
+    "bilinear": [
+        lambda x, y, w, b: kernels.bilinear(x, y, w),
+        lambda x, y, w, b: kernels.bilinear(x, np.abs(y), w, b),
+    ],
+}
+
+
 def torch_on_tensors(name):
     """What TORCH says, from tensors to a tensor."""
 
@@ -562,6 +633,9 @@ REFUSED = {
         np.ones((2, 4, 4, 1)), window=(2, 2), padding=2
     ),
     "max_pool has windows that reach": lambda: kernels.max_pool(np.ones((2, 4, 1)), window=(5,)),
+    "window of max_pool has a size for each axis": lambda: kernels.max_pool(
+        np.ones((2, 4, 1)), window=2
+    ),
     "global_average_pool takes": lambda: kernels.global_average_pool(np.ones((2, 4))),
     "adaptive_max_pool to": lambda: kernels.adaptive_max_pool(np.ones((2, 4, 1)), size=(1, 1)),
     "there is not so much to take from": lambda: kernels.pad(
