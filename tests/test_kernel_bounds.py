@@ -5,39 +5,44 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import test_space
 from nnxp import kernels
 from nnxp.testing import LIMIT, error_bound
 from nnxp.testing.parity import compare
 from oracles import ORACLES, AnyDraw
+from test_torch_oracle import CASES
+
+CORRECT = {name: oracle.correct for name, oracle in ORACLES.items()} | test_space.CORRECT
+WRONG = {name: oracle.wrong for name, oracle in ORACLES.items()} | test_space.WRONG
 
 
 def judged(name, function, dtype, seed):
-    arrays, options = ORACLES[name].draw(AnyDraw(seed, 40, 60))
+    arrays, options = CASES[name][0](AnyDraw(seed, 40, 60))
     given = [each.astype(dtype) for each in arrays]
     value, error = error_bound(kernels.KERNELS[name], *given, **options)
     y = np.asarray(function(*given, **options), dtype)
     return compare(name, "", "cpu", y, value, error)
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("name", CORRECT)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_another_correct_formula_stays_within_the_bound(name, dtype):
     for seed in range(5):
-        check = judged(name, ORACLES[name].correct, dtype, seed)
+        check = judged(name, CORRECT[name], dtype, seed)
         assert check.ok, check.problem
 
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [(name, i) for name, oracle in ORACLES.items() for i in range(len(oracle.wrong))],
+    [(name, i) for name, faults in WRONG.items() for i in range(len(faults))],
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_fault_does_not(name, fault, dtype):
     for seed in range(5):
-        assert judged(name, ORACLES[name].wrong[fault], dtype, seed).ratio > 2 * LIMIT
+        assert judged(name, WRONG[name][fault], dtype, seed).ratio > 2 * LIMIT
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("name", CORRECT)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_the_kernel_itself_stays_far_within_and_64_units_off_does_not(name, dtype):
     right = judged(name, kernels.KERNELS[name], dtype, 0)

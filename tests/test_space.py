@@ -64,7 +64,8 @@ def drawn_transpose(draw):
     (x, weight, bias), options = drawn_conv(draw)
     axes = x.ndim - 2
     most = [max(s, d) for s, d in zip(naive.each(options["stride"], axes),
-                                      naive.each(options["dilation"], axes), strict=True)]  # fmt: skip
+                                      naive.each(options["dilation"], axes), strict=True)]  # fmt:
+                                      skip
     options["output_padding"] = tuple(int(draw.rng.integers(0, m)) for m in most)
     options["padding"] = draw.one(0, draw.ints(0, 2, axes), draw.pairs(2, axes))
     if draw.one(True, False, False):
@@ -237,7 +238,8 @@ def torch_transpose(x, weight, bias, *, stride, padding, output_padding, dilatio
         return last(run(first(x), turned, bias, stride, padding, *more))
     y = last(run(first(x), turned, bias, stride, 0, *more))  # torch takes no pairs: cut off
     surplus = [m - n * s for m, n, s in
-               zip(y.shape[1:-1], x.shape[1:-1], naive.each(stride, axes), strict=True)]  # fmt: skip
+               zip(y.shape[1:-1], x.shape[1:-1], naive.each(stride, axes), strict=True)]  # fmt:
+               skip
     pairs = [(s // 2, s - s // 2) for s in surplus] if padding == "same" else padding
     if padding == "same" and min(surplus) < 0:
         raise ValueError("torch makes less than that")
@@ -304,6 +306,7 @@ def torch_resize(
 
 def torch_pad(x, *, padding, mode, value=0.0):
     modes = {"edge": "replicate", "wrap": "circular"}
+    padding = naive.sides(padding, x.ndim - 2)
     flat = [p for pair in reversed(padding) for p in pair]
     if min(flat) < 0 and mode != "constant":
         raise ValueError("torch cuts off otherwise")
@@ -313,6 +316,7 @@ def torch_pad(x, *, padding, mode, value=0.0):
 
 def torch_shuffle(name):
     def shuffle(x, *, factor, order):
+        factor = naive.each(factor, x.ndim - 2)
         if order == "channels last" or len(set(factor)) > 1 or len(factor) != 2:
             raise ValueError("torch has one factor for two axes")
         return last(getattr(torch.nn.functional, name)(first(x), factor[0]))
@@ -348,7 +352,8 @@ def torch_adaptive(kind):
 
 
 def torch_lp_pool(x, *, p, **options):
-    """By torch's average_pool: its lp_pool takes neither padding nor odd powers of negative numbers."""
+    """By torch's average_pool: its lp_pool takes neither padding nor odd powers of negative
+    numbers."""
     count = np.prod(options["window"])
     mean = torch_average_pool(np.abs(x) ** p, **options, count_include_pad=True)
     if options["ceil_mode"]:
@@ -460,6 +465,79 @@ def plain_case(name, draw):
         "bilinear": ([image(4), image(3), numbers(4, 3, 2), numbers(2)], {}),
     }
     return cases[name]
+
+
+def turned(x, weight, bias, **options):
+    return kernels.conv(x, weight[::-1, ::-1], bias, **options)
+
+
+def dropped_tap(x, weight, bias, **options):
+    weight = weight.copy()
+    weight[0, 0, 0] = 0
+    return kernels.conv(x, weight, bias, **options)
+
+
+CORRECT = {name: getattr(naive, name) for name in DRAWN}
+WRONG = {  # what each kernel could be mistaken for
+    "conv": [
+        turned,
+        dropped_tap,
+        lambda x, w, b, **options: kernels.conv(x, w, **options),
+    ],
+    "conv_transpose": [
+        lambda x, w, b, **options: kernels.conv_transpose(x, w[::-1, ::-1], b, **options),
+        lambda x, w, b, **options: kernels.conv_transpose(x, w, **options),
+    ],
+    "max_pool": [lambda x, **options: kernels.average_pool(x, **options)],
+    "average_pool": [
+        lambda x, **options: kernels.average_pool(x, **options | {"count_include_pad": True}),
+        lambda x, count_include_pad, **options: kernels.max_pool(x, **options),
+    ],
+    "lp_pool": [
+        lambda x, p, **options: kernels.lp_pool(x, p=2.0, **options),
+        lambda x, p, **options: kernels.average_pool(np.abs(x) ** p, **options) ** (1 / p),
+    ],
+    "global_average_pool": [lambda x, keepdims: x.sum((1, 2)), lambda x, keepdims: x.max((1, 2))],
+    "global_max_pool": [lambda x, keepdims: np.abs(x).max((1, 2), keepdims=True)],
+    "adaptive_average_pool": [lambda x, size: kernels.adaptive_max_pool(x, size=size)],
+    "adaptive_max_pool": [lambda x, size: kernels.adaptive_average_pool(x, size=size)],
+    "pad": [lambda x, padding, mode: kernels.pad(x, padding=padding, mode="edge")],
+    "pixel_shuffle": [
+        lambda x, factor, order: kernels.pixel_shuffle(x, factor=factor, order="channels last")
+    ],
+    "pixel_unshuffle": [
+        lambda x, factor, order: kernels.pixel_unshuffle(x, factor=factor, order="channels last")
+    ],
+    "resize": [
+        lambda x, coordinates, **options: kernels.resize(x, coordinates="align_corners", **options),
+        lambda x, method, **options: kernels.resize(x, method="cubic", **options),
+    ],
+    "group_norm": [
+        lambda x, gain, bias, groups, eps: kernels.group_norm(
+            x, gain, bias, groups=groups, eps=0.0
+        ),
+        lambda x, gain, bias, groups, eps: kernels.group_norm(x, gain, groups=groups, eps=eps),
+        lambda x, gain, bias, groups, eps: kernels.instance_norm(x, gain, bias, eps=eps),
+    ],
+    "instance_norm": [
+        lambda x, gain, bias, eps: kernels.instance_norm(x, gain, bias, eps=0.0),
+        lambda x, gain, bias, eps: kernels.layer_norm(x, gain, bias, eps=eps),
+    ],
+    "mean_variance_norm": [
+        lambda x, gain, bias, axes, eps: kernels.mean_variance_norm(
+            x, gain, bias, axes=axes, eps=0.0
+        ),
+        lambda x, gain, bias, axes, eps: kernels.layer_norm(x, gain, bias, eps=eps),
+    ],
+    "local_response_norm": [
+        lambda x, size, **options: kernels.local_response_norm(x, size=size + 2, **options),
+        lambda x, alpha, **options: kernels.local_response_norm(x, alpha=alpha * 3, **options),
+    ],
+    "bilinear": [
+        lambda x, y, w, b: kernels.bilinear(x, y, w),
+        lambda x, y, w, b: kernels.bilinear(x, np.abs(y), w, b),
+    ],
+}
 
 
 def torch_on_tensors(name):
@@ -584,6 +662,9 @@ REFUSED = {
         np.ones((2, 4, 4, 1)), window=(2, 2), padding=2
     ),
     "max_pool has windows that reach": lambda: kernels.max_pool(np.ones((2, 4, 1)), window=(5,)),
+    "window of max_pool has a size for each axis": lambda: kernels.max_pool(
+        np.ones((2, 4, 1)), window=2
+    ),
     "global_average_pool takes": lambda: kernels.global_average_pool(np.ones((2, 4))),
     "adaptive_max_pool to": lambda: kernels.adaptive_max_pool(np.ones((2, 4, 1)), size=(1, 1)),
     "there is not so much to take from": lambda: kernels.pad(

@@ -184,8 +184,8 @@ MODULES = {
 MODULES |= test_space.MODULES_OF_TORCH
 
 
-# Layers that are made of torch's modules in test_from_torch.py, of ONNX's operators in test_onnx*.py,
-# of scikit-learn's steps in test_sklearn.py, or of kernels that test_space.py asks: all asked there.
+# Layers that are made of torch's modules in test_from_torch.py, of ONNX's operators in
+# test_onnx*.py, of scikit-learn's steps in test_sklearn.py, or of kernels in test_space.py.
 TURNED_ROUND = "attention positions recurrent torch_graph graph columns resize".split()
 
 

@@ -126,7 +126,7 @@ def mean_variance_norm(
     """
     if any(axis % x.ndim == 0 for axis in axes):
         raise OptionError(f"axes of mean_variance_norm are not those of rows: {axes}")
-    return _gain_and_bias(_centred_and_scaled(x, axes, eps), gain, bias)
+    return _gain_and_bias(_centred_and_scaled(x, tuple(axes), eps), gain, bias)
 
 
 def _centred_and_scaled(x: Array, axes: tuple[int, ...], eps: float) -> Array:

@@ -14,7 +14,11 @@ from nnxp.kernels._windows import Padding, PerAxis, Windows, padded, per_axis, s
 
 def _pooled(who: str, x: Array, window: Any, options: dict[str, Any]) -> Windows:
     """The windows of a pool; OptionError for padding in which a window would see nothing of x."""
-    window = per_axis(f"window of {who}", window, len(window) if isinstance(window, tuple) else 1)
+    if not isinstance(window, tuple | list) or not window:
+        raise OptionError(
+            f"window of {who} has a size for each axis of space, such as (2, 2), not {window!r:.60}"
+        )
+    window = per_axis(f"window of {who}", window, len(window))
     over = windows(who, x, window, **options)
     option = options["padding"]
     if not isinstance(option, str):

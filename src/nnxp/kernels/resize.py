@@ -177,7 +177,9 @@ def resize(
     _known("coordinates", coordinates, COORDINATES)
     _known("nearest", nearest, NEAREST)
     around = []
-    for axis, (n, length) in enumerate(zip(x.shape[1:-1], _lengths(x, size, scale), strict=True), 1):
+    for axis, (n, length) in enumerate(
+        zip(x.shape[1:-1], _lengths(x, size, scale), strict=True), 1
+    ):
         if length is None:
             around.append((0, 0))
             continue
@@ -214,7 +216,9 @@ def _lengths(x: Array, size: Any, scale: Any) -> list[float | None]:
     if (size is None) == (scale is None):
         raise OptionError("resize takes either a size or a scale")
     given = scale if size is None else size
-    each = list(given) if isinstance(given, tuple | list) else [given] * (len(space) if scale else 1)
+    each = (
+        list(given) if isinstance(given, tuple | list) else [given] * (len(space) if scale else 1)
+    )
     lengths = [
         m if m is None or size is not None else n * m for n, m in zip(space, each, strict=False)
     ]

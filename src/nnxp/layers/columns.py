@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isnan
-from typing import Any
 
 from nnxp._arrays import Array
 from nnxp._errors import OptionError, ShapeError

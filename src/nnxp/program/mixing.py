@@ -19,7 +19,9 @@ def mixing(program: Program) -> str:
     """
     outer = dict.fromkeys(program.inputs, 1)
     for step in program.steps:
-        outside = {outer[value] for value in step.values if value in outer and _counts(value)} or {1}
+        outside = {outer[value] for value in step.values if value in outer and _counts(value)} or {
+            1
+        }
         mixed = len(outside) > 1 or (isinstance(step.function, str) and _mixes(step))
         around = 0 if mixed else _around(step, outside.pop())
         if not around:
