@@ -63,9 +63,12 @@ def drawn_conv(draw):
 def drawn_transpose(draw):
     (x, weight, bias), options = drawn_conv(draw)
     axes = x.ndim - 2
-    most = [max(s, d) for s, d in zip(naive.each(options["stride"], axes),
-                                      naive.each(options["dilation"], axes), strict=True)]  # fmt:
-                                      skip
+    most = [
+        max(s, d)
+        for s, d in zip(
+            naive.each(options["stride"], axes), naive.each(options["dilation"], axes), strict=True
+        )
+    ]
     options["output_padding"] = tuple(int(draw.rng.integers(0, m)) for m in most)
     options["padding"] = draw.one(0, draw.ints(0, 2, axes), draw.pairs(2, axes))
     if draw.one(True, False, False):
@@ -194,7 +197,7 @@ def test_kernels_over_space_say_what_loops_say(name):
         try:
             y = kernels.KERNELS[name](*arrays, **options)
         except nnxp.ShapeError as error:
-            assert name in str(error)
+            assert name in str(error)  # noqa: PT017 (only where there is one)
             continue
         expected = getattr(naive, name)(*arrays, **options)
         assert y.shape == expected.shape, (seed, options)
@@ -237,9 +240,10 @@ def torch_transpose(x, weight, bias, *, stride, padding, output_padding, dilatio
     if isinstance(padding, int) or (padding != "same" and isinstance(padding[0], int)):
         return last(run(first(x), turned, bias, stride, padding, *more))
     y = last(run(first(x), turned, bias, stride, 0, *more))  # torch takes no pairs: cut off
-    surplus = [m - n * s for m, n, s in
-               zip(y.shape[1:-1], x.shape[1:-1], naive.each(stride, axes), strict=True)]  # fmt:
-               skip
+    surplus = [
+        m - n * s
+        for m, n, s in zip(y.shape[1:-1], x.shape[1:-1], naive.each(stride, axes), strict=True)
+    ]
     pairs = [(s // 2, s - s // 2) for s in surplus] if padding == "same" else padding
     if padding == "same" and min(surplus) < 0:
         raise ValueError("torch makes less than that")
@@ -352,8 +356,7 @@ def torch_adaptive(kind):
 
 
 def torch_lp_pool(x, *, p, **options):
-    """By torch's average_pool: its lp_pool takes neither padding nor odd powers of negative
-    numbers."""
+    """By torch's average_pool: its lp_pool takes no padding, nor odd powers below zero."""
     count = np.prod(options["window"])
     mean = torch_average_pool(np.abs(x) ** p, **options, count_include_pad=True)
     if options["ceil_mode"]:
@@ -705,7 +708,7 @@ def test_a_model_says_which_of_its_layers_does_not_fit():
     net = nnxp.Sequential(nnxp.Conv(3, 4, (3, 3), rng=0), nnxp.Conv(5, 4, (3, 3), rng=1))
     with pytest.raises(nnxp.ShapeError, match=r"layers\.1 conv takes 5 channels"):
         net.program((1, 8, 8, 3))
-    with pytest.raises(nnxp.ShapeError, match="Conv.*does not take|conv takes"):
+    with pytest.raises(nnxp.ShapeError, match=r"Conv.*does not take|conv takes"):
         net(np.ones((2, 3, 8, 8), "float32"))
 
 
@@ -794,7 +797,8 @@ def test_bilinear_takes_two_inputs(dtype):
         x, y = (np.random.default_rng(i).normal(size=s).astype(dtype) for i, s in enumerate(shapes))
         z = layer(x, y)
         value, error = nnxp.testing.error_bound(layer, x, y)
-        assert z.dtype == dtype and (np.abs(z - value) <= 6 * error).all()
+        assert z.dtype == dtype
+        assert (np.abs(z - value) <= 6 * error).all()
         there = layer.to("sim")(*(nnxp.to_backend(each, "sim") for each in (x, y)))
         np.testing.assert_allclose(nnxp.asnumpy(there), z, rtol=1e-6, atol=1e-6)
     with pytest.raises(nnxp.ShapeError, match="bilinear takes"):

@@ -562,7 +562,8 @@ def _kind(model: Layer, index: int, rows: Any) -> Kind:
         dtype = given or np.dtype("float32")
     else:
         dtype = float_dtype(takes) if takes == "bfloat16" else np.dtype(takes)
-    return Kind(tuple(map(int, rows.shape[1:])), given or dtype, dtype)
+    unsaid = np.dtype("float64") if dtype.kind == "f" else dtype  # it may be as wide as that
+    return Kind(tuple(map(int, rows.shape[1:])), given or unsaid, dtype)
 
 
 def _backends(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 
-def _number(what: str, value: object) -> float:
+def _number(what: str, value: Any) -> float:
     """A number as a float; OptionError for anything else."""
     if not is_real(value):
         raise OptionError(f"{what} is a number, not {value!r:.60}")
