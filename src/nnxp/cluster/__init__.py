@@ -1,4 +1,4 @@
-"""Any number of rows through a model, block by block, on as many processes and machines as there are.
+"""Any number of rows through a model, block by block, on as many processes as there are.
 
 A folder holds the plan (which rows make which block), one file for each block that is done, and
 beside it a record with its sha256. So a sweep can be killed at any moment and started again.

@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import nullcontext, suppress
 from functools import cache, lru_cache
+from itertools import pairwise
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -45,7 +46,10 @@ class Setting(NamedTuple):
     imports: tuple[str, ...] = ()
 
 
-def run_block(plan: Plan, block: int, setting: Setting = Setting()) -> dict[str, Any]:
+DEFAULT = Setting()
+
+
+def run_block(plan: Plan, block: int, setting: Setting = DEFAULT) -> dict[str, Any]:
     """Do one block of a plan, unless it is done already, and answer its record.
 
     The file is written beside its place, synced and renamed, and then its record; so a block is
@@ -82,7 +86,7 @@ def _done(plan: Plan, block: int, setting: Setting) -> dict[str, Any]:
         write(beside, results.astype(plan.output_dtype, copy=False), plan.format)
         digest, size = sha256(beside), beside.stat().st_size
     times.append(perf_counter())
-    read, compute, wrote = (after - before for before, after in zip(times, times[1:], strict=False))
+    read, compute, wrote = (after - before for before, after in pairwise(times))
     record = {
         "plan": plan.digest, "block": block, "start": start, "stop": stop,
         "file": path.name, "bytes": size, "sha256": digest,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import shutil
@@ -159,9 +158,7 @@ def prepare(plan: Plan, *, restart: bool) -> None:
     elif foreign := [
         path.name for path in folder.iterdir() if path.name not in ("lock", "model.safetensors")
     ]:
-        raise OptionError(
-            f"{folder} holds other files ({foreign[0]}); a sweep needs its own folder"
-        )
+        raise OptionError(f"{folder} holds other files ({foreign[0]}); choose an empty one")
     for name in OWN:
         Path(folder, name).mkdir(exist_ok=True)
     plan.save()
@@ -241,7 +238,7 @@ class Parts:
             raise ShapeError(f"rows are chosen by whole numbers, not by {wanted.dtype}")
         numbers = wanted.astype("int64")
         numbers = np.where(numbers < 0, numbers + len(self), numbers)
-        if numbers.size and not (0 <= numbers.min() and numbers.max() < len(self)):
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
             raise IdError(f"there are {len(self):,} rows; {wanted.max()} is none of them")
         blocks, places = np.divmod(numbers, self.plan.block_rows)
         out = np.empty((*numbers.shape, *self.shape[1:]), self.dtype)

@@ -57,7 +57,7 @@ class Plan:
         return sum(source.rows for source in self.sources)
 
     def __len__(self) -> int:
-        return -(-self.rows // self.block_rows)
+        return (self.rows + self.block_rows - 1) // self.block_rows
 
     def span(self, block: int) -> tuple[int, int]:
         """The first row of a block, and the one after its last."""

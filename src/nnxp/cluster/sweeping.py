@@ -88,7 +88,7 @@ class Report:
         ]
         if self.workers:
             lines.append(
-                f"{self.workers} worker processes, {self.loads} loads of the model, at most "
+                f"processes at work: {self.workers}, which loaded {self.loads} models; at most "
                 f"{self.peak_memory >> 20:,} MiB each; {shares}"
             )
         lines += [f"ran on {name}: {count:,} blocks" for name, count in self.hardware.items()]
@@ -137,7 +137,7 @@ def sweep(
     most `per_device` processes; without them, the best there is.
     threads: of a process on the CPU; its share of the cores if None. imports: modules that workers
     import first, with layers of your own. restart: throw away what another sweep left there.
-    progress: as for an Engine. When no block ends for `patience` seconds, `say` hears who does what.
+    progress: as for an Engine. After `patience` seconds without a block, `say` hears who does what.
 
     Raises OptionError if the folder belongs to another sweep (it names what differs), RowsError or
     ShapeError if the rows do not fit, BackendUnavailable if no device is free, and SweepError, with
@@ -331,7 +331,7 @@ class _Pool:
 
 
 def _end_with_parent() -> None:
-    """In a worker: Ctrl-C is the parent's to answer, and without a parent there is nothing to do."""
+    """In a worker: Ctrl-C is the parent's to answer; without a parent it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:

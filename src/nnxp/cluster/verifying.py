@@ -71,9 +71,7 @@ def verify(folder: str | os.PathLike[str], *, rows: int = 4) -> Verified:
     largest, judged, there = 0.0, 0, 0
     for block in range(len(plan)):
         if block not in found:
-            damaged = (
-                "its file is not the one that was recorded" if block in recorded else "missing"
-            )
+            damaged = "damaged: not what was recorded" if block in recorded else "missing"
             problems[block] = damaged
             continue
         try:
