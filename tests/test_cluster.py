@@ -244,7 +244,9 @@ def test_a_request_to_end_leaves_what_can_go_on(room):
 
 
 def test_a_block_that_ends_its_process_is_named_and_the_others_are_done(room):
-    with pytest.raises(nnxp.SweepError, match=r"block 3 \(rows 300 to 399\): its process died") as e:
+    with pytest.raises(
+        nnxp.SweepError, match=r"block 3 \(rows 300 to 399\): its process died"
+    ) as e:
         sweep(processes=2, imports=["deadly_block"])
     assert list(e.value.report.failed) == [3]
     assert finished() == 10
@@ -265,7 +267,9 @@ def test_an_executor_that_breaks_is_said_to_be_broken(room):
     assert_right()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "no record", "half a record"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "one bit", "missing", "no record", "half a record"]
+)
 def test_a_damaged_part_is_done_again_and_no_other(room, damage):
     sweep()
     part, record = Path("y/parts/00000004.npy"), Path("y/records/00000004.json")
@@ -399,7 +403,10 @@ def test_what_cannot_be_swept_is_refused_before_any_work(room):
     ):  # fmt: skip
         with pytest.raises(kind, match=message):
             call()
-    assert sorted(path.name for path in Path("full").iterdir()) in (["thesis.tex"], ["lock", "thesis.tex"])
+    assert sorted(path.name for path in Path("full").iterdir()) in (
+        ["thesis.tex"],
+        ["lock", "thesis.tex"],
+    )
     assert not finished()
 
 
@@ -558,6 +565,64 @@ def test_the_command(room):
 
 
 def test_import_nnxp_loads_nothing_of_it():
-    code = "import sys, nnxp; print([n for n in sys.modules if 'cluster' in n or 'distributed' in n])"
+    code = (
+        "import sys, nnxp; print([n for n in sys.modules if 'cluster' in n or 'distributed' in n])"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+# Dask
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """Two worker processes of Dask, and their scheduler, over real sockets."""
+    distributed = pytest.importorskip("distributed")
+    import dask
+
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50
+        ) as made,
+    ):
+        yield made
+
+
+@pytest.mark.filterwarnings("default")  # Dask's own
+def test_workers_of_dask(room, scheduler):
+    with scheduler.get_client() as client:
+        report = cluster.sweep(
+            "net.safetensors", "x.npy", "y", executor=client.get_executor(), block_rows=BLOCK
+        )
+        assert_right()
+        assert report.loads == report.workers <= 2
+        Path("y/parts/00000006.npy").unlink()
+        again = cluster.sweep(
+            "net.safetensors", "x.npy", "y", executor=client.get_executor(), block_rows=BLOCK
+        )
+        assert (again.kept, again.blocks) == (10, 11)
+        with pytest.raises(nnxp.SweepError, match="block 3 "):
+            cluster.sweep(
+                "net.safetensors", "x.npy", "z", executor=client.get_executor(), block_rows=BLOCK,
+                imports=["deadly_block"],
+            )  # fmt: skip
+    done = CliRunner().invoke(
+        app, ["sweep", "net.safetensors", "x.npy", "-o", "w", "--dask", scheduler.scheduler_address]
+    )
+    assert done.exit_code == 0, done.output
+    assert (np.asarray(cluster.open("w")).shape) == (ROWS, 5)
+
+
+@pytest.mark.filterwarnings("default")
+def test_dask_arrays(room):
+    array = pytest.importorskip("dask.array")
+    from nnxp.cluster import dask
+
+    x = array.from_array(rows(), chunks=(BLOCK, 7))
+    y = dask.predict("net.safetensors", x)
+    assert (y.shape, y.dtype) == ((ROWS, 5), np.float32)
+    before = blocks.loads()
+    assert y.compute(scheduler="threads").tobytes() == expected().tobytes()
+    assert blocks.loads() == before + 1

@@ -19,13 +19,14 @@ def run(
 ) -> Report | Status | Verified:
     """A sweep, or, without an output, what `status FOLDER` and `verify FOLDER` find."""
     if output is None:
-        question = {"status": status, "verify": verify}.get(str(model))
-        if question is None or len(rows) != 1:
-            raise OptionError(
-                "a sweep needs a folder for its results, -o FOLDER; nnxp sweep status FOLDER and "
-                "nnxp sweep verify FOLDER tell about one"
-            )
-        return question(rows[0])
+        if len(rows) == 1 and str(model) == "status":
+            return status(rows[0])
+        if len(rows) == 1 and str(model) == "verify":
+            return verify(rows[0])
+        raise OptionError(
+            "a sweep needs a folder for its results, -o FOLDER; nnxp sweep status FOLDER and "
+            "nnxp sweep verify FOLDER tell about one"
+        )
     if dask is None:
         return sweep(model, rows, output, progress=True, **options)
     if options.pop("processes", None) is not None:
@@ -38,11 +39,11 @@ def run(
 def _executor(address: str) -> Iterator[Executor]:
     """The workers of a Dask scheduler."""
     try:
-        from distributed import Client
+        import distributed
     except ImportError:
         raise OptionError("--dask needs Dask: pip install 'nnxp[cluster]' brings it") from None
     try:
-        client = Client(address, timeout=20)
+        client: Any = distributed.Client(address, timeout=20)
     except (OSError, ValueError) as error:
         raise OptionError(f"--dask {address}: no scheduler answers there: {error}") from None
     with client:

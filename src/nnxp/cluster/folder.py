@@ -215,7 +215,8 @@ class Parts:
         return rows[(*((slice(None),) * wanted.ndim), *rest)] if rest else rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> HostArray:
-        return np.asarray(self[:], dtype)
+        rows: HostArray = np.asarray(self[:], dtype)
+        return rows
 
     def _slice(self, start: int, stop: int, step: int) -> HostArray:
         if step != 1:

@@ -201,7 +201,7 @@ def _sources(rows: Any, key: str | None) -> tuple[Source, ...]:
     paths = [rows] if isinstance(rows, str | bytes | os.PathLike) else rows
     if not isinstance(paths, Iterable):
         raise OptionError(f"rows are a file, or a list of files, not {rows!r:.60}")
-    sources = tuple(source(path, key) for path in paths)
+    sources = tuple(source(path_of(path), key) for path in paths)
     if not sources or not sum(each.rows for each in sources):
         raise OptionError("there are no rows to sweep")
     first = sources[0]
@@ -478,10 +478,19 @@ class _Run:
             hardware[name] = hardware.get(name, 0) + 1
         rows = sum(map(self._rows, self.records))
         return Report(
-            self.plan.folder, self.plan.rows, len(self.plan), len(kept),
-            sum(record["nonfinite"] for record in [*kept.values(), *made]),
-            seconds, rows / seconds if seconds else 0.0,
-            *(sum(record[part] for record in made) for part in ("read", "compute", "write")),
-            len(workers), sum(workers.values()),
-            max((record["peak_memory"] for record in made), default=0), hardware, self.failed,
-        )  # fmt: skip
+            folder=self.plan.folder,
+            rows=self.plan.rows,
+            blocks=len(self.plan),
+            kept=len(kept),
+            nonfinite=sum(record["nonfinite"] for record in [*kept.values(), *made]),
+            seconds=seconds,
+            rows_per_second=rows / seconds,
+            read=sum(record["read"] for record in made),
+            compute=sum(record["compute"] for record in made),
+            write=sum(record["write"] for record in made),
+            workers=len(workers),
+            loads=sum(workers.values()),
+            peak_memory=max((record["peak_memory"] for record in made), default=0),
+            hardware=hardware,
+            failed=self.failed,
+        )
