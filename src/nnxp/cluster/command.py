@@ -39,7 +39,9 @@ def run(
 def _executor(address: str) -> Iterator[Executor]:
     """The workers of a Dask scheduler."""
     try:
-        import distributed
+        from importlib import import_module
+
+        distributed: Any = import_module("distributed")
     except ImportError:
         raise OptionError("--dask needs Dask: pip install 'nnxp[cluster]' brings it") from None
     try:

@@ -215,8 +215,7 @@ class Parts:
         return rows[(*((slice(None),) * wanted.ndim), *rest)] if rest else rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> HostArray:
-        rows: HostArray = np.asarray(self[:], dtype)
-        return rows
+        return np.asarray(self._slice(0, len(self), 1), dtype)
 
     def _slice(self, start: int, stop: int, step: int) -> HostArray:
         if step != 1:
