@@ -79,6 +79,7 @@ from nnxp.layers.torch_graph import Constant as Constant
 from nnxp.layers.torch_graph import TorchGraph as TorchGraph
 
 if TYPE_CHECKING:
+    from nnxp import cluster as cluster
     from nnxp import sim as sim
     from nnxp import testing as testing
     from nnxp.training import losses as losses
@@ -99,7 +100,7 @@ if TYPE_CHECKING:
     from nnxp.training.optimizers import clip_by_norm as clip_by_norm
 
 _LATER = {
-    "sim": "", "testing": "",
+    "cluster": "", "sim": "", "testing": "",
     "losses": "training", "schedules": "training",
     "value_and_gradients": "training.differentiate", "vjp": "training.differentiate",
     "Fitted": "training.fit", "fit": "training.fit",
@@ -107,11 +108,11 @@ _LATER = {
     "SGD Adagrad Adam AdamW Lion Momentum Nesterov Optimizer RMSProp clip_by_norm".split(),
     "training.optimizers",
 )  # fmt: skip
-_MODULES = ("sim", "testing", "losses", "schedules")
+_MODULES = ("cluster", "sim", "testing", "losses", "schedules")
 
 
 def __getattr__(name: str) -> object:
-    """The simulated device, the parity kit and training are loaded when they are first used."""
+    """What not every program needs is loaded when it is first used."""
     if name not in _LATER:
         raise AttributeError(f"module 'nnxp' has no attribute {name!r}")
     import importlib

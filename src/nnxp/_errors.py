@@ -9,6 +9,7 @@ NnxpError
 ├── OptionError (ValueError)           an argument has a value that means nothing here
 │   └── FrozenLayer (AttributeError)   a field of a layer cannot be assigned once it is made
 ├── ConversionError (ValueError)       another library's model has no counterpart here
+├── SweepError (RuntimeError)          a sweep of many blocks did not end well; it can go on
 ├── IdError (IndexError)               an id names nothing in its table
 ├── NotDifferentiable (TypeError)     a formula has no gradient
 ├── TrainingError (ArithmeticError)   a loss is no number any more
@@ -34,6 +35,7 @@ __all__ = [
     "OutOfMemory",
     "RowsError",
     "ShapeError",
+    "SweepError",
     "TrainingError",
     "UnsupportedFunction",
 ]
@@ -117,6 +119,15 @@ class ConversionError(NnxpError, ValueError):
 
 class IdError(NnxpError, IndexError):
     """An id names nothing in its table; the message says which ids there are."""
+
+
+class SweepError(NnxpError, RuntimeError):
+    """A sweep of many blocks did not end well; the message says how, and `report` what was done.
+
+    Run again, it does what is missing.
+    """
+
+    report: object = None
 
 
 class NotDifferentiable(NnxpError, TypeError):

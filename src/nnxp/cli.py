@@ -1,4 +1,4 @@
-"""The command line: `nnxp demo | predict | summary | doctor | verify | bench`.
+"""The command line: `nnxp demo | predict | sweep | summary | doctor | verify | bench`.
 
 Results go to stdout, progress and errors to stderr. The exit code is 0 if all went well, 1 if
 something that was asked for failed, 2 for wrong usage, 130 after Ctrl-C.
@@ -386,6 +386,66 @@ def _table_through(engine: Engine, table: Table, output: Path, labelled: bool) -
             tell()
     _note_nonfinite(nonfinite, count)
     return (count, *shape[1:]), "float32" if dtype.name == "bfloat16" else str(dtype)
+
+
+@app.command()
+def sweep(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A model, as nnxp.save writes it, or in ONNX."),
+    ],
+    rows: Annotated[
+        list[Path],
+        typer.Argument(metavar="ROWS...", help="The rows: .npy, .h5, .zarr or .parquet files."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="The folder of the results."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Start so many worker processes here.")
+    ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Let the workers of this Dask scheduler do it."),
+    ] = None,
+    devices: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            callback=_known_backends,
+            help='Devices such as "cuda:0,cuda:1", one for each process.',
+        ),
+    ] = "",
+    per_device: Annotated[int, typer.Option(min=1, help="Processes on each device.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a process.")] = None,
+    block_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a block.")] = None,
+    format: Annotated[str, typer.Option(metavar="NAME", help='"npy" or "parquet".')] = "npy",
+    precision: Precision = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which array or columns of a file.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away another sweep's results in FOLDER.")
+    ] = False,
+    imports: Imports = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rows of any number into a folder, block by block: a sweep that can be killed and goes on.
+
+    Run again, it does what is missing or damaged. "nnxp sweep status FOLDER" shows how far it is,
+    "nnxp sweep verify FOLDER" checks sums and counts, and judges rows of every block in float64.
+    """
+    from nnxp.cluster.command import run
+
+    result = run(
+        model, rows, output, dask, processes=processes, devices=_listed(devices),
+        per_device=per_device, threads=threads, block_rows=block_rows, format=format,
+        precision=precision, key=key, restart=restart, imports=imports or (),
+    )  # fmt: skip
+    _print(result, as_json)
+    if not getattr(result, "ok", True):
+        raise typer.Exit(1)
 
 
 class _Counting:

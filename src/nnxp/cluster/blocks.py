@@ -1,0 +1,299 @@
+"""One block: its rows read, computed and written, by any process that sees the files.
+
+A process loads a model once, however many blocks it does, and has one device for itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from contextlib import nullcontext, suppress
+from functools import cache, lru_cache
+from itertools import pairwise
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nnxp._arrays import HostArray, nonfinite_rows
+from nnxp._errors import BackendUnavailable, CheckpointError, RowsError
+from nnxp.backend import Backend, get_backend
+from nnxp.backend._blas import one_blas_thread
+from nnxp.cluster.plan import Plan, sha256
+from nnxp.engine import Engine
+from nnxp.io._atomic import _lock as lock
+from nnxp.io._atomic import written_beside
+
+MOST_ENGINES = 4  # that a process keeps: one, unless sweeps of several models share it
+
+
+class Setting(NamedTuple):
+    """How a process works, which does not show in the results.
+
+    threads: on the CPU; None for the cores that it may use. devices: those to choose from, of
+    which a process claims one, shared by at most `per_device` processes; none is the best there is.
+    imports: modules to import first, which define layers of your own.
+    """
+
+    threads: int | None = None
+    devices: tuple[str, ...] = ()
+    per_device: int = 1
+    imports: tuple[str, ...] = ()
+
+
+DEFAULT = Setting()
+
+
+def run_block(plan: Plan, block: int, setting: Setting = DEFAULT) -> dict[str, Any]:
+    """Do one block of a plan, unless it is done already, and answer its record.
+
+    The file is written beside its place, synced and renamed, and then its record; so a block is
+    done, or not at all. Two processes that do the same block write the same bytes.
+
+    Raises RowsError if the rows, CheckpointError if the model's file is not the one that was
+    planned for, BackendUnavailable if no device is free, OSError if the disk is full.
+    """
+    record = done_record(plan, block)
+    if record is not None:
+        return record
+    at_work = _at_work(plan, block)
+    try:
+        return _done(plan, block, setting)
+    finally:
+        with suppress(OSError):
+            os.unlink(at_work)
+
+
+def _done(plan: Plan, block: int, setting: Setting) -> dict[str, Any]:
+    engine = engine_of(plan, setting)
+    backend, (start, stop) = engine.backend, plan.span(block)
+    times = [perf_counter()]
+    rows = plan.read(start, stop)
+    times.append(perf_counter())
+    # One BLAS thread, whoever works here beside us: the same products, whatever the machine.
+    with one_blas_thread() if backend.device == "cpu" else nullcontext():
+        results = engine(rows)
+    times.append(perf_counter())
+    if results.shape != (stop - start, *plan.output):
+        raise RowsError(f"block {block} gave {results.shape}, not {(stop - start, *plan.output)}")
+    path = plan.part(block)
+    with written_beside(path, lambda message: None) as beside:
+        write(beside, results.astype(plan.output_dtype, copy=False), plan.format)
+        digest, size = sha256(beside), beside.stat().st_size
+    times.append(perf_counter())
+    read, compute, wrote = (after - before for before, after in pairwise(times))
+    record = {
+        "plan": plan.digest, "block": block, "start": start, "stop": stop,
+        "file": path.name, "bytes": size, "sha256": digest,
+        "nonfinite": nonfinite_rows(rows),
+        "host": socket.gethostname(), "pid": os.getpid(), "loads": loads(),
+        "device": backend.device, "hardware": hardware(backend),
+        "read": read, "compute": compute, "write": wrote, "peak_memory": peak_memory(),
+    }  # fmt: skip
+    with written_beside(plan.record(block), lambda message: None) as beside:
+        beside.write_text(json.dumps(record) + "\n")
+    return record
+
+
+def task(folder: str, digest: str, block: int, setting: Setting, attempt: str) -> dict[str, Any]:
+    """What is sent to an executor: some hundred bytes. `attempt` tells one try from the next, for
+    executors that remember what a call answered."""
+    return run_block(_plan(folder, digest), block, setting)
+
+
+@lru_cache(4)
+def _plan(folder: str, digest: str) -> Plan:
+    plan = Plan.load(folder)
+    if plan.digest != digest:
+        raise RowsError(f"{folder} has another plan than this sweep: was it restarted meanwhile?")
+    return plan
+
+
+def done_record(plan: Plan, block: int) -> dict[str, Any] | None:
+    """The record of a block whose file is there and whole; None otherwise."""
+    record = read_record(plan, block)
+    if record is None:
+        return None
+    try:
+        path = plan.part(block)
+        whole = path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
+    except OSError:
+        return None
+    return record if whole else None
+
+
+def read_record(plan: Plan, block: int) -> dict[str, Any] | None:
+    """The record of a block of this plan, if it has one; its file is not looked at."""
+    try:
+        record = json.loads(plan.record(block).read_text())
+        fits = (record["plan"], record["block"]) == (plan.digest, block)
+        return record if fits and {"bytes", "sha256"} <= set(record) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _at_work(plan: Plan, block: int) -> str:
+    """Say in the folder what this thread does now."""
+    name = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.json"
+    path = os.path.join(plan.folder, "workers", name)
+    with suppress(OSError):  # it informs, no more
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            host, pid = socket.gethostname(), os.getpid()
+            file.write(json.dumps({"host": host, "pid": pid, "block": block, "since": time.time()}))
+    return path
+
+
+def write(path: Any, results: HostArray, format: str) -> None:
+    """Write the results of a block."""
+    if format == "npy":
+        with open(path, "wb") as file:
+            np.lib.format.write_array(file, np.ascontiguousarray(results), allow_pickle=False)
+        return
+    from nnxp.io.tables import arrow_writer
+
+    columns = results.reshape(len(results), -1)
+    names = [f"y{i}" for i in range(columns.shape[1])]
+    with (
+        open(path, "wb") as file,
+        arrow_writer("part.parquet", file, names, results.dtype) as append,
+    ):
+        append(columns)
+
+
+# what a process keeps
+
+
+_lock = threading.RLock()
+_engines: dict[Any, Engine] = {}
+_claims: dict[str, int] = {}
+_loads = 0
+
+
+def loads() -> int:
+    """How many models this process has loaded for blocks."""
+    return _loads
+
+
+def engine_of(plan: Plan, setting: Setting) -> Engine:
+    """This process's engine for the plan's model, which is loaded when it is first asked for."""
+    global _loads
+    key = plan.model_sha256, plan.precision, setting
+    with _lock:
+        engine = _engines.get(key)
+        if engine is None:
+            for name in setting.imports:
+                importlib.import_module(name)
+            backend = claimed_backend(setting)
+            found = sha256(plan.model)
+            if found != plan.model_sha256:
+                raise CheckpointError(
+                    f"{plan.model} is another model than was planned for: its sha256 begins with "
+                    f"{found[:12]}, not {plan.model_sha256[:12]}"
+                )
+            from nnxp.io.checkpoint import load
+
+            _loads += 1
+            model = load(plan.model)
+            precision = plan.precision if backend.device != "cpu" else None
+            engine = Engine(model, backend, workers=setting.threads, precision=precision)
+            while len(_engines) >= MOST_ENGINES:
+                del _engines[next(iter(_engines))]
+            _engines[key] = engine
+        return engine
+
+
+def release() -> None:
+    """Let go of the engines and devices of this process."""
+    with _lock:
+        _engines.clear()
+        for handle in _claims.values():
+            os.close(handle)
+        _claims.clear()
+
+
+def claimed_backend(setting: Setting) -> Backend:
+    """The device of this process: the one it has, or the first that nobody else has.
+
+    The CPU needs no claim. A claim is a lock on a file of the host's temporary folder, of which the
+    system lets go when the process ends. Raises BackendUnavailable if all are taken.
+    """
+    if not setting.devices:
+        best = get_backend("auto")
+        names = ["cpu"] if best.device == "cpu" else _siblings(best)
+    else:
+        names = [get_backend(name).device for name in setting.devices]
+    if "cpu" in names:
+        return get_backend("cpu" if len(names) == 1 else next(n for n in names if n != "cpu"))
+    for name in names:
+        if name in _claims:
+            return get_backend(name)
+    holders = []
+    for name in names:
+        for place in range(setting.per_device):
+            handle, holder = _claim(f"{name.replace(':', '-')}-{place}")
+            if handle is not None:
+                _claims[name] = handle
+                return get_backend(name)
+            holders.append(f"{name} by process {holder}")
+    raise BackendUnavailable(
+        f"every device is taken on {socket.gethostname()}: {', '.join(holders)}",
+        "Start fewer processes, name more devices, or allow several processes on each (per_device)",
+    )
+
+
+def _siblings(backend: Backend) -> list[str]:
+    """All devices of the kind of this one."""
+    kind, names = backend.device.partition(":")[0], []
+    for index in range(64):
+        try:
+            names.append(get_backend(f"{kind}:{index}").device)
+        except BackendUnavailable:
+            break
+    return names or [backend.device]
+
+
+def _claim(name: str) -> tuple[int | None, str]:
+    """A locked file, or None and who has locked it."""
+    path = os.path.join(tempfile.gettempdir(), f"nnxp-{socket.gethostname()}-{name}.lock")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    handle = os.open(path, flags, 0o666)
+    if not lock(handle):
+        holder = os.read(handle, 20).decode(errors="replace").strip()
+        os.close(handle)
+        return None, holder or "another"
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())
+    return handle, ""
+
+
+@cache
+def _cpu() -> str:
+    from nnxp.doctor.facts import blas, cpu
+
+    kernels = [str(each["architecture"]) for each in blas() if each.get("architecture")]
+    return ", ".join([cpu(), *kernels[:1]])
+
+
+def hardware(backend: Backend) -> str:
+    """The kind of machine: on one kind the same rows give the same bits."""
+    if backend.device == "cpu":
+        return _cpu()
+    from nnxp.testing.goldens import provenance
+
+    return str(provenance(backend).get("hardware", backend.name))
+
+
+def peak_memory() -> int:
+    """The most memory that this process had so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if os.uname().sysname == "Darwin" else 1024)
