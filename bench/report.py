@@ -1,8 +1,8 @@
 """The tables of bench/README.md and the plots, from results: python bench/report.py [JSON...]
 
 Without names, all the races in bench/results/*.json. The tables go between <!-- bench --> and
-<!-- /bench --> in bench/README.md, if that is there, else to stdout. The plots are drawn from the first
-result without settings of its own, if matplotlib is installed.
+<!-- /bench --> in bench/README.md, if that is there, else to stdout. The plots are drawn from the
+first result without settings of its own, if matplotlib is installed.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from test_readme import run_page
 
 DOCS = Path(__file__).parents[1] / "docs"
