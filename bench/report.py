@@ -1,8 +1,8 @@
-"""The README's tables and the plots, from results: python bench/report.py [JSON...]
+"""The tables of bench/README.md and the plots, from results: python bench/report.py [JSON...]
 
 Without names, all the races in bench/results/*.json. The tables go between <!-- bench --> and
-<!-- /bench --> in README.md, if that is there, else to stdout. The plots are drawn from the first
-result without settings of its own, if matplotlib is installed.
+<!-- /bench --> in bench/README.md, if that is there, else to stdout. The plots are drawn from the
+first result without settings of its own, if matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def into(readme: Path, text: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="*", type=Path, metavar="JSON")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "bench/README.md")
     parser.add_argument("--plots", type=Path, default=ROOT / "bench/results", metavar="FOLDER")
     args = parser.parse_args()
     paths = args.results or sorted((ROOT / "bench/results").glob("*.json"))

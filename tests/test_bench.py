@@ -329,10 +329,15 @@ def test_the_report_leaves_a_readme_without_the_region_alone(small, tmp_path):
     assert "| 20-16-4 sigmoid (600) |" in done.stdout
 
 
+def nowhere(folder):
+    """Where a report may write without harm: its default is the repository's own pictures."""
+    return ("--readme", folder / "none.md", "--plots", folder)
+
+
 def test_a_part_of_the_races_makes_a_part_of_the_report(tmp_path):
     args = ["--small", "--networks", "--latency", "--rounds", 1, "--contenders", FLOOR]
     program("run.py", *args, "-o", tmp_path / "part.json")
-    done = program("report.py", tmp_path / "part.json", "--readme", tmp_path / "none.md")
+    done = program("report.py", tmp_path / "part.json", *nowhere(tmp_path))
     assert "|  | 1 row |" in done.stdout
     assert "Share of the floor" not in done.stdout
     assert "Memory" not in done.stdout
@@ -344,5 +349,5 @@ def test_a_contender_that_is_not_there_is_named_in_the_report(small, tmp_path):
         missing = each["results"][2] | {"seconds": [], "median": None, "share": None}
         each["results"][2] = missing | {"problem": "not installed: No module named 'naive'"}
     (tmp_path / "some.json").write_text(json.dumps(found))
-    done = program("report.py", tmp_path / "some.json", "--readme", tmp_path / "none.md")
+    done = program("report.py", tmp_path / "some.json", *nowhere(tmp_path))
     assert "- naive NumPy: not installed: No module named 'naive'" in done.stdout

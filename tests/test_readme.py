@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>\w*)")
 NOT_RUN = re.compile(r"<!--\s*not run\b:?(?P<reason>.*?)-->")
@@ -44,20 +45,50 @@ def program_of(text: str) -> str:
     return "\n".join(program) + "\n"
 
 
-def test_every_python_block_of_the_readme_runs_as_written(tmp_path):
-    program = program_of(README.read_text(encoding="utf-8"))
-    assert program.strip(), "the README shows no Python"
-    (tmp_path / "README.py").write_text(program, encoding="utf-8")  # its lines are README.md's
-    room = tmp_path / "empty"
+def run_page(page: Path, folder: Path) -> str:
+    """What a page's Python prints; a function test_... is called as pytest would."""
+    program = program_of(page.read_text(encoding="utf-8"))
+    assert program.strip(), f"{page.name} shows no Python"
+    program += "for name in [n for n in globals() if n.startswith('test_')]: globals()[name]()\n"
+    (folder / "page.py").write_text(program, encoding="utf-8")  # its lines are the page's
+    room = folder / "empty"
     room.mkdir()
     ran = subprocess.run(
-        [sys.executable, "-W", "error", "../README.py"],
+        [sys.executable, "-W", "error", "../page.py"],
         cwd=room,
         capture_output=True,
         text=True,
-        timeout=300,  # a README that takes minutes is no introduction
+        timeout=300,  # a page that takes minutes is no introduction
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_every_python_block_of_the_readme_runs_and_prints_what_it_shows(tmp_path):
+    shown = re.search(r"```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown, "the README shows no output"
+    printed = run_page(README, tmp_path)
+    device = re.compile(r"(?<= on )\S+")  # with a GPU it says another
+    numbers = re.compile(r"\d+\.\d+")  # a digit more or less is read right elsewhere
+    for shows, prints in zip(shown[1].splitlines(), printed.splitlines(), strict=False):
+        assert numbers.sub("", device.sub("", shows)) == numbers.sub("", device.sub("", prints))
+        figures = (map(float, numbers.findall(line)) for line in (shows, prints))
+        assert all(abs(one - other) <= 0.015 for one, other in zip(*figures, strict=True))
+    assert len(printed.splitlines()) >= len(shown[1].splitlines())
+
+
+def test_the_readme_fits_on_two_screens():
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_what_ci_runs_is_a_command_that_the_readme_names():
+    script = ROOT / ".ci/run"
+    if not script.exists():
+        pytest.skip("no part of a source distribution")
+    command = script.read_text(encoding="utf-8").splitlines()[-1].split("/../")[1].replace('"', "")
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    named = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    assert command in named
 
 
 def test_blocks_are_one_program_with_the_line_numbers_of_the_text():

@@ -50,6 +50,8 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 def save(model: Layer, path: str | os.PathLike[str]) -> None:
     """Write the model to one safetensors file: its layers and its parameters.
 
+        nnxp.save(net, "net.safetensors")
+
     The arrays are written from host memory, wherever the model is, and the file does not remember
     the place. It is written beside `path` and then renamed, so that the file there is the old one
     or the new one, whole. An array that two layers share becomes two.
@@ -77,6 +79,8 @@ def save(model: Layer, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str]) -> Layer:
     """The model in a file that `nnxp.save` wrote, in host memory.
+
+        net = nnxp.load("net.safetensors")
 
     Layers of your own are found by their class names: import the module that defines them first.
 

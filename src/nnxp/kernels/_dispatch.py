@@ -33,6 +33,8 @@ class Kernel:
     """A named function of arrays. Arrays are positional arguments, options are keywords.
 
     Kernels leave their inputs as they are, except an elementwise one that is given `out=`.
+
+        y = nnxp.kernels.leaky_relu(x, negative_slope=0.1)
     """
 
     __name__: str
@@ -128,5 +130,12 @@ class Kernel:
 
 
 def kernel(reference: Body) -> Kernel:
-    """Decorator: this function is the reference body of a kernel of its name."""
+    """Decorator: this function is the reference body of a kernel of its name.
+
+    Written with the functions that NumPy and CuPy share; arrays are positional, options keywords.
+
+        @nnxp.kernels.kernel
+        def cubed(x):
+            return x * x * x
+    """
     return Kernel(reference)

@@ -87,6 +87,9 @@ class TorchGraph(Layer):
 
     Takes what `forward` takes, in torch's layout, and answers an array or a tuple. `kinds` says
     what each input is, as `takes` does, `names` what it is called; `answers` are values by number.
+
+        net = nnxp.from_torch(module)
+        y = net(x)                              # or a tuple, where `forward` answers several
     """
 
     layers: tuple[Layer, ...]

@@ -39,6 +39,9 @@ class Fitted:
 
     An entry of the history has `epoch` (from 1), `loss` (the mean over the epoch's rows, while the
     parameters changed), `seconds`, `rows_per_second`, and `validation` where there are such rows.
+
+        fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=2)
+        fitted.model(x), fitted.history[-1]["loss"]
     """
 
     model: Layer

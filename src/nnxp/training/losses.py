@@ -28,6 +28,10 @@ class Loss:
     `weights`, one for each row, it is the mean weighted by them. The result is an array without
     axes, where the model is. Derive from this class, as a frozen dataclass, and define `rows`; a
     plain function of (model, x, target) will do for all that trains, too.
+
+        class FourthPower(nnxp.losses.Loss):
+            def rows(self, y, target):
+                return ((y - target) ** 4).mean(axis=1)
     """
 
     def __call__(self, model: Layer, x: Any, target: Array, weights: Array | None = None) -> Array:
@@ -82,7 +86,7 @@ def _difference(y: Array, target: Array) -> Array:
 
 @dataclass(frozen=True)
 class MeanSquare(Loss):
-    """(y - target)^2, the mean over a row's elements."""
+    """loss = (y - target)^2, the mean over a row's elements; y and target (rows, ...)."""
 
     def rows(self, y: Array, target: Array) -> Array:
         return _of_rows(xp_of(y).square(_difference(y, target)))
@@ -90,7 +94,7 @@ class MeanSquare(Loss):
 
 @dataclass(frozen=True)
 class MeanAbsolute(Loss):
-    """|y - target|, the mean over a row's elements."""
+    """loss = |y - target|, the mean over a row's elements; y and target (rows, ...)."""
 
     def rows(self, y: Array, target: Array) -> Array:
         return _of_rows(xp_of(y).absolute(_difference(y, target)))
@@ -114,13 +118,15 @@ class Huber(Loss):
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """-log of the probability of the right class, softmax(logits)[label].
+    """loss = -log(p[label]), p = softmax(logits): of the probability of the right class.
 
     y (rows, ..., classes); the target are labels (rows, ...), whole numbers from 0, or
     probabilities (rows, ..., classes). A model that ends in softmax or log_softmax is met before
     it. With `smoothing` s the target is (1 - s) of itself and s spread evenly over the classes
     [Szegedy et al. 2016]. With `class_weights`, one for each class, a row counts as much as its
-    label's; for labels only.
+    label's; for labels only. Raises ShapeError for labels that do not fit the logits.
+
+        loss = nnxp.losses.CrossEntropy(smoothing=0.1)
     """
 
     smoothing: float = 0.0

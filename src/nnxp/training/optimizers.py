@@ -30,7 +30,11 @@ class Optimizer:
     `state` names the arrays like p that the rule keeps from step to step, zero at the start; t
     counts the steps from 1. `rate` is a number or a schedule, `decay` the weight decay: decay * p
     is added to the gradient (AdamW and Lion decay p itself). A rule is elementwise, and may not
-    change g.
+    change g. Raises OptionError for a negative rate or decay.
+
+        class Signs(nnxp.Optimizer):
+            def step(self, p, g, *, t):
+                p -= self.rate_at(t) * nnxp.get_array_module(g).sign(g)
     """
 
     state: ClassVar[tuple[str, ...]] = ()
@@ -194,7 +198,7 @@ class Adam(Optimizer):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam, with p *= 1 - rate * decay beside it   [Loshchilov & Hutter 2019, arXiv:1711.05101]"""
+    """p *= 1 - rate * decay, and then Adam's step   [Loshchilov & Hutter 2019, arXiv:1711.05101]"""
 
     decay: float = 1e-2
 
@@ -242,8 +246,9 @@ def global_norm(gradients: Mapping[str, Array]) -> Array:
 
 
 def clip_by_norm(gradients: Mapping[str, Array], most: float) -> dict[str, Array]:
-    """The gradients, scaled so that their global norm is `most`, if it is larger.
+    """g * min(1, most / norm), for all gradients g and their norm -> gradients by the same names.
 
+    The norm is that of all of them together. Raises OptionError unless `most` is above zero.
     [Pascanu, Mikolov, Bengio 2013]
     """
     if not most > 0:

@@ -18,6 +18,8 @@ class Warmup:
     """From 0 up to the rate in `steps` steps, in a straight line, then as `then` has it.
 
     `then` is a rate; if it is a schedule, its steps begin where the warm-up ends.
+
+        rate = nnxp.schedules.Warmup(20, nnxp.schedules.Cosine(1e-3, steps=200))
     """
 
     steps: int
@@ -33,6 +35,10 @@ class Warmup:
 class Cosine:
     """From `rate` down to `last` in `steps` steps, along half a cosine, and `last` from then on.
 
+    At step t it is last + (rate - last) (1 + cos(pi t / steps)) / 2.
+
+        rate = nnxp.schedules.Cosine(1e-3, steps=200)
+
     [Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts]
     """
 
@@ -47,7 +53,12 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Linear:
-    """From `rate` to `last` in `steps` steps, in a straight line, and `last` from then on."""
+    """From `rate` to `last` in `steps` steps, in a straight line, and `last` from then on.
+
+    At step t it is rate + (last - rate) t / steps.
+
+        nnxp.schedules.Linear(1e-2, 100)(50) == 5e-3
+    """
 
     rate: float
     steps: int
@@ -59,7 +70,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Exponential:
-    """`rate`, made smaller by the factor `decay` every `steps` steps, smoothly."""
+    """`rate`, made smaller by the factor `decay` every `steps` steps, smoothly.
+
+    At step t it is rate * decay^(t / steps).
+
+        nnxp.schedules.Exponential(1e-2, 0.5, steps=10)(20) == 2.5e-3
+    """
 
     rate: float
     decay: float
@@ -71,7 +87,12 @@ class Exponential:
 
 @dataclass(frozen=True)
 class Steps:
-    """`rate`, made smaller by the factor `decay` at once after each of `at` steps."""
+    """`rate`, made smaller by the factor `decay` at once after each of `at` steps.
+
+    At step t it is rate * decay^k, k the number of marks that are not above t.
+
+        rate = nnxp.schedules.Steps(1e-2, at=(100, 150))         # 1e-2, 1e-3, 1e-4
+    """
 
     rate: float
     at: tuple[int, ...]
