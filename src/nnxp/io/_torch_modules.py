@@ -13,13 +13,16 @@ from typing import Any
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
 from nnxp.layers._layer import Layer
-from nnxp.layers.activation import Activation
+from nnxp.layers.activation import GLU, Activation, PReLU
 from nnxp.layers.attention import MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
+from nnxp.layers.conv import Conv, ConvTranspose
 from nnxp.layers.dense import Dense
 from nnxp.layers.dropout import Dropout
-from nnxp.layers.norm import BatchNorm, LayerNorm, RMSNorm
+from nnxp.layers.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from nnxp.layers.pool import AdaptiveAveragePool, AdaptiveMaxPool, AveragePool, MaxPool
 from nnxp.layers.positions import Embedding
 from nnxp.layers.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from nnxp.layers.resize import PixelShuffle
 from nnxp.layers.shape import Flatten
 from nnxp.layers.torch_graph import ChannelsFirst
 
@@ -86,6 +89,95 @@ def _batch_norm(m: Module, take: Take) -> Layer:
     gain, bias = _affine(m, m.running_mean, take)
     norm = BatchNorm.of(take(m.running_mean), take(m.running_var), gain, bias, float(m.eps))
     return ChannelsFirst(norm)
+
+
+def _axes(m: Module) -> int:
+    """How many axes of space a module is for: `Conv2d` has two."""
+    return int(type(m).__name__[-2])
+
+
+def _each(value: Any, axes: int) -> tuple[Any, ...]:
+    """An option for each axis."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * axes
+
+
+def _zeros_around(m: Module) -> None:
+    if m.padding_mode != "zeros":
+        raise Unknown(f"{type(m).__name__} with padding_mode {m.padding_mode!r}")
+
+
+def _conv(m: Module, take: Take) -> Layer:
+    """torch's weight is (outputs, channels / groups, *window)."""
+    _zeros_around(m)
+    weight = m.weight.permute(*range(2, m.weight.ndim), 1, 0)
+    padding = m.padding if isinstance(m.padding, str) else tuple(m.padding)
+    conv = Conv.of(
+        take(weight),
+        _bias(m.bias, take),
+        stride=tuple(m.stride),
+        padding=padding,
+        dilation=tuple(m.dilation),
+        groups=m.groups,
+    )
+    return ChannelsFirst(conv)
+
+
+def _conv_transpose(m: Module, take: Take) -> Layer:
+    """torch's weight is (channels, outputs / groups, *window)."""
+    _zeros_around(m)
+    channels, outputs, *window = m.weight.shape
+    apart = m.weight.reshape(m.groups, channels // m.groups, outputs, *window)
+    axes = range(3, 3 + len(window))
+    weight = apart.permute(*axes, 1, 0, 2).reshape(*window, channels // m.groups, -1)
+    conv = ConvTranspose.of(
+        take(weight),
+        _bias(m.bias, take),
+        stride=tuple(m.stride),
+        padding=tuple(m.padding),
+        dilation=tuple(m.dilation),
+        groups=m.groups,
+        output_padding=tuple(m.output_padding),
+    )
+    return ChannelsFirst(conv)
+
+
+def _pool(kind: Callable[..., Layer], *options: str) -> Callable[[Module, Take], Layer]:
+    def make(m: Module, take: Take) -> Layer:
+        name, axes = type(m).__name__, _axes(m)
+        if getattr(m, "return_indices", False) or getattr(m, "divisor_override", None):
+            raise Unknown(f"{name} with return_indices or divisor_override")
+        given = {each: getattr(m, each) for each in options}
+        stride = m.kernel_size if m.stride is None else m.stride
+        window = _each(m.kernel_size, axes)
+        return ChannelsFirst(kind(window, stride=_each(stride, axes), **given))
+
+    return make
+
+
+def _adaptive(kind: Callable[..., Layer]) -> Callable[[Module, Take], Layer]:
+    return lambda m, take: ChannelsFirst(kind(_each(m.output_size, _axes(m))))
+
+
+def _group_norm(m: Module, take: Take) -> Layer:
+    import torch
+
+    gain, bias = _affine(m, torch.empty(m.num_channels), take)
+    return ChannelsFirst(GroupNorm.of(gain, bias, m.num_groups, float(m.eps)))
+
+
+def _instance_norm(m: Module, take: Take) -> Layer:
+    import torch
+
+    if m.track_running_stats:
+        raise Unknown(f"{type(m).__name__} with running statistics")
+    gain, bias = _affine(m, torch.empty(m.num_features), take)
+    return ChannelsFirst(InstanceNorm.of(gain, bias, float(m.eps)))
+
+
+def _glu(m: Module, take: Take) -> Layer:
+    if m.dim not in (-1, 1):
+        raise Unknown(f"GLU along axis {m.dim}")
+    return GLU() if m.dim == -1 else ChannelsFirst(GLU())
 
 
 def _embedding(m: Module, take: Take) -> Layer:
@@ -228,6 +320,18 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "BatchNorm1d": _batch_norm,
     "BatchNorm2d": _batch_norm,
     "BatchNorm3d": _batch_norm,
+    **{f"Conv{n}d": _conv for n in (1, 2, 3)},
+    **{f"ConvTranspose{n}d": _conv_transpose for n in (1, 2, 3)},
+    **{f"MaxPool{n}d": _pool(MaxPool, "padding", "dilation", "ceil_mode") for n in (1, 2, 3)},
+    **{
+        f"AvgPool{n}d": _pool(AveragePool, "padding", "ceil_mode", "count_include_pad")
+        for n in (1, 2, 3)
+    },
+    **{f"AdaptiveAvgPool{n}d": _adaptive(AdaptiveAveragePool) for n in (1, 2, 3)},
+    **{f"AdaptiveMaxPool{n}d": _adaptive(AdaptiveMaxPool) for n in (1, 2, 3)},
+    **{f"InstanceNorm{n}d": _instance_norm for n in (1, 2, 3)},
+    "GroupNorm": _group_norm,
+    "PixelShuffle": lambda m, take: ChannelsFirst(PixelShuffle(_each(m.upscale_factor, 2))),
     "RNN": _stack_of("RNN", RNN),
     "GRU": _stack_of("GRU", GRU),
     "LSTM": _stack_of("LSTM", LSTM),
@@ -256,6 +360,17 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "Mish": _activation("mish"),
     "Softsign": _activation("softsign"),
     "Hardsigmoid": _activation("hard_sigmoid"),
+    "ReLU6": _activation("relu6"),
+    "Hardswish": _activation("hard_swish"),
+    "Hardtanh": _activation("hard_tanh", min_val="min_val", max_val="max_val"),
+    "CELU": _activation("celu", alpha="alpha"),
+    "LogSigmoid": _activation("log_sigmoid"),
+    "Tanhshrink": _activation("tanh_shrink"),
+    "Softshrink": _activation("soft_shrink", lambd="lambd"),
+    "Hardshrink": _activation("hard_shrink", lambd="lambd"),
+    "Threshold": _activation("threshold", threshold="threshold", value="value"),
+    "PReLU": lambda m, take: ChannelsFirst(PReLU.of(take(m.weight))),
+    "GLU": _glu,
     "Softplus": _softplus,
     "Softmax": _softmax("softmax"),
     "LogSoftmax": _softmax("log_softmax"),
