@@ -228,7 +228,9 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=_version),
+        typer.Option(
+            "--version", "-V", help="Print the version.", is_eager=True, callback=_version
+        ),
     ] = False,
 ) -> None:
     pass
@@ -529,9 +531,10 @@ def summary(
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """A model's layers, shapes, parameters and costs, and how so many rows would be cut.
+    """A model's layers, shapes, parameters and costs.
 
-    The shape of a row is found out where the model takes only one.
+    Says too how so many rows would be cut. The shape of a row is found out where the model takes
+    only one.
     """
     from nnxp.engine import Engine
     from nnxp.io.onnx import load_model as load
@@ -570,11 +573,11 @@ def verify(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MODEL]", help="A model to judge, as nnxp.save writes it, or in ONNX."
+            metavar="MODEL", help="A model to judge, as nnxp.save writes it, or in ONNX."
         ),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Argument(metavar="[INPUT]", help=f"Rows for it: {ROWS}.")
+        Path | None, typer.Argument(metavar="INPUT", help=f"Rows for it: {ROWS}.")
     ] = None,
     backend: Annotated[
         str,
@@ -641,7 +644,7 @@ def bench(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="A model, as nnxp.save writes it, or in ONNX; without it, the demo's.",
         ),
     ] = None,
@@ -656,10 +659,11 @@ def bench(
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """A model against its own bare matrix products, and plain NumPy, on this CPU.
+    """A model against its bare matrix products, on this CPU.
 
-    The bare products, without bias and activation, are the floor: what no way to compute the same
-    network can do without. All are checked against float64, and then timed in turns.
+    Plain NumPy takes part, too. The bare products, without bias and activation, are the floor: what
+    no way to compute the same network can do without. All are checked against float64, and then
+    timed in turns.
     """
     from nnxp.demo import _HERE
     from nnxp.floor import against_floor

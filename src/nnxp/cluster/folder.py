@@ -215,7 +215,8 @@ class Parts:
         return rows[(*((slice(None),) * wanted.ndim), *rest)] if rest else rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> HostArray:
-        return np.asarray(self._slice(0, len(self), 1), dtype)
+        whole: HostArray = np.asarray(self._slice(0, len(self), 1), dtype)
+        return whole
 
     def _slice(self, start: int, stop: int, step: int) -> HostArray:
         if step != 1:
