@@ -60,7 +60,8 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
         raise OptionError(f"save_onnx takes a model made of nnxp layers, not {model!r:.60}")
     rows = [model.row_shape()] if row is None else row if isinstance(row, list) else [row]
     outlines = [
-        ((1, *shape), dtype) for shape, dtype in zip(rows, model.input_dtypes(len(rows)), strict=True)
+        ((1, *shape), dtype)
+        for shape, dtype in zip(rows, model.input_dtypes(len(rows)), strict=True)
     ]
     program = model.to("numpy").program(*outlines)
     proto = _Writing(onnx, program).model()

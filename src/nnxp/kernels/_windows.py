@@ -142,9 +142,7 @@ def windows(
         pads.append((before, behind + lacking))
         beyond.append((0, lacking))
         positions.append(count)
-    return Windows(
-        tuple(window), strides, apart, tuple(pads), tuple(positions), tuple(beyond)
-    )
+    return Windows(tuple(window), strides, apart, tuple(pads), tuple(positions), tuple(beyond))
 
 
 def _named(name: str, n: int, reach: int, stride: int) -> tuple[int, int]:

@@ -87,7 +87,11 @@ def _fitting(who: str, x: Array, weight: Array, groups: int) -> None:
         raise ShapeError(
             f"{who} takes {weight.shape[-2] * groups} channels on the last axis, but got "
             f"{x.shape[-1]}"
-            + ("; x.moveaxis(1, -1) brings them there" if x.shape[1] == weight.shape[-2] * groups else "")
+            + (
+                "; x.moveaxis(1, -1) brings them there"
+                if x.shape[1] == weight.shape[-2] * groups
+                else ""
+            )
         )
 
 
@@ -268,7 +272,9 @@ def _through(x: Array, weight: Array, phases: Sequence[Phase], groups: int) -> A
 
 def _alike(phases: Sequence[tuple[Phase | None, ...]]) -> bool:
     """Whether all phases see as many elements, and the same ones."""
-    seen = {tuple((len(p.taps), p.dilation, p.pads) if p else None for p in each) for each in phases}
+    seen = {
+        tuple((len(p.taps), p.dilation, p.pads) if p else None for p in each) for each in phases
+    }
     return len(seen) == 1 and None not in phases[0]
 
 

@@ -141,7 +141,12 @@ def _centred_and_scaled(x: Array, axes: tuple[int, ...], eps: float) -> Array:
 
 @kernel
 def group_norm(
-    x: Array, gain: Array | None = None, bias: Array | None = None, *, groups: int, eps: float = 1e-5
+    x: Array,
+    gain: Array | None = None,
+    bias: Array | None = None,
+    *,
+    groups: int,
+    eps: float = 1e-5,
 ) -> Array:
     """y = (x - mean) / sqrt(var + eps) * gain + bias   [Wu & He 2018, arXiv:1803.08494]
 

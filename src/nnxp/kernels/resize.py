@@ -32,7 +32,9 @@ def pad(x: Array, *, padding: Any, mode: str = "constant", value: float = 0.0) -
     for n, (before, behind) in zip(x.shape[1:-1], around, strict=True):
         left = n + min(0, before) + min(0, behind)  # what is not cut off
         most = {"reflect": left - 1, "wrap": left}.get(mode, max(before, behind) if left else 0)
-        if n + before + behind < 0 or (mode != "constant" and max(before, behind, 0) > max(0, most)):
+        if n + before + behind < 0 or (
+            mode != "constant" and max(before, behind, 0) > max(0, most)
+        ):
             raise ShapeError(
                 f"pad by {around} in mode {mode!r} does not fit (rows, *{x.shape[1:-1]}, channels): "
                 "there is not so much to take from"

@@ -70,7 +70,9 @@ class _Convolution(Layer):
                 f"{weight} and {bias}"
             )
         if weight[-1] % whole(f"{name}'s groups", self.groups):
-            raise OptionError(f"groups of {name} divides its outputs, {weight[-1]}, not {self.groups}")
+            raise OptionError(
+                f"groups of {name} divides its outputs, {weight[-1]}, not {self.groups}"
+            )
         axes = len(weight) - 2
         self.__dict__["activation"] = named(self.activation).__name__
         self.__dict__["stride"] = per_axis(f"stride of {name}", self.stride, axes)
@@ -127,7 +129,10 @@ class Conv(_Convolution):
     def examples(cls) -> Iterator[Example]:
         yield cls(3, 4, (3, 3), "relu", padding=1, rng=0), (2, 5, 6, 3)
         yield cls(2, 3, (1,), rng=1, stride=2, bias=False), (3, 7, 2)
-        yield cls(4, 6, (3, 2), "tanh", groups=2, stride=(1, 2), padding="same", rng=2), (2, 4, 5, 4)
+        yield (
+            cls(4, 6, (3, 2), "tanh", groups=2, stride=(1, 2), padding="same", rng=2),
+            (2, 4, 5, 4),
+        )
         yield cls(3, 3, (3, 3), groups=3, stride=2, padding=((0, 1), (1, 2)), rng=3), (2, 5, 6, 3)
         yield cls(2, 4, (2, 1, 3), groups=2, dilation=(1, 1, 2), rng=4), (2, 3, 2, 6, 2)
 
@@ -170,5 +175,8 @@ class ConvTranspose(_Convolution):
     def examples(cls) -> Iterator[Example]:
         yield cls(3, 4, (2, 2), "relu", stride=2, rng=0), (2, 3, 4, 3)
         yield cls(2, 3, (4,), stride=2, padding=1, output_padding=1, rng=1), (3, 5, 2)
-        yield cls(4, 6, (3, 3), "tanh", groups=2, stride=(1, 2), padding="same", rng=2), (2, 3, 4, 4)
+        yield (
+            cls(4, 6, (3, 3), "tanh", groups=2, stride=(1, 2), padding="same", rng=2),
+            (2, 3, 4, 4),
+        )
         yield cls(3, 3, (1, 2), groups=3, stride=3, bias=False, rng=3), (2, 2, 3, 3)

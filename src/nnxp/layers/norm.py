@@ -191,7 +191,9 @@ class GroupNorm(_Norm):
         super().validate()
         channels = self.gain.shape[0]
         if channels % whole("GroupNorm's groups", self.groups):
-            raise OptionError(f"groups of GroupNorm divides its {channels} channels, not {self.groups}")
+            raise OptionError(
+                f"groups of GroupNorm divides its {channels} channels, not {self.groups}"
+            )
 
     def __call__(self, x: Array) -> Array:
         x = self._fitting(x)

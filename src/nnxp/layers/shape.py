@@ -46,7 +46,9 @@ class Reshape(Layer):
         size, known = prod(x.shape[1:]), prod(n for n in self.shape if n != -1)
         fits = size % known == 0 if -1 in self.shape else size == known
         if not fits:
-            raise ShapeError(f"{self} takes rows of {known} numbers, but got (rows, *{x.shape[1:]})")
+            raise ShapeError(
+                f"{self} takes rows of {known} numbers, but got (rows, *{x.shape[1:]})"
+            )
         return x.reshape(x.shape[0], *(size // known if n == -1 else n for n in self.shape))
 
     def __repr__(self) -> str:
