@@ -66,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
         _refuse_unusable(required)
     if any(map(_is_gpu, required)) and getattr(config.option, "dist", "no") == "load":
         config.option.dist = "loadgroup"  # as "load", and a group of tests stays together
+    if getattr(config, "workerinput", {}).get(GROUP):
+        config.option.loadgroup = True  # pytest-xdist's workers see the command line alone
     config.pluginmanager.register(Run(config, chosen, required), "nnxp_run")
     config.pluginmanager.register(fixtures(chosen), "nnxp_fixtures")
 
@@ -132,10 +134,23 @@ class Run:
         if "nnxp.backend" in sys.modules and not manager.hasplugin("nnxp_guard"):
             manager.register(Guard(), "nnxp_guard")
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a worker of pytest-xdist whether groups stay together."""
+        node.workerinput[GROUP] = self.config.option.dist == "loadgroup"
+
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if item.get_closest_marker("nnxp_gpu"):
             connect(item, "cupy")
-            item.addfinalizer(_free_pools)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """What ran on a GPU gives back its memory, once its fixtures are gone."""
+        try:
+            return (yield)
+        finally:
+            if any(name == _RAN and _is_gpu(value) for name, value in item.user_properties):
+                _free_pools()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -257,8 +272,6 @@ def fixtures(names: Sequence[str]) -> object:
             with found.current():
                 yield found
                 found.synchronize()
-            if _is_gpu(found.name):
-                _free_pools()
 
         @pytest.fixture
         def xp(self, backend: Any) -> Any:

@@ -631,12 +631,34 @@ def test_a_pool_is_asked_on_its_own_device(cuda):
 
     cuda.Device, cuda.using_allocator = Device, nullcontext
     cuda.MemoryPool = lambda: types.SimpleNamespace(
-        free_all_blocks=lambda: note("free"), free_bytes=lambda: note("bytes") or 7
+        free_all_blocks=lambda: note("free"),
+        free_bytes=lambda: note("bytes") or 7,
+        used_bytes=lambda: used.pop(),
     )
-    pool = CudaBackend("cupy", "cuda:1", "").pool()
+    backend, used = CudaBackend("cupy", "cuda:1", ""), [0, 0, 512]
+    pool = backend.pool()
     pool.release()
     pool.unused()
-    assert cuda.asked == ["on 1", "free", "free default", "off", "on 1", "bytes", "off"]
+    backend.release()
+    assert " ".join(cuda.asked) == "on 1 free off on 1 bytes off on 1 free default off"
+    cuda.asked.clear()
+    del pool  # with an array that an exception keeps, say: it is emptied again with the next one
+    assert cuda.asked == ["on 1", "free", "off"]
+    del [backend.pool()][0]
+    assert cuda.asked == 3 * ["on 1", "free", "off"]
+    assert not used
+
+
+def test_where_no_more_memory_can_be_pinned_it_is_memory_like_any_other(cuda):
+    class Full(Exception):
+        pass
+
+    def refuse(size):
+        raise Full
+
+    cuda.runtime, cuda.PinnedMemory = types.SimpleNamespace(CUDARuntimeError=Full), refuse
+    buffer = CudaBackend("cupy", "cuda:0", "").pinned(24)
+    assert (buffer.nbytes, buffer.flags.writeable) == (24, True)
 
 
 def test_one_stream_waits_for_another_by_an_event_without_a_clock(cuda):

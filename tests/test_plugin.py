@@ -47,6 +47,26 @@ SIM_IS_THE_GPU = """
     nnxp_pytest._is_gpu = lambda name: str(name).startswith("sim")
     nnxp_pytest._free_pools = lambda: print("pools freed")
 """
+# A test marked as one for a GPU, which looks at the order of things.
+MARKED = """
+    import pytest
+
+    @pytest.fixture
+    def held():
+        yield
+        print("fixture gone")
+
+    @pytest.mark.nnxp_gpu
+    def test_it(held):
+        print("ran")
+"""
+SIM_IS_CUPY = (
+    SIM_IS_THE_GPU
+    + """
+    connect = nnxp_pytest.connect
+    nnxp_pytest.connect = lambda item, name: connect(item, "sim" if name == "cupy" else name)
+"""
+)
 WHO_RAN = """
     import os, time
     import nnxp
@@ -152,6 +172,22 @@ def test_gpu_tests_share_one_worker(project):
     assert len(set(re.findall(r"RAN sim (\w+)", said))) == 1
     assert "pools freed" in said
     assert "nnxp: sim: 6 tests" in said  # counted across workers
+
+
+def test_a_marked_test_runs_where_there_is_a_gpu_and_frees_it_after_its_fixtures(project):
+    code, said = project("-s", tests=MARKED, conftest=SIM_IS_CUPY)
+    assert code == 0, said
+    assert said.index("ran") < said.index("fixture gone") < said.index("pools freed")
+
+
+def test_workers_see_that_groups_stay_together(project, tmp_path, monkeypatch):
+    plugin = re.sub(r"^    ", "", SIM_IS_THE_GPU, flags=re.MULTILINE)
+    (tmp_path / "sim_gpu.py").write_text(plugin)  # before the options are read
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    options = "-p", "sim_gpu", "--nnxp-backends=sim", "--nnxp-require=sim", "-n2"
+    code, said = project(*options, tests=WHO_RAN)
+    assert "add --dist loadgroup" not in said
+    assert code == 0 or "this pytest-xdist ignores groups under pytest" in said
 
 
 @pytest.mark.nnxp_gpu

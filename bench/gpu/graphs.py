@@ -60,7 +60,8 @@ def _why_not_recorded(engine: Any, x: Array) -> str:
 
     try:
         prepared = engine._replicas[0].prepared((Kind(x.shape[1:], x.dtype, x.dtype),))
-        DeviceRecording(engine.backend, prepared.forward, x.shape, x.dtype)
+        pools = engine.backend.pool(), engine.backend.pool()
+        DeviceRecording(engine.backend, prepared.forward, x.shape, x.dtype, *pools)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "though it can be"

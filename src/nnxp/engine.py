@@ -27,8 +27,8 @@ from nnxp._exchange import in_order, shares_memory, source_of
 from nnxp._progress import Progress, told
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
 from nnxp.backend._base import Cursor, Source
-from nnxp.backend._device import BLOCK_ROWS, DeviceBackend
-from nnxp.backend._lanes import DeviceRecording, LanePool
+from nnxp.backend._device import BLOCK_ROWS, DeviceBackend, fits
+from nnxp.backend._lanes import DeviceRecording, LanePool, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer, whole
 from nnxp.program.mixing import mixing
@@ -64,7 +64,9 @@ class Engine:
 
     `memory_limit` bounds the bytes of the rows at work in one call, parameters and result aside: a
     number, or a string such as "256 MiB". On CUDA, cuBLASLt may take 32 MiB for each of three lanes
-    beside it, and a first product some for trying out how it is done best.
+    beside it, and a first product some for trying out how it is done best. Without a limit few rows
+    that come again are recorded, up to 32 kinds of them, and each recording keeps what its rows
+    take, and a workspace of cuBLASLt's.
 
     `workers` is the number of threads on the CPU. `precision="tf32"` allows a GPU to round the
     factors of float32 products to ten bits, which is several times as fast; a CPU has no use for
@@ -111,10 +113,14 @@ class Engine:
         return self._first().model
 
     def _first(self) -> Replica:
-        try:
-            return self._replicas[0]
-        except IndexError:
-            raise OptionError("this engine is closed") from None
+        return self._open()[0]
+
+    def _open(self) -> list[Replica]:
+        """The replicas, to be asked for once in a call: it may be closed meanwhile."""
+        replicas = self._replicas
+        if not replicas:
+            raise OptionError("this engine is closed")
+        return replicas
 
     def __call__(self, x: Any, out: Any = None, *, progress: Progress = False) -> Any:
         """The model's output for every row of x, as a host array; into `out` if it is given.
@@ -135,8 +141,9 @@ class Engine:
         Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
         are on another device, and OutOfMemory if not even one row fits.
         """
-        if type(x) is np.ndarray and out is None and not progress and self._replicas:
-            answer = self._replicas[0].ready.get((x.dtype, x.shape))
+        replicas = self._replicas
+        if type(x) is np.ndarray and out is None and not progress and replicas:
+            answer = replicas[0].ready.get((x.dtype, x.shape))
             if answer is not None:
                 return answer(x)
         given = inputs_of(self.model, x)
@@ -211,21 +218,21 @@ class Engine:
             device = place_of(x)
             if device == "cpu":
                 return None, x
-            for replica in self._replicas:
+            for replica in self._open():
                 if device == replica.backend.device:
                     return replica, x
         elif hasattr(x, "__dlpack_device__"):
             code, index = x.__dlpack_device__()
             if code in _HOST:
                 return None, x
-            for replica in self._replicas:
+            for replica in self._open():
                 at = replica.backend
                 if isinstance(at, DeviceBackend) and (at.dlpack, at.index) == (code, index):
                     return replica, _taken(at.xp, x)
             device = f"device {index} of kind {code.real} in DLPack's count"
         else:
             return None, x
-        places = " and ".join(each.device for each in self.backends)
+        places = " and ".join(each.backend.device for each in self._open())
         raise DeviceMismatch(
             f"an engine on {places} takes rows that are there or in host memory, but x is on "
             f"{device}; bring it to the host, with nnxp.asnumpy(x) if it is an array of CuPy"
@@ -236,10 +243,13 @@ class Engine:
     ) -> Any:
         """Rows that are on the device, through the model, there."""
         x, backend = arrays[0], replica.backend
-        recorded = replica.recorded.get((x.dtype, x.shape))
-        if recorded is not None and out is None and len(arrays) == 1:
-            return recorded.device(x)
         assert isinstance(backend, DeviceBackend)
+        recording = replica.recorded.get((x.dtype, x.shape))
+        if recording is not None and out is None and len(arrays) == 1:
+            answers: list[Any] = []
+            if fits(lambda: answers.append(recording.device(x))):
+                return answers[0]
+            # there is no memory for the answer: the long way makes some, or says so
         for array in arrays:
             if array.ndim == 0:
                 raise ShapeError(
@@ -296,8 +306,8 @@ class Engine:
             budget = self._budget(replica, replica.prepared(kinds))
             return replica.backend.plan(rows, budget)
 
-        replicas = self._replicas
-        first = plan(self._first(), rows)
+        replicas = self._open()
+        first = plan(replicas[0], rows)
         if len(replicas) == 1 or rows <= first.rows:
             return replicas[:1], [first]
         return replicas, [plan(each, -(-rows // len(replicas))) for each in replicas]
@@ -403,24 +413,32 @@ class Replica:
             if x.dtype.isnative:
                 self.ready[key] = prepared.answer
             return
-        if not 0 < len(x) <= FEW_ROWS or len(self._seen) > MOST_KINDS or prepared.program.opaque:
+        if (
+            not self._close.alive
+            or not 0 < len(x) <= FEW_ROWS
+            or len(self._seen) > MOST_KINDS
+            or prepared.program.opaque
+        ):
             return
         count = self._seen[key] = self._seen.get(key, 0) + 1
         if count < 2 or count & (count - 1):
             return
-        try:
-            recording = DeviceRecording(self.backend, prepared.forward, x.shape, x.dtype)
-        except Exception:
-            return  # it goes the long way, as it did so far; perhaps there was no memory just now
-        while len(self.recorded) >= MOST_RECORDED:
-            oldest = next(iter(self.recorded), None)
-            self.recorded.pop(oldest, None)  # type: ignore[arg-type]
-            self.ready.pop(oldest, None)  # type: ignore[arg-type]
+        recording = recorded(self.backend, prepared.forward, x.shape, x.dtype)
+        if recording is None:
+            return  # it goes the long way, as it did so far
+        for oldest in list(self.recorded)[: max(0, len(self.recorded) - MOST_RECORDED + 1)]:
+            self.recorded.pop(oldest, None)
+            self.ready.pop(oldest, None)
         self.recorded[key] = recording
         self.ready[key] = recording.host
+        if not self._close.alive:  # closed meanwhile
+            self._forget()
 
     def close(self) -> None:
         self._close()
+        self._forget()
+
+    def _forget(self) -> None:
         for kept in (self.recorded, self.ready, self._prepared):
             kept.clear()
 

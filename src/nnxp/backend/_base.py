@@ -231,13 +231,17 @@ class ForkGuard:
 
     def check(self) -> None:
         """Raise in a child forked from a process that has used the device."""
-        if self.pid is not None and self.pid != os.getpid():
+        if self.inherited():
             raise BackendUnavailable(
                 f"this process was forked from one that had already used {self.what}, "
                 "whose state does not survive a fork",
                 'Start workers with multiprocessing.get_context("spawn"), or use '
                 'backend="numpy" in them',
             )
+
+    def inherited(self) -> bool:
+        """Whether this is such a child."""
+        return self.pid is not None and self.pid != os.getpid()
 
     def mark(self) -> None:
         """Remember that this process uses the device."""

@@ -64,6 +64,9 @@ class DeviceBackend(Backend):
     def pool(self) -> Pool:
         """New memory, set aside."""
 
+    def release(self) -> None:
+        """Give back what the library itself holds unused: a full device has no use for it there."""
+
     @abstractmethod
     def pinned(self, size: int) -> HostArray:
         """So many bytes of host memory, to and from which copies need not be waited for."""
@@ -120,13 +123,14 @@ class DeviceBackend(Backend):
             part = slice(start, min(start + block, rows.stop))
             turns[0].finish()
             read = sweep.read(part)
-            if _fits(partial(turns[0].start, sweep, part, read)):
+            if fits(partial(turns[0].start, sweep, part, read)):
                 turns.rotate(-1)
                 start = part.stop
                 continue
             for lane in turns:
                 lane.finish()  # the first one waits for what it was given before memory ran out
             lanes.pool.release()
+            self.release()
             if released:
                 block = self._half(block)
             released = True  # once the same again: there may be room for it now
@@ -147,29 +151,32 @@ class DeviceBackend(Backend):
         The results are `out`, or new arrays of these outlines. `borrowed` says of each result of
         forward whether it may be somebody's memory, and is to be copied.
         """
+        self.guard.check()
         count = len(inputs[0])
         block, start = min(count, plan.rows * plan.workers), 0  # nothing is under way beside it
         made: list[Array] = []
         if out is None and block == count:
-            if _fits(lambda: made.extend(forward(inputs))):
+            if fits(lambda: made.extend(forward(inputs))):
                 return tuple(  # a product's rows may lie further apart than they are long
                     y.copy() if others or not y.flags.c_contiguous else y
                     for y, others in zip(made, borrowed, strict=True)
                 )
             made.clear()
             pool.release()
+            self.release()
         if out is None:
             for shape, dtype in outlines:
-                if not _fits(partial(_made, made, self.xp, shape, dtype)):
+                if not fits(partial(_made, made, self.xp, shape, dtype)):
                     size = prod(shape) * dtype.itemsize
                     raise OutOfMemory(f"{self.device} has no memory for the result, {size:,} bytes")
             out = tuple(made)
         while start < count:
             part = slice(start, min(start + block, count))
-            if _fits(partial(_fill, out, part, forward, inputs)):
+            if fits(partial(_fill, out, part, forward, inputs)):
                 start = part.stop
             else:
                 pool.release()
+                self.release()
                 block = self._half(block)
         return out
 
@@ -183,7 +190,7 @@ class DeviceBackend(Backend):
         return block // 2
 
 
-def _fits(work: Callable[[], object]) -> bool:
+def fits(work: Callable[[], object]) -> bool:
     """Whether there was memory for the work. The except clause is left before anything else is
     tried: while an exception is alive, its traceback keeps the arrays of the failed attempt."""
     try:

@@ -8,8 +8,9 @@ touches a lane's buffers again.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from functools import cache, partial
 from itertools import pairwise
@@ -42,7 +43,9 @@ class Pool(Protocol):
     """Memory of a device that is set aside: within `with pool.use():` arrays are made in it."""
 
     def use(self) -> AbstractContextManager[Any]: ...
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Give back what is not in use."""
+
     def unused(self) -> int: ...
 
 
@@ -148,8 +151,9 @@ class LanePool:
     def release(self) -> None:
         """Give back what no sweep uses just now, to be taken anew."""
         with self._lock:
-            for lanes in self._idle:
-                lanes.pool.release()
+            idle = list(self._idle)
+        for lanes in idle:
+            lanes.pool.release()
 
     def close(self) -> None:
         """Give everything back; what is under way elsewhere is given back when it ends."""
@@ -164,8 +168,9 @@ class DeviceRecording:
     """Few rows of one shape and type: the same buffers and the same recorded work at each call.
 
     Work goes to the caller's current stream. Calls may come from any thread and stream; they follow
-    each other. The pool is only ever used while recording: afterwards what it holds belongs to what
-    was recorded. `forward` keeps alive the parameters that it reads where they lie.
+    each other. All it has on the device is in `pool`, which is only ever used while recording:
+    afterwards what it holds belongs to what was recorded. What is tried before is made in `trial`.
+    `forward` keeps alive the parameters that it reads where they lie.
     """
 
     def __init__(
@@ -174,35 +179,40 @@ class DeviceRecording:
         forward: Callable[[tuple[Array, ...]], tuple[Array, ...]],
         shape: Shape,
         dtype: np.dtype[Any],
+        trial: Pool,
+        pool: Pool,
     ) -> None:
         self._backend, self._lock, self._forward = backend, threading.Lock(), forward
+        self._on_device: list[Any] = []  # the rows, and what replays: all that uses the pool
+        weakref.finalize(self, _let_go, self._on_device, pool).atexit = False
         with backend.current():
-            stream, self._pool = backend.stream(), backend.pool()
+            stream = backend.stream()
             backend.wait(stream, backend.mark(backend.current_stream()))
             with stream:
-                self._x = x = backend.xp.zeros(shape, dtype)
+                with pool.use():
+                    x = backend.xp.zeros(shape, dtype)
 
                 def answer() -> tuple[Array, ...]:
                     outputs = forward((x,))
                     return tuple(y if y.flags.c_contiguous else y.copy() for y in outputs)
 
-                outputs = answer()  # what is compiled and tried out need not be kept
-                with self._pool.use():
-                    self._replay = backend.record(answer, stream)
-            self._staged = _view(backend.pinned(x.nbytes), shape, dtype)
-            self._results = tuple(
-                _view(backend.pinned(y.nbytes), y.shape, y.dtype) for y in outputs
-            )
+                with trial.use():  # what is compiled and tried out need not be kept
+                    outlines = [(y.shape, y.dtype) for y in answer()]
+                with pool.use():
+                    self._on_device += x, backend.record(answer, stream)
+            self._staged = _pinned(backend, shape, dtype)
+            self._results = tuple(_pinned(backend, *outline) for outline in outlines)
             self._mark = backend.mark(stream)
         self._last: tuple[int, Stream] = threading.get_ident(), stream
 
     def host(self, rows: HostArray) -> Any:
         """Host rows in, host results out: an array, or a tuple of several."""
+        self._backend.guard.check()  # before a lock that nobody in a forked child gives back
         with self._lock, self._backend.current():
-            stream = self._follow()
+            stream, (x, replay) = self._follow(), self._on_device
             self._staged[...] = rows
-            self._x.set(self._staged)
-            for y, result in zip(self._replay(), self._results, strict=True):
+            x.set(self._staged)
+            for y, result in zip(replay(), self._results, strict=True):
                 y.get(out=result, blocking=False)
             stream.synchronize()
             made = tuple(result.copy() for result in self._results)
@@ -210,10 +220,11 @@ class DeviceRecording:
 
     def device(self, rows: Array) -> Any:
         """Rows on the device in, results on the device out."""
+        self._backend.guard.check()
         with self._lock, self._backend.current():
-            stream = self._follow()
-            self._x[...] = rows
-            made = tuple(y.copy() for y in self._replay())
+            stream, (x, replay) = self._follow(), self._on_device
+            x[...] = rows
+            made = tuple(y.copy() for y in replay())
             self._mark = self._backend.mark(stream)
         return made if len(made) > 1 else made[0]
 
@@ -225,6 +236,36 @@ class DeviceRecording:
             self._backend.wait(stream, self._mark)
             self._last = here
         return stream
+
+
+def recorded(
+    backend: DeviceBackend,
+    forward: Callable[[tuple[Array, ...]], tuple[Array, ...]],
+    shape: Shape,
+    dtype: np.dtype[Any],
+) -> DeviceRecording | None:
+    """A recording for such rows; None if none can be made: perhaps there was no memory just now.
+
+    The pools are emptied when nothing of the attempt is left, its exception neither.
+    """
+    trial, pool = backend.pool(), backend.pool()
+    recording = None
+    with suppress(Exception):
+        recording = DeviceRecording(backend, forward, shape, dtype, trial, pool)
+    trial.release()
+    if recording is None:
+        pool.release()
+    return recording
+
+
+def _let_go(on_device: list[Any], pool: Pool) -> None:
+    """First what uses the pool, then the pool."""
+    on_device.clear()
+    pool.release()
+
+
+def _pinned(backend: DeviceBackend, shape: Shape, dtype: np.dtype[Any]) -> HostArray:
+    return _view(backend.pinned(prod(shape) * dtype.itemsize), shape, dtype)
 
 
 def copy(into: HostArray, rows: HostArray) -> None:

@@ -8,8 +8,10 @@ are the current ones afterwards.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -95,11 +97,22 @@ class CudaBackend(DeviceBackend):
     def pool(self) -> _Pool:
         return _Pool(self.xp, self.current())
 
+    def release(self) -> None:
+        with self.current():
+            self.xp.get_default_memory_pool().free_all_blocks()
+
     def pinned(self, size: int) -> HostArray:
-        """Exactly so many bytes: cupyx.empty_pinned takes up to twice as many, and keeps them."""
+        """Exactly so many bytes: cupyx.empty_pinned takes up to twice as many, and keeps them.
+
+        Where no more can be pinned it is memory like any other: copies are waited for then.
+        """
         if size == 0:
             return np.empty(0, "uint8")
-        memory = self.xp.cuda.PinnedMemoryPointer(self.xp.cuda.PinnedMemory(size), 0)
+        cuda = self.xp.cuda
+        try:
+            memory = cuda.PinnedMemoryPointer(cuda.PinnedMemory(size), 0)
+        except cuda.runtime.CUDARuntimeError:
+            return np.empty(size, "uint8")
         return np.frombuffer(memory, "uint8", size)
 
     def record(
@@ -132,21 +145,56 @@ class _Pool:
 
     The default pool is the caller's, and what a graph uses must go to nobody else. CuPy asks which
     device is the current one whatever it is asked of a pool.
+
+    What cuBLASLt works in is kept here too, one workspace for each stream: given back after each
+    product it would be cut up for small arrays, and the next product would need another one.
     """
 
     def __init__(self, cupy: Any, device: Any) -> None:
         self._cupy, self._pool, self._device = cupy, cupy.cuda.MemoryPool(), device
+        self._workspaces: dict[int, Any] = {}
+        weakref.finalize(self, _emptied, self._pool, device).atexit = False
 
-    def use(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self._cupy.cuda.using_allocator(self._pool.malloc)
-        return context
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        from nnxp.kernels.cuda.lt import workspaces
+
+        before = workspaces.set(self._workspaces)
+        try:
+            with self._cupy.cuda.using_allocator(self._pool.malloc):
+                yield
+        finally:
+            workspaces.reset(before)
 
     def release(self) -> None:
-        """What this pool and the default one hold unused: a full device has no use for it there."""
+        if guard.inherited():
+            return
+        self._workspaces.clear()
         with self._device:
             self._pool.free_all_blocks()
-            self._cupy.get_default_memory_pool().free_all_blocks()
 
     def unused(self) -> int:
         with self._device:
-            return int(self._pool.free_bytes())
+            workspaces = sum(each.mem.size for each in list(self._workspaces.values()))
+            return int(self._pool.free_bytes()) + workspaces
+
+
+_leaving: deque[tuple[Any, Any]] = deque()
+
+
+def _emptied(pool: Any, device: Any) -> None:
+    """Empty a pool that nobody has any more, now or when the last array in it is gone.
+
+    CuPy's pools lose the memory that they hold unused when they are dropped, and an exception may
+    keep arrays alive beyond their pool.
+    """
+    if guard.inherited():
+        return
+    _leaving.append((pool, device))
+    for _ in range(len(_leaving)):
+        with suppress(IndexError):  # another thread had it
+            pool, device = _leaving.popleft()
+            with device:
+                pool.free_all_blocks()
+                if pool.used_bytes():
+                    _leaving.append((pool, device))

@@ -32,6 +32,7 @@ from nnxp.testing.parity import Check, ParityReport, _expected, _run, compare, c
 
 VERSION = 1
 PACKAGE = Path(nnxp.layers._layer.__file__).parents[1]
+SOURCES = {".py", ".cu", ".cuh"}
 
 
 def layer_examples() -> list[tuple[Layer, Shape]]:
@@ -54,9 +55,9 @@ def layer_examples() -> list[tuple[Layer, Shape]]:
 
 
 def source_hash() -> str:
-    """A hash of all the Python sources of the package: it changes when any of them does."""
+    """A hash of all the sources of the package, CUDA's too: it changes when any of them does."""
     found = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(each for each in PACKAGE.rglob("*") if each.suffix in SOURCES):
         found.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -23,7 +23,9 @@ MOST_PLANS = 256
 MOST_ROWS, MOST_ELEMENTS, PART = 1 << 20, (1 << 31) - 1, 1 << 28
 
 plans: dict[Hashable, Run] = {}
-_making = threading.Lock()  # one plan at a time, so that none disturbs the timing of another
+# One plan at a time, so that none disturbs the timing of another. The activation that is timed may
+# be a user's own, with products of its own.
+_making = threading.RLock()
 
 
 def product(
@@ -80,10 +82,11 @@ def _plan(
     precision: str | None,
 ) -> Run:
     with _making:
-        if key not in plans:
-            way = _way(wish, x, weight, bias, activation, precision)
-            remember(plans, key, way, MOST_PLANS)
-        return plans[key]
+        plan = plans.get(key)
+        if plan is None:
+            plan = _way(wish, x, weight, bias, activation, precision)
+            remember(plans, key, plan, MOST_PLANS)
+        return plan
 
 
 def _way(

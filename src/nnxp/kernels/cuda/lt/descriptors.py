@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import cupy
@@ -137,12 +138,12 @@ class Product:
     def launch(self, algorithm: Algorithm, x: int, weight: int, bias: int, y: int) -> None:
         """Enqueue it on the current stream, for these addresses; bias is 0 if there is none.
 
-        The workspace goes back to CuPy's pool while the kernel may still wait: the pool hands it
+        The workspace may go back to CuPy's pool while the kernel still waits: the pool hands it
         out again on this stream only, after the kernel.
         """
-        size = algorithm.workspace
-        space = cupy.cuda.alloc(size) if size else None
-        lt, product, stream = self.lt, self.product, get_current_stream().ptr
+        size, stream = algorithm.workspace, get_current_stream().ptr
+        space = _workspace(size, stream) if size else None
+        lt, product = self.lt, self.product
         try:
             with self.lock:
                 if bias != self.bias:
@@ -173,6 +174,20 @@ class Product:
         status = getattr(error, "status", None)
         name = f"CUBLAS_STATUS_{STATUS[status]}" if status in STATUS else str(error)
         return LtError(f"cuBLASLt: {name} for {self.what}, epilogue {self.epilogue}")
+
+
+workspaces: ContextVar[dict[int, Any] | None] = ContextVar("workspaces", default=None)
+"""By stream, the memory that products work in; without it they take new memory each time."""
+
+
+def _workspace(size: int, stream: int) -> Any:
+    kept = workspaces.get()
+    space = None if kept is None else kept.get(stream)
+    if space is None or space.mem.size < size:
+        space = cupy.cuda.alloc(size)
+        if kept is not None:
+            kept[stream] = space
+    return space
 
 
 def _destroy(lt: Any, product: int, layouts: tuple[int, ...]) -> None:
