@@ -155,7 +155,8 @@ def resize(
 ) -> Array:
     """Space resampled: x (n, *space, c) -> y (n, *size, c)
 
-    Give the `size`, or the `scale`, for which it is floor(scale * space). Output o along an axis is
+    Give the `size`, or the `scale`, for which it is floor(scale * space), or both, which are not
+    each other's where it is rounded otherwise. Output o along an axis is
     at u of x, and is the nearest element, or the sum of those around it weighted by the triangle
     1 - |d| ("linear") or by the cubic of [Keys 1981] with parameter `cubic`. Beyond its ends x goes
     on as it ends, or with `exclude_outside` is left out. `antialias` widens the weights where y is
@@ -209,17 +210,18 @@ def _sizes(x: Array, size: Any, scale: Any) -> tuple[list[int], list[float]]:
     axes = len(space)
     if axes < 1 or 0 in space:
         raise ShapeError(f"resize takes (rows, *space, channels) but got (rows, *{x.shape[1:]})")
-    if (size is None) == (scale is None):
-        raise OptionError("resize takes either a size or a scale")
+    if size is None and scale is None:
+        raise OptionError("resize takes a size or a scale")
+    scales = [scale] * axes if isinstance(scale, int | float) else list(scale or [1.0] * axes)
+    good = len(scales) == axes and all(s > 0 for s in scales)
+    lengths = [n * s for n, s in zip(space, scales, strict=False)]
+    sizes = [floor(length) for length in lengths]
     if size is not None:
         given = [size] if isinstance(size, int) else list(size)
         sizes = [n if m is None else m for n, m in zip(space, given, strict=False)]
-        good, lengths = len(given) == axes, [float(m) for m in sizes]
-    else:
-        scales = [scale] * axes if isinstance(scale, int | float) else list(scale)
-        good = len(scales) == axes and all(s > 0 for s in scales)
-        lengths = [n * s for n, s in zip(space, scales, strict=False)]
-        sizes = [floor(length) for length in lengths]
+        good = good and len(given) == axes
+    if scale is None:
+        lengths = [float(m) for m in sizes]
     if not good or any(m < 1 for m in sizes):
         raise ShapeError(
             f"resize takes a size or a scale for each axis of space, {space}, of which something "
