@@ -34,7 +34,7 @@ from nnxp.layers._layer import Layer, whole
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Costs, Outline, Program
 from nnxp.program.recording import Recording, costs, expanded
-from nnxp.program.rewrite import in_their_own_type, with_precision
+from nnxp.program.rewrite import in_their_own_type, optimized, with_precision
 from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -70,7 +70,8 @@ class Engine:
 
     `workers` is the number of threads on the CPU. `precision="tf32"` allows a GPU to round the
     factors of float32 products to ten bits, which is several times as fast; a CPU has no use for
-    the permission. Without it float32 is float32.
+    the permission. Without it float32 is float32. With `rewrite=False` the model's steps run as it
+    has them, without a batch norm in the weights before it and the like: to find a difference.
 
     What an engine holds on a device between two calls, `engine.close()` gives back, and so does
     the end of a `with` block or of the engine's life.
@@ -86,6 +87,7 @@ class Engine:
         memory_limit: int | str | None = None,
         workers: int | None = None,
         precision: str | None = None,
+        rewrite: bool = True,
     ) -> None:
         if not isinstance(model, Layer):
             raise OptionError(f"an Engine takes a model made of nnxp layers, not {model!r:.60}")
@@ -97,9 +99,11 @@ class Engine:
             )
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.workers = None if workers is None else whole("workers, a number of threads,", workers)
-        self.precision = precision
+        self.precision, self.rewrite = precision, rewrite
         sparing = self.memory_limit is not None
-        self._replicas = [Replica(model, each, precision, sparing) for each in _backends(backend)]
+        self._replicas = [
+            Replica(model, each, precision, sparing, rewrite) for each in _backends(backend)
+        ]
         self.backend = self._replicas[0].backend
 
     @property
@@ -330,7 +334,7 @@ class Engine:
 
     def __reduce__(self) -> Any:
         devices = [each.device for each in self.backends]
-        options = devices, self.memory_limit, self.workers, self.precision
+        options = devices, self.memory_limit, self.workers, self.precision, self.rewrite
         return _engine, (self.model.to("numpy"), *options)
 
     def __repr__(self) -> str:
@@ -346,9 +350,17 @@ def _engine(
     memory_limit: int | None,
     workers: int | None,
     precision: str | None,
+    rewrite: bool = True,
 ) -> Engine:
     """An engine that was pickled: on the devices that it was on."""
-    return Engine(model, devices, memory_limit=memory_limit, workers=workers, precision=precision)
+    return Engine(
+        model,
+        devices,
+        memory_limit=memory_limit,
+        workers=workers,
+        precision=precision,
+        rewrite=rewrite,
+    )
 
 
 class Replica:
@@ -359,10 +371,15 @@ class Replica:
     """
 
     def __init__(
-        self, model: Layer, backend: Backend, precision: str | None, sparing: bool
+        self,
+        model: Layer,
+        backend: Backend,
+        precision: str | None,
+        sparing: bool,
+        rewrite: bool = True,
     ) -> None:
         self.backend, self.model = backend, _shared(model, backend)
-        self.precision, self.sparing = precision, sparing
+        self.precision, self.sparing, self.rewrite = precision, sparing, rewrite
         self.lanes = LanePool()
         self.ready: dict[tuple[np.dtype[Any], Shape], Callable[[HostArray], Any]] = {}
         self.recorded: dict[tuple[np.dtype[Any], Shape], DeviceRecording] = {}
@@ -398,7 +415,7 @@ class Replica:
             program = in_their_own_type(program, first.travels)
         if self.precision is not None:
             program = with_precision(program, self.precision)
-        return program
+        return optimized(program) if self.rewrite else program
 
     def remember(self, x: Array, prepared: Prepared) -> None:
         """Make the next call with such rows a short one.

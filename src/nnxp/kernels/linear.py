@@ -51,10 +51,12 @@ def linear(
     x (..., i), weight (i, o), bias (o,) -> y (..., o), dtype of x. Bias and activation are
     applied where the product lies, while it is still in cache. `precision` is as for matmul.
     """
-    y = matmul.reference(x, weight)  # the types are settled: no need to ask again
+    y = xp_of(x).matmul(_rows(x), weight)
     if bias is not None:
         y += bias
-    return y if activation is identity else activation.reference(y, out=y)
+    if activation is not identity:
+        y = activation.reference(y, out=y)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[-1])
 
 
 @linear.vjp

@@ -155,7 +155,8 @@ def resize(
 ) -> Array:
     """Space resampled: x (n, *space, c) -> y (n, *size, c)
 
-    Give the `size`, or the `scale`, for which it is floor(scale * space). Output o along an axis is
+    Give the `size`, or the `scale`, for which it is floor(scale * space), or both, which are not
+    each other's where it is rounded otherwise. Output o along an axis is
     at u of x, and is the nearest element, or the sum of those around it weighted by the triangle
     1 - |d| ("linear") or by the cubic of [Keys 1981] with parameter `cubic`. Beyond its ends x goes
     on as it ends, or with `exclude_outside` is left out. `antialias` widens the weights where y is
@@ -177,13 +178,11 @@ def resize(
     _known("coordinates", coordinates, COORDINATES)
     _known("nearest", nearest, NEAREST)
     around = []
-    for axis, (n, length) in enumerate(
-        zip(x.shape[1:-1], _lengths(x, size, scale), strict=True), 1
-    ):
+    for axis, (length, m) in enumerate(_lengths(x, size, scale), 1):
+        n = x.shape[axis]
         if length is None:
             around.append((0, 0))
             continue
-        m = floor(length)
         if region is None:
             line = COORDINATES[coordinates](n, length)
         else:
@@ -208,27 +207,32 @@ def _known(what: str, name: str, names: Iterable[str]) -> None:
         raise OptionError(f"{what} of resize is one of {', '.join(names)}, not {name!r:.60}")
 
 
-def _lengths(x: Array, size: Any, scale: Any) -> list[float | None]:
-    """How long each axis of space becomes, as the size or the scale says; None if it stays."""
+def _lengths(x: Array, size: Any, scale: Any) -> list[tuple[float | None, int]]:
+    """How long each axis of space becomes: as the scale or the size says, and in whole elements.
+
+    None if it stays. Where both are given, coordinates are those of the scale.
+    """
     space = x.shape[1:-1]
     if not space or 0 in space:
         raise ShapeError(f"resize takes (rows, *space, channels) but got (rows, *{x.shape[1:]})")
-    if (size is None) == (scale is None):
-        raise OptionError("resize takes either a size or a scale")
-    given = scale if size is None else size
-    each = (
-        list(given) if isinstance(given, tuple | list) else [given] * (len(space) if scale else 1)
-    )
-    lengths = [
-        m if m is None or size is not None else n * m for n, m in zip(space, each, strict=False)
-    ]
-    if len(each) != len(space) or any(m is not None and m < 1 for m in lengths):
+    if size is None and scale is None:
+        raise OptionError("resize takes a size or a scale")
+
+    def each(given: Any, single: int) -> list[Any]:
+        return list(given) if isinstance(given, tuple | list) else [given] * single
+
+    sizes = [None] * len(space) if size is None else each(size, 1)
+    scales = [None] * len(space) if scale is None else each(scale, len(space))
+    made: list[tuple[float | None, int]] = []
+    for n, m, s in zip(space, sizes, scales, strict=False):
+        length = m if s is None else n * s
+        made.append((length, n if length is None else floor(length) if m is None else m))
+    if not len(sizes) == len(scales) == len(space) or any(m < 1 for _, m in made):
         raise ShapeError(
             f"resize takes a size or a scale for each axis of space, {space}, of which something "
-            "is "
-            f"left; got size={size}, scale={scale}"
+            f"is left; got size={size}, scale={scale}"
         )
-    return lengths
+    return made
 
 
 def _within(start: float, end: float, n: int, m: float) -> Line:

@@ -983,7 +983,7 @@ def batch_norm(
         raise OptionError(
             "BatchNormalization with training_mode=1 is for training: export it for inference"
         )
-    return _channels_last(lambda x: kernels.batch_norm(x, mean, var, gain, bias, eps=epsilon), x)
+    return channels_last(lambda x: kernels.batch_norm(x, mean, var, gain, bias, eps=epsilon), x)
 
 
 @operator("LayerNormalization", as_is=True)
@@ -1060,7 +1060,7 @@ def dropout(
     return (x, xp_of(x).ones(x.shape, dtype=np.dtype(bool))) if count > 1 else x
 
 
-def _channels_last(function: Callable[[Array], Array], x: Array) -> Array:
+def channels_last(function: Callable[[Array], Array], x: Array) -> Array:
     """function of x (n, c, ...), which has its channels last."""
     if x.ndim < 3:
         return function(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,19 @@ import numpy as np
 
 from nnxp import kernels
 from nnxp._arrays import HostArray, is_array, is_floating
+from nnxp._library import KINDS
 from nnxp.program.program import Program, replay, trace
 from nnxp.program.recording import again
-from nnxp.program.traced import Step, Value, current_tape, ndarray, record
+from nnxp.program.traced import (
+    Step,
+    Value,
+    current_tape,
+    is_constant,
+    lifted,
+    ndarray,
+    perform,
+    record,
+)
 
 CENTRING = (kernels.standardize, kernels.batch_norm)
 """Kernels that take away from the rows what is large in them."""
@@ -41,6 +52,131 @@ def rewritten(program: Program, change: Callable[..., Any], inputs: Sequence[Val
     values = [Value(v.shape, v.dtype, name=v.name) for v in inputs]
     made = trace(lambda *given: tuple(replay(program, given, change)), *values)
     return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)
+
+
+def optimized(program: Program) -> Program:
+    """The program without what it need not do, the same up to rounding.
+
+    Orders of axes go behind what does not mind them, element by element, and end where they undo
+    each other. What is done to each output of a product goes into it: a batch norm into its
+    weights, a bias and an activation to where it lies.
+    """
+    uses = Counter(v for step in program.steps for v in step.values)
+    uses.update(program.outputs)
+
+    def lone(value: Value) -> bool:
+        """Whether nobody else looks at a value, or at what it is another order of."""
+        while uses[value] == 1 and value.step is not None and value.step.name in ORDERS:
+            value = value.step.values[0]
+        return uses[value] == 1
+
+    def change(step: Step, arrays: tuple[Any, ...]) -> Any:
+        made = _reordered(step, arrays)
+        if made is None and step.values and lone(step.values[0]):
+            made = _joined(step, arrays)
+        return repeated(step, arrays) if made is None else made
+
+    def moved(step: Step, arrays: tuple[Any, ...]) -> Any:
+        """The step on arrays whose axes are in the order of what they were made of."""
+        axes = next((order[1] for order in map(_order, arrays) if order), None)
+        if axes is None or not _commutes(step):
+            return change(step, arrays)
+        parts = [_undone(x, axes) for x in arrays]
+        if any(part is NotImplemented for part in parts):
+            return change(step, arrays)
+        if step.name == "concatenate":
+            along = {"axis": axes[step.options.get("axis", 0)]}
+            made = record("concatenate", tuple(parts), along)
+        else:
+            made = change(step, tuple(parts))
+        return record("transpose", (made,), {"axes": axes})
+
+    return rewritten(program, moved, program.inputs)
+
+
+ORDERS = ("transpose", "moveaxis", "swapaxes")
+"""Functions that order axes otherwise."""
+PRODUCTS = (kernels.linear, kernels.conv, kernels.conv_transpose)
+"""Kernels with outputs last, weights (..., outputs), a bias and an activation."""
+
+
+def _order(x: Any) -> tuple[Any, tuple[int, ...]] | None:
+    """What x is only another order of, and the places of its axes there."""
+    step = x.value.step if isinstance(x, ndarray) else None
+    if step is None or step.name not in ORDERS:
+        return None
+    places = np.broadcast_to(np.float32(0), tuple(range(x.ndim)))
+    return lifted(step.inputs[0]), perform(np, step, [places]).shape
+
+
+def _commutes(step: Step) -> bool:
+    """Whether a step does the same to each element, wherever it is, or only joins arrays."""
+    if isinstance(step.function, kernels.Kernel):
+        return step.name in kernels.ACTIVATIONS and len(step.inputs) == 1
+    if KINDS.get(step.name) not in ("elementwise", "comparison"):
+        return step.name == "concatenate"
+    return step.name not in ("assign", "tril", "triu")
+
+
+def _undone(x: Any, axes: tuple[int, ...]) -> Any:
+    """x in the order of axes before they were put into this one; NotImplemented if that is work."""
+    order = _order(x)
+    if order and order[1] == axes:
+        return order[0]
+    if not isinstance(x, ndarray) or x.ndim == 0:
+        return x
+    if not is_constant(x) or x.ndim > len(axes):
+        return NotImplemented
+    full = x.reshape((1,) * (len(axes) - x.ndim) + x.shape)
+    return full.transpose(tuple(int(at) for at in np.argsort(axes)))
+
+
+def _reordered(step: Step, arrays: tuple[Any, ...]) -> Any:
+    """One order of axes for two, and none for what is left as it was."""
+    if step.name not in ORDERS:
+        return None
+    made = repeated(step, arrays)
+    order, before = _order(made), _order(arrays[0])
+    if order is None:
+        return made
+    x, axes = order
+    if before is not None:
+        x, axes = before[0], tuple(before[1][axis] for axis in axes)
+    if axes == tuple(range(len(axes))):
+        return x
+    return made if before is None else record("transpose", (x,), {"axes": axes})
+
+
+def _joined(step: Step, arrays: tuple[Any, ...]) -> Any:
+    """A product with what is done to its outputs; None for what cannot go into it."""
+    product = arrays[0].value.step if isinstance(arrays[0], ndarray) else None
+    if product is None or product.function not in (*PRODUCTS, kernels.matmul):
+        return None
+    options = dict(product.options)
+    if options.get("activation", kernels.identity) is not kernels.identity:
+        return None
+    x, weight, bias = (*map(lifted, product.inputs), None)[:3]
+    function: Any = kernels.linear if product.function is kernels.matmul else product.function
+    if isinstance(step.function, kernels.Kernel) and _commutes(step) and not step.options:
+        return record(function, (x, weight, bias), options | {"activation": step.function})
+    if not all(each is None or is_constant(each) for each in arrays[1:]):
+        return None
+    if step.name == "add" and len(arrays[1].shape) == 1 and arrays[0].dtype.itemsize > 2:
+        if arrays[1].shape != weight.shape[-1:] or arrays[1].dtype != weight.dtype:
+            return None
+        return record(
+            function, (x, weight, arrays[1] if bias is None else bias + arrays[1]), options
+        )
+    types = {each.dtype for each in (weight, *arrays) if each is not None}
+    wide = len(types) == 1 and weight.dtype.itemsize > 2
+    if step.function is kernels.batch_norm and is_constant(weight) and wide:
+        mean, var, gain, shift = (*arrays[1:], None, None)[:4]
+        scale = (var + step.options.get("eps", 1e-5)) ** -0.5
+        scale = scale if gain is None else scale * gain
+        moved = -mean * scale if bias is None else (bias - mean) * scale
+        moved = moved if shift is None else moved + shift
+        return record(function, (x, weight * scale, moved), options)
+    return None
 
 
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:

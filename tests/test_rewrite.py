@@ -1,0 +1,110 @@
+"""Programs with less to do answer the same, within the error bound of the model as it is."""
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import draw_inputs, every_layer, results
+from nnxp.layers.graph import Graph, Weight, node
+from nnxp.program.program import trace
+from nnxp.program.rewrite import ORDERS, optimized
+from nnxp.testing import bounded, error_bound
+from nnxp.testing.parity import compare
+
+
+def judge(model, inputs, program):
+    """The program's results are within the bound of the model's."""
+    lifted = model.map_arrays(lambda name, value: bounded.asarray(value))
+    given = [x for x in inputs if x is not None]
+    for i, y in enumerate(program.run(given)):
+        value, bound = error_bound(lambda *xs, i=i: results(lifted(*xs))[i], *inputs)
+        check = compare("rewritten", "", "cpu", np.asarray(y), value, bound)
+        assert check.ok, check.problem
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@every_layer
+def test_every_layer_rewritten_is_within_its_bound(layer, shape):
+    inputs = draw_inputs(layer, shape)
+    outlines = [None if x is None else (x.shape, x.dtype) for x in inputs]
+    judge(layer, inputs, optimized(layer.program(*outlines)))
+
+
+def residual(rng, *, looked_at_twice=False):
+    """conv, norm, relu; conv, norm, added to a 1 x 1 convolution, relu; channels put together"""
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype("float32")
+
+    weights = {"w1": normal(4, 3, 3, 3), "b1": normal(4), "w2": normal(4, 4, 3, 3),
+               "w3": normal(4, 3, 1, 1)}  # fmt: skip
+    norms = ("gain", "shift", "mean", "var")
+    for k in "12":
+        weights |= {name + k: normal(4) for name in norms}
+        weights["var" + k] = np.abs(weights["var" + k]) + np.float32(0.5)
+    nodes = [
+        node("Conv", ["x", "w1", "b1"], ["a"], pads=(1, 1, 1, 1)),
+        node("BatchNormalization", ["a", *(n + "1" for n in norms)], ["b"]),
+        node("Relu", ["b"], ["c"]),
+        node("Conv", ["c", "w2"], ["d"], pads=(1, 1, 1, 1)),
+        node("BatchNormalization", ["d", *(n + "2" for n in norms)], ["e"]),
+        node("Conv", ["x", "w3"], ["f"]),
+        node("Add", ["e", "f"], ["g"]),
+        node("Relu", ["g"], ["h"]),
+        node("Concat", ["h", "a" if looked_at_twice else "f"], ["i"], axis=1),
+        node("GlobalAveragePool", ["i"], ["j"]),
+        node("Flatten", ["j"], ["y"]),
+    ]
+    return Graph.of(
+        nodes=tuple(nodes),
+        inputs=({"name": "x", "dtype": "float32", "shape": (None, 3, 8, 8)},),
+        outputs=("y",), constants={}, names=tuple(weights),
+        weights=tuple(map(Weight, weights.values())), kind="float32",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_network_that_is_channels_first_keeps_one_order_of_axes(rng, twice):
+    graph = residual(rng, looked_at_twice=twice)
+    x = rng.normal(size=(5, 3, 8, 8)).astype("float32")
+    program = optimized(graph.program((x.shape, x.dtype)))
+    judge(graph, [x], program)
+    names = [step.name for step in program.steps]
+    assert sum(name in ORDERS for name in names) <= 3  # in, perhaps twice, and out
+    assert names.count("batch_norm") == twice  # what others look at, too, is left as it is
+    assert names.count("conv") == 3
+    assert names.count("relu") == 1 + twice
+
+
+def test_a_bias_and_an_activation_go_into_the_product(rng):
+    w, b = rng.normal(size=(4, 6)).astype("float32"), rng.normal(size=6).astype("float32")
+
+    def formula(x):
+        return nnxp.kernels.relu(nnxp.kernels.matmul(x, w) + b)
+
+    x = rng.normal(size=(7, 4)).astype("float32")
+    program = optimized(trace(formula, (x.shape, x.dtype)))
+    assert [step.name for step in program.steps] == ["linear"]
+    np.testing.assert_allclose(program(x), formula(x), rtol=1e-6, atol=1e-6)
+
+
+def test_orders_that_do_not_cancel_become_one(rng):
+    def formula(x):
+        return np.float32(2) * x.transpose(0, 2, 3, 1).transpose(0, 3, 1, 2).swapaxes(1, 3) + 1
+
+    x = rng.normal(size=(2, 3, 4, 5)).astype("float32")
+    program = optimized(trace(formula, (x.shape, x.dtype)))
+    assert sum(step.name in ORDERS for step in program.steps) == 1
+    np.testing.assert_array_equal(program(x), formula(x))
+
+
+def test_an_engine_leaves_the_model_as_it_is_where_it_is_told_so(rng):
+    graph = residual(rng)
+    x = rng.normal(size=(5, 3, 8, 8)).astype("float32")
+    as_is = nnxp.Engine(graph, "numpy", rewrite=False)
+    np.testing.assert_array_equal(as_is(x), graph.program((x.shape, x.dtype))(x))
+    np.testing.assert_allclose(nnxp.Engine(graph, "numpy")(x), as_is(x), rtol=1e-4, atol=1e-4)
