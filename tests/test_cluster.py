@@ -531,8 +531,8 @@ def test_results_are_one_array(room):
     assert (parts.shape, parts.dtype, len(parts)) == (y.shape, y.dtype, len(y))
     for index in (
         0, -1, 399, slice(None), slice(95, 305), slice(400, 400), slice(2000, None),
-        slice(9, 900, 7), slice(None, None, -1), [3, 1049, -1, 3], np.arange(ROWS) % 5 == 0, (slice(90, 110), 2),
-        (5, 1), (slice(None), slice(1, 3)),
+        slice(9, 900, 7), slice(None, None, -1), [3, 1049, -1, 3], np.arange(ROWS) % 5 == 0,
+        (slice(90, 110), 2), (5, 1), (slice(None), slice(1, 3)),
     ):  # fmt: skip
         assert np.array_equal(parts[index], y[index]), index
     with pytest.raises(nnxp.IdError):

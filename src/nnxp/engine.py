@@ -449,7 +449,7 @@ class Replica:
         self.recorded[key] = recording
         self.ready[key] = recording.host
         if not self._close.alive:  # closed meanwhile
-            self._forget()
+            self._forget()  # type: ignore[unreachable]
 
     def close(self) -> None:
         self._close()

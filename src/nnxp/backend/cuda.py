@@ -175,7 +175,7 @@ class _Pool:
 
     def unused(self) -> int:
         with self._device:
-            workspaces = sum(each.mem.size for each in list(self._workspaces.values()))
+            workspaces = sum(int(each.mem.size) for each in list(self._workspaces.values()))
             return int(self._pool.free_bytes()) + workspaces
 
 

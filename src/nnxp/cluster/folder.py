@@ -228,7 +228,8 @@ class Parts:
         ]  # fmt: skip
         if not found:
             return np.empty((0, *self.shape[1:]), self.dtype)
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        rows: HostArray = found[0] if len(found) == 1 else np.concatenate(found)
+        return rows
 
     def _rows(self, wanted: HostArray) -> Any:
         if wanted.dtype == bool:
