@@ -675,7 +675,7 @@ REFUSED = {
         np.ones((2, 4, 1)), padding=4, mode="reflect"
     ),
     "mode of pad is one of": lambda: kernels.pad(np.ones((2, 4, 1)), padding=1, mode="mirror"),
-    "resize takes either": lambda: kernels.resize(np.ones((2, 4, 1))),
+    "resize takes a size or a scale": lambda: kernels.resize(np.ones((2, 4, 1))),
     "of which something is left": lambda: kernels.resize(np.ones((2, 4, 1)), scale=0.2),
     "multiple of 4 channels, not 6": lambda: kernels.pixel_shuffle(np.ones((2, 4, 4, 6)), factor=2),
     "multiples of that": lambda: kernels.pixel_unshuffle(np.ones((2, 3, 4, 6)), factor=2),

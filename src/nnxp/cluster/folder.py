@@ -220,7 +220,8 @@ class Parts:
 
     def _slice(self, start: int, stop: int, step: int) -> HostArray:
         if step != 1:
-            return self._rows(np.arange(start, stop, step))
+            picked: HostArray = self._rows(np.arange(start, stop, step))
+            return picked
         size = self.plan.block_rows
         found = [
             self._part(block)[max(start - block * size, 0) : stop - block * size]
