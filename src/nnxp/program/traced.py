@@ -491,6 +491,39 @@ def _scan(step: Step) -> Any:
     return ((math.prod(x.shape),) if flat else x.shape), dtype
 
 
+def _picked(step: Step) -> Any:
+    """x[key]; by arrays of places it would be a copy, so their shapes alone are asked about.
+
+    Axes that are sliced get a length of their own instead, a prime, by which it is known afterwards
+    where in the result they are.
+    """
+    (x,) = step.values
+    key = step.options["key"]
+    keys = list(key) if isinstance(key, tuple) else [key]
+    arrays = [np.asarray(each) for each in keys if isinstance(each, list) or is_array(each)]
+    if not arrays or any(each.dtype == np.dtype(bool) for each in arrays):
+        return _movement(step)
+    used = sum(each is not None and each is not Ellipsis for each in keys)
+    at = next((i for i, each in enumerate(keys) if each is Ellipsis), len(keys))
+    keys[at : at + 1] = [slice(None)] * (len(x.shape) - used)
+    taken = {size for each in arrays for size in each.shape}
+    primes = iter(n for n in (101, 103, 107, 109, 113, 127, 131, 137, 139) if n not in taken)
+    shape: list[int] = []
+    asked: list[Any] = []
+    lengths: dict[int, int] = {}
+    sizes = iter(x.shape)
+    for each in keys:
+        size = None if each is None else next(sizes)
+        if isinstance(each, slice) and size is not None:
+            prime = next(primes)
+            lengths[prime] = len(range(*each.indices(size)))
+            shape, asked = [*shape, prime], [*asked, slice(None)]
+        else:
+            shape, asked = shape if size is None else [*shape, size], [*asked, each]
+    made = np.broadcast_to(np.zeros((), bool), shape)[tuple(asked)].shape
+    return tuple(lengths.get(size, size) for size in made), x.dtype
+
+
 def _movement(step: Step) -> Any:
     made = compute(np, step.name, tuple(map(_stand_in, step.inputs)), step.options)
     if isinstance(made, tuple | list):
@@ -683,7 +716,7 @@ _OUTLINES: dict[str, Callable[[Step], Any]] = {
     "astype": _astype, "concatenate": _concatenate, "stack": _stack, "pad": _pad,
     "repeat": _repeat, "tile": _tile, "take": _take, "take_along_axis": _take_along_axis,
     "dot": _dot, "outer": _outer, "tensordot": _tensordot, "einsum": _einsum, "diff": _diff,
-    "roll": _same, "flip": _same, "scatter": _scatter, "segment_sum": _segment_sum,
+    "getitem": _picked, "roll": _same, "flip": _same, "scatter": _scatter, "segment_sum": _segment_sum,
 }  # fmt: skip
 
 
