@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -365,3 +366,33 @@ def test_a_single_output_that_does_not_tell_is_refused():
     net = nnxp.Sequential(nnxp.Dense(3, 1, "relu", rng=0), classes=("below", "above"))
     with pytest.raises(nnxp.OptionError, match="that relu makes nobody can tell"):
         Labels(net, X.shape)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        (..., [0, 3, 1]),
+        (slice(None), [2, 0]),
+        (slice(None), slice(1, None, 2), [0, 1]),
+        (slice(None), [0, 1], None, [1, 2]),
+        (slice(None), 1, [0, 2]),
+        (slice(None), np.array([[0, 1], [2, 0]])),
+    ],
+)
+def test_a_choice_of_columns_is_written_out_without_a_copy_of_all_rows(key):
+    x = np.arange(5 * 4 * 3, dtype="float32").reshape(5, 4, 3)
+
+    class Chosen(nnxp.Layer):
+        def __call__(self, x):
+            return x[key]
+
+    layer = Chosen()
+    tracemalloc.start()
+    try:
+        program = layer.program(x.shape)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    (outline,) = program.outline(5)
+    assert outline.shape == x[key].shape
+    np.testing.assert_array_equal(program(x), x[key])
