@@ -390,7 +390,7 @@ def test_a_choice_of_columns_is_written_out_without_a_copy_of_all_rows(key):
     tracemalloc.start()
     try:
         program = layer.program(x.shape)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20  # all rows would be 24 MB
     finally:
         tracemalloc.stop()
     (outline,) = program.outline(5)
