@@ -371,7 +371,7 @@ def test_a_single_output_that_does_not_tell_is_refused():
 @pytest.mark.parametrize(
     "key",
     [
-        (..., [0, 3, 1]),
+        (..., [0, 2, 1]),
         (slice(None), [2, 0]),
         (slice(None), slice(1, None, 2), [0, 1]),
         (slice(None), [0, 1], None, [1, 2]),
