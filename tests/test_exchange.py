@@ -138,7 +138,7 @@ def test_what_holds_no_numbers_is_refused_with_the_fix(block, fix):
         ("x.npy", nnxp.DtypeMismatch, "numpy.load"),
         ((row for row in X), nnxp.ShapeError, "predict_iter"),
         (3.0, nnxp.ShapeError, "no axis"),
-        (None, nnxp.ShapeError, "NoneType"),
+        (None, nnxp.OptionError, "x is None"),
         ([[1, 2, 3], [1, 2]], nnxp.ShapeError, "no array of rows"),
         (Source(X.__getitem__, (np.nan, 3)), nnxp.ShapeError, "compute_chunk_sizes"),
         (Source(X.__getitem__, (None, 3)), nnxp.ShapeError, "how many rows"),

@@ -269,10 +269,10 @@ def inputs_of(layer, shapes, dtype="float32"):
         kind = layer.takes[i] if i < len(layer.takes) else "float"
         if shape is None:
             made.append(None)
-        elif kind == "float":
+        elif "float" in kind:
             made.append(draw(shape, layer.dtype or dtype, i))
         else:
-            made.append(rng.integers(0, 3, shape) if kind == "int" else rng.random(shape) < 0.7)
+            made.append(rng.random(shape) < 0.7 if kind == "bool" else rng.integers(0, 3, shape))
     return made
 
 

@@ -657,6 +657,7 @@ def test_where_no_more_memory_can_be_pinned_it_is_memory_like_any_other(cuda):
         raise Full
 
     cuda.runtime, cuda.PinnedMemory = types.SimpleNamespace(CUDARuntimeError=Full), refuse
+    cuda.PinnedMemoryPointer = None
     buffer = CudaBackend("cupy", "cuda:0", "").pinned(24)
     assert (buffer.nbytes, buffer.flags.writeable) == (24, True)
 

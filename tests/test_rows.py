@@ -32,6 +32,13 @@ def npy(rows) -> bytes:
     return file.getvalue()
 
 
+def zipped(name, content) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr(name, content)
+    return held.getvalue()
+
+
 def npz(**arrays) -> bytes:
     file = io.BytesIO()
     np.savez(file, **arrays)
@@ -201,6 +208,7 @@ def test_what_is_not_a_whole_npy_file_of_rows_is_refused(tmp_path, content):
         (npz(a=np.array([[{}]])), None, "not a whole"),
         (npz(a=np.array([["a"]])), None, "real numbers"),
         (npz(a=np.float32(3)), None, "single number"),
+        (zipped("a.txt", b"1, 2"), None, "a.txt is no array"),
     ],
 )
 def test_what_is_not_a_npz_file_with_that_array_is_refused(tmp_path, content, key, message):

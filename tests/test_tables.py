@@ -337,6 +337,16 @@ def test_columns_of_a_binary_table_are_read_in_batches(arrow, tmp_path, monkeypa
 
 
 @every_binary
+def test_columns_of_one_name_are_each_read(arrow, tmp_path, ending):
+    path = tmp_path / f"x{ending}"
+    save(arrow, path, arrow.Table.from_arrays([[1, 2], [3, 4], [5, 6]], names=["a", "b", "a"]))
+    assert read_rows(path).tolist() == [[1, 3, 5], [2, 4, 6]]
+    assert read_rows(path, reading=Reading(columns=["2", "b"])).tolist() == [[5, 3], [6, 4]]
+    with pytest.raises(OptionError, match="2 columns 'a'"):
+        read_rows(path, reading=Reading(columns=["a"]))
+
+
+@every_binary
 def test_missing_values_of_a_binary_table(arrow, tmp_path, ending):
     path = tmp_path / f"x{ending}"
     save(arrow, path, arrow.table({"a": [1, 2, 3], "b": arrow.array([1.5, None, float("nan")])}))

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,10 @@ class CudaBackend(DeviceBackend):
         return replay
 
 
+workspaces: ContextVar[dict[int, Any] | None] = ContextVar("workspaces", default=None)
+"""By stream, the memory that products work in; without it they take new memory each time."""
+
+
 class _Pool:
     """A memory pool of CuPy's beside its default one; a chunk is used again on its own stream only.
 
@@ -157,8 +162,6 @@ class _Pool:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        from nnxp.kernels.cuda.lt import workspaces
-
         before = workspaces.set(self._workspaces)
         try:
             with self._cupy.cuda.using_allocator(self._pool.malloc):
@@ -175,8 +178,8 @@ class _Pool:
 
     def unused(self) -> int:
         with self._device:
-            workspaces = sum(int(each.mem.size) for each in list(self._workspaces.values()))
-            return int(self._pool.free_bytes()) + workspaces
+            kept = sum(int(each.mem.size) for each in list(self._workspaces.values()))
+            return int(self._pool.free_bytes()) + kept
 
 
 _leaving: deque[tuple[Any, Any]] = deque()

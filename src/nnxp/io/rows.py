@@ -102,7 +102,9 @@ def _read_npz(path: Name, key: str | None) -> HostArray:
             )
         if key is not None and key not in file.files:
             raise OptionError(f"{path} has no {key!r}; it holds {names}")
-        rows: HostArray = file[file.files[0] if key is None else key]
+        rows = file[file.files[0] if key is None else key]
+        if not isinstance(rows, np.ndarray):  # the bytes of a member of the archive
+            raise RowsError(f"{path}: {key or names} is no array")
         return rows
 
 

@@ -441,8 +441,9 @@ class ArrowTable(Table):
                 ) from (error)
 
     def _of_parquet(self, file: Any) -> Iterator[Any]:
-        names = list(dict.fromkeys(self.names[index] for index in self.chosen))
-        yield from file.iter_batches(BATCH, columns=names)
+        names = {self.names[index] for index in self.chosen}
+        alike = len(set(self.names)) < len(self.names)  # then a name does not say which
+        yield from file.iter_batches(BATCH, columns=None if alike else sorted(names))
 
     def _of_arrow(self, mapped: Any) -> tuple[list[str], int, Iterator[Any]]:
         arrow = self._pyarrow
@@ -460,7 +461,7 @@ class ArrowTable(Table):
         columns = []
         for index in self.chosen:
             name = self.names[index]
-            column = batch.column(name if ending(self.path) == ".parquet" else index)
+            column = batch.column(index if batch.num_columns == len(self.names) else name)
             if column.null_count and self.reading.missing is None:
                 row = self.passed + column.is_null().index(True).as_py()
                 raise RowsError(

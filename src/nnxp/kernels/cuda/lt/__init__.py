@@ -13,6 +13,5 @@ and the same product gives the same bits for as long as the process remembers it
 
 from nnxp.kernels.cuda.lt.bindings import LtError, why_not
 from nnxp.kernels.cuda.lt.call import product
-from nnxp.kernels.cuda.lt.descriptors import workspaces
 
-__all__ = ["LtError", "product", "why_not", "workspaces"]
+__all__ = ["LtError", "product", "why_not"]

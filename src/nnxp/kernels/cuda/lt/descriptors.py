@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import cupy
@@ -13,6 +12,7 @@ import numpy as np
 from cupy.cuda import get_current_stream
 
 from nnxp._arrays import Array
+from nnxp.backend.cuda import workspaces
 from nnxp.kernels.cuda.lt.bindings import (
     BIAS_POINTER,
     DATA_TYPES,
@@ -174,10 +174,6 @@ class Product:
         status = getattr(error, "status", None)
         name = f"CUBLAS_STATUS_{STATUS[status]}" if status in STATUS else str(error)
         return LtError(f"cuBLASLt: {name} for {self.what}, epilogue {self.epilogue}")
-
-
-workspaces: ContextVar[dict[int, Any] | None] = ContextVar("workspaces", default=None)
-"""By stream, the memory that products work in; without it they take new memory each time."""
 
 
 def _workspace(size: int, stream: int) -> Any:

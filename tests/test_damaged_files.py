@@ -1,0 +1,31 @@
+"""A small run of tests/damaged_files.py, and the recorded one of full size."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+damaged_files = pytest.importorskip("damaged_files", reason="onnx or pyarrow is not installed")
+
+
+def test_a_damaged_file_is_refused_or_read():
+    found = damaged_files.run(1600, seed=1, seconds=60)
+    assert found["failures"] == []
+    assert found["files"] == 1600
+    for name in ("sound.safetensors", "sound.onnx", "sound.npy", "sound.csv", "sound.parquet"):
+        assert found["counts"][f"{name}, refused"] > 100
+
+
+def test_another_error_would_be_counted(monkeypatch):
+    monkeypatch.setattr(damaged_files, "REFUSED", (OSError,))
+    found = damaged_files.run(80, seed=1, seconds=60)
+    assert len(found["failures"]) > 40
+
+
+def test_the_recorded_run_is_of_ten_thousand_without_one_failure():
+    if not damaged_files.RESULT.exists():
+        pytest.skip(f"{damaged_files.RESULT} is not part of a source distribution")
+    found = json.loads(damaged_files.RESULT.read_text())
+    assert found["files"] >= 10_000
+    assert found["failures"] == []
