@@ -428,7 +428,7 @@ class Replica:
             self.ready.clear()
         if not isinstance(self.backend, DeviceBackend):
             if x.dtype.isnative:
-                self.ready[key] = prepared.answer
+                self.ready[key] = prepared.short(x)
             return
         if (
             not self._close.alive
@@ -489,15 +489,24 @@ class Prepared:
             self.program.run([x if x.dtype == v.dtype else x.astype(v.dtype) for x, v in inputs])
         )
 
-    def answer(self, x: HostArray) -> Any:
-        """Few host rows through the model on the CPU, into new arrays."""
-        results = tuple(np.empty((len(x), *shape), dtype) for shape, dtype in self.outputs)
-        self.fill((x,), results)
-        return results if self.program.several else results[0]
+    def short(self, like: HostArray) -> Callable[[HostArray], Any]:
+        """What answers host rows of one type and shape on the CPU, without asking anything."""
+        outlines = [((len(like), *shape), dtype) for shape, dtype in self.outputs]
+        key, several = (len(like), like.dtype), self.program.several
+
+        def answer(x: HostArray) -> Any:
+            idle, recording = self._recording(key)
+            results = [np.empty(*outline) for outline in outlines]
+            with np.errstate(all="ignore"):
+                recording((x,), results)
+            idle.append(recording)
+            return tuple(results) if several else results[0]
+
+        return answer
 
     def fill(self, rows: tuple[HostArray, ...], out: tuple[HostArray, ...]) -> None:
         """Host rows through the model on the CPU, into `out`."""
-        idle, recording = self._recording(rows)
+        idle, recording = self._recording((len(rows[0]), *(each.dtype for each in rows)))
         into = tuple(
             array if array.flags.c_contiguous and array.dtype == dtype
             else np.empty(array.shape, dtype)
@@ -510,13 +519,14 @@ class Prepared:
                     np.copyto(array, result, casting="same_kind")
         idle.append(recording)
 
-    def _recording(self, rows: tuple[HostArray, ...]) -> tuple[list[Recording], Recording]:
-        """A recording for so many rows, for this caller alone, and where to put it afterwards.
+    def _recording(self, key: tuple[Any, ...]) -> tuple[list[Recording], Recording]:
+        """A recording for this caller alone, and where to put it afterwards.
 
-        It is kept for the next block of this size: where memory is to be spared, only while blocks
-        go on being of one size.
+        The key is the number of rows, and the types of the inputs.
+
+        The recording is kept for the next block of this size: where memory is to be spared, only
+        while blocks go on being of one size.
         """
-        key = (len(rows[0]), *(each.dtype for each in rows))
         idle = self._idle.setdefault(key, [])
         try:
             return idle, idle.pop()
@@ -528,7 +538,7 @@ class Prepared:
             self._idle = {key: idle}
             for kept in others:
                 kept.clear()
-        return idle, Recording(self.program, len(rows[0]), [each.dtype for each in rows])
+        return idle, Recording(self.program, key[0], key[1:])
 
 
 def _costs(

@@ -411,6 +411,8 @@ class ArrowTable(Table):
             self.names = names
         self.chosen = _chosen(path, reading.columns, self.names)
         self.columns = tuple(self.names[index] for index in self.chosen)
+        # A part of a Parquet file's columns is asked for by name, unless two have the same.
+        self._by_number = ending(path) != ".parquet" or len(set(self.names)) < len(self.names)
 
     def __iter__(self) -> Iterator[HostArray]:
         with self._opened() as (_, _, batches):
@@ -441,9 +443,8 @@ class ArrowTable(Table):
                 ) from (error)
 
     def _of_parquet(self, file: Any) -> Iterator[Any]:
-        names = {self.names[index] for index in self.chosen}
-        alike = len(set(self.names)) < len(self.names)  # then a name does not say which
-        yield from file.iter_batches(BATCH, columns=None if alike else sorted(names))
+        names = list(dict.fromkeys(self.names[index] for index in self.chosen))
+        yield from file.iter_batches(BATCH, columns=None if self._by_number else names)
 
     def _of_arrow(self, mapped: Any) -> tuple[list[str], int, Iterator[Any]]:
         arrow = self._pyarrow
@@ -461,7 +462,7 @@ class ArrowTable(Table):
         columns = []
         for index in self.chosen:
             name = self.names[index]
-            column = batch.column(index if batch.num_columns == len(self.names) else name)
+            column = batch.column(index if self._by_number else name)
             if column.null_count and self.reading.missing is None:
                 row = self.passed + column.is_null().index(True).as_py()
                 raise RowsError(

@@ -30,6 +30,8 @@ from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record
 
 Call = Callable[[], object]
 
+SPREAD = 4096  # elements: the broadcast of so few costs more to start than to do
+
 _SAME_ORDER = frozenset("reshape expand_dims squeeze".split())
 """Views of all of their input, in the order of its memory."""
 
@@ -232,12 +234,15 @@ class Recording:
         return call
 
     def _bound_ufunc(self, fn: np.ufunc, inputs: tuple[Any, ...], out: Value) -> Call:
-        """A ufunc that writes into `out`, by that name: NumPy's maximum takes no third argument."""
-        places = [self._place(each) for each in inputs]
+        """A ufunc that writes into `out`: by that name where NumPy takes no third argument."""
+        spread = inputs if fn.signature else [self._spread(each, out) for each in inputs]
+        places = [self._place(each) for each in spread]
         moving, into = self._place(out)
         slots = self._slots
         if not moving and not any(moves for moves, _ in places):
-            return partial(fn, *(each for _, each in places), out=into)
+            operands = [each for _, each in places]
+            named = fn in (np.maximum, np.minimum)
+            return partial(fn, *operands, out=into) if named else partial(fn, *operands, into)
 
         def call() -> object:
             return fn(
@@ -246,6 +251,17 @@ class Recording:
             )
 
         return call
+
+    def _spread(self, x: Any, out: Value) -> Any:
+        """A small constant, such as a bias, once for each row: to start a broadcast takes long."""
+        shape = sized(out.shape, self.rows)
+        if not isinstance(x, Value) or x.numbers is None or x in self._places:
+            return x
+        if not x.shape or x.shape == shape or prod(shape) > SPREAD:
+            return x
+        whole = np.broadcast_to(x.numbers, shape).copy()
+        self.nbytes += whole.nbytes
+        return whole
 
     def _result(self, output: Value, value: Value, number: int, shape: Shape) -> tuple[bool, Any]:
         """Where a value is that lies in the caller's array for `output`."""
