@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from test_pages import keep_pictures
+
 GUIDE = Path(__file__).parents[1] / "docs/parity.md"
 if not GUIDE.exists():
     pytest.skip("the guide is not part of a source distribution", allow_module_level=True)
@@ -51,6 +53,8 @@ def test_the_mistake_is_caught_and_named(project):
 
 
 def test_the_snippets_run(project):
+    pytest.importorskip("matplotlib", reason="one of them draws: it needs matplotlib")
     program = "import numpy as np, nnxp\n" + "\n".join(SNIPPETS)
     code, said = run(project, "-W", "error", "-c", program)
     assert code == 0, said
+    keep_pictures(GUIDE, project)

@@ -525,6 +525,10 @@ def summary(
         str | None,
         typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the model's steps: .svg, .png or .pdf."),
+    ] = None,
     backend: OnBackends = "auto",
     memory_limit: MemoryLimit = None,
     workers: Workers = None,
@@ -542,6 +546,8 @@ def summary(
     engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
     whole = (rows, *_row_of(engine.model, shape))
     found, plan = engine.model.summary(whole), engine.plan(whole)
+    if plot is not None:
+        _draw(engine.model, whole, plot)
     if as_json:
         device = {"device": _names(engine), "working_set": plan.working_set}
         _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
@@ -551,6 +557,17 @@ def summary(
             f"{rows:,} rows on {_names(engine)}: {plan.rows:,} at a time on {plan.workers} "
             f"workers, {plan.working_set:,} bytes of rows at work"
         )
+
+
+def _draw(model: Layer, shape: Shape, path: Path) -> None:
+    """The model's program as a picture; OptionError for an ending that is no picture's."""
+    from nnxp import plots
+
+    figure = plots.program(model.program(shape))
+    endings = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in endings:
+        raise OptionError(f"--plot {path}: a picture ends in .{', .'.join(sorted(endings))}")
+    figure.savefig(path)
 
 
 @app.command()

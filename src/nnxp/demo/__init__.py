@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray
+from nnxp._printed import Printed
 from nnxp.engine import Engine
 from nnxp.io.checkpoint import load
 from nnxp.layers._layer import Layer, whole
@@ -25,7 +26,7 @@ _SAMPLE = 256  # rows that are judged against float64
 
 
 @dataclass(frozen=True)
-class DemoReport:
+class DemoReport(Printed):
     """A sweep of the digits: where it ran and why, how fast, and how right.
 
     `accuracy` is that of this run on the digits that the network was not trained on.

@@ -38,6 +38,7 @@ from nnxp._errors import (
     UnsupportedFunction,
 )
 from nnxp._exchange import source_of
+from nnxp._printed import Printed
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
 from nnxp.engine import Engine, inputs_of
 from nnxp.layers._layer import Layer
@@ -85,7 +86,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class ParityReport:
+class ParityReport(Printed):
     """Every check of a model or function on every backend; print it."""
 
     checks: tuple[Check, ...]
@@ -139,11 +140,13 @@ class ParityReport:
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture of the error by layer and backend: an SVG image, for any browser."""
-        from nnxp.testing._plot import svg
+        """Write a picture of the error by layer and backend, as `nnxp.plots.parity` draws it.
 
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(svg(self))
+        The format is that of the path's ending: .svg, .png or .pdf. OptionError without matplotlib.
+        """
+        from nnxp.plots import parity
+
+        parity(self).savefig(path)
 
     def __str__(self) -> str:
         rows = [_HEADER, *self._table()]
