@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import nnxp
 from test_readme import run_page
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -56,9 +57,15 @@ def test_links_of_a_page_lead_somewhere(page):
 
 
 def test_the_lists_are_those_of_the_library(tmp_path):
-    copy = tmp_path / "reference.md"
-    copy.write_text((DOCS / "reference.md").read_text(encoding="utf-8"), encoding="utf-8")
+    page, copy = DOCS / "reference.md", tmp_path / "reference.md"
+    shutil.copy(page, copy)
     subprocess.run([sys.executable, DOCS / "lists.py", copy], check=True, timeout=120)
-    assert copy.read_text(encoding="utf-8") == (DOCS / "reference.md").read_text(
-        encoding="utf-8"
-    ), "python docs/lists.py writes them anew"
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), (
+        "python docs/lists.py writes them anew"
+    )
+
+
+def test_every_error_has_its_place_among_the_troubles():
+    headings = re.findall(r"^## (.*)$", (DOCS / "troubleshooting.md").read_text("utf-8"), re.M)
+    told = {name for heading in headings for name in heading.split(", ")}
+    assert {*nnxp._errors.__all__} - {"NnxpError"} <= told
