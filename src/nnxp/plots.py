@@ -17,7 +17,7 @@ from nnxp._arrays import Array, HostArray, Shape
 from nnxp._errors import OptionError, ShapeError
 from nnxp.backend import asnumpy
 from nnxp.layers._layer import Layer
-from nnxp.program.program import Program, shape_text
+from nnxp.program import program as programs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,15 +34,14 @@ MOST = 64  # pictures of weights that are drawn together
 def learning_curve(history: Sequence[Mapping[str, float]]) -> Figure:
     """The loss by epoch, and the validation loss where there is one.
 
+        fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=3, rng=0)
+        nnxp.plots.learning_curve(fitted.history).savefig("learning.svg")
+
     Args:
         history: `Fitted.history`: a mapping for each epoch, with `epoch` and `loss`.
 
     Raises:
         OptionError: the history is empty, or matplotlib is not installed.
-
-    Example:
-        fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=3, rng=0)
-        nnxp.plots.learning_curve(fitted.history).savefig("learning.svg")
     """
     if not history:
         raise OptionError("the history is empty: there is no epoch to draw")
@@ -61,6 +60,8 @@ def learning_curve(history: Sequence[Mapping[str, float]]) -> Figure:
 def weights(weight: Array, shape: Shape | None = None) -> Figure:
     """What each neuron of a layer looks for: its weights as a picture, blue below 0, red above.
 
+        nnxp.plots.weights(net.layers[0].weight, (8, 8)).savefig("weights.svg")
+
     Args:
         weight: (inputs, outputs), as of `Dense`, on any backend. The first 64 outputs are drawn.
         shape: of one picture, (height, width); without it inputs are a square.
@@ -68,9 +69,6 @@ def weights(weight: Array, shape: Shape | None = None) -> Figure:
     Raises:
         ShapeError: the inputs do not fill pictures of this shape.
         OptionError: matplotlib is not installed.
-
-    Example:
-        nnxp.plots.weights(net.layers[0].weight, (8, 8)).savefig("weights.svg")
     """
     host = asnumpy(weight)
     side = round(sqrt(host.shape[0])) if host.ndim == 2 else 0
@@ -99,6 +97,8 @@ def activations(model: Layer, *inputs: Array) -> Figure:
     Values of all rows and elements together: a layer whose box lies at 0 answers next to nothing,
     one whose whiskers reach far makes float16 overflow.
 
+        nnxp.plots.activations(net, x).savefig("activations.svg")
+
     Args:
         model: a model, and
         inputs: rows for it, as `model.activations` takes them.
@@ -106,9 +106,6 @@ def activations(model: Layer, *inputs: Array) -> Figure:
     Raises:
         ShapeError, DtypeMismatch, DeviceMismatch: as of `model.activations`.
         OptionError: matplotlib is not installed.
-
-    Example:
-        nnxp.plots.activations(net, x).savefig("activations.svg")
     """
     made = {name: asnumpy(y).astype("float64") for name, y in _arrays(model.activations(*inputs))}
     figure, axes = _figure(7, 0.35 * len(made) + 1)
@@ -122,15 +119,14 @@ def activations(model: Layer, *inputs: Array) -> Figure:
 def parity(report: ParityReport) -> Figure:
     """The error of each layer on each backend, in units of its bound; red is too large.
 
+        report = nnxp.testing.parity_report(net, x)
+        nnxp.plots.parity(report).savefig("parity.svg")
+
     Args:
         report: of `nnxp.testing.parity_report`.
 
     Raises:
         OptionError: matplotlib is not installed.
-
-    Example:
-        report = nnxp.testing.parity_report(net, x)
-        nnxp.plots.parity(report).savefig("parity.svg")
     """
     checks = report.checks[::-1]
     figure, axes = _figure(8, 0.25 * len(checks) + 1.2)
@@ -149,23 +145,24 @@ def parity(report: ParityReport) -> Figure:
     return figure
 
 
-def program(program: Program) -> Figure:
+def program(program: programs.Program) -> Figure:
     """The steps of a program from top to bottom, and what goes from which to which.
+
+        nnxp.plots.program(net.program((1, 64))).savefig("program.svg")
 
     Args:
         program: as of `net.program((1, 784))`.
 
     Raises:
         OptionError: matplotlib is not installed.
-
-    Example:
-        nnxp.plots.program(net.program((1, 64))).savefig("program.svg")
     """
     places = {value: i for i, value in enumerate(program.inputs)}
-    texts = [f"{v.name or f'x{i}'}  {shape_text(v.shape)}" for i, v in enumerate(program.inputs)]
+    texts = [
+        f"{v.name or f'x{i}'}  {programs.shape_text(v.shape)}" for i, v in enumerate(program.inputs)
+    ]
     for step in program.steps:
         places.update(dict.fromkeys(step.outputs, len(texts)))
-        shapes = ", ".join(shape_text(value.shape) for value in step.outputs)
+        shapes = ", ".join(programs.shape_text(value.shape) for value in step.outputs)
         texts.append(f"{step.name}  {shapes}" + (f"\n{step.path}" if step.path else ""))
     figure, axes = _figure(4, 0.6 * len(texts) + 0.2)
     axes.set(xlim=(-1, 1.4), ylim=(-len(texts) + 0.5, 0.5))
@@ -189,6 +186,8 @@ def program(program: Program) -> Figure:
 def confusion(labels: Any, guesses: Any, names: Sequence[object] | None = None) -> Figure:
     """How often each class was taken for which: rows are true classes, columns guesses.
 
+        nnxp.plots.confusion(labels, net(x).argmax(axis=1)).savefig("confusion.svg")
+
     Args:
         labels: (n,), the true classes, whole numbers from 0.
         guesses: (n,), the guessed ones, such as `nnxp.predict(net, x).argmax(axis=1)`.
@@ -198,9 +197,6 @@ def confusion(labels: Any, guesses: Any, names: Sequence[object] | None = None) 
         ShapeError: labels and guesses are not as many.
         OptionError: they are no whole numbers from 0, or beyond the names; or matplotlib is not
             installed.
-
-    Example:
-        nnxp.plots.confusion(labels, net(x).argmax(axis=1)).savefig("confusion.svg")
     """
     counts = _counted(asnumpy(labels), asnumpy(guesses), None if names is None else len(names))
     size = len(counts)
