@@ -196,7 +196,10 @@ def assert_parity(
         nnxp.testing.assert_parity(net, x)
 
     Args:
-        function, inputs, backends, rigorous: as `parity_report` takes them.
+        function: as `parity_report` takes it.
+        inputs: its rows or arguments.
+        backends: names, or one.
+        rigorous: proven bounds in place of expected ones.
 
     Returns:
         The report of `parity_report`.
