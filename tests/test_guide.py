@@ -23,7 +23,9 @@ BLAMED = "first to diverge: layers.0 Clip() on sim:0: "
 def project(tmp_path, monkeypatch):
     monkeypatch.delenv("NNXP_REQUIRE_GPU", raising=False)
     (tmp_path / "ranker.py").write_text(MODEL)
-    (tmp_path / "test_ranker.py").write_text(TESTS)
+    (tmp_path / "pyproject.toml").write_text(re.search(r"```toml\n(.*?)```", TEXT, re.DOTALL)[1])
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_ranker.py").write_text(TESTS)
     return tmp_path
 
 
