@@ -1,4 +1,4 @@
-"""The lists of docs/index.md, from the docstrings: python docs/lists.py [PAGE]."""
+"""The lists of docs/reference.md, from the docstrings: python docs/lists.py [PAGE]."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ LISTS = {
 
 
 def main() -> None:
-    page = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("index.md"))
+    page = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("reference.md"))
     text = page.read_text(encoding="utf-8")
     for name, make in LISTS.items():
         region = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

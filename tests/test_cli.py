@@ -754,3 +754,19 @@ def test_a_terminal_shows_no_line_that_is_broken_within_a_word(room, width):
         assert all(len(line) <= width or " " not in line.strip() for line in lines), lines
     assert narrow.split()[-1] == wide.split()[-1]
     assert "error: nope.foo: rows are in files" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", ["", *(c.callback.__name__ for c in app.registered_commands)])
+def test_every_line_of_a_help_text_fits_on_a_terminal(command):
+    ran = CliRunner().invoke(app, [*filter(None, [command]), "--help"], env={"COLUMNS": "80"})
+    assert ran.exit_code == 0
+    assert max(map(len, ran.output.splitlines())) <= 80
+    assert "range>" not in ran.output  # a number is a number
+
+
+def test_a_shell_can_complete_the_commands():
+    ran = CliRunner().invoke(
+        app, [], prog_name="nnxp",
+        env={"_NNXP_COMPLETE": "complete_bash", "COMP_WORDS": "nnxp su", "COMP_CWORD": "1"},
+    )  # fmt: skip
+    assert ran.output.split() == ["summary"]

@@ -70,8 +70,17 @@ def test_the_report_says_what_ran_and_where(backend):
     assert report.accuracy >= 0.95
     assert 0 < report.largest_ratio < 6
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
-    for said in (report.device, report.why, "5,000", "digits it was not trained on"):
-        assert said in str(report)
+    assert report.plain_rows_per_second > 0
+    text = " ".join(str(report).split())
+    for said in (
+        report.device,
+        report.why,
+        "5,000",
+        "digits it was not trained on",
+        "nnxp predict",
+    ):
+        assert said in text
+    assert all(len(line) <= 80 for line in str(report).splitlines())
 
 
 def test_the_accuracy_is_that_of_the_run_and_of_its_unseen_rows_alone(monkeypatch):

@@ -6,23 +6,28 @@ import ast
 import inspect
 import re
 from textwrap import dedent
+from typing import get_args
 
 import numpy as np
 import pytest
 
 import nnxp
-from nnxp import kernels
+from nnxp import kernels, plots, testing
 from nnxp.training import losses, optimizers, schedules
 
 FORMULA = re.compile(r"\S (?:[-+*]?=) \S|->")
 EXAMPLE = re.compile(r"^ {4}\S.*\n(?:^(?: {4}.*)?\n)*", re.MULTILINE)
 
+SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):\n(?: {4}.*\n|\n)*", re.MULTILINE)
+
 HOMES = {
     "nnxp": nnxp,
     "nnxp.kernels": kernels,
+    "nnxp.plots": plots,
     "nnxp.losses": losses,
     "nnxp.optimizers": optimizers,
     "nnxp.schedules": schedules,
+    "nnxp.testing": testing,
 }
 INSIDE = {"before", "evaluated", "global_norm", "rate_at", "xp_of"}  # what modules use themselves
 THINGS = {f"{home}.{n}": getattr(HOMES[home], n) for home in HOMES for n in dir(HOMES[home])}
@@ -33,10 +38,6 @@ PUBLIC = {
     if not (word := name.rpartition(".")[2]).startswith("_") and word not in INSIDE
 }
 
-NOT_YET = set(
-    """nnxp.Availability nnxp.Backend nnxp.asnumpy nnxp.available_backends nnxp.get_backend
-    nnxp.predict nnxp.predict_iter nnxp.set_backend nnxp.to_backend nnxp.use_backend""".split()
-)  # they have neither; a name that has got one must leave this list
 NOT_RUN = {
     "nnxp.from_torch": "needs torch",
     "nnxp.TorchGraph": "needs torch",
@@ -49,7 +50,8 @@ NOT_RUN = {
 
 
 def docstring(thing: object) -> str:
-    return inspect.cleandoc(thing.__doc__ or "") + "\n"
+    """The docstring without its sections, whose lines are indented as an example's are."""
+    return SECTION.sub("", inspect.cleandoc(thing.__doc__ or "") + "\n")
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
@@ -58,8 +60,7 @@ def test_a_public_name_has_a_formula_or_an_example(name):
     if inspect.isclass(PUBLIC[name]) and issubclass(PUBLIC[name], nnxp.NnxpError):
         assert len(text.split()) > 5  # what went wrong is a sentence
         return
-    found = bool(FORMULA.search(text) or EXAMPLE.search(text))
-    assert found == (name not in NOT_YET), text
+    assert FORMULA.search(text) or EXAMPLE.search(text), text
 
 
 EXAMPLES = [
@@ -99,3 +100,32 @@ def test_an_example_runs(example, names, request):
         assert eval(compile(ast.Expression(last.value), "example", "eval"), names)
     else:
         exec(compile(ast.Module([last], []), "example", "exec"), names)
+
+
+ARGUMENTS = [n for n, t in PUBLIC.items() if inspect.isfunction(t) and not n.startswith("nnxp.k")]
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, "nnxp.Engine", "nnxp.Sequential", "nnxp.Dense"])
+def test_a_docstring_lists_all_arguments(name):
+    listed = re.search(r"^ *Args:\n((?: {4,}.*\n)+)", PUBLIC[name].__doc__ or "", re.MULTILINE)
+    wanted = set(inspect.signature(PUBLIC[name]).parameters)
+    if not wanted:
+        return
+    assert listed, f"{name} says nothing of its arguments"
+    depth = len(re.match(" *", listed[1])[0])
+    lines = re.findall(rf"^ {{{depth}}}(\w[\w, ]*):", listed[1], re.MULTILINE)
+    told = {word for line in lines for word in line.split(", ")}
+    assert told == wanted
+
+
+def test_the_names_that_a_type_checker_knows_are_those_of_the_activations():
+    assert set(get_args(kernels.ActivationName)) == set(kernels.ACTIVATIONS)
+    for takes in (nnxp.Dense, nnxp.Conv, nnxp.Activation, nnxp.LSTM, nnxp.RNN, nnxp.Bilinear):
+        named = inspect.signature(takes).parameters.get("activation")
+        assert named is None or named.annotation == "kernels.ActivationName"
+
+
+def test_what_help_shows_of_the_front_door():
+    assert {"cluster", "plots", "sim", "testing"} <= {*dir(nnxp)}
+    assert "TYPE_CHECKING" not in dir(nnxp)
+    assert list(inspect.signature(nnxp.Dense).parameters)[:3] == ["inputs", "outputs", "activation"]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from test_pages import keep_pictures
+
 GUIDE = Path(__file__).parents[1] / "docs/parity.md"
 if not GUIDE.exists():
     pytest.skip("the guide is not part of a source distribution", allow_module_level=True)
@@ -21,7 +23,9 @@ BLAMED = "first to diverge: layers.0 Clip() on sim:0: "
 def project(tmp_path, monkeypatch):
     monkeypatch.delenv("NNXP_REQUIRE_GPU", raising=False)
     (tmp_path / "ranker.py").write_text(MODEL)
-    (tmp_path / "test_ranker.py").write_text(TESTS)
+    (tmp_path / "pyproject.toml").write_text(re.search(r"```toml\n(.*?)```", TEXT, re.DOTALL)[1])
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_ranker.py").write_text(TESTS)
     return tmp_path
 
 
@@ -51,6 +55,8 @@ def test_the_mistake_is_caught_and_named(project):
 
 
 def test_the_snippets_run(project):
+    pytest.importorskip("matplotlib", reason="one of them draws: it needs matplotlib")
     program = "import numpy as np, nnxp\n" + "\n".join(SNIPPETS)
     code, said = run(project, "-W", "error", "-c", program)
     assert code == 0, said
+    keep_pictures(GUIDE, project)

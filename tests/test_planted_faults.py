@@ -15,7 +15,6 @@ import nnxp
 from conftest import draw
 from nnxp import kernels, sim
 from nnxp.testing import LIMIT, assert_parity, parity_report, product_bound
-from nnxp.testing._plot import FAILED
 
 
 def elsewhere(layer, formula):
@@ -138,22 +137,6 @@ def test_a_fault_on_one_backend_is_caught_and_its_layer_and_backend_are_named(fa
     assert report.to_dict()["ok"] is False
     assert "layers.1" in report.to_markdown()
     assert '"ok": false' in report.to_json()
-
-
-def test_the_plot_shows_every_check_and_marks_the_one_that_failed(tmp_path):
-    from xml.etree import ElementTree
-
-    layer, formula, _ = FAULTS["missing bias"]
-    net = nnxp.Sequential(nnxp.Dense(20, 32, rng=0), elsewhere(layer(), formula))
-    report = parity_report(net, draw((40, 20)), backends=["numpy", "sim"])
-    report.plot(tmp_path / "report.svg")
-    root = ElementTree.parse(tmp_path / "report.svg").getroot()
-    bars = root.findall("{*}g")
-    assert len(bars) == len(report.checks)
-    red = [bar.find("{*}title").text for bar in bars if bar.find("{*}rect").get("fill") == FAILED]
-    assert red[0].startswith("layers.1")
-    assert len(red) == sum(not check.ok for check in report.checks)
-    assert "NOT all agree" in "".join(root.itertext())
 
 
 class Shifted:

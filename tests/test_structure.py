@@ -13,13 +13,13 @@ import nnxp
 
 ROOT = Path(nnxp.__file__).parent
 FLOORS = [  # from the ground up; a module may import its own floor and those below
-    {"_errors", "_arrays", "_exchange", "_library", "_progress", "sim"},
+    {"_errors", "_arrays", "_exchange", "_library", "_printed", "_progress", "sim"},
     {"backend"},
     {"kernels"},
     {"program"},
     {"layers"},
     {"engine", "io"},
-    {"testing", "training"},
+    {"testing", "training", "plots"},
     {"cluster", "demo", "doctor", "verify"},
     {"_comparison", "floor"},
     {"cli", "__main__"},

@@ -80,6 +80,7 @@ from nnxp.layers.torch_graph import TorchGraph as TorchGraph
 
 if TYPE_CHECKING:
     from nnxp import cluster as cluster
+    from nnxp import plots as plots
     from nnxp import sim as sim
     from nnxp import testing as testing
     from nnxp.training import losses as losses
@@ -100,7 +101,7 @@ if TYPE_CHECKING:
     from nnxp.training.optimizers import clip_by_norm as clip_by_norm
 
 _LATER = {
-    "cluster": "", "sim": "", "testing": "",
+    "cluster": "", "plots": "", "sim": "", "testing": "",
     "losses": "training", "schedules": "training",
     "value_and_gradients": "training.differentiate", "vjp": "training.differentiate",
     "Fitted": "training.fit", "fit": "training.fit",
@@ -108,7 +109,7 @@ _LATER = {
     "SGD Adagrad Adam AdamW Lion Momentum Nesterov Optimizer RMSProp clip_by_norm".split(),
     "training.optimizers",
 )  # fmt: skip
-_MODULES = ("cluster", "sim", "testing", "losses", "schedules")
+_MODULES = ("cluster", "plots", "sim", "testing", "losses", "schedules")
 
 
 def __getattr__(name: str) -> object:
@@ -124,4 +125,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER} - {"TYPE_CHECKING"})

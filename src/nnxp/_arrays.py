@@ -80,8 +80,19 @@ def library_of(x: Array) -> str:
 def get_array_module(*arrays: object) -> Any:
     """The library that all the arrays among the arguments belong to, NumPy if there is none.
 
-    Scalars, None and lists do not count. Arrays of two libraries raise DeviceMismatch.
-    Named as in CuPy: `xp = nnxp.get_array_module(x)`.
+    Named as in CuPy:
+
+        xp = nnxp.get_array_module(x)
+        y = xp.exp(x)
+
+    Args:
+        arrays: scalars, None and lists among them do not count.
+
+    Returns:
+        numpy, cupy, or nnxp's own library as a module.
+
+    Raises:
+        DeviceMismatch: there are arrays of two libraries.
     """
     found = {id(xp_of(x)): xp_of(x) for x in arrays if is_array(x)}
     if len(found) > 1:

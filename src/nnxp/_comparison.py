@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nnxp._printed import Printed
 from nnxp.backend._machine import core_quota, cores
 from nnxp.doctor.facts import blas, cpu
 
@@ -66,7 +67,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """All results for the same rows, and the place where they were measured; print it."""
 
     title: str

@@ -102,7 +102,7 @@ app = typer.Typer(
     help="One neural network, written once, on NumPy or on CuPy.",
     epilog="Exit codes: 0 all went well, 1 what was asked for failed, 2 wrong usage.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -152,7 +152,7 @@ MemoryLimit = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help='Bytes for the rows at work, such as "256 MiB".'),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads on the CPU.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads on the CPU.")]
 OnBackends = Annotated[
     str,
     typer.Option(
@@ -229,7 +229,7 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", "-V", help="Print the version.", is_eager=True, callback=_version
+            "--version", "-V", help="Print the version and end.", is_eager=True, callback=_version
         ),
     ] = False,
 ) -> None:
@@ -239,7 +239,7 @@ def _options(
 @app.command()
 def demo(
     rows: Annotated[
-        int, typer.Option(min=1, max=1 << 40, help="How many rows to predict.")
+        int, typer.Option(metavar="N", min=1, max=1 << 40, help="How many rows to predict.")
     ] = 1_000_000,
     backend: OnBackend = "auto",
     as_json: AsJson = False,
@@ -398,14 +398,15 @@ def sweep(
     ],
     rows: Annotated[
         list[Path],
-        typer.Argument(metavar="ROWS...", help="The rows: .npy, .h5, .zarr or .parquet files."),
+        typer.Argument(metavar="ROWS", help="The rows: .npy, .h5, .zarr or .parquet files."),
     ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FOLDER", help="The folder of the results."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Start so many worker processes here.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Start so many worker processes here."),
     ] = None,
     dask: Annotated[
         str | None,
@@ -419,9 +420,15 @@ def sweep(
             help='Devices such as "cuda:0,cuda:1", one for each process.',
         ),
     ] = "",
-    per_device: Annotated[int, typer.Option(min=1, help="Processes on each device.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a process.")] = None,
-    block_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a block.")] = None,
+    per_device: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes on each device.")
+    ] = 1,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads of a process.")
+    ] = None,
+    block_rows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Rows of a block.")
+    ] = None,
     format: Annotated[str, typer.Option(metavar="NAME", help='"npy" or "parquet".')] = "npy",
     precision: Precision = None,
     key: Annotated[
@@ -433,10 +440,11 @@ def sweep(
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rows of any number into a folder, block by block: a sweep that can be killed and goes on.
+    """Any number of rows into a folder; can be killed and goes on.
 
-    Run again, it does what is missing or damaged. "nnxp sweep status FOLDER" shows how far it is,
-    "nnxp sweep verify FOLDER" checks sums and counts, and judges rows of every block in float64.
+    The rows go block by block. Run again, it does what is missing or damaged. "nnxp sweep status
+    FOLDER" shows how far it is, "nnxp sweep verify FOLDER" checks sums and counts, and judges rows
+    of every block in float64.
     """
     from nnxp.cluster.command import run
 
@@ -520,10 +528,14 @@ def _progress(table: Table) -> Iterator[Callable[[], None]]:
 @app.command()
 def summary(
     model: Model,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows.")] = 1,
     shape: Annotated[
         str | None,
         typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the model's steps: .svg, .png or .pdf."),
     ] = None,
     backend: OnBackends = "auto",
     memory_limit: MemoryLimit = None,
@@ -542,6 +554,8 @@ def summary(
     engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
     whole = (rows, *_row_of(engine.model, shape))
     found, plan = engine.model.summary(whole), engine.plan(whole)
+    if plot is not None:
+        _draw(engine.model, whole, plot)
     if as_json:
         device = {"device": _names(engine), "working_set": plan.working_set}
         _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
@@ -551,6 +565,17 @@ def summary(
             f"{rows:,} rows on {_names(engine)}: {plan.rows:,} at a time on {plan.workers} "
             f"workers, {plan.working_set:,} bytes of rows at work"
         )
+
+
+def _draw(model: Layer, shape: Shape, path: Path) -> None:
+    """The model's program as a picture; OptionError for an ending that is no picture's."""
+    from nnxp import plots
+
+    figure = plots.program(model.program(shape))
+    endings = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in endings:
+        raise OptionError(f"--plot {path}: a picture ends in .{', .'.join(sorted(endings))}")
+    figure.savefig(path)
 
 
 @app.command()
@@ -649,9 +674,12 @@ def bench(
         ),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="How many rows go through it at once.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many rows go through it at once."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How many turns everybody has.")] = 15,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many turns everybody has.")
+    ] = 15,
     shape: Annotated[
         str | None,
         typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -57,26 +57,34 @@ class Engine:
     """A model on a backend, ready to take rows: `y = engine(x)`.
 
     The parameters are moved there once, here, and engines of one model on one device share them:
-    change them with `model.with_parameters`, not in place.
+    change them with `model.with_parameters`, not in place. What an engine holds on a device
+    between two calls, `engine.close()` gives back, and so does the end of a `with` block or of the
+    engine's life.
 
-    `backend` is a name as for `nnxp.get_backend`; `engine.backend.why` says how it was chosen. A
-    list of devices, such as `["cuda:0", "cuda:1"]`, shares the rows out among them.
+        with nnxp.Engine(net, memory_limit="256 MiB") as engine:
+            y = engine(x)                       # host rows in, host results out, any number
+            print(engine.backend)               # where, and why there
+            print(engine.plan((1_000_000, 64)))  # how so many rows would be cut
 
-    `memory_limit` bounds the bytes of the rows at work in one call, parameters and result aside: a
-    number, or a string such as "256 MiB". On CUDA, cuBLASLt may take 32 MiB for each of three lanes
-    beside it, and a first product some for trying out how it is done best. Without a limit few rows
-    that come again are recorded, up to 32 kinds of them, and each recording keeps what its rows
-    take, and a workspace of cuBLASLt's.
+    Args:
+        model: a layer, mostly a `Sequential`, or what `load`, `load_onnx` and `from_...` answer.
+        backend: a name as for `nnxp.get_backend`; `engine.backend.why` says how it was chosen. A
+            list of devices, such as `["cuda:0", "cuda:1"]`, shares the rows out among them.
+        memory_limit: of the rows at work in one call, parameters and result aside: a number of
+            bytes, or a string such as "256 MiB". On CUDA, cuBLASLt may take 32 MiB for each of
+            three lanes beside it, and a first product some for trying out how it is done best.
+            Without a limit few rows that come again are recorded, up to 32 kinds of them, and each
+            recording keeps what its rows take, and a workspace of cuBLASLt's.
+        workers: threads on the CPU; without it as many as this process may use.
+        precision: "tf32" allows a GPU to round the factors of float32 products to ten bits, which
+            is several times as fast; a CPU has no use for the permission. Without it float32 is
+            float32.
+        rewrite: False runs the model's steps as it has them, without a batch norm in the weights
+            before it and the like: to find a difference.
 
-    `workers` is the number of threads on the CPU. `precision="tf32"` allows a GPU to round the
-    factors of float32 products to ten bits, which is several times as fast; a CPU has no use for
-    the permission. Without it float32 is float32. With `rewrite=False` the model's steps run as it
-    has them, without a batch norm in the weights before it and the like: to find a difference.
-
-    What an engine holds on a device between two calls, `engine.close()` gives back, and so does
-    the end of a `with` block or of the engine's life.
-
-    Raises BackendUnavailable if the backend cannot be used, OptionError for a bad option.
+    Raises:
+        BackendUnavailable: the backend cannot be used here.
+        OptionError: an option means nothing here, or the model is no model.
     """
 
     def __init__(
@@ -126,24 +134,37 @@ class Engine:
             raise OptionError("this engine is closed")
         return replicas
 
+    @overload
+    def __call__(
+        self, x: HostArray, out: HostArray | None = None, *, progress: Progress = False
+    ) -> HostArray: ...
+    @overload
+    def __call__(self, x: Any, out: Any = None, *, progress: Progress = False) -> Any: ...
     def __call__(self, x: Any, out: Any = None, *, progress: Progress = False) -> Any:
         """The model's output for every row of x, as a host array; into `out` if it is given.
-
-        x (rows, ...) is an array, a memory map, a list, or anything with `shape` and slicing, of
-        real numbers of any type. A block of it at a time is converted to the model's type; without
-        parameters, to that of the rows, or float32 for whole numbers. `out` is an array or memory
-        map of the output's shape. `progress` shows a bar on a terminal
-        and in a notebook, or is called with the rows done and the rows in all.
-
-        A model of several inputs takes a tuple of them, or a dict by the names of its formula, all
-        with as many rows. One of several outputs answers a tuple, and takes one as `out`.
 
         Rows that are on the engine's device already, in a CuPy array or in a tensor of any library
         that speaks DLPack, stay there: the answer is an array of the same library, computed in
         blocks that fit, on CuPy's current stream; who reads it on another stream orders the two.
 
-        Raises ShapeError or DtypeMismatch before any work is done, DeviceMismatch for rows that
-        are on another device, and OutOfMemory if not even one row fits.
+        Args:
+            x: (rows, ...): an array, a memory map, a list, a table, or anything with `shape` and
+                slicing, of real numbers of any type. A block of it at a time is converted to the
+                model's type; without parameters, to that of the rows, or float32 for whole numbers.
+                A model of several inputs takes a tuple of them, or a dict by the names of its
+                formula, all with as many rows.
+            out: an array or memory map of the output's shape to write into.
+            progress: True shows a bar on a terminal and in a notebook; a function is called
+                with the rows done and the rows in all.
+
+        Returns:
+            (rows, ...), in the model's type; `out` if it was given. Of a model of several outputs a
+            tuple, which takes one as `out`.
+
+        Raises:
+            ShapeError, DtypeMismatch: x or `out` does not fit; before any work is done.
+            DeviceMismatch: x is on another device.
+            OutOfMemory: not even one row fits.
         """
         replicas = self._replicas
         if type(x) is np.ndarray and out is None and not progress and replicas:
@@ -284,7 +305,17 @@ class Engine:
         """How an x of this shape would be cut: rows together, workers, and the working set.
 
         Several devices have the largest of their blocks, and all their workers and working sets.
-        Raises ShapeError if such an x does not fit, OutOfMemory if the limit holds not one row.
+
+        Args:
+            shapes: (rows, ...), one for each input.
+
+        Returns:
+            A Plan: `rows` that go together, `workers`, and `working_set`, the bytes of the rows at
+            work, parameters and result aside.
+
+        Raises:
+            ShapeError: such an x does not fit.
+            OutOfMemory: the limit holds not one row.
         """
         for shape in shapes:
             whole = isinstance(shape, tuple | list) and all(hasattr(n, "__index__") for n in shape)
@@ -681,6 +712,26 @@ def predict(
     """The model's output for every row of x: host in, host out, on the best backend there is.
 
     `Engine(model, backend, ...)(x, out, ...)` in one call; keep an Engine to call it often.
+
+        y = nnxp.predict(net, x, memory_limit="64 MiB")
+        labels = y.argmax(axis=1)
+
+    Args:
+        model: any layer.
+        x: (rows, ...), as `Engine.__call__` takes it: arrays, memory maps, tables, lists.
+        backend: a name as for `nnxp.get_backend`, or a list of devices.
+        out: an array or memory map to write into, of the output's shape.
+        memory_limit: bytes of the rows at work, a number or a string such as "256 MiB".
+        workers: threads on the CPU.
+        precision: "tf32" lets a GPU round the factors of float32 products.
+        progress: True for a bar, or a function of the rows done and the rows in all.
+
+    Returns:
+        (rows, ...), a host array in the model's type; `out` if it was given.
+
+    Raises:
+        ShapeError, DtypeMismatch, DeviceMismatch, OutOfMemory: as `Engine.__call__`.
+        BackendUnavailable, OptionError: as `Engine`.
     """
     with Engine(
         model, backend, memory_limit=memory_limit, workers=workers, precision=precision
@@ -698,8 +749,22 @@ def predict_iter(
 
     While one batch is computed in a thread, the next one is read in the caller's, and no further
     ones: so every batch is an array of its own, not a buffer that is filled anew, and none waits
-    for the answer to the one before it (for such a dialogue call an Engine). `options` are those
-    of Engine.
+    for the answer to the one before it (for such a dialogue call an Engine).
+
+        batches = (x[i : i + 2] for i in range(0, len(x), 2))
+        y = np.concatenate(list(nnxp.predict_iter(net, batches)))
+
+    Args:
+        model: any layer.
+        batches: each (rows, ...), of any number of rows.
+        backend: a name as for `nnxp.get_backend`, or a list of devices.
+        options: those of `Engine`.
+
+    Yields:
+        (rows, ...) for each batch, a host array.
+
+    Raises:
+        OptionError: `batches` is not iterable. What `Engine` raises, at the first batch.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
         raise OptionError(f"predict_iter takes batches of rows, one by one, not {batches!r:.60}")

@@ -20,6 +20,7 @@ from nnxp import kernels
 from nnxp._arrays import FLOATS, HostArray, float_dtype, nonfinite_rows
 from nnxp._errors import BackendUnavailable, DtypeMismatch, OptionError
 from nnxp._exchange import host_rows, source_of
+from nnxp._printed import Printed
 from nnxp.backend import Backend, available_backends, get_backend
 from nnxp.io._atomic import written_beside
 from nnxp.layers._layer import Layer
@@ -71,7 +72,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Printed):
     """What was checked, what was found on each backend, and the checks that failed."""
 
     what: str

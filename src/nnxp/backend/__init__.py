@@ -66,10 +66,22 @@ _set = "auto"
 
 
 def get_backend(backend: str | Backend = "auto") -> Backend:
-    """The backend of this name: "auto", "numpy" or "cpu", "cupy" or "cuda", "cuda:1", "sim".
+    """The backend of this name, or the one that is chosen here.
 
-    A Backend is returned as it is. Raises BackendUnavailable, with the reason and a hint, for an
-    unknown name, an unknown device, and a backend that cannot be used here.
+    "auto" is the choice of `use_backend`, else of `set_backend`, else of the environment variable
+    NNXP_BACKEND, else a GPU that works, else the CPU.
+
+        backend = nnxp.get_backend()
+        print(backend.name, backend.device, backend.why)
+        nnxp.get_backend("numpy").device == "cpu"
+
+    Args:
+        backend: "auto", "numpy" or "cpu", "cupy" or "cuda", "cuda:1", "sim", "sim:1". A Backend is
+            returned as it is.
+
+    Raises:
+        BackendUnavailable: the name or device is unknown, or it cannot be used here; `reason` and
+            `hint` say why, and what to do.
     """
     if isinstance(backend, Backend):
         return backend
@@ -91,6 +103,19 @@ def use_backend(backend: str | Backend) -> Iterator[Backend]:
 
     A block that a generator entered in one context may be left in another: where this choice is in
     force, the one before it is again, and a context that never knew of it stays as it is.
+
+        with nnxp.use_backend("sim") as backend:
+            nnxp.predict(net, x)                # on the simulated GPU
+        nnxp.get_backend("auto").name != "sim"
+
+    Args:
+        backend: a name as for `get_backend`; "auto" asks the choices around the block.
+
+    Yields:
+        The Backend.
+
+    Raises:
+        BackendUnavailable: it cannot be used here.
     """
     name = _name(backend)
     if name != "auto":
@@ -106,7 +131,20 @@ def use_backend(backend: str | Backend) -> Iterator[Backend]:
 
 
 def set_backend(backend: str | Backend) -> Backend:
-    """From now on, in every thread of this process, `backend` is the default."""
+    """From now on, in every thread of this process, `backend` is the default.
+
+        nnxp.set_backend("numpy")
+        nnxp.set_backend("auto")                # the automatic choice again
+
+    Args:
+        backend: a name as for `get_backend`.
+
+    Returns:
+        The Backend that is chosen now; `use_backend`, where it is in force, is above it.
+
+    Raises:
+        BackendUnavailable: it cannot be used here; then the default is as it was.
+    """
     global _set
     name = _name(backend)
     if name != "auto":
@@ -119,6 +157,12 @@ def available_backends() -> dict[str, Availability]:
     """For every backend whether it can be used here, and if not, why, and what fixes it.
 
     Where NNXP_BACKEND names the CPU, CUDA is not asked.
+
+        for name, found in nnxp.available_backends().items():
+            print(name, found.ok, found.reason, found.hint)
+
+    Returns:
+        An Availability for each of "cupy", "numpy" and "sim". Never raises.
     """
     found = {}
     for name, _, module in TABLE:
@@ -136,7 +180,19 @@ def available_backends() -> dict[str, Availability]:
 def to_backend(x: Array, backend: str | Backend = "auto") -> Array:
     """x on this backend: as it is if it lives there, else a copy. Lists become arrays.
 
-    Raises BackendUnavailable as get_backend does, and DtypeMismatch for objects and strings.
+        there = nnxp.to_backend(x, "sim")
+        y = net.to("sim")(there)
+
+    Args:
+        x: an array of any library here, or a list of numbers, of any shape.
+        backend: a name as for `get_backend`.
+
+    Returns:
+        An array of the backend's library, of the same shape and type.
+
+    Raises:
+        BackendUnavailable: the backend cannot be used here.
+        DtypeMismatch: x holds objects or text.
     """
     target = get_backend(backend)
     if is_array(x) and place_of(x) == target.device:
@@ -150,7 +206,17 @@ def to_backend(x: Array, backend: str | Backend = "auto") -> Array:
 def asnumpy(x: Array) -> HostArray:
     """x as a NumPy array: as it is if it is one, else a copy in host memory.
 
-    Raises DtypeMismatch or ShapeError for what holds no numbers.
+        y = nnxp.asnumpy(nnxp.to_backend(x, "sim"))
+        bool((y == x).all()) == True
+
+    Args:
+        x: an array of any library here, or a list of numbers, of any shape.
+
+    Returns:
+        A NumPy array of the same shape and type.
+
+    Raises:
+        DtypeMismatch, ShapeError: x holds no numbers, or lists of different lengths.
     """
     if is_array(x) and place_of(x) != "cpu":
         return home_of(place_of(x)).get(x)

@@ -31,7 +31,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can be used here; if not, why, and what fixes it."""
+    """Whether a backend can be used here; if not, why, and what fixes it.
+
+        found = nnxp.available_backends()["cupy"]
+        print("yes" if found.ok else f"no: {found.reason}. {found.hint}")
+
+    Attributes:
+        ok: whether it can be used; so is the truth of the object itself.
+        reason: what was found, such as its version, or why it cannot be used.
+        hint: what fixes it; empty where nothing is to be fixed.
+    """
 
     ok: bool
     reason: str
@@ -170,8 +179,13 @@ def travels_as(given: np.dtype[Any], wanted: np.dtype[Any]) -> np.dtype[Any]:
 class Backend(ABC):
     """An array library on a device.
 
-    `name` is the library ("numpy", "cupy", "sim"), `device` the place ("cpu", "cuda:0"), and
-    `why` says how the choice was made.
+        backend = nnxp.get_backend("numpy")
+        y = backend.xp.tanh(backend.put(x))
+
+    Attributes:
+        name: the library, "numpy", "cupy" or "sim".
+        device: the place, such as "cpu" or "cuda:0".
+        why: how the choice was made.
     """
 
     name: str

@@ -18,6 +18,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import IdError, OptionError, RowsError, ShapeError
+from nnxp._printed import Printed
 from nnxp.backend._machine import usable_cores
 from nnxp.cluster.blocks import done_record
 from nnxp.cluster.plan import NAME, Plan
@@ -27,7 +28,7 @@ OWN = ("parts", "records", "workers")
 
 
 @dataclass(frozen=True)
-class Status:
+class Status(Printed):
     """How far a sweep is, by its records; sums are not checked.
 
     `running` says whether somebody drives it at this moment, None where the file system does not

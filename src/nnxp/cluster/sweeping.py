@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._errors import BackendUnavailable, OptionError, ShapeError, SweepError
+from nnxp._printed import Printed
 from nnxp._progress import Progress, told
 from nnxp.backend._machine import usable_cores
 from nnxp.cluster import folder as folders
@@ -45,7 +46,7 @@ Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """What a sweep has done.
 
     kept: blocks that were done before. seconds: from the first block to the last, checks included.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._errors import CheckpointError, RowsError
+from nnxp._printed import Printed
 from nnxp.cluster import folder as folders
 from nnxp.cluster.plan import Plan, sha256
 from nnxp.layers._layer import Layer, whole
@@ -18,7 +19,7 @@ TF32 = 2.0**13
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verified(Printed):
     """What was found: how many blocks and rows are there, and what is wrong, by block.
 
     `judged` rows were computed anew in float64; `largest` is the largest error of theirs in units

@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nnxp._printed import Printed
 from nnxp.doctor.facts import Facts
 from nnxp.doctor.problems import Problem
 
@@ -13,7 +14,7 @@ WIDTH = 80
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Printed):
     """The facts by section and name, what could not be found out, and the problems."""
 
     facts: Facts

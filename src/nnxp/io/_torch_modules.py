@@ -12,6 +12,7 @@ from typing import Any
 
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
+from nnxp.kernels import ActivationName
 from nnxp.layers._layer import Layer
 from nnxp.layers.activation import GLU, Activation, PReLU
 from nnxp.layers.attention import MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
@@ -192,7 +193,7 @@ def _flatten(m: Module, take: Take) -> Any:
     return "flatten", {"start_dim": m.start_dim, "end_dim": m.end_dim}
 
 
-def _softmax(name: str) -> Callable[[Module, Take], Any]:
+def _softmax(name: ActivationName) -> Callable[[Module, Take], Any]:
     def make(m: Module, take: Take) -> Any:
         return Activation(name) if m.dim == -1 else (name, {"dim": m.dim})
 
@@ -203,7 +204,7 @@ def _softplus(m: Module, take: Take) -> Any:
     return Activation("softplus") if m.beta == 1 else ("softplus", {"beta": m.beta})
 
 
-def _activation(name: str, **options: str) -> Callable[[Module, Take], Layer]:
+def _activation(name: ActivationName, **options: str) -> Callable[[Module, Take], Layer]:
     def make(m: Module, take: Take) -> Layer:
         return Activation(name, **{ours: float(getattr(m, its)) for ours, its in options.items()})
 
@@ -280,7 +281,7 @@ def _activation_of(given: Any, take: Take) -> str:
         layer = MODULES[kind_of(given)](given, take) if kind_of(given) else None
     elif str(getattr(given, "__module__", "torch") or "torch").startswith("torch"):
         with suppress(OptionError):
-            layer = Activation(getattr(given, "__name__", ""))
+            layer = Activation.of(getattr(given, "__name__", ""), {})
     plain = (
         isinstance(layer, Activation) and not layer.options and "softmax" not in layer.activation
     )

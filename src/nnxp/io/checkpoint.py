@@ -56,8 +56,13 @@ def save(model: Layer, path: str | os.PathLike[str]) -> None:
     the place. It is written beside `path` and then renamed, so that the file there is the old one
     or the new one, whole. An array that two layers share becomes two.
 
-    Raises CheckpointError for a model that a file cannot hold, and an OSError, such as
-    FileNotFoundError or PermissionError, if the file cannot be written.
+    Args:
+        model: any layer.
+        path: of the file; .safetensors is the usual ending.
+
+    Raises:
+        CheckpointError: a file cannot hold the model.
+        OSError: such as FileNotFoundError or PermissionError, the file cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -84,8 +89,12 @@ def load(path: str | os.PathLike[str]) -> Layer:
 
     Layers of your own are found by their class names: import the module that defines them first.
 
-    Raises CheckpointError for any file that is not whole, sound and known; nothing in it is run.
-    Raises an OSError, such as FileNotFoundError, if the file cannot be read.
+    Args:
+        path: of the file. Nothing in it is run: a file from a stranger is safe to load.
+
+    Raises:
+        CheckpointError: the file is not whole, sound and known.
+        OSError: such as FileNotFoundError, the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -14,13 +14,16 @@ from nnxp._exchange import columns_of, host_rows, source_of
 class Columns:
     """Several inputs that share axis 0, as the one x of an engine: row i is row i of each.
 
-    Each input is (rows, columns) or (rows,), an array, a memory map, a table, or anything with
-    `shape` and slicing; they may be of different types. They are joined a block of rows at a time,
-    never whole:
+    They are joined a block of rows at a time, never whole:
 
         y = engine(nnxp.Columns(table, embeddings, age))
 
-    Raises ShapeError if they do not share axis 0.
+    Args:
+        inputs: each (rows, columns) or (rows,), an array, a memory map, a table, or anything with
+            `shape` and slicing; they may be of different types.
+
+    Raises:
+        ShapeError: they do not share axis 0.
     """
 
     def __init__(self, *inputs: Any) -> None:

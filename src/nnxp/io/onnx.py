@@ -46,17 +46,24 @@ LARGEST = 1 << 31
 def load_onnx(source: Any) -> Graph:
     """The model in an ONNX file, as a layer like any other.
 
-    `source` is a path, the bytes of a file, or a ModelProto. Operators of ONNX and what dense
-    models need of ai.onnx.ml are known, in any version up to 28. The result takes arrays in the
-    order of the graph's inputs, and answers an array, or a tuple of several. `nnxp.save` writes it
-    to a file that is read without the package onnx.
+    Operators of ONNX and what dense models need of ai.onnx.ml are known, in any version up to 28.
+    `nnxp.save` writes the result to a file that is read without the package onnx.
 
         model = nnxp.load_onnx("model.onnx")
         y = model(x)
 
-    Raises CheckpointError for a file that is not whole or not sound, ConversionError for operators
-    that are not known (all of them are named) and where the package onnx is missing, and an
-    OSError, such as FileNotFoundError, if the file cannot be read.
+    Args:
+        source: a path, the bytes of a file, or a ModelProto.
+
+    Returns:
+        A Graph, which takes arrays in the order of the graph's inputs, and answers an array, or a
+        tuple of several.
+
+    Raises:
+        CheckpointError: the file is not whole or not sound.
+        ConversionError: there are operators that are not known (all of them are named), or the
+            package onnx is missing.
+        OSError: such as FileNotFoundError, the file cannot be read.
     """
     try:
         import onnx

@@ -40,15 +40,21 @@ LARGEST = (1 << 31) - (1 << 20)
 def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> None:
     """Write a model to an ONNX file, of opset 20, that takes any number of rows.
 
-    `row` is the shape of one row, such as (784,); a list of shapes for several inputs; None where
-    the parameters tell. Kernels that ONNX has no name for are written out as what they do. Inputs
-    are named as the formula names them, outputs "y", or "y0", "y1", ....
+    Kernels that ONNX has no name for are written out as what they do. Inputs are named as the
+    formula names them, outputs "y", or "y0", "y1", ....
 
         nnxp.save_onnx(net, "net.onnx", row=(784,))
 
-    Raises ConversionError for a layer that looks at numbers, and for functions that ONNX does not
-    have, with the layer's path; ShapeError for rows that do not fit; an OSError if the file cannot
-    be written.
+    Args:
+        model: any layer whose formula can be written out.
+        path: of the file.
+        row: the shape of one row, such as (784,); a list of shapes for several inputs; None where
+            the parameters tell.
+
+    Raises:
+        ConversionError: a layer looks at numbers, or does what ONNX has not, by the layer's path.
+        ShapeError: rows do not fit.
+        OSError: the file cannot be written.
     """
     try:
         import onnx

@@ -49,25 +49,27 @@ _PREDICTORS = [*_NETWORKS, *_REGRESSORS, *_CLASSIFIERS, _TARGET]
 def from_sklearn(estimator: Any, dtype: object = "float32") -> Sequential:
     """The model that computes what a fitted scikit-learn estimator predicts.
 
-    `estimator` is a network (MLPClassifier, MLPRegressor), a linear model (LinearRegression, Ridge,
-    Lasso and their like, LogisticRegression, LinearSVC, SGDClassifier, ...), a
-    TransformedTargetRegressor over one of them, or a Pipeline that ends in one, after scalers
-    (Standard, MinMax, MaxAbs, Robust), PCA, TruncatedSVD, a Normalizer, or selections of columns.
-
-    The model answers what `predict` does, in the same shape, and of a classifier what
-    `predict_proba` does, or `decision_function` where there are no probabilities. It keeps
-    `feature_names_in_` as `model.columns`, by which tables are put in order, and `classes_` as
-    `model.classes`, unless a row may have several labels:
+    It answers what `predict` does, in the same shape, and of a classifier what `predict_proba`
+    does, or `decision_function` where there are no probabilities. It keeps `feature_names_in_` as
+    `model.columns`, by which tables are put in order, and `classes_` as `model.classes`, unless a
+    row may have several labels:
 
         labels = numpy.take(model.classes, nnxp.predict(model, x).argmax(axis=1))
 
-    scikit-learn computes in float64 unless it was given float32; `dtype="float64"` comes closest.
-    Scalers and PCA that come first see float64 rows as they are in any case: they are rounded to
-    `dtype` when their mean has been subtracted.
+    Args:
+        estimator: a network (MLPClassifier, MLPRegressor), a linear model (LinearRegression, Ridge,
+            Lasso and their like, LogisticRegression, LinearSVC, SGDClassifier, ...), a
+            TransformedTargetRegressor over one of them, or a Pipeline that ends in one, after
+            scalers (Standard, MinMax, MaxAbs, Robust), PCA, TruncatedSVD, a Normalizer, or
+            selections of columns.
+        dtype: of the parameters. scikit-learn computes in float64 unless it was given float32;
+            "float64" comes closest. Scalers and PCA that come first see float64 rows as they are
+            in any case: they are rounded to `dtype` when their mean has been subtracted.
 
-    Raises ConversionError for any other estimator or step, with what to do instead; for one that is
-    not fitted; for parameters that `dtype` cannot hold; and for scalers between layers, or of the
-    target, with a mean so far above the scale that `dtype` would lose more than 1/4096 of it.
+    Raises:
+        ConversionError: it is another estimator or step, with what to do instead; it is not fitted;
+            `dtype` cannot hold its parameters; or a scaler between layers, or of the target, has a
+            mean so far above the scale that `dtype` would lose more than 1/4096 of it.
     """
     kind = float_dtype(dtype)
     steps = list(_steps(estimator))

@@ -28,23 +28,25 @@ def from_torch(
 ) -> Layer:
     """The model that computes what a torch module answers in eval().
 
-    `module` is any torch.nn.Module made of modules that are known here (layers in `MODULES`) and of
-    functions, operators and methods between them (`nnxp.layers.torch_functions`), which torch.fx
-    traces. Modules in a row become a Sequential, all else a TorchGraph. The model takes what
-    `forward` takes, in torch's layout: axis 0 is rows, images are (rows, channels, ...). It answers
-    an array, or a tuple: nested ones are flat, of a dict the values.
-
-    `inputs` names the arguments of `forward` that the model takes; without it those that have no
-    default. All others are at their defaults. A recurrent module by itself answers y and its last
-    states, as `returns="states"` has them: (rows, layers * directions, size).
-
-    Parameters are copied, in their own type or in `dtype`. Tied ones stay tied where the layers
-    keep them in the same form.
-
-    Raises ConversionError, before anything is converted, with all that cannot be read.
+    Modules in a row become a Sequential, all else a TorchGraph. The model takes what `forward`
+    takes, in torch's layout: axis 0 is rows, images are (rows, channels, ...). It answers an array,
+    or a tuple: nested ones are flat, of a dict the values. Parameters are copied; tied ones stay
+    tied where the layers keep them in the same form. A recurrent module by itself answers y and its
+    last states, as `returns="states"` has them: (rows, layers * directions, size).
 
         net = nnxp.from_torch(torchvision.models.resnet18(weights="DEFAULT"))
         y = nnxp.predict(net, images)
+
+    Args:
+        module: any torch.nn.Module made of modules that are known here (layers in `MODULES`) and of
+            functions, operators and methods between them (`nnxp.layers.torch_functions`), which
+            torch.fx traces.
+        inputs: the arguments of `forward` that the model takes; without it those that have no
+            default. All others are at their defaults.
+        dtype: of the parameters; without it their own.
+
+    Raises:
+        ConversionError: before anything is converted, with all that cannot be read.
     """
     try:
         import torch

@@ -8,6 +8,7 @@ place, however small it is; and NaN goes through every one of them as NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from nnxp._arrays import Array, xp_of
 from nnxp._errors import OptionError, ShapeError
@@ -16,6 +17,14 @@ from nnxp.kernels._erf import normal_tail
 
 ACTIVATIONS: dict[str, Kernel] = {}
 """The activations by name: what `Dense(..., activation=...)` and `Activation(...)` accept."""
+
+ActivationName = Literal[
+    "celu", "elu", "gelu", "gelu_tanh", "hard_shrink", "hard_sigmoid", "hard_swish",
+    "hard_tanh", "identity", "leaky_relu", "log_sigmoid", "log_softmax", "mish", "relu",
+    "relu6", "selu", "sigmoid", "silu", "soft_shrink", "softmax", "softmin", "softplus",
+    "softsign", "tanh", "tanh_shrink", "threshold",
+]  # fmt: skip
+"""The same names, for editors and type checkers. At run time any spelling will do."""
 
 
 def activation(reference: Body) -> Kernel:

@@ -52,6 +52,13 @@ MOST_KINDS = 1000  # shapes of rows that a layer remembers
 class _Assembly(type):
     """Makes layers: what `__init__` has assigned is checked, and from then on it is fixed."""
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What a call of the class takes, for `help` and editors: what its `__init__` does."""
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        takes = list(own.parameters.values())[1:]
+        return inspect.Signature(takes)
+
     def __call__(cls, *args: Any, **options: Any) -> Any:
         _check_derived(cls)
         made = super().__call__(*args, **options)

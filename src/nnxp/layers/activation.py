@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class Activation(Layer):
     activation: str
     options: dict[str, float]
 
-    def __init__(self, activation: str, **options: float) -> None:
+    def __init__(self, activation: kernels.ActivationName, **options: float) -> None:
         self.activation = activation
         self.options = options
 
@@ -108,7 +108,7 @@ class Activation(Layer):
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
-        for name in kernels.ACTIVATIONS:
+        for name in get_args(kernels.ActivationName):
             yield cls(name), (5, 7)
         yield cls("leaky_relu", negative_slope=0.2), (2, 3, 4)
         yield cls("elu", alpha=0.5), (3, 1)

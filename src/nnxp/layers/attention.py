@@ -166,7 +166,7 @@ class TransformerEncoderLayer(Layer):
         channels: int,
         heads: int,
         hidden: int,
-        activation: str = "relu",
+        activation: kernels.ActivationName = "relu",
         *,
         norm_first: bool = False,
         causal: bool = False,

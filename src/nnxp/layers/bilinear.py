@@ -30,7 +30,7 @@ class Bilinear(Layer):
         left: int,
         right: int,
         outputs: int,
-        activation: str = "identity",
+        activation: kernels.ActivationName = "identity",
         *,
         bias: bool = True,
         rng: Rng = None,

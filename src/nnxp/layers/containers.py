@@ -15,15 +15,20 @@ from nnxp.layers.norm import LayerNorm
 class Sequential(Layer):
     """y = last(... second(first(x))): one layer after the other.
 
-    `columns` are the names of the columns that the model was trained with: tables are put in their
-    order, or refused (`nnxp.predict`). `classes` are what the outputs stand for, one each, or two
-    for a single output. Without them, those of the first and of the last layer count, if these are
-    Sequential. Both are saved with the model.
-
-    Raises ShapeError for a layer that cannot take what the one before it answers, and for names or
-    classes that are more or fewer than there are columns or outputs.
-
         net = nnxp.Sequential(nnxp.Dense(784, 128, "relu"), nnxp.Dense(128, 10, "softmax"))
+
+    Args:
+        layers: one after the other, each a layer.
+        columns: names of the columns that the model was trained with: tables are put in their
+            order, or refused (`nnxp.predict`).
+        classes: what the outputs stand for, one each, or two for a single output. Without them,
+            and without columns, those of the last and of the first layer count, if these are
+            Sequential. All are saved with the model.
+
+    Raises:
+        ShapeError: a layer cannot take what the one before it answers, or names or classes are more
+            or fewer than there are columns or outputs.
+        OptionError: an argument is no layer.
     """
 
     layers: tuple[Layer, ...]

@@ -19,7 +19,21 @@ class Dense(Layer):
 
     x (rows, ..., inputs) -> y (rows, ..., outputs); weight (inputs, outputs), bias (outputs,).
     Weights start uniform in ±sqrt(6 / (inputs + outputs)), biases at zero [Glorot & Bengio 2010].
-    `activation` is a name from `nnxp.kernels.ACTIVATIONS`.
+
+        layer = nnxp.Dense(64, 10, "relu", rng=0)
+        layer(x).shape == (4, 10)
+        layer = nnxp.Dense.of(np.ones((64, 10), "float32"), None, "relu")
+
+    Args:
+        inputs: columns of x.
+        outputs: columns of y.
+        activation: a name from `nnxp.kernels.ACTIVATIONS`, in any spelling.
+        bias: False for none.
+        rng: a seed or a Generator; None draws other weights each time.
+        dtype: of weight and bias.
+
+    Raises:
+        OptionError: a size that is no whole number from 1, or an unknown activation.
     """
 
     weight: Array
@@ -30,7 +44,7 @@ class Dense(Layer):
         self,
         inputs: int,
         outputs: int,
-        activation: str = "identity",
+        activation: kernels.ActivationName = "identity",
         *,
         bias: bool = True,
         rng: Rng = None,

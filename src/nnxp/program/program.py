@@ -13,6 +13,7 @@ import numpy as np
 from nnxp._arrays import Array, Shape, is_array, xp_of
 from nnxp._errors import ShapeError, located
 from nnxp._library import KINDS, WITH_OUT, compute
+from nnxp._printed import Printed
 from nnxp.kernels import Kernel
 from nnxp.kernels.functions import einsum_terms
 from nnxp.program.traced import (
@@ -55,7 +56,7 @@ class Costs(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class Program(Printed):
     """Steps from inputs to outputs; print it.
 
     A program counts its rows: called on arrays, it runs for as many as they have. `calls` tells

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nnxp._arrays import Shape
+from nnxp._printed import Printed
 from nnxp.program.program import multiply_adds, sized
 from nnxp.program.recording import costs
 from nnxp.program.traced import ROWS
@@ -24,7 +25,7 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Printed):
     """A model for one shape of x; `multiply_adds` are for all its rows, `row_bytes` for one row."""
 
     layers: tuple[LayerSummary, ...]

@@ -38,6 +38,7 @@ from nnxp._errors import (
     UnsupportedFunction,
 )
 from nnxp._exchange import source_of
+from nnxp._printed import Printed
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
 from nnxp.engine import Engine, inputs_of
 from nnxp.layers._layer import Layer
@@ -61,8 +62,18 @@ def finite_or_none(value: Any) -> Any:
 class Check:
     """One comparison: what was run where, how far off it is, and what is wrong if something is.
 
-    `ratio` is the largest error in units of the bound; `where` is the index of the element that
-    has it, `ulps` that error in units in the last place, and `absolute` the error as it is.
+        check = nnxp.testing.parity_report(net, x).checks[0]
+        print(check.name, check.backend, check.ratio, check.ok)
+
+    Attributes:
+        name: the layer's path, "output", or "engine" for the whole sweep.
+        what: the layer.
+        backend: where it ran.
+        ratio: the largest error in units of the bound.
+        ulps: that error in units in the last place.
+        absolute: that error as it is.
+        where: the index of the element that has it.
+        problem: what is wrong; empty if nothing is.
     """
 
     name: str
@@ -85,8 +96,17 @@ class Check:
 
 
 @dataclass(frozen=True)
-class ParityReport:
-    """Every check of a model or function on every backend; print it."""
+class ParityReport(Printed):
+    """Every check of a model or function on every backend; print it.
+
+        report = nnxp.testing.parity_report(net, x)
+        print(report.to_markdown())
+        assert report.ok, report.first_failure
+
+    Attributes:
+        checks: a Check for each layer on each backend, and for the whole sweep.
+        limit: how many units of the bound are allowed.
+    """
 
     checks: tuple[Check, ...]
     limit: float = LIMIT
@@ -139,11 +159,13 @@ class ParityReport:
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture of the error by layer and backend: an SVG image, for any browser."""
-        from nnxp.testing._plot import svg
+        """Write a picture of the error by layer and backend, as `nnxp.plots.parity` draws it.
 
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(svg(self))
+        The format is that of the path's ending: .svg, .png or .pdf. OptionError without matplotlib.
+        """
+        from nnxp.plots import parity
+
+        parity(self).savefig(path)
 
     def __str__(self) -> str:
         rows = [_HEADER, *self._table()]
@@ -171,7 +193,20 @@ def assert_parity(
 ) -> ParityReport:
     """Raise AssertionError, with a table that names the first to diverge, unless all agree.
 
-    Takes what `parity_report` takes, and answers with its report.
+        nnxp.testing.assert_parity(net, x)
+
+    Args:
+        function: as `parity_report` takes it.
+        inputs: its rows or arguments.
+        backends: names, or one.
+        rigorous: proven bounds in place of expected ones.
+
+    Returns:
+        The report of `parity_report`.
+
+    Raises:
+        AssertionError: the backends disagree; the last line names the first layer to diverge.
+        NnxpError: as `parity_report`.
     """
     report = parity_report(function, *inputs, backends=backends, rigorous=rigorous)
     if not report.ok:
@@ -187,18 +222,29 @@ def parity_report(
 ) -> ParityReport:
     """How far each backend is from float64 on these inputs, in units of the computed bound.
 
-    `function` is a model and `inputs` its rows, as a host array of any numeric type, one for each
-    input (or a tuple or dict of them); or any function of arrays written with
-    `xp = nnxp.get_array_module(x)`, and `inputs` its arguments.
-    `backends` are names, or one; without them, NumPy, the simulated device, and CUDA if it is
-    usable.
-    `rigorous` asks for proven bounds in place of expected ones: much wider, beyond dispute.
-
     Compared are the values, shape, dtype, place, where NaN and infinity are, and that the inputs
     were left as they are. Where nothing can be compared (no rows, NaN alone, rows of zeros that
-    give zeros, infinite bounds) the check says so, and is not ok. Raises BackendUnavailable for a
-    backend that cannot be used, NoBound or UnsupportedFunction for a function that is not in the
-    dialect that NumPy and CuPy share.
+    give zeros, infinite bounds) the check says so, and is not ok.
+
+        report = nnxp.testing.parity_report(net, x, backends=["numpy", "sim"])
+        print(report)
+        report.ok == True
+
+    Args:
+        function: a model, or any function of arrays written with
+            `xp = nnxp.get_array_module(x)`.
+        inputs: its rows, as a host array of any numeric type, one for each input (or a tuple or
+            dict of them); of a function its arguments.
+        backends: names, or one; without them NumPy, the simulated device, and CUDA if it is usable.
+        rigorous: proven bounds in place of expected ones: much wider, beyond dispute.
+
+    Returns:
+        A ParityReport: print it. An error of 1 is what rounding may be expected to do at most; 6
+        are allowed (1, if rigorous).
+
+    Raises:
+        BackendUnavailable: a backend that was named cannot be used.
+        NoBound, UnsupportedFunction: the function is not in the dialect that NumPy and CuPy share.
     """
     _check_call(function, inputs)
     if backends is None:
@@ -241,8 +287,20 @@ def error_bound(
 ) -> tuple[HostArray, HostArray]:
     """(reference, bound): the result in float64, and the unit of doubt for each of its elements.
 
-    The function is a model, a kernel of `nnxp.kernels`, or any other function of arrays, called
-    with these options. The inputs' own type is the one whose rounding is accounted for.
+    The inputs' own type is the one whose rounding is accounted for.
+
+        value, unit = nnxp.testing.error_bound(nnxp.kernels.gelu, x)
+        bool((abs(nnxp.kernels.gelu(x) - value) <= nnxp.testing.LIMIT * unit).all()) == True
+
+    Args:
+        function: a model, a kernel of `nnxp.kernels`, or any other function of arrays, which
+            answers one of them.
+        inputs: its arrays, on the host.
+        options: what the function is called with besides.
+
+    Raises:
+        OptionError: the function answers several results, or no array.
+        NoBound, UnsupportedFunction: it is not in the dialect that NumPy and CuPy share.
     """
     _check_call(function, inputs)
     expected = _expected(partial(function, **options) if options else function, inputs)
@@ -300,8 +358,20 @@ def product_bound(
     """The unit of doubt for each element of x @ weight, x (m, k), weight (k, n) -> (m, n).
 
     u sqrt(k) (|y| / sqrt(3) + sqrt((x∘x) @ (w∘w)) / sqrt(2)) + u |y|, or, if rigorous,
-    k u |x| @ |w| + u |y|, with u the unit roundoff of dtype (the type of x if None); sums of
-    16-bit types are in float32. Derived in `nnxp.testing.bounded`.
+    k u |x| @ |w| + u |y|, with u the unit roundoff of dtype; sums of 16-bit types are in float32.
+    Derived in `nnxp.testing.bounded`.
+
+        unit = nnxp.testing.product_bound(x, net.layers[0].weight)
+        unit.shape == (4, 16)
+
+    Args:
+        x: (m, k).
+        weight: (k, n).
+        dtype: what is computed in; without it the type of x.
+        rigorous: the proven bound in place of the expected one.
+
+    Raises:
+        ShapeError: they do not fit.
     """
     from nnxp import kernels
 
@@ -318,13 +388,24 @@ def product_bound(
 def assert_close(actual: Array, expected: Any, *, bound: Any) -> Check:
     """Raise AssertionError unless |actual - expected| <= bound everywhere.
 
-    expected and bound broadcast to the shape of actual; NaN and infinity must stand in the same
-    places, and whole numbers are compared as such. Where nothing can be compared, for there are no
-    elements, or NaN alone, or infinite bounds, that is an AssertionError, too. Raises OptionError
-    for a bound below zero, DtypeMismatch for what are no real numbers.
+    NaN and infinity must stand in the same places, and whole numbers are compared as such.
 
-        value, unit = error_bound(function, x)
-        assert_close(y, value, bound=LIMIT * unit)
+        value, unit = nnxp.testing.error_bound(net, x)
+        nnxp.testing.assert_close(net(x), value, bound=nnxp.testing.LIMIT * unit)
+
+    Args:
+        actual: what was computed, an array of any library here.
+        expected: what was due; broadcasts to the shape of `actual`.
+        bound: how far off each element may be, not below zero; broadcasts, too.
+
+    Returns:
+        A Check, with the largest error in units of the bound.
+
+    Raises:
+        AssertionError: it is not so, or nothing can be compared: there are no elements, or NaN
+            alone, or infinite bounds.
+        OptionError: a bound is below zero.
+        DtypeMismatch: they are no real numbers.
     """
     for each in (actual, expected, bound):
         if not is_numeric(np.asarray(asnumpy(each)).dtype):

@@ -160,21 +160,26 @@ def _owned(y: Array, value: Value) -> Array:
 def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """A loss `(model, x, target, ...)` as a function that answers `loss, gradients`.
 
-    The loss is the number as an array without axes, where the model is; the gradients are arrays
-    like the parameters, by the names of `model.parameters()`. Parameters that share an array get
-    each the gradient of the one array.
-
-        step = nnxp.value_and_gradients(nnxp.losses.mean_square)
-        loss, gradients = step(net, x, target)
-
-    The loss is any function of a model and arrays that is written with the library of its arrays.
     It is written out once for each structure of the model and shape of the arrays: what else it
     looks at, such as a weight in a closure, is what it was then. A model in its training form that
     draws at random takes `rng=`, a seed or a Generator.
 
-    A parameter that the loss does not depend on has a gradient of zeros; that is said once, in a
-    warning. Raises NotDifferentiable, with the layer or the line, for arithmetic that has no
-    gradient, and DeviceMismatch for arrays that are not where the model is.
+        step = nnxp.value_and_gradients(nnxp.losses.mean_square)
+        loss, gradients = step(net, x, target)
+
+    Args:
+        loss: any function of a model and arrays that is written with the library of its arrays, and
+            answers one number.
+
+    Returns:
+        A function. Its loss is the number as an array without axes, where the model is; its
+        gradients are arrays like the parameters, by the names of `model.parameters()`. Parameters
+        that share an array get each the gradient of the one array. One that the loss does not
+        depend on has a gradient of zeros; that is said once, in a warning.
+
+    Raises:
+        NotDifferentiable: arithmetic has no gradient; the message has the layer or the line.
+        DeviceMismatch: arrays are not where the model is.
     """
     runners: dict[Any, tuple[Layer, LossRunner]] = {}
 
@@ -252,12 +257,21 @@ def fixed_names(model: Layer) -> set[str]:
 def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[..., Any]]:
     """function(*arrays), and what passes the worth of a change of it back to the arrays.
 
+    A layer is a function of its inputs; `value_and_gradients` is for its parameters.
+
         y, back = nnxp.vjp(layer, x)
         dx = back(dy)                    # the gradient of sum(dy * y), shaped like x
 
-    For several arrays, `back` answers a tuple of gradients; for several results it takes as many
-    arrays. A layer is a function of its inputs; `value_and_gradients` is for its parameters.
-    Raises NotDifferentiable for arithmetic that has no gradient.
+    Args:
+        function: a layer, or a function of arrays that is written with their library.
+        arrays: its inputs.
+
+    Returns:
+        The result, and a function of an array like it, or of as many as there are results, that
+        answers the gradient by the array, or a tuple for several.
+
+    Raises:
+        NotDifferentiable: arithmetic has no gradient; the message has the layer or the line.
     """
     layers = {}
     if isinstance(function, Layer):

@@ -37,11 +37,14 @@ ALIGNED = 16  # numbers: parameters lie in one vector, each on the border of a c
 class Fitted:
     """A trained model, and its history: for each epoch what it came to.
 
-    An entry of the history has `epoch` (from 1), `loss` (the mean over the epoch's rows, while the
-    parameters changed), `seconds`, `rows_per_second`, and `validation` where there are such rows.
-
         fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=2)
         fitted.model(x), fitted.history[-1]["loss"]
+
+    Attributes:
+        model: the trained model.
+        history: an entry for each epoch: `epoch` (from 1), `loss` (the mean over the epoch's rows,
+            while the parameters changed), `seconds`, `rows_per_second`, and `validation` where
+            there are such rows.
     """
 
     model: Layer
@@ -70,29 +73,41 @@ def fit(
 ) -> Fitted:
     """A model like this one, trained on rows x (n, ...) with targets y (n, ...).
 
+    It trains where the model is, in its type, and in its training form (`Layer.training`); the
+    model given is left as it is.
+
         fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=10)
         fitted.model, fitted.history
 
-    It trains where the model is, in its type, and in its training form (`Layer.training`); the
-    model given is left as it is. x, y and `weights` are as rows for `nnxp.predict`; x may be a
-    tuple or a dict for a model with several inputs.
+    Args:
+        model: a layer with parameters.
+        x: (n, ...), as rows for `nnxp.predict`; a tuple or a dict for a model of several inputs.
+        y: (n, ...), as the loss takes them: labels (n,) for "cross_entropy", else like the output.
+        loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number.
+        optimizer: `Adam(1e-3)` without one.
+        epochs: times through all rows, in all, those of a checkpoint counted.
+        batch: rows a step; the order of an epoch's rows follows from rng and the epoch alone.
+        weights: (n,), how much each row counts.
+        validation: (x, y) whose loss is told after each epoch.
+        patience: epochs without a lower validation loss before training ends; the model is then
+            that of the lowest.
+        clip: the largest global norm of the gradients.
+        fixed: parameters, or layers, by dotted name that do not learn.
+        checkpoint: a file that the run is written to every `checkpoint_seconds`, and after each
+            epoch. If it is there, the run goes on from it, to the same bits.
+        checkpoint_seconds: between two writes.
+        rng: a seed or a Generator: the same one gives the same bits on the same machine.
+        progress: True for a bar, or a function of the rows done and the rows in all.
+        callback: is called with each entry of the history.
 
-    loss        a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number
-    optimizer   Adam(1e-3) without one
-    batch       rows a step; the order of an epoch's rows follows from rng and the epoch alone
-    validation  (x, y) whose loss is told after each epoch
-    patience    epochs without a lower validation loss before training ends; the model is then
-                that of the lowest
-    clip        the largest global norm of the gradients
-    fixed       parameters, or layers, by dotted name that do not learn
-    checkpoint  a file that the run is written to every `checkpoint_seconds`, and after each epoch.
-                If it is there, the run goes on from it, to `epochs` in all and the same bits
-    rng         a seed or a Generator: the same one gives the same bits on the same machine
-    progress    True for a bar, or a function of the rows done and the rows in all
-    callback    is called with each entry of the history
+    Returns:
+        A Fitted: `model` and `history`.
 
-    Raises TrainingError for a loss that is no number, with epoch and batch; NotDifferentiable for a
-    model or loss without a gradient; CheckpointError for a checkpoint of another run.
+    Raises:
+        TrainingError: the loss is no number any more; with epoch and batch.
+        NotDifferentiable: the model or loss has no gradient.
+        CheckpointError: the checkpoint is of another run.
+        OptionError, ShapeError, DtypeMismatch: an argument does not fit.
     """
     epochs, batch = whole("epochs", epochs, 0), whole("batch", batch)
     chosen = _loss(loss)

@@ -248,8 +248,17 @@ def global_norm(gradients: Mapping[str, Array]) -> Array:
 def clip_by_norm(gradients: Mapping[str, Array], most: float) -> dict[str, Array]:
     """g * min(1, most / norm), for all gradients g and their norm -> gradients by the same names.
 
-    The norm is that of all of them together. Raises OptionError unless `most` is above zero.
-    [Pascanu, Mikolov, Bengio 2013]
+    The norm is that of all of them together. [Pascanu, Mikolov, Bengio 2013]
+
+        loss, gradients = nnxp.value_and_gradients(nnxp.losses.mean_square)(net, x, target)
+        gradients = nnxp.clip_by_norm(gradients, 1.0)
+
+    Args:
+        gradients: arrays by name, as `value_and_gradients` answers them.
+        most: the largest norm, above zero.
+
+    Raises:
+        OptionError: `most` is not above zero.
     """
     if not most > 0:
         raise OptionError(f"gradients are clipped to a norm above zero, not {most!r}")
