@@ -19,7 +19,7 @@ FLOORS = [  # from the ground up; a module may import its own floor and those be
     {"program"},
     {"layers"},
     {"engine", "io"},
-    {"testing", "training"},
+    {"testing", "training", "cluster"},
     {"demo", "doctor", "verify"},
     {"_comparison", "floor"},
     {"cli", "__main__"},

@@ -422,7 +422,9 @@ def sweep(
     per_device: Annotated[int, typer.Option(min=1, help="Processes on each device.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a process.")] = None,
     block_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a block.")] = None,
-    format: Annotated[str, typer.Option(metavar="NAME", help='"npy" or "parquet".')] = "npy",
+    format: Annotated[
+        str, typer.Option(metavar="NAME", help='"npy", "parquet" or "zarr".')
+    ] = "npy",
     precision: Precision = None,
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which array or columns of a file.")
