@@ -125,6 +125,8 @@ def test_a_sweep_gives_what_predict_gives_in_order(room):
     assert heard[-1] == (ROWS, ROWS)
     assert cluster.status("y").complete
     assert "ran on cpu" in str(report)
+    assert report.overhead >= 1
+    assert re.search(r"reading \d+ %, computing \d+ %, writing \d+ %; overhead \d", str(report))
 
 
 def test_bits_do_not_depend_on_who_does_a_block_or_in_which_order(room):
@@ -361,12 +363,30 @@ def test_a_block_that_fails_once_is_tried_again(room, monkeypatch):
     assert_right()
 
 
+def test_a_disk_that_stays_full_ends_it_before_all_is_computed_for_nothing(room, monkeypatch):
+    write, tried = blocks.write, []
+
+    def full(path, results, plan):
+        tried.append(path)
+        if len(tried) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, results, plan)
+
+    monkeypatch.setattr(blocks, "write", full)
+    with pytest.raises(nnxp.SweepError, match=r"No space left.* 3 blocks were done; make room"):
+        sweep(block_rows=10)
+    assert len(tried) < 20
+    monkeypatch.setattr(blocks, "write", write)
+    assert sweep(block_rows=10).kept == 3
+    assert cluster.verify("y").ok
+
+
 def test_when_nothing_goes_well_it_ends(room, monkeypatch):
     tried = []
 
     def broken(path, results, plan):
         tried.append(path)
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr(blocks, "write", broken)
     with pytest.raises(nnxp.SweepError, match="nothing goes well"):
@@ -459,6 +479,11 @@ def test_what_cannot_be_swept_is_refused_before_any_work(room):
          lambda: sweep(devices=["sim:0", "sim:1"], processes=3)),
         (nnxp.OptionError, "format='hdf'", lambda: sweep(format="hdf")),
         (nnxp.OptionError, "block_rows", lambda: sweep(block_rows=0)),
+        (nnxp.OptionError, "patience", lambda: sweep(patience=0)),
+        (nnxp.OptionError, "is a file", lambda: sweep("x.npy")),
+        (nnxp.OptionError, "Plan.load", lambda: cluster.run_block("y", 1)),
+        (nnxp.OptionError, "a file has a name", lambda: cluster.status(3)),
+        (nnxp.OptionError, "a file has a name", lambda: cluster.dask.predict(net(), _Lazy())),
         (nnxp.OptionError, "is no folder of a sweep", lambda: cluster.status("full")),
     ):  # fmt: skip
         with pytest.raises(kind, match=message):
@@ -468,6 +493,12 @@ def test_what_cannot_be_swept_is_refused_before_any_work(room):
 
 
 _NONE = ThreadPoolExecutor(1)
+
+
+class _Lazy:
+    """What looks like an array of Dask's."""
+
+    ndim, shape, map_blocks, rechunk = 2, (3, 12), None, None
 
 
 # devices
@@ -720,6 +751,10 @@ def test_the_command(room):
     assert wrong.exit_code == 2
     assert "--restart" in wrong.stderr
     assert nnxp_("net.safetensors", "x.npy").exit_code == 2
+    poisoned = nnxp_("net.safetensors", "x.npy", "-o", "z", "--processes", 1, "--block-rows", BLOCK,
+                     "--import", "deadly_block")  # fmt: skip
+    assert poisoned.exit_code == 1
+    assert "block 3 (rows 300 to 399)" in poisoned.stderr
 
 
 def test_import_nnxp_loads_nothing_of_it():

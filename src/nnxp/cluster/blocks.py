@@ -21,9 +21,12 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.format import dtype_to_descr as descr_of
+from numpy.lib.format import write_array_header_1_0 as write_header
+from threadpoolctl import threadpool_info
 
 from nnxp._arrays import HostArray, nonfinite_rows
-from nnxp._errors import BackendUnavailable, CheckpointError, RowsError
+from nnxp._errors import BackendUnavailable, CheckpointError, OptionError, RowsError
 from nnxp.backend import Backend, get_backend
 from nnxp.backend._blas import one_blas_thread
 from nnxp.cluster.plan import Plan, sha256
@@ -62,6 +65,8 @@ def run_block(plan: Plan, block: int, setting: Setting = DEFAULT) -> dict[str, A
     Raises RowsError if the rows, CheckpointError if the model's file is not the one that was
     planned for, BackendUnavailable if no device is free, OSError if the disk is full.
     """
+    if not isinstance(plan, Plan):
+        raise OptionError(f"run_block takes a plan, as Plan.load(folder) gives, not {plan!r:.60}")
     with _alone(plan, block):
         return done_record(plan, block) or _done(plan, block, setting)
 
@@ -166,14 +171,14 @@ def write(path: Path, results: HostArray, plan: Plan) -> None:
     if plan.format == "parquet":
         _write_parquet(path, results)
         return
-    with open(path, "wb") as file:
+    results = np.ascontiguousarray(results, results.dtype.newbyteorder("<"))
+    with open(path, "wb") as file:  # no `tofile`: it does not say that a disk is full
         if plan.format == "npy":
-            np.lib.format.write_array(file, np.ascontiguousarray(results), allow_pickle=False)
-            return
-        # A chunk of Zarr's is all of its rows, also where the array ends before it does.
-        chunk = np.ascontiguousarray(results, results.dtype.newbyteorder("<"))
-        file.write(chunk.reshape(-1).view("uint8").data)
-        file.truncate(plan.block_rows * chunk.nbytes // len(chunk))
+            about = {"descr": descr_of(results.dtype), "fortran_order": False}
+            write_header(file, {**about, "shape": results.shape})
+        file.write(results.reshape(-1).view("uint8").data)
+        if plan.format == "zarr":  # a chunk is all of its rows, also where the array ends before
+            file.truncate(plan.block_rows * results.nbytes // len(results))
 
 
 def _write_parquet(path: Path, results: HostArray) -> None:
@@ -293,10 +298,13 @@ def _claim(name: str) -> tuple[int | None, str]:
 @cache
 def hardware(device: str) -> str:
     """The kind of machine: on one kind the same rows give the same bits."""
-    from nnxp.testing.goldens import provenance
+    from nnxp.testing.goldens import processor, provenance
 
-    about = provenance(get_backend(device))
-    return ", ".join(filter(None, (str(about.get("hardware", device)), about.get("kernels"))))
+    if device != "cpu":
+        return str(provenance(get_backend(device)).get("hardware", device))
+    of_numpy = [each for each in threadpool_info() if "numpy" in each["filepath"]]
+    kernels = [str(each["architecture"]) for each in of_numpy if each.get("architecture")]
+    return ", ".join([processor(), *kernels[:1]])
 
 
 def peak_memory() -> int:

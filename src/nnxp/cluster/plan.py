@@ -20,7 +20,7 @@ import numpy as np
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import OptionError, RowsError
 from nnxp.cluster.sources import Source
-from nnxp.io._atomic import written_beside
+from nnxp.io._atomic import path_of, written_beside
 
 VERSION = 1
 BLOCK_BYTES = 32 << 20  # of rows, or of results: seconds of work, and little to lose
@@ -130,7 +130,7 @@ class Plan:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Plan:
         """The plan in a folder. OptionError if there is none, RowsError if it is not whole."""
-        path = Path(folder, NAME)
+        path = Path(path_of(folder), NAME)
         try:
             plain = json.loads(path.read_text())
         except FileNotFoundError:

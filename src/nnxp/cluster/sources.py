@@ -149,7 +149,9 @@ def _chosen(path: str, key: str | None, group: Any) -> Any:
         key = names[0]
     if key is None or key not in group:
         wanted = "holds several arrays" if key is None else f"has no {key!r}"
-        raise OptionError(f"{path} {wanted}: name one of {', '.join(map(str, names[:20]))} by key")
+        raise OptionError(
+            f"{path} {wanted}: name one of {', '.join(map(str, names[:20]))} by key (--key)"
+        )
     return group[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -148,6 +149,8 @@ def sweep(
     ShapeError if the rows do not fit, BackendUnavailable if no device is free, and SweepError, with
     a `report`, if blocks failed twice: the others are done.
     """
+    if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience > 0:
+        raise OptionError(f"patience is a number of seconds above 0, not {patience!r:.60}")
     if executor is not None and processes is not None:
         raise OptionError("give an executor, or a number of processes to start here, not both")
     if executor is not None and not callable(getattr(executor, "submit", None)):
@@ -170,6 +173,8 @@ def sweep(
     )
     sources = _sources(rows, key)
     home = Path(path_of(folder)).absolute()
+    if home.exists() and not home.is_dir():
+        raise OptionError(f"{home} is a file; the results of a sweep go into a folder")
     home.mkdir(parents=True, exist_ok=True)
     with folders.locked(home):
         plan = _planned(model, sources, home, block_rows, precision, format, restart)
@@ -383,6 +388,7 @@ class _Run:
         self.suspects: set[int] = set()
         self.tries: dict[int, int] = {}
         self.failed: dict[int, str] = {}
+        self.full = 0  # how often in a row the disk was full
         self.records: dict[int, dict[str, Any]] = {}
 
     def all(self, progress: Progress) -> Report:
@@ -441,8 +447,10 @@ class _Run:
             except BackendUnavailable:
                 raise  # no fault of the block: whoever works there has no device
             except Exception as error:
+                self._check_room(error)
                 self._went_wrong(block, f"{type(error).__name__}: {error}")
             else:
+                self.full = 0
                 self.suspects.discard(block)
                 done(self._rows(block))
         if cause is not None:
@@ -468,6 +476,17 @@ class _Run:
         self.suspects.discard(block)
         if len(self.failed) >= HOPELESS and not self.records:
             raise SweepError(f"nothing goes well, so it ends here: {self._what_failed()}")
+
+    def _check_room(self, error: Exception) -> None:
+        """End it if the disk is full, and stays so: blocks would be computed for nothing."""
+        if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            return
+        self.full += 1
+        if self.full >= HOPELESS:
+            raise SweepError(
+                f"{self.plan.folder}: {error.strerror}, {self.full} times in a row. "
+                f"{len(self.records):,} blocks were done; make room and run again, and it goes on"
+            ) from error
 
     def _what_failed(self) -> str:
         block, problem = next(iter(self.failed.items()))
