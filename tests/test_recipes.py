@@ -1,4 +1,4 @@
-"""The recipes of docs/cluster.md for engines of others, run as they stand where those are installed."""
+"""The recipes of docs/cluster.md for Ray and Spark, run as they stand where those are installed."""
 
 from __future__ import annotations
 
