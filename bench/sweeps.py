@@ -13,6 +13,7 @@ import argparse
 import os
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -52,8 +53,8 @@ def main() -> None:
         os.chdir(folder)
         sizes = (784, 1024, 1024, 10)
         layers = [
-            nnxp.Dense(i, o, "softmax" if o == 10 else "relu", rng=i)
-            for i, o in zip(sizes, sizes[1:])
+            nnxp.Dense(inputs, outputs, "softmax" if outputs == 10 else "relu", rng=inputs)
+            for inputs, outputs in pairwise(sizes)
         ]
         nnxp.save(nnxp.Sequential(*layers), "net.safetensors")
         rng = np.random.default_rng(0)
