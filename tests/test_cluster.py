@@ -818,20 +818,3 @@ def test_dask_arrays(room):
     before = blocks.loads()
     assert y.compute(scheduler="threads").tobytes() == expected().tobytes()
     assert blocks.loads() == before + 1
-
-
-# the guide
-
-
-GUIDE = Path(__file__).parents[1] / "docs/cluster.md"
-
-
-@pytest.mark.skipif(not GUIDE.exists(), reason="the guide is not part of a source distribution")
-def test_the_guide_runs(room):
-    found = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    Path("guide.py").write_text("\n".join(found))
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "guide.py"], capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "processes at work: " in ran.stdout
