@@ -12,7 +12,7 @@ import sys
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,9 @@ from nnxp import cluster
 from nnxp.backend._blas import one_blas_thread
 from nnxp.cli import app
 from nnxp.cluster import blocks
+from nnxp.cluster import folder as folders
+from nnxp.cluster.plan import read_anew
+from nnxp.cluster.sources import Source, _of_columns
 
 ROWS, BLOCK = 1050, 100
 
@@ -44,10 +47,10 @@ import os
 from nnxp.cluster import blocks
 write = blocks.write
 
-def deadly(path, results, format):
+def deadly(path, results, plan):
     if "00000003" in str(path):
         os._exit(1)
-    write(path, results, format)
+    write(path, results, plan)
 
 blocks.write = deadly
 """
@@ -122,6 +125,8 @@ def test_a_sweep_gives_what_predict_gives_in_order(room):
     assert heard[-1] == (ROWS, ROWS)
     assert cluster.status("y").complete
     assert "ran on cpu" in str(report)
+    assert report.overhead >= 1
+    assert re.search(r"reading \d+ %, computing \d+ %, writing \d+ %; overhead \d", str(report))
 
 
 def test_bits_do_not_depend_on_who_does_a_block_or_in_which_order(room):
@@ -173,6 +178,21 @@ def test_a_model_is_saved_for_the_workers(room):
     assert sorted(path.name for path in room.glob(".*")) == []
 
 
+def test_many_tasks_that_bring_their_model_are_as_many_loads_as_workers(room):
+    from multiprocessing import get_context
+
+    engine = nnxp.Engine(net(), "cpu", workers=1)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        done = list(pool.map(through, [engine] * 40, np.array_split(rows(), 40)))
+    assert np.concatenate([y for y, _, _ in done]).shape == (ROWS, 5)
+    engines = {(pid, identity) for _, pid, identity in done}
+    assert len(engines) == len({pid for pid, _ in engines}) <= 2
+
+
+def through(engine, x):
+    return engine(x), os.getpid(), id(engine)
+
+
 # killed, and started again
 
 
@@ -185,13 +205,6 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.01)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def started(*options):
@@ -211,41 +224,48 @@ def workers(folder="y"):
     return said
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it looks for processes in /proc")
-def test_kill_9_of_the_whole_run_and_of_a_worker(room):
-    run = started("--processes", "2")
-    try:
-        wait_for(lambda: finished() >= 2)
-        with pytest.raises(nnxp.OptionError, match="another process drives a sweep here"):
-            sweep()
-        status = cluster.status("y")
-        assert status.running
-        assert not status.complete
-        pids = {worker["pid"] for worker in status.at_work}
-        assert pids
-        assert run.pid not in pids
-    finally:
-        run.kill()
-        run.wait()
-        run.stderr.close()
-    wait_for(lambda: not any(map(alive, pids)), 10)  # no orphan goes on
+def test_one_at_a_time_drives_a_sweep(room):
+    Path("y").mkdir()
+    refused = pytest.raises(nnxp.OptionError, match="another process drives a sweep here")
+    with folders.locked("y"), refused:
+        sweep()
+    sweep()
+    with folders.locked("y"):
+        assert cluster.status("y").running
     assert cluster.status("y").running is False
-    done = {path.name: path.stat().st_mtime_ns for path in Path("y/parts").glob("*.npy")}
-    before = finished()
-    assert 2 <= before < 11
-    run = started("--processes", "2")
-    try:
-        wait_for(lambda: finished() > before)
-        wait_for(lambda: any(worker.get("pid") for worker in workers()))
-        os.kill(next(w["pid"] for w in workers() if w.get("pid")), signal.SIGKILL)
-        assert run.wait(120) == 0, run.stderr.read()
-    finally:
-        run.kill()
-        run.stderr.close()
+
+
+def test_a_block_that_somebody_does_is_waited_for_and_not_done_again(room, monkeypatch):
+    sweep()
+    plan = cluster.Plan.load("y")
+    plan.record(3).unlink()
+    write, written = blocks.write, []
+
+    def slow(path, results, plan):
+        written.append(path)
+        time.sleep(0.2)
+        write(path, results, plan)
+
+    monkeypatch.setattr(blocks, "write", slow)
+    with ThreadPoolExecutor(3) as threads:
+        records = list(threads.map(cluster.run_block, [plan] * 3, [3] * 3))
+    assert len(written) == 1
+    assert records[0] == records[1] == records[2]
     assert_right()
-    again = {path.name: path.stat().st_mtime_ns for path in Path("y/parts").glob("*.npy")}
-    kept = [name for name, changed in done.items() if again[name] == changed]
-    assert len(kept) >= before  # what had a record was not done again
+
+
+def test_a_new_start_does_not_meet_workers_of_the_old_one(room):
+    sweep()
+    plan = cluster.Plan.load("y")
+    with blocks._alone(plan, 5):
+        assert [(each["block"], each["pid"]) for each in cluster.status("y").at_work] == [
+            (5, os.getpid())
+        ]
+        with pytest.raises(nnxp.OptionError, match=r"still at work.*\n.*block 5 for"):
+            sweep(block_rows=50, restart=True)
+        assert finished() == 11
+    sweep(block_rows=50, restart=True)
+    assert cluster.verify("y").ok
 
 
 def test_a_request_to_end_leaves_what_can_go_on(room):
@@ -313,10 +333,10 @@ def test_a_damaged_part_is_done_again_and_no_other(room, damage):
 def test_a_disk_that_is_full_is_reported_and_the_rest_is_done(room, monkeypatch):
     write = blocks.write
 
-    def full(path, results, format):
+    def full(path, results, plan):
         if "00000002" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, results, format)
+        write(path, results, plan)
 
     monkeypatch.setattr(blocks, "write", full)
     with pytest.raises(nnxp.SweepError, match=r"block 2 .*No space left"):
@@ -332,23 +352,41 @@ def test_a_disk_that_is_full_is_reported_and_the_rest_is_done(room, monkeypatch)
 def test_a_block_that_fails_once_is_tried_again(room, monkeypatch):
     write, failed = blocks.write, []
 
-    def flaky(path, results, format):
+    def flaky(path, results, plan):
         if not failed:
             failed.append(path)
             raise OSError(errno.EIO, "Input/output error")
-        write(path, results, format)
+        write(path, results, plan)
 
     monkeypatch.setattr(blocks, "write", flaky)
     assert not sweep().failed
     assert_right()
 
 
+def test_a_disk_that_stays_full_ends_it_before_all_is_computed_for_nothing(room, monkeypatch):
+    write, tried = blocks.write, []
+
+    def full(path, results, plan):
+        tried.append(path)
+        if len(tried) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, results, plan)
+
+    monkeypatch.setattr(blocks, "write", full)
+    with pytest.raises(nnxp.SweepError, match=r"No space left.* 3 blocks were done; make room"):
+        sweep(block_rows=10)
+    assert len(tried) < 20
+    monkeypatch.setattr(blocks, "write", write)
+    assert sweep(block_rows=10).kept == 3
+    assert cluster.verify("y").ok
+
+
 def test_when_nothing_goes_well_it_ends(room, monkeypatch):
     tried = []
 
-    def broken(path, results, format):
+    def broken(path, results, plan):
         tried.append(path)
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr(blocks, "write", broken)
     with pytest.raises(nnxp.SweepError, match="nothing goes well"):
@@ -363,6 +401,30 @@ def test_who_does_what_is_said_when_nothing_ends(room):
         sweep(executor=pool, patience=0.2, say=heard.append)
     assert heard
     assert "no block has ended for 0.2 s" in heard[0]
+
+
+def test_a_device_without_memory_for_a_block_does_it_in_halves(room):
+    class Greedy(nnxp.Layer):
+        """Takes forty times what its shapes say, for it looks at numbers."""
+
+        def __call__(self, x):
+            waste = [x + i for i in range(40)]
+            return waste[0] if bool((x[:1] == x[:1]).all()) else x
+
+        @classmethod
+        def examples(cls):
+            yield cls(), (2, 2)
+
+    device = nnxp.sim.Device(0)
+    x = np.random.default_rng(0).normal(size=(3000, 16)).astype("float32")
+    np.save("x.npy", x)
+    device.limit = device.used + 2_000_000
+    try:
+        report = cluster.sweep(Greedy(), "x.npy", "y", devices=["sim:0"], block_rows=1500)
+    finally:
+        device.reset()
+    assert not report.failed
+    assert np.array_equal(np.asarray(cluster.open("y")), x)
 
 
 # what is refused
@@ -417,6 +479,11 @@ def test_what_cannot_be_swept_is_refused_before_any_work(room):
          lambda: sweep(devices=["sim:0", "sim:1"], processes=3)),
         (nnxp.OptionError, "format='hdf'", lambda: sweep(format="hdf")),
         (nnxp.OptionError, "block_rows", lambda: sweep(block_rows=0)),
+        (nnxp.OptionError, "patience", lambda: sweep(patience=0)),
+        (nnxp.OptionError, "is a file", lambda: sweep("x.npy")),
+        (nnxp.OptionError, "Plan.load", lambda: cluster.run_block("y", 1)),
+        (nnxp.OptionError, "a file has a name", lambda: cluster.status(3)),
+        (nnxp.OptionError, "a file has a name", lambda: cluster.dask.predict(net(), _Lazy())),
         (nnxp.OptionError, "is no folder of a sweep", lambda: cluster.status("full")),
     ):  # fmt: skip
         with pytest.raises(kind, match=message):
@@ -426,6 +493,12 @@ def test_what_cannot_be_swept_is_refused_before_any_work(room):
 
 
 _NONE = ThreadPoolExecutor(1)
+
+
+class _Lazy:
+    """What looks like an array of Dask's."""
+
+    ndim, shape, map_blocks, rechunk = 2, (3, 12), None, None
 
 
 # devices
@@ -449,6 +522,42 @@ def test_a_device_is_claimed_by_one_process_and_the_next_is_refused(room):
         for handle in held:
             os.close(handle)
     assert cluster.verify("free").ok
+
+
+CLAIM = """
+import sys, nnxp
+from nnxp.cluster.blocks import Setting, claimed_backend
+nnxp.sim.DEVICES = 3
+try:
+    print(claimed_backend(Setting(devices=("sim:0", "sim:1", "sim:2"))).device, flush=True)
+    sys.stdin.read()
+except nnxp.BackendUnavailable as error:
+    print(error, flush=True)
+"""
+
+
+def test_three_devices_are_for_three_processes_and_the_fourth_is_refused(room):
+    def claim():
+        return stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-c", CLAIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                text=True,
+            )
+        )  # fmt: skip
+
+    with ExitStack() as stack:
+        three = [claim() for _ in range(3)]
+        try:
+            assert {each.stdout.readline().strip() for each in three} == {"sim:0", "sim:1", "sim:2"}
+            fourth = claim().communicate()[0]
+            assert "every device is taken" in fourth
+            assert all(f"by process {each.pid}" in fourth for each in three)
+            three[1].kill()
+            three[1].wait()
+            assert claim().communicate()[0].startswith("sim:")  # that of the one that was killed
+        finally:
+            for each in three:
+                each.kill()
 
 
 def test_results_of_several_kinds_of_machine_are_named(room):
@@ -487,10 +596,43 @@ def test_rows_in_zarr_are_cut_where_its_chunks_end(room):
     zarr = pytest.importorskip("zarr")
     array = zarr.open_array("x.zarr", mode="w", shape=(ROWS, 12), chunks=(70, 12), dtype="float32")
     array[:] = rows()
-    cluster.sweep("net.safetensors", "x.zarr", "y", block_rows=BLOCK)
+    cluster.sweep("net.safetensors", "x.zarr", "y", block_rows=BLOCK, say=lambda message: None)
     assert_right()
     cluster.sweep("net.safetensors", "x.zarr", "own")
     assert cluster.Plan.load("own").block_rows % 70 == 0
+
+
+@pytest.mark.parametrize(
+    ("chunks", "block"),
+    [([70], 100), ([70], 140), ([2000], 100), ([1], 7), ([100, 100], 100), ([100, 100], 30)],
+)
+def test_how_often_rows_are_read_because_of_chunks_is_known_before(chunks, block):
+    made = tuple(
+        Source("x", None, ROWS // len(chunks), (12,), "float32", chunk, 0, 0) for chunk in chunks
+    )
+    read, first = 0, 0
+    for source in made:  # row by row
+        mine = range(first, first + source.rows)
+        for start in range(0, ROWS, block):
+            touched = {
+                (row - first) // source.chunk for row in range(start, start + block) if row in mine
+            }
+            read += sum(min(source.chunk, source.rows - at * source.chunk) for at in touched)
+        first += source.rows
+    assert read_anew(made, block) == read / ROWS
+
+
+def test_blocks_that_cut_through_chunks_are_named_before_the_first_row(room):
+    zarr, heard = pytest.importorskip("zarr"), []
+    array = zarr.open_array("x.zarr", mode="w", shape=(ROWS, 12), chunks=(70, 12), dtype="float32")
+    array[:] = rows()
+    cluster.sweep("net.safetensors", "x.zarr", "y", block_rows=BLOCK, say=heard.append)
+    assert [re.sub(r"\d+\.\d", "#", said) for said in heard] == [
+        "blocks of 100 rows cut through the file's chunks of 70, so that each row is read # times; "
+        "with block_rows=140 (--block-rows 140) they would not"
+    ]
+    cluster.sweep("net.safetensors", "x.zarr", "z", block_rows=140, say=heard.append)
+    assert len(heard) == 1
 
 
 @pytest.mark.parametrize("kind", ["list", "columns"])
@@ -517,12 +659,44 @@ def test_bytes_in_parquet_are_rows_of_bytes(room):
     assert np.asarray(cluster.open("y")).tobytes() == np.concatenate(whole).tobytes()
 
 
+@pytest.mark.parametrize("kind", ["list", "bytes"])
+def test_rows_of_one_size_in_arrow_are_not_copied(kind):
+    arrow = pytest.importorskip("pyarrow")
+    x = np.arange(600, dtype="uint8" if kind == "bytes" else "float32").reshape(50, 12)
+    held = arrow.py_buffer(x)
+    if kind == "bytes":
+        column = arrow.Array.from_buffers(arrow.binary(12), 50, [None, held])
+    else:
+        column = arrow.FixedSizeListArray.from_arrays(arrow.array(x.ravel()), 12)
+        held = column.flatten().buffers()[1]
+    taken = _of_columns("x.parquet", arrow.table({"x": column}).slice(7, 30))
+    assert np.array_equal(taken, x[7:37])
+    assert taken.ctypes.data == held.address + 7 * 12 * x.itemsize
+
+
 def test_results_in_parquet(room):
     parquet = pytest.importorskip("pyarrow.parquet")
     sweep(format="parquet")
     assert np.asarray(cluster.open("y")).tobytes() == expected().tobytes()
     assert parquet.read_table("y/parts").num_rows == ROWS
     assert cluster.verify("y").ok
+
+
+@pytest.mark.parametrize("block", [BLOCK, 2000])
+def test_results_in_zarr_are_one_array_whose_chunks_are_the_blocks(room, block):
+    zarr = pytest.importorskip("zarr")
+    sweep("npy", block_rows=block)
+    sweep(format="zarr", block_rows=block)
+    y = np.asarray(cluster.open("npy"))
+    array = zarr.open_array("y/parts", mode="r")
+    assert (array.shape, array.dtype, array.chunks) == ((ROWS, 5), np.float32, (block, 5))
+    assert array[:].tobytes() == np.asarray(cluster.open("y")).tobytes() == y.tobytes()
+    assert cluster.verify("y").ok
+    last = cluster.Plan.load("y").part(len(cluster.Plan.load("y")) - 1)
+    last.write_bytes(last.read_bytes()[:-4])
+    assert len(cluster.verify("y").problems) == 1
+    assert sweep(format="zarr", block_rows=block).kept == len(cluster.Plan.load("y")) - 1
+    assert zarr.open_array("y/parts", mode="r")[:].tobytes() == y.tobytes()
 
 
 def test_results_are_one_array(room):
@@ -577,14 +751,15 @@ def test_the_command(room):
     assert wrong.exit_code == 2
     assert "--restart" in wrong.stderr
     assert nnxp_("net.safetensors", "x.npy").exit_code == 2
+    poisoned = nnxp_("net.safetensors", "x.npy", "-o", "z", "--processes", 1, "--block-rows", BLOCK,
+                     "--import", "deadly_block")  # fmt: skip
+    assert poisoned.exit_code == 1
+    assert "block 3 (rows 300 to 399)" in poisoned.stderr
 
 
 def test_import_nnxp_loads_nothing_of_it():
-    code = (
-        "import sys, nnxp\n"
-        "heads = {'.'.join(n.split('.')[:2]) for n in sys.modules}\n"
-        "print(sorted(heads & {'nnxp.cluster', 'dask', 'distributed'}))"
-    )
+    names = "('nnxp.cluster', 'dask', 'distributed')"
+    code = f"import sys, nnxp; print([n for n in sys.modules if n.startswith({names})])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
 
@@ -643,20 +818,3 @@ def test_dask_arrays(room):
     before = blocks.loads()
     assert y.compute(scheduler="threads").tobytes() == expected().tobytes()
     assert blocks.loads() == before + 1
-
-
-# the guide
-
-
-GUIDE = Path(__file__).parents[1] / "docs/cluster.md"
-
-
-@pytest.mark.skipif(not GUIDE.exists(), reason="the guide is not part of a source distribution")
-def test_the_guide_runs(room):
-    found = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    Path("guide.py").write_text("\n".join(found))
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "guide.py"], capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "processes at work: " in ran.stdout

@@ -657,6 +657,44 @@ def test_engines_pickle(backend):
     close(engine(X), NET(X))
 
 
+def test_an_engine_that_comes_often_is_one_engine_until_it_is_closed():
+    def come(model=NET, **options):
+        return pickle.loads(pickle.dumps(nnxp.Engine(model, "cpu", **options)))
+
+    first = come()
+    assert come() is first
+    assert come(NET.map_arrays(lambda name, value: value.copy())) is first
+    for other in (
+        come(workers=1), come(NET.astype("float64")),
+        come(NET.map_arrays(lambda name, value: value * np.float32(1.001))),
+    ):  # fmt: skip
+        assert other is not first
+    assert come() is first  # the last four are kept
+    first.close()
+    again = come()
+    assert again is not first
+    close(again(X), NET(X))
+
+
+def test_an_engine_of_a_class_that_was_defined_anew_is_another(monkeypatch):
+    def defined(factor):
+        class Times(nnxp.Layer):
+            def __call__(self, x):
+                return x * factor
+
+            @classmethod
+            def examples(cls):
+                yield cls(), (2, 2)
+
+        Times.__qualname__ = "Times"  # found in this module, as one of a notebook's would be
+        monkeypatch.setitem(globals(), "Times", Times)
+        return Times
+
+    for factor in (2, 3):
+        engine = pickle.loads(pickle.dumps(nnxp.Engine(defined(factor)(), "cpu")))
+        assert (engine(X) == factor * X).all()
+
+
 def test_a_plan_says_what_would_be_used():
     plan = nnxp.Engine(NET, "cpu", workers=3).plan((100_000, 20))
     assert plan.workers == 3

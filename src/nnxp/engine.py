@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from math import prod
 from typing import Any, NamedTuple, overload
 
@@ -22,7 +23,7 @@ from nnxp._arrays import (
     is_numeric,
     place_of,
 )
-from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
+from nnxp._errors import CheckpointError, DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp._exchange import in_order, shares_memory, source_of
 from nnxp._progress import Progress, told
 from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
@@ -39,6 +40,7 @@ from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
+MOST_ENGINES = 4  # that a process keeps for tasks that bring their model: mostly it is one
 MOST_KINDS = 256  # kinds of rows that an engine remembers
 MOST_RECORDED = 32  # of which each holds buffers
 IDLE_BYTES = 64 << 20  # of buffers that wait for rows of their number; beyond, old ones are let go
@@ -65,6 +67,9 @@ class Engine:
             y = engine(x)                       # host rows in, host results out, any number
             print(engine.backend)               # where, and why there
             print(engine.plan((1_000_000, 64)))  # how so many rows would be cut
+
+    Engines pickle. However often one comes to a process, with each of many tasks, it is one engine
+    there, known by the sha256 of its model: the last four are kept until they are closed.
 
     Args:
         model: a layer, mostly a `Sequential`, or what `load`, `load_onnx` and `from_...` answer.
@@ -363,10 +368,20 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @cached_property
+    def _sha256(self) -> str | None:
+        """The sha256 of the model; None if it has fields that no file could hold."""
+        from nnxp.io.checkpoint import model_sha256
+
+        try:
+            return model_sha256(self.model)
+        except CheckpointError:
+            return None
+
     def __reduce__(self) -> Any:
-        devices = [each.device for each in self.backends]
+        devices = tuple(each.device for each in self.backends)
         options = devices, self.memory_limit, self.workers, self.precision, self.rewrite
-        return _engine, (self.model.to("numpy"), *options)
+        return _arrived, (self._sha256, self.model.to("numpy"), *options)
 
     def __repr__(self) -> str:
         if not self._replicas:
@@ -375,23 +390,52 @@ class Engine:
         return f"Engine({self.model!r} on {devices})"
 
 
-def _engine(
+_kept: dict[Hashable, Engine] = {}
+_keeping = threading.RLock()
+
+
+def kept_engine(key: Hashable, make: Callable[[], Engine]) -> Engine:
+    """This process's engine for a key: made when it is first asked for, or after it was closed."""
+    with _keeping:
+        engine = _kept.pop(key, None)
+        if engine is None or not engine.backends:
+            engine = make()
+        _kept[key] = engine  # behind those that were asked for before
+        while len(_kept) > MOST_ENGINES:
+            del _kept[next(iter(_kept))]
+        return engine
+
+
+def forget_engines() -> None:
+    """Keep none of them any longer."""
+    with _keeping:
+        _kept.clear()
+
+
+def _arrived(
+    sha256: str | None,
     model: Layer,
-    devices: list[str],
+    devices: tuple[str, ...],
     memory_limit: int | None,
     workers: int | None,
     precision: str | None,
-    rewrite: bool = True,
+    rewrite: bool,
 ) -> Engine:
-    """An engine that was pickled: on the devices that it was on."""
-    return Engine(
-        model,
-        devices,
-        memory_limit=memory_limit,
-        workers=workers,
-        precision=precision,
-        rewrite=rewrite,
-    )
+    """An engine that was pickled: on the devices that it was on, and the one that is here already.
+
+    The same class may have been defined anew in between, with another formula: classes count, too.
+    """
+
+    def made() -> Engine:
+        return Engine(
+            model, devices, memory_limit=memory_limit, workers=workers, precision=precision,
+            rewrite=rewrite,
+        )  # fmt: skip
+
+    if sha256 is None:
+        return made()
+    classes = type(model), *(type(layer) for _, layer in model.walk())
+    return kept_engine((sha256, classes, devices, memory_limit, workers, precision, rewrite), made)
 
 
 class Replica:

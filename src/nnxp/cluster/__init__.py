@@ -4,6 +4,7 @@ A folder holds the plan (which rows make which block), one file for each block t
 beside it a record with its sha256. So a sweep can be killed at any moment and started again.
 """
 
+from nnxp.cluster import dask as dask
 from nnxp.cluster.blocks import Setting as Setting
 from nnxp.cluster.blocks import run_block as run_block
 from nnxp.cluster.folder import Parts as Parts

@@ -12,24 +12,30 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.format import dtype_to_descr as descr_of
+from numpy.lib.format import write_array_header_1_0 as write_header
+from threadpoolctl import threadpool_info
 
 from nnxp._arrays import HostArray, nonfinite_rows
-from nnxp._errors import BackendUnavailable, CheckpointError, RowsError
+from nnxp._errors import BackendUnavailable, CheckpointError, OptionError, RowsError
 from nnxp.backend import Backend, get_backend
 from nnxp.backend._blas import one_blas_thread
 from nnxp.cluster.plan import Plan, sha256
-from nnxp.engine import Engine
+from nnxp.engine import Engine, forget_engines, kept_engine
+from nnxp.io._atomic import _is_at as is_at
 from nnxp.io._atomic import _lock as lock
 from nnxp.io._atomic import written_beside
 
-MOST_ENGINES = 4  # that a process keeps: one, unless sweeps of several models share it
+WAITING = 0.05  # seconds, until it is asked again whether a block is free
 
 
 class Setting(NamedTuple):
@@ -53,20 +59,16 @@ def run_block(plan: Plan, block: int, setting: Setting = DEFAULT) -> dict[str, A
     """Do one block of a plan, unless it is done already, and answer its record.
 
     The file is written beside its place, synced and renamed, and then its record; so a block is
-    done, or not at all. Two processes that do the same block write the same bytes.
+    done, or not at all. Of two processes that are asked for the same block one does it, and the
+    other waits and answers the same record.
 
     Raises RowsError if the rows, CheckpointError if the model's file is not the one that was
     planned for, BackendUnavailable if no device is free, OSError if the disk is full.
     """
-    record = done_record(plan, block)
-    if record is not None:
-        return record
-    at_work = _at_work(plan, block)
-    try:
-        return _done(plan, block, setting)
-    finally:
-        with suppress(OSError):
-            os.unlink(at_work)
+    if not isinstance(plan, Plan):
+        raise OptionError(f"run_block takes a plan, as Plan.load(folder) gives, not {plan!r:.60}")
+    with _alone(plan, block):
+        return done_record(plan, block) or _done(plan, block, setting)
 
 
 def _done(plan: Plan, block: int, setting: Setting) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def _done(plan: Plan, block: int, setting: Setting) -> dict[str, Any]:
         raise RowsError(f"block {block} gave {results.shape}, not {(stop - start, *plan.output)}")
     path = plan.part(block)
     with written_beside(path, lambda message: None) as beside:
-        write(beside, results.astype(plan.output_dtype, copy=False), plan.format)
+        write(beside, results.astype(plan.output_dtype, copy=False), plan)
         digest, size = sha256(beside), beside.stat().st_size
     times.append(perf_counter())
     read, compute, wrote = (after - before for before, after in pairwise(times))
@@ -91,8 +93,9 @@ def _done(plan: Plan, block: int, setting: Setting) -> dict[str, Any]:
         "plan": plan.digest, "block": block, "start": start, "stop": stop,
         "file": path.name, "bytes": size, "sha256": digest,
         "nonfinite": nonfinite_rows(rows),
-        "host": socket.gethostname(), "pid": os.getpid(), "loads": loads(),
-        "device": backend.device, "hardware": hardware(backend),
+        "host": socket.gethostname(), "pid": os.getpid(),
+        "thread": threading.get_ident(), "loads": loads(),
+        "device": backend.device, "hardware": hardware(backend.device),
         "read": read, "compute": compute, "write": wrote, "peak_memory": peak_memory(),
     }  # fmt: skip
     with written_beside(plan.record(block), lambda message: None) as beside:
@@ -137,24 +140,48 @@ def read_record(plan: Plan, block: int) -> dict[str, Any] | None:
         return None
 
 
-def _at_work(plan: Plan, block: int) -> str:
-    """Say in the folder what this thread does now."""
-    name = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.json"
-    path = os.path.join(plan.folder, "workers", name)
-    with suppress(OSError):  # it informs, no more
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w") as file:
-            host, pid = socket.gethostname(), os.getpid()
-            file.write(json.dumps({"host": host, "pid": pid, "block": block, "since": time.time()}))
-    return path
+@contextmanager
+def _alone(plan: Plan, block: int) -> Iterator[None]:
+    """A stretch in which nobody else does this block, and the folder says who does it.
+
+    The system lets go of the lock when the process ends, however that happens.
+    """
+    path = Path(plan.folder, "workers", f"{block:08}.json")
+    path.parent.mkdir(exist_ok=True)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if lock(handle) and is_at(handle, path):
+            break
+        os.close(handle)
+        time.sleep(WAITING)
+    try:
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "block": block}
+        with suppress(OSError):  # it informs, no more
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps({**who, "since": time.time()}).encode())
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+        os.close(handle)
 
 
-def write(path: Any, results: HostArray, format: str) -> None:
+def write(path: Path, results: HostArray, plan: Plan) -> None:
     """Write the results of a block."""
-    if format == "npy":
-        with open(path, "wb") as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(results), allow_pickle=False)
+    if plan.format == "parquet":
+        _write_parquet(path, results)
         return
+    results = np.ascontiguousarray(results, results.dtype.newbyteorder("<"))
+    with open(path, "wb") as file:  # no `tofile`: it does not say that a disk is full
+        if plan.format == "npy":
+            about = {"descr": descr_of(results.dtype), "fortran_order": False}
+            write_header(file, {**about, "shape": results.shape})
+        file.write(results.reshape(-1).view("uint8").data)
+        if plan.format == "zarr":  # a chunk is all of its rows, also where the array ends before
+            file.truncate(plan.block_rows * results.nbytes // len(results))
+
+
+def _write_parquet(path: Path, results: HostArray) -> None:
     from nnxp.io.tables import arrow_writer
 
     columns = results.reshape(len(results), -1)
@@ -170,7 +197,6 @@ def write(path: Any, results: HostArray, format: str) -> None:
 
 
 _lock = threading.RLock()
-_engines: dict[Any, Engine] = {}
 _claims: dict[str, int] = {}
 _loads = 0
 
@@ -182,36 +208,33 @@ def loads() -> int:
 
 def engine_of(plan: Plan, setting: Setting) -> Engine:
     """This process's engine for the plan's model, which is loaded when it is first asked for."""
-    global _loads
-    key = plan.model_sha256, plan.precision, setting
     with _lock:
-        engine = _engines.get(key)
-        if engine is None:
-            for name in setting.imports:
-                importlib.import_module(name)
-            backend = claimed_backend(setting)
-            found = sha256(plan.model)
-            if found != plan.model_sha256:
-                raise CheckpointError(
-                    f"{plan.model} is another model than was planned for: its sha256 begins with "
-                    f"{found[:12]}, not {plan.model_sha256[:12]}"
-                )
-            from nnxp.io.checkpoint import load
+        key = plan.model_sha256, plan.precision, setting
+        return kept_engine(key, lambda: _loaded(plan, setting))
 
-            _loads += 1
-            model = load(plan.model)
-            precision = plan.precision if backend.device != "cpu" else None
-            engine = Engine(model, backend, workers=setting.threads, precision=precision)
-            while len(_engines) >= MOST_ENGINES:
-                del _engines[next(iter(_engines))]
-            _engines[key] = engine
-        return engine
+
+def _loaded(plan: Plan, setting: Setting) -> Engine:
+    global _loads
+    for name in setting.imports:
+        importlib.import_module(name)
+    backend = claimed_backend(setting)
+    found = sha256(plan.model)
+    if found != plan.model_sha256:
+        raise CheckpointError(
+            f"{plan.model} is another model than was planned for: its sha256 begins with "
+            f"{found[:12]}, not {plan.model_sha256[:12]}"
+        )
+    from nnxp.io.checkpoint import load
+
+    _loads += 1
+    precision = plan.precision if backend.device != "cpu" else None
+    return Engine(load(plan.model), backend, workers=setting.threads, precision=precision)
 
 
 def release() -> None:
     """Let go of the engines and devices of this process."""
     with _lock:
-        _engines.clear()
+        forget_engines()
         for handle in _claims.values():
             os.close(handle)
         _claims.clear()
@@ -273,20 +296,15 @@ def _claim(name: str) -> tuple[int | None, str]:
 
 
 @cache
-def _cpu() -> str:
-    from nnxp.doctor.facts import blas, cpu
-
-    kernels = [str(each["architecture"]) for each in blas() if each.get("architecture")]
-    return ", ".join([cpu(), *kernels[:1]])
-
-
-def hardware(backend: Backend) -> str:
+def hardware(device: str) -> str:
     """The kind of machine: on one kind the same rows give the same bits."""
-    if backend.device == "cpu":
-        return _cpu()
-    from nnxp.testing.goldens import provenance
+    from nnxp.testing.goldens import processor, provenance
 
-    return str(provenance(backend).get("hardware", backend.name))
+    if device != "cpu":
+        return str(provenance(get_backend(device)).get("hardware", device))
+    of_numpy = [each for each in threadpool_info() if "numpy" in each["filepath"]]
+    kernels = [str(each["architecture"]) for each in of_numpy if each.get("architecture")]
+    return ", ".join([processor(), *kernels[:1]])
 
 
 def peak_memory() -> int:

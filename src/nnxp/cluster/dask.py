@@ -12,6 +12,7 @@ from nnxp._errors import DtypeMismatch, ShapeError
 from nnxp.backend._blas import one_blas_thread
 from nnxp.cluster.blocks import Setting, engine_of
 from nnxp.cluster.plan import Plan, sha256
+from nnxp.io._atomic import path_of
 
 
 def predict(model: str | os.PathLike[str], x: Any, *, precision: str | None = None) -> Any:
@@ -34,7 +35,7 @@ def predict(model: str | os.PathLike[str], x: Any, *, precision: str | None = No
         raise DtypeMismatch(f"x is a Dask array, not {type(x).__name__}; nnxp.predict takes others")
     if x.ndim == 0:
         raise ShapeError("x is (rows, ...) but has no axis at all")
-    path = os.path.abspath(os.fspath(model))
+    path = os.path.abspath(path_of(model))
     example = Engine(load(path), "cpu")(np.zeros((1, *x.shape[1:]), x.dtype))
     if not isinstance(example, np.ndarray):
         raise ShapeError(f"the model has {len(example)} results; this is for one")

@@ -150,7 +150,7 @@ def prepare(plan: Plan, *, restart: bool) -> None:
     folder = Path(plan.folder)
     if Path(folder, NAME).exists():
         if restart:
-            clear(folder)
+            clear(Plan.load(folder))
         elif differences := Plan.load(folder).differences(plan):
             raise OptionError(
                 f"{folder} holds another sweep: {'; '.join(differences)}. Choose another folder, "
@@ -162,27 +162,35 @@ def prepare(plan: Plan, *, restart: bool) -> None:
         raise OptionError(f"{folder} holds other files ({foreign[0]}); choose an empty one")
     for name in OWN:
         Path(folder, name).mkdir(exist_ok=True)
+    if plan.format == "zarr":
+        Path(folder, "parts", "zarr.json").write_text(json.dumps(plan.zarr) + "\n")
     plan.save()
     forget_workers(plan)
 
 
-def clear(folder: Path) -> None:
-    """Throw away what a sweep has left in its folder, the plan first."""
-    Path(folder, NAME).unlink()
+def clear(plan: Plan) -> None:
+    """Throw away what a sweep has left in its folder, the plan first.
+
+    Raises OptionError if a worker still does a block of it: that one would come in between.
+    """
+    forget_workers(plan)
+    if still := at_work(plan):
+        raise OptionError(
+            f"{plan.folder}: workers of an earlier run are still at work. Wait for them, or end "
+            "them\n" + "\n".join(map(at_work_line, still))
+        )
+    Path(plan.folder, NAME).unlink()
     for name in OWN:
-        shutil.rmtree(Path(folder, name), ignore_errors=True)
+        shutil.rmtree(Path(plan.folder, name), ignore_errors=True)
 
 
 def forget_workers(plan: Plan) -> None:
-    """Remove what workers that were killed have left behind."""
+    """Remove what workers that were killed have left behind; those that still work go on."""
     from nnxp.io._atomic import _removed
 
-    for path in Path(plan.folder, "workers").glob("*.json"):
-        with suppress(OSError):
-            path.unlink()
-    for name in ("parts", "records"):
-        for path in Path(plan.folder, name).glob("*.part"):
-            _removed(path)  # unless somebody is writing to it
+    for name, kind in (("workers", "*.json"), ("parts", "*.part"), ("records", "*.part")):
+        for path in Path(plan.folder, name).glob(kind):
+            _removed(path)
 
 
 class Parts:
@@ -261,13 +269,24 @@ def read_part(plan: Plan, block: int) -> HostArray:
     """The results of one block: a memory map, or from Parquet. RowsError if they do not fit."""
     from nnxp.io.rows import read_rows
 
-    start, stop = plan.span(block)
-    rows: HostArray = read_rows(plan.part(block))
-    if plan.format != "npy":
+    (start, stop), path = plan.span(block), plan.part(block)
+    if plan.format == "zarr":
+        rows = _chunk(plan, path)[: stop - start]
+    else:
+        rows = read_rows(path)
+    if plan.format == "parquet":
         rows = rows.reshape(len(rows), *plan.output)
     if rows.shape != (stop - start, *plan.output) or rows.dtype != plan.output_dtype:
-        raise RowsError(f"{plan.part(block)} holds {rows.dtype} {rows.shape}: it is damaged")
+        raise RowsError(f"{path} holds {rows.dtype} {rows.shape}: it is damaged")
     return rows
+
+
+def _chunk(plan: Plan, path: Path) -> HostArray:
+    shape, dtype = (plan.block_rows, *plan.output), np.dtype(plan.output_dtype).newbyteorder("<")
+    try:
+        return np.memmap(path, dtype, "r", shape=shape)
+    except ValueError as error:
+        raise RowsError(f"{path} is no whole chunk of {dtype} {shape}: {error}") from None
 
 
 def open(folder: str | os.PathLike[str]) -> Parts:

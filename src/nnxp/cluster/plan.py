@@ -20,12 +20,12 @@ import numpy as np
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import OptionError, RowsError
 from nnxp.cluster.sources import Source
-from nnxp.io._atomic import written_beside
+from nnxp.io._atomic import path_of, written_beside
 
 VERSION = 1
 BLOCK_BYTES = 32 << 20  # of rows, or of results: seconds of work, and little to lose
 MULTIPLE = 1024  # rows; an engine's tiles come out even
-FORMATS = ("npy", "parquet")
+FORMATS = ("npy", "parquet", "zarr")
 NAME = "plan.json"
 
 
@@ -37,7 +37,7 @@ class Plan:
     sources: the files of rows, in order, all with rows of one shape and type.
     output, output_dtype: the shape of one row of the result, and its type in the files.
     block_rows: rows in a block, the last one aside. `len(plan)` is the number of blocks.
-    precision: None or "tf32", as for an Engine. format: "npy" or "parquet".
+    precision: None or "tf32", as for an Engine. format: "npy", "parquet" or "zarr".
     folder: where the results go.
     """
 
@@ -76,12 +76,29 @@ class Plan:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def part(self, block: int) -> Path:
-        """The file of a block's results."""
-        return Path(self.folder, "parts", f"{block:08}.{self.format}")
+        """The file of a block's results; a chunk of Zarr's is called c, its block, and zeros."""
+        chunk = ".".join(["c", str(block), *("0" for _ in self.output)])
+        name = chunk if self.format == "zarr" else f"{block:08}.{self.format}"
+        return Path(self.folder, "parts", name)
 
     def record(self, block: int) -> Path:
         """What says that a block is done: JSON, with the sha256 of its file."""
         return Path(self.folder, "records", f"{block:08}.json")
+
+    @property
+    def zarr(self) -> dict[str, Any]:
+        """The results as an array of Zarr 3, whose chunks are the blocks: its zarr.json."""
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [self.rows, *self.output],
+            "data_type": self.output_dtype,
+            "chunk_grid": _named("regular", chunk_shape=[self.block_rows, *self.output]),
+            "chunk_key_encoding": _named("default", separator="."),
+            "codecs": [_named("bytes", endian="little")],
+            "fill_value": 0,
+            "attributes": {},
+        }
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -113,7 +130,7 @@ class Plan:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Plan:
         """The plan in a folder. OptionError if there is none, RowsError if it is not whole."""
-        path = Path(folder, NAME)
+        path = Path(path_of(folder), NAME)
         try:
             plain = json.loads(path.read_text())
         except FileNotFoundError:
@@ -131,6 +148,10 @@ class Plan:
             return replace(plan, output=tuple(plan.output))
         except (TypeError, KeyError) as error:
             raise RowsError(f"{path} is not the plan of a sweep: {error}") from None
+
+
+def _named(name: str, **configuration: Any) -> dict[str, Any]:
+    return {"name": name, "configuration": configuration}
 
 
 def _short(value: Any) -> str:
@@ -151,6 +172,20 @@ def rows_per_block(sources: tuple[Source, ...], output: Shape, itemsize: int) ->
     rows, chunk = max(1, BLOCK_BYTES // width), max(source.chunk for source in sources)
     multiple = chunk if 1 < chunk <= 8 * rows else MULTIPLE
     return max(1, rows // multiple) * multiple if rows >= MULTIPLE or multiple == chunk else rows
+
+
+def read_anew(sources: tuple[Source, ...], block_rows: int) -> float:
+    """How many rows are read for one, because blocks end within the chunks of a file."""
+    rows, first = sum(source.rows for source in sources), 0
+    starts, read = np.arange(0, rows, block_rows), 0
+    for source in sources:
+        begin = np.clip(starts - first, 0, source.rows)
+        end = np.clip(starts + block_rows - first, 0, source.rows)
+        begin, end = begin[end > begin], end[end > begin]
+        whole = -(-end // source.chunk) * source.chunk
+        read += int((np.minimum(whole, source.rows) - begin // source.chunk * source.chunk).sum())
+        first += source.rows
+    return read / rows
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -149,7 +149,9 @@ def _chosen(path: str, key: str | None, group: Any) -> Any:
         key = names[0]
     if key is None or key not in group:
         wanted = "holds several arrays" if key is None else f"has no {key!r}"
-        raise OptionError(f"{path} {wanted}: name one of {', '.join(map(str, names[:20]))} by key")
+        raise OptionError(
+            f"{path} {wanted}: name one of {', '.join(map(str, names[:20]))} by key (--key)"
+        )
     return group[key]
 
 
@@ -182,16 +184,13 @@ def _of_columns(path: str, table: Any) -> HostArray:
 
     kinds = [field.type for field in table.schema]
     if len(kinds) == 1 and pyarrow.types.is_fixed_size_list(kinds[0]):
-        column = table.column(0).combine_chunks()
-        column = (
-            column if isinstance(column, pyarrow.Array) else pyarrow.concat_arrays(column.chunks)
-        )
+        column = _one(table.column(0))
         numbers = column.flatten()
         if column.null_count or numbers.null_count:
             raise RowsError(f"{path}: values are missing in column {table.schema.names[0]}")
         return numbers.to_numpy(zero_copy_only=False).reshape(len(table), kinds[0].list_size)  # type: ignore[no-any-return]
     if len(kinds) == 1 and pyarrow.types.is_fixed_size_binary(kinds[0]):
-        column, width = table.column(0).combine_chunks(), kinds[0].byte_width
+        column, width = _one(table.column(0)), kinds[0].byte_width
         if column.null_count:
             raise RowsError(f"{path}: values are missing in column {table.schema.names[0]}")
         if len(table) == 0:
@@ -200,6 +199,11 @@ def _of_columns(path: str, table: Any) -> HostArray:
         held = np.frombuffer(column.buffers()[1], "uint8")
         return held[start : start + len(table) * width].reshape(-1, width)
     return host_rows(table)
+
+
+def _one(column: Any) -> Any:
+    """A column in one piece: as it lies, if it is one."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _module(name: str, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -31,7 +32,7 @@ from nnxp._progress import Progress, told
 from nnxp.backend._machine import usable_cores
 from nnxp.cluster import folder as folders
 from nnxp.cluster.blocks import Setting, loads, release, task
-from nnxp.cluster.plan import FORMATS, Plan, rows_per_block, sha256
+from nnxp.cluster.plan import FORMATS, Plan, read_anew, rows_per_block, sha256
 from nnxp.cluster.sources import Source, source
 from nnxp.engine import Engine
 from nnxp.io._atomic import path_of
@@ -40,6 +41,7 @@ from nnxp.layers._layer import Layer, whole
 TRIES = 2  # of a block, before it is given up
 HOPELESS = 8  # blocks that are given up while none has ended well: it is not the blocks
 QUEUED = 512  # blocks that an executor is given at once, if it does not say how many it does
+MOST_READ = 1.25  # rows for one, because of chunks, before it is said
 PATIENCE = 300.0  # seconds in which no block ends, before it is said who does what
 
 Say = Callable[[str], object]
@@ -50,9 +52,10 @@ class Report(Printed):
     """What a sweep has done.
 
     kept: blocks that were done before. seconds: from the first block to the last, checks included.
-    read, compute, write: seconds of all workers together. hardware: blocks by the kind of machine,
-    those that were kept included; on more than one kind the last bits may differ. workers: the
-    processes that did blocks, and loads the models that they loaded. peak_memory: bytes of the
+    read, compute, write: seconds of all workers together. overhead: the seconds of all workers for
+    one of that work; what is above 1 is starting and waiting. hardware: blocks by the kind of
+    machine, those that were kept included; on more than one kind the last bits may differ. workers:
+    the processes that did blocks, and loads the models that they loaded. peak_memory: bytes of the
     largest of them. failed: by block, what went wrong.
     """
 
@@ -66,6 +69,7 @@ class Report(Printed):
     read: float
     compute: float
     write: float
+    overhead: float
     workers: int
     loads: int
     peak_memory: int
@@ -90,7 +94,7 @@ class Report(Printed):
         if self.workers:
             lines.append(
                 f"processes at work: {self.workers}, which loaded {self.loads} models; at most "
-                f"{self.peak_memory >> 20:,} MiB each; {shares}"
+                f"{self.peak_memory >> 20:,} MiB each; {shares}; overhead {self.overhead:.2f}"
             )
         lines += [f"ran on {name}: {count:,} blocks" for name, count in self.hardware.items()]
         if len(self.hardware) > 1:
@@ -133,17 +137,21 @@ def sweep(
     `key` names an array or columns in them.
     executor: any of concurrent.futures' kind, such as `ProcessPoolExecutor` (with spawn) or Dask's
     `client.get_executor()`. `processes` starts so many here. With neither, this process does it.
-    block_rows: rows of a block; some 32 MiB if None. format: of the files, "npy" or "parquet".
+    block_rows: rows of a block; some 32 MiB if None. format: of the files, "npy", "parquet" or
+    "zarr", where `parts` is a Zarr array and each block one chunk of it.
     precision: "tf32" as for an Engine. devices: such as ["cuda:0", "cuda:1"], each claimed by at
     most `per_device` processes; without them, the best there is.
     threads: of a process on the CPU; its share of the cores if None. imports: modules that workers
     import first, with layers of your own. restart: throw away what another sweep left there.
-    progress: as for an Engine. After `patience` seconds without a block, `say` hears who does what.
+    progress: as for an Engine. After `patience` seconds without a block, `say` hears who does what,
+    and before the first row, whether blocks cut through the chunks of a file.
 
     Raises OptionError if the folder belongs to another sweep (it names what differs), RowsError or
     ShapeError if the rows do not fit, BackendUnavailable if no device is free, and SweepError, with
     a `report`, if blocks failed twice: the others are done.
     """
+    if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience > 0:
+        raise OptionError(f"patience is a number of seconds above 0, not {patience!r:.60}")
     if executor is not None and processes is not None:
         raise OptionError("give an executor, or a number of processes to start here, not both")
     if executor is not None and not callable(getattr(executor, "submit", None)):
@@ -166,12 +174,16 @@ def sweep(
     )
     sources = _sources(rows, key)
     home = Path(path_of(folder)).absolute()
+    if home.exists() and not home.is_dir():
+        raise OptionError(f"{home} is a file; the results of a sweep go into a folder")
     home.mkdir(parents=True, exist_ok=True)
     with folders.locked(home):
         plan = _planned(model, sources, home, block_rows, precision, format, restart)
+        say = say or _to_stderr
+        _check_chunks(plan, say)
         pool = _Pool(executor, processes, size)
         try:
-            return _Run(plan, setting, pool, patience, say or _to_stderr).all(progress)
+            return _Run(plan, setting, pool, patience, say).all(progress)
         finally:
             pool.close()
             folders.forget_workers(plan)
@@ -226,7 +238,7 @@ def _planned(
 ) -> Plan:
     """The plan, in its folder; what cannot go well is refused before the first row is read."""
     if format not in FORMATS:
-        raise OptionError(f"format={format!r:.60} is not offered; {' and '.join(FORMATS)} are")
+        raise OptionError(f"format={format!r:.60} is not offered; {', '.join(FORMATS)} are")
     if format == "parquet":
         from nnxp.io.tables import required_pyarrow
 
@@ -251,6 +263,20 @@ def _planned(
     finally:
         if made:
             path.unlink(missing_ok=True)
+
+
+def _check_chunks(plan: Plan, say: Say) -> None:
+    """Say before the first row if much is read more than once, and how it is not."""
+    times, chunk = read_anew(plan.sources, plan.block_rows), max(s.chunk for s in plan.sources)
+    if times < MOST_READ:
+        return
+    better = -(-plan.block_rows // chunk) * chunk
+    fits = read_anew(plan.sources, better) < MOST_READ
+    advice = f"; with block_rows={better} (--block-rows {better}) they would not" if fits else ""
+    say(
+        f"blocks of {plan.block_rows:,} rows cut through the file's chunks of {chunk:,}, so that "
+        f"each row is read {times:.1f} times{advice}"
+    )
 
 
 def _model_file(model: str | os.PathLike[str] | Layer, home: Path) -> tuple[Path, Layer, bool]:
@@ -363,6 +389,7 @@ class _Run:
         self.suspects: set[int] = set()
         self.tries: dict[int, int] = {}
         self.failed: dict[int, str] = {}
+        self.full = 0  # how often in a row the disk was full
         self.records: dict[int, dict[str, Any]] = {}
 
     def all(self, progress: Progress) -> Report:
@@ -421,8 +448,10 @@ class _Run:
             except BackendUnavailable:
                 raise  # no fault of the block: whoever works there has no device
             except Exception as error:
+                self._check_room(error)
                 self._went_wrong(block, f"{type(error).__name__}: {error}")
             else:
+                self.full = 0
                 self.suspects.discard(block)
                 done(self._rows(block))
         if cause is not None:
@@ -448,6 +477,17 @@ class _Run:
         self.suspects.discard(block)
         if len(self.failed) >= HOPELESS and not self.records:
             raise SweepError(f"nothing goes well, so it ends here: {self._what_failed()}")
+
+    def _check_room(self, error: Exception) -> None:
+        """End it if the disk is full, and stays so: blocks would be computed for nothing."""
+        if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            return
+        self.full += 1
+        if self.full >= HOPELESS:
+            raise SweepError(
+                f"{self.plan.folder}: {error.strerror}, {self.full} times in a row. "
+                f"{len(self.records):,} blocks were done; make room and run again, and it goes on"
+            ) from error
 
     def _what_failed(self) -> str:
         block, problem = next(iter(self.failed.items()))
@@ -478,6 +518,8 @@ class _Run:
             name = f"{record['device'].partition(':')[0]}: {record['hardware']}"
             hardware[name] = hardware.get(name, 0) + 1
         rows = sum(map(self._rows, self.records))
+        threads = len({(record["host"], record["pid"], record["thread"]) for record in made})
+        work = sum(record[part] for record in made for part in ("read", "compute", "write"))
         return Report(
             folder=self.plan.folder,
             rows=self.plan.rows,
@@ -489,6 +531,7 @@ class _Run:
             read=sum(record["read"] for record in made),
             compute=sum(record["compute"] for record in made),
             write=sum(record["write"] for record in made),
+            overhead=threads * seconds / work if work else 1.0,
             workers=len(workers),
             loads=sum(workers.values()),
             peak_memory=max((record["peak_memory"] for record in made), default=0),

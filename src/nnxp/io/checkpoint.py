@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -80,6 +81,19 @@ def save(model: Layer, path: str | os.PathLike[str]) -> None:
         # In C order, because safetensors takes the memory as it lies.
         hosted = {name: np.asarray(asnumpy(value), order="C") for name, value in arrays.items()}
         save_file(hosted, beside, metadata={"nnxp": text})
+
+
+def model_sha256(model: Layer) -> str:
+    """The sha256 of what a model is: its layers, their fields, and the numbers in its arrays.
+
+    Raises CheckpointError for a model that a file cannot hold: such fields cannot be compared.
+    """
+    digest = hashlib.sha256(json.dumps(_described(model)).encode())
+    for name, value in model.parameters().items():
+        array = np.asarray(asnumpy(value), order="C")
+        digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
+        digest.update(array.reshape(-1).view("uint8").data)
+    return digest.hexdigest()
 
 
 def load(path: str | os.PathLike[str]) -> Layer:

@@ -80,13 +80,14 @@ def provenance(backend: Backend) -> dict[str, Any]:
         return facts | _cuda(backend)
     blas = [each for each in threadpool_info() if each.get("user_api") == "blas"]
     return facts | {
-        "hardware": _processor(),
+        "hardware": processor(),
         "blas": " ".join(str(each.get("internal_api")) for each in blas),
         "kernels": " ".join(str(each.get("architecture")) for each in blas),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     about = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", about.read_text()) if about.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
