@@ -81,6 +81,7 @@ from nnxp.layers.torch_graph import TorchGraph as TorchGraph
 if TYPE_CHECKING:
     from nnxp import cluster as cluster
     from nnxp import sim as sim
+    from nnxp import sklearn as sklearn
     from nnxp import testing as testing
     from nnxp.training import losses as losses
     from nnxp.training import schedules as schedules
@@ -100,7 +101,7 @@ if TYPE_CHECKING:
     from nnxp.training.optimizers import clip_by_norm as clip_by_norm
 
 _LATER = {
-    "cluster": "", "sim": "", "testing": "",
+    "cluster": "", "sim": "", "sklearn": "", "testing": "",
     "losses": "training", "schedules": "training",
     "value_and_gradients": "training.differentiate", "vjp": "training.differentiate",
     "Fitted": "training.fit", "fit": "training.fit",
@@ -108,7 +109,7 @@ _LATER = {
     "SGD Adagrad Adam AdamW Lion Momentum Nesterov Optimizer RMSProp clip_by_norm".split(),
     "training.optimizers",
 )  # fmt: skip
-_MODULES = ("cluster", "sim", "testing", "losses", "schedules")
+_MODULES = ("cluster", "sim", "sklearn", "testing", "losses", "schedules")
 
 
 def __getattr__(name: str) -> object:

@@ -78,8 +78,8 @@ def from_sklearn(estimator: Any, dtype: object = "float32") -> Sequential:
     for step in before:
         _transform(model, step)
     _predict(model, last)
-    columns = _column_names(estimator, steps[0].estimator)
-    return model.finished(columns, _class_names(last.estimator))
+    columns = column_names_of(estimator, steps[0].estimator)
+    return model.finished(columns, class_names_of(last.estimator))
 
 
 _WANTED = (
@@ -433,7 +433,7 @@ def _stored(what: str, values: Any, kind: np.dtype[Any]) -> HostArray:
     return stored
 
 
-def _column_names(*estimators: Any) -> tuple[str, ...] | None:
+def column_names_of(*estimators: Any) -> tuple[str, ...] | None:
     """The names of the columns that the first of these was fitted with, if any."""
     for each in estimators:
         names = getattr(each, "feature_names_in_", None)
@@ -442,7 +442,7 @@ def _column_names(*estimators: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _class_names(predictor: Any) -> Any:
+def class_names_of(predictor: Any) -> Any:
     """The classes of which each row has one; None if it may have several, or something else."""
     classes = getattr(predictor, "classes_", None)
     several = getattr(getattr(predictor, "_label_binarizer", None), "y_type_", "")

@@ -153,10 +153,13 @@ def order_of(count: int, seed: int, epoch: int, in_memory: bool = True) -> HostA
     return np.concatenate([rng.permutation(group) for group in groups])
 
 
-def batches_of(order: HostArray, batch: int) -> list[HostArray]:
-    """The order in pieces of so many rows; the rest is a smaller one, but never a single row."""
+def batches_of(order: HostArray, batch: int, *, joined: bool = True) -> list[HostArray]:
+    """The order in pieces of so many rows; the rest is a smaller one.
+
+    A single row that is left goes with the piece before it, if `joined`: it has no variance.
+    """
     ends = list(range(batch, len(order), batch))
-    if ends and len(order) - ends[-1] == 1:
+    if joined and ends and len(order) - ends[-1] == 1:
         ends.pop()
     return np.split(order, ends)
 

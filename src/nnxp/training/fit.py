@@ -185,17 +185,33 @@ class Trainer:
 
     def step(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """One step by the gradients of this batch; its loss before it."""
-        runner = self._runner(self._runners, self.form, given, True)
-        parameters = [self.arrays[n] for n in runner.written.inputs]
-        into = [self.gradients[n] for n in runner.written.learned]
-        y, statistics, _ = runner(parameters, data_of(given), rng, into)
+        y, statistics = self._slope(given, rng)
         if self.clip is not None:
             norm = xp_of(self.slopes).sqrt((self.slopes * self.slopes).sum())
             self.slopes *= xp_of(self.slopes).minimum(self.clip / (norm + 1e-12), 1)
         self.optimizer.update({"parameters": self.vector}, {"parameters": self.slopes}, self.state)
+        self._record(statistics)
+        return y
+
+    def slope(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
+        """The loss of this batch, and its gradients in `slopes`; no parameter learns by it."""
+        y, statistics = self._slope(given, rng)
+        self._record(statistics)
+        return y
+
+    def _slope(
+        self, given: Sequence[Any], rng: np.random.Generator | None
+    ) -> tuple[Array, dict[str, Array]]:
+        runner = self._runner(self._runners, self.form, given, True)
+        parameters = [self.arrays[n] for n in runner.written.inputs]
+        into = [self.gradients[n] for n in runner.written.learned]
+        y, statistics, _ = runner(parameters, data_of(given), rng, into)
+        return y, statistics
+
+    def _record(self, statistics: Mapping[str, Array]) -> None:
+        """The running statistics that layers told."""
         for name, value in statistics.items():
             self.arrays[self.names[name]][...] = value
-        return y
 
     def evaluate(self, given: Sequence[Any]) -> Array:
         """The loss of a batch of the model as it is."""
