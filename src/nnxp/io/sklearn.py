@@ -98,9 +98,10 @@ class _Step:
 
     @property
     def name(self) -> str:
-        """The name of its class, "" if that is not scikit-learn's own."""
+        """The name of its class, "" if that is neither scikit-learn's own nor ours."""
         cls = type(self.estimator)
-        return cls.__name__ if cls.__module__.startswith("sklearn.") else ""
+        own = cls.__module__.startswith("sklearn.") or cls.__module__ == "nnxp.sklearn"
+        return cls.__name__ if own else ""
 
     def __str__(self) -> str:
         return f"{self.path}{type(self.estimator).__name__}"
@@ -293,6 +294,10 @@ def _network(model: _Model, step: _Step) -> None:
     """activation(x @ coefs[i] + intercepts[i]), one after the other"""
     network = step.estimator
     *hidden, last = zip(network.coefs_, network.intercepts_, strict=True)
+    if getattr(network, "layers", None) is not None:  # one of ours, with layers of any kind
+        hidden = []
+        for layer in network.model_.layers[:-1]:
+            model.append(layer)
     output = network.out_activation_
     if output == "logistic" and network.n_outputs_ == 1:
         last, output = _two_columns(*last), "softmax"
