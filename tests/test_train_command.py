@@ -11,7 +11,7 @@ import nnxp
 from conftest import draw
 from nnxp._errors import OptionError
 from nnxp.io.tables import Reading
-from nnxp.training.table import train_on_table
+from nnxp.training.table import _split, train_on_table
 from test_cli import fails, nnxp_
 
 NAMES = ["a", "b", "c"]
@@ -72,6 +72,11 @@ def test_the_score_is_of_rows_that_were_not_trained_on(room):
     assert report.task == "classes"
     assert report.classes == [0, 1]
     assert abs(report.score - 0.5) < 0.2
+    table = np.loadtxt("noise.csv", delimiter=",", skiprows=1)
+    right = nnxp.predict(model, table[:, :3]).argmax(axis=1) == table[:, 3]
+    unseen, valid, seen = _split(table[:, 3], 0)
+    assert sorted([*unseen, *valid, *seen]) == list(range(300))
+    assert report.score == right[unseen].mean() != right[seen].mean()
     again, _ = train_on_table("noise.csv", "kind", epochs=60)
     for name, p in model.parameters().items():
         np.testing.assert_array_equal(p, again.parameters()[name])

@@ -224,6 +224,83 @@ def test_schedules():
         optimizers.SGD(-1.0)
 
 
+def test_a_rate_falls_where_the_loss_does_not_as_torchs():
+    torch = pytest.importorskip("torch")
+    p = [torch.zeros(1, requires_grad=True)]
+    other = torch.optim.SGD(p, 1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(other, factor=0.5, patience=2, min_lr=0.1)
+    ours = schedules.Plateau(1.0, patience=2, decay=0.5, least=0.1)
+    seen = np.random.default_rng(0).random(60).tolist()
+    rates = []
+    for i, loss in enumerate(seen):
+        theirs.step(loss)
+        rates.append(ours.after(seen[: i + 1]))
+        assert rates[-1] == other.param_groups[0]["lr"]
+    assert rates[0] == 1.0 > 0.1 == rates[-1]
+
+
+def test_a_run_by_plateaus_steps_at_the_rate_of_its_losses(tmp_path):
+    x, y = data(60)
+    rate = schedules.Plateau(0.5, patience=0, decay=0.0, tolerance=0.9)  # no epoch is as good
+    whole = fit(deep(), x, y, epochs=4, optimizer=nnxp.SGD(rate), fixed=["layers.2"])
+    short = fit(deep(), x, y, epochs=2, optimizer=nnxp.SGD(rate), fixed=["layers.2"])
+    learned = [n for n in whole.model.parameters() if not n.startswith("layers.2")]
+    for name in learned:  # from the third epoch on the rate is 0
+        np.testing.assert_array_equal(
+            whole.model.parameters()[name], short.model.parameters()[name]
+        )
+    options = {"optimizer": nnxp.SGD(dataclasses.replace(rate, decay=0.5)), "fixed": ["layers.2"]}
+    whole = fit(deep(), x, y, epochs=5, **options)
+    path = tmp_path / "run.safetensors"
+    fit(deep(), x, y, epochs=3, checkpoint=path, **options)
+    assert_same_bits(fit(deep(), x, y, epochs=5, checkpoint=path, **options).model, whole.model)
+
+
+def narrow(dtype):
+    return nnxp.Sequential(nnxp.Dense(5, 16, "relu", rng=0), nnxp.Dense(16, 3, rng=1)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_small_steps_add_up_in_16_bits(dtype, tmp_path):
+    """Each step is smaller than half a unit of the parameters: only float32 masters keep them."""
+    x, y = data()
+    options = {"epochs": 12, "optimizer": nnxp.SGD(2e-4)}
+    wide = fit(narrow(dtype).astype("float32"), x, y, **options).model
+    model = narrow(dtype)
+    found = fit(model, x, y, **options).model
+    start = model.parameters()["layers.0.weight"].astype("float32")
+    moved = found.parameters()["layers.0.weight"].astype("float32") - start
+    wanted = wide.parameters()["layers.0.weight"] - start
+    assert found.dtype == model.dtype
+    assert abs(moved - wanted).mean() < 0.5 * abs(wanted).mean()
+    path = tmp_path / "run.safetensors"
+    fit(model, x, y, **options | {"epochs": 5, "checkpoint": path})
+    assert_same_bits(fit(model, x, y, **options | {"checkpoint": path}).model, found)
+
+
+def test_gradients_that_float16_does_not_hold_are_scaled():
+    x, y = data()
+    small = losses.MeanSquare()
+    target = np.zeros((200, 3), "float32")
+
+    def tiny(model, x, t):
+        return small(model, x, t) * 2e-6  # its gradients are below the smallest number of float16
+
+    options = {"loss": tiny, "epochs": 2, "optimizer": nnxp.SGD(1e4)}
+    found = fit(narrow("float16"), x, target, **options).model
+    wide = fit(narrow("float16").astype("float32"), x, target, **options).model
+    for name, p in found.parameters().items():
+        np.testing.assert_allclose(p, wide.parameters()[name], atol=4e-3, err_msg=name)
+    trainer = Trainer(narrow("float16"), losses.cross_entropy, nnxp.SGD(0.1))
+    before = trainer.vector.copy()
+    scaled = x.astype("float16") * 30
+    for _ in range(20):
+        trainer.step((scaled, y), None)
+    assert 1 <= trainer.state["scale"] < 2**15  # too large a scale is halved
+    assert np.isfinite(trainer.vector).all()
+    assert (trainer.vector != before).any()
+
+
 def test_clipping_is_by_the_norm_of_all_gradients_together():
     g = {"a": np.array([3.0]), "b": np.array([[4.0]])}
     clipped = optimizers.clip_by_norm(g, 1.0)

@@ -264,7 +264,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
 
     def _restore_optimizer(self, trainer: Trainer) -> None:
         """Go on where a pickled estimator stood, or one whose device has changed."""
-        trainer.optimizer, state = self._optimizer_kept
+        trainer.current, state = self._optimizer_kept
         for name, value in state.items():
             target = trainer.state[name]
             target[...] = value if type(target) is np.ndarray else to_backend(value, self.device)
@@ -284,7 +284,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         self.n_layers_ = len(dense) + 1
         self.coefs_ = [layer.weight for layer in dense]
         self.intercepts_ = [layer.bias for layer in dense]
-        self._optimizer_kept = trainer.optimizer, {n: asnumpy(a) for n, a in trainer.state.items()}
+        self._optimizer_kept = trainer.current, {n: asnumpy(a) for n, a in trainer.state.items()}
 
     # by steps
 
@@ -324,7 +324,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
                 self._note_loss()
             if self.solver == "sgd" and self.learning_rate == "invscaling":
                 slower = self.learning_rate_init / (self.t_ + 1) ** self.power_t
-                trainer.optimizer = replace(trainer.optimizer, rate=slower)
+                trainer.current = replace(trainer.current, rate=slower)
             if self._waited > self.n_iter_no_change and self._stops(trainer):
                 break
             if incremental:
@@ -407,9 +407,9 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         said = (f"{what} did not improve more than tol={self.tol:f} for {self.n_iter_no_change} "
                 "consecutive epochs.")  # fmt: skip
         adaptive = self.solver == "sgd" and self.learning_rate == "adaptive"
-        rate: Any = trainer.optimizer.rate
+        rate: Any = trainer.current.rate
         if adaptive and rate > 1e-6:
-            trainer.optimizer = replace(trainer.optimizer, rate=rate / 5)
+            trainer.current = replace(trainer.current, rate=rate / 5)
             self._waited = 0
             if self.verbose:
                 print(f"{said} Setting learning rate to {rate / 5:f}")

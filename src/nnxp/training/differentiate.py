@@ -50,12 +50,17 @@ class LossProgram:
 
 
 def write_out(
-    loss: Loss, model: Layer, arrays: Sequence[Any], learned: Callable[[str], bool] | None = None
+    loss: Loss,
+    model: Layer,
+    arrays: Sequence[Any],
+    learned: Callable[[str], bool] | None = None,
+    scale: float = 1.0,
 ) -> LossProgram:
     """The program of loss(model, *arrays) and of its gradients, for arrays of these shapes.
 
     `arrays` may be tuples and dicts of arrays, and None. `learned` says which parameters get
-    gradients; without it none do. Raises NotDifferentiable for a loss that looks at numbers.
+    gradients, `scale` times as large as they are; without it none do. Raises NotDifferentiable for
+    a loss that looks at numbers.
     """
     parameters = model.parameters()
     first: dict[int, str] = {}
@@ -91,7 +96,7 @@ def write_out(
     chosen = tuple(n for n in inputs if learned is not None and learned(n))
     if learned is not None:
         by_name = dict(zip(inputs, program.inputs, strict=False))
-        program = gradient(program, program.outputs[0], [by_name[n] for n in chosen])
+        program = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
     return LossProgram(program, inputs, names, chosen, tuple(tape.told), tuple(tape.drawn))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,11 @@ from nnxp.training.differentiate import (
 )
 from nnxp.training.losses import LOSSES, CrossEntropy
 from nnxp.training.optimizers import Adam, Optimizer
+from nnxp.training.schedules import Plateau
 
 UNREAD = 64  # losses of a device that are read together: reading one waits for it
+SCALE = 2.0**15  # of the gradients of float16, at most and at first
+GROWTH = 2000  # steps whose gradients float16 held, after which the scale is doubled
 ALIGNED = 16  # numbers: parameters lie in one vector, each on the border of a cache line
 
 
@@ -118,6 +121,7 @@ def fit(
     ):
         done(run.rows_done)
         while run.epoch < epochs and not run.waited(patience):
+            run.set_rate()
             run.go_through(done, checkpoint_seconds)
             entry = run.end_epoch(seen)
             if callback is not None:
@@ -165,6 +169,8 @@ class Trainer:
             raise OptionError(f"gradients are clipped to a norm above zero, not {clip!r}")
         self.model, self.form = model, model.training()
         self.loss, self.optimizer, self.clip = loss, optimizer, clip
+        self.current = optimizer
+        """The optimiser with the rate of now."""
         self.place = model.place or "cpu"
         parameters = model.parameters()
         held = _held(parameters, fixed_names(model), fixed)
@@ -179,19 +185,48 @@ class Trainer:
             self.vector, self.arrays = _vector(learning)
             self.slopes, self.gradients = _vector(learning, fill=False)
             self.arrays |= {n: p.copy() for n, p in own.items() if n in held}
-            self.state = optimizer.init({"parameters": self.vector})
+            self.narrow = self.vector.dtype.itemsize == 2
+            self.master = self.vector.astype("float32") if self.narrow else self.vector
+            self.state = optimizer.init({"parameters": self.master})
+            if self.narrow:
+                first_scale = SCALE if self.vector.dtype == np.float16 else 1.0
+                self.state |= {"scale": np.array(first_scale), "unscathed": np.zeros((), "int64")}
         self._runners: dict[Any, LossRunner] = {}
         self._evaluators: dict[Any, LossRunner] = {}
 
     def step(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """One step by the gradients of this batch; its loss before it."""
         y, statistics = self._slope(given, rng)
+        slopes = self._unscaled() if self.narrow else self.slopes
+        if slopes is None:
+            return y
         if self.clip is not None:
-            norm = xp_of(self.slopes).sqrt((self.slopes * self.slopes).sum())
-            self.slopes *= xp_of(self.slopes).minimum(self.clip / (norm + 1e-12), 1)
-        self.optimizer.update({"parameters": self.vector}, {"parameters": self.slopes}, self.state)
+            norm = xp_of(slopes).sqrt((slopes * slopes).sum())
+            slopes *= xp_of(slopes).minimum(self.clip / (norm + 1e-12), 1)
+        self.current.update({"parameters": self.master}, {"parameters": slopes}, self.state)
+        if self.narrow:
+            self.vector[...] = self.master
         self._record(statistics)
         return y
+
+    def _unscaled(self) -> Array | None:
+        """The gradients in float32; None if 16 bits did not hold them, and the step is left out.
+
+        The scale then is halved, and doubled after GROWTH steps without.   [Micikevicius et al.
+        2018, arXiv:1710.03740]
+        """
+        scale, unscathed = self.state["scale"], self.state["unscathed"]
+        slopes = self.slopes.astype("float32") / float(scale)
+        if not bool(xp_of(slopes).isfinite(slopes).all()):
+            scale[...] = max(float(scale) / 2, 1.0)
+            unscathed[...] = 0
+            self._runners.clear()
+            return None
+        unscathed[...] += 1
+        if self.vector.dtype == np.float16 and not int(unscathed) % GROWTH and scale < SCALE:
+            scale[...] *= 2
+            self._runners.clear()
+        return slopes
 
     def slope(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """The loss of this batch, and its gradients in `slopes`; no parameter learns by it."""
@@ -205,7 +240,8 @@ class Trainer:
         runner = self._runner(self._runners, self.form, given, True)
         parameters = [self.arrays[n] for n in runner.written.inputs]
         into = [self.gradients[n] for n in runner.written.learned]
-        y, statistics, _ = runner(parameters, data_of(given), rng, into)
+        with np.errstate(all="ignore") if self.narrow else nullcontext():  # overflow is seen to
+            y, statistics, _ = runner(parameters, data_of(given), rng, into)
         return y, statistics
 
     def _record(self, statistics: Mapping[str, Array]) -> None:
@@ -228,9 +264,9 @@ class Trainer:
     ) -> LossRunner:
         key = tuple((each.shape, each.dtype) for each in data_of(given))
         if key not in known:
-            written = write_out(
-                self.loss, model, given, (lambda n: n in self.learned) if learns else None
-            )
+            scale = float(self.state["scale"]) if self.narrow else 1.0
+            learned = (lambda n: n in self.learned) if learns else None
+            written = write_out(self.loss, model, given, learned, scale)
             if learns and not known:
                 tell_idle(written, model)
             known[key] = LossRunner(written, self.place)
@@ -244,11 +280,13 @@ class Trainer:
     def snapshot(self) -> dict[str, Array]:
         """All that changes, by name: to be written, or to come back to."""
         held = {n: p.copy() for n, p in self.arrays.items() if n not in self.learned}
-        return {"parameters": self.vector.copy()} | {f"held.{n}": p for n, p in held.items()}
+        return {"parameters": self.master.copy()} | {f"held.{n}": p for n, p in held.items()}
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:
         """Come back to what a snapshot holds."""
-        self.vector[...] = snapshot["parameters"]
+        self.master[...] = snapshot["parameters"]
+        if self.narrow:
+            self.vector[...] = self.master
         for name, p in self.arrays.items():
             if name not in self.learned:
                 p[...] = snapshot[f"held.{name}"]
@@ -306,6 +344,13 @@ class _Run:
     def waited(self, patience: int | None) -> bool:
         """Whether the validation loss has not been lower for so many epochs."""
         return patience is not None and self.epoch - self.lowest_epoch >= patience > 0
+
+    def set_rate(self) -> None:
+        """The rate of an optimiser that follows the losses."""
+        optimizer = self.trainer.optimizer
+        if isinstance(optimizer.rate, Plateau):
+            losses = [entry.get("validation", entry["loss"]) for entry in self.history]
+            self.trainer.current = replace(optimizer, rate=optimizer.rate.after(losses))
 
     def go_through(self, done: Callable[[int], None], every: float) -> None:
         """The batches of an epoch that are left."""
@@ -401,8 +446,8 @@ class _Run:
                 trainer.restore(part("now."))
                 self.best = part("best.") or None
                 for name, value in part("state.").items():
-                    if name == "steps":
-                        trainer.state[name][...] = np.asarray(arrays["state.steps"])
+                    if type(trainer.state[name]) is np.ndarray:
+                        trainer.state[name][...] = np.asarray(arrays[f"state.{name}"])
                     else:
                         trainer.state[name][...] = value
             except (KeyError, ValueError) as error:
