@@ -574,3 +574,41 @@ def test_public_names_are_there():
         assert getattr(nnxp, name) is not None
     assert set(nnxp._LATER) <= set(dir(nnxp))
     assert dataclasses.is_dataclass(nnxp.Fitted)
+
+
+# workers
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_any_number_of_workers_gives_the_same_bits(weighted):
+    x, y = data(700)
+    weights = np.arange(700) % 3 + 1.0 if weighted else None
+    options = {"epochs": 2, "batch": 300, "weights": weights, "clip": 0.5}
+    options["loss"] = losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))
+    found = [fit(deep(), x, y, workers=n, **options) for n in (1, 2, 5)]
+    for each in found[1:]:
+        assert_same_bits(each.model, found[0].model)
+        assert [e["loss"] for e in each.history] == [e["loss"] for e in found[0].history]
+
+
+def test_workers_come_to_the_gradients_of_the_whole_batch():
+    """By rows, and by their weights, where pieces differ in both."""
+    x, y = data(300, "float64")
+    for weights in ((), (np.arange(300.0) ** 2,), (np.maximum(np.arange(300.0) - 100, 0),)):
+        loss = losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))
+        one, two = (Trainer(net(), loss, nnxp.SGD(0.1), workers=n) for n in (None, 2))
+        pair = [float(each.step((x, y, *weights), None)) for each in (one, two)]
+        np.testing.assert_allclose(pair[1], pair[0], rtol=1e-12)
+        np.testing.assert_allclose(two.slopes, one.slopes, rtol=1e-9, atol=1e-14)
+        np.testing.assert_allclose(two.vector, one.vector, rtol=1e-9)
+
+
+def test_workers_of_a_device_and_none_are_refused(sim):
+    x, y = data()
+    with pytest.raises(OptionError, match="threads of the CPU"):
+        fit(net(dtype="float32").to("sim"), x, y, workers=2)
+    with pytest.raises(OptionError, match="workers"):
+        fit(net(dtype="float32"), x, y, workers=0)
+    failing = Trainer(net(), losses.mean_square, nnxp.SGD(), workers=2)
+    with pytest.raises(ShapeError):
+        failing.step((rows(count=200), rows(count=200)[:, :2]), None)

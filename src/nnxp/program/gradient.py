@@ -36,8 +36,9 @@ def gradient(program: Program, of: Value, wrt: Sequence[Value], scale: float = 1
     """The program that answers what `program` does, and then the gradient of `of` by each of `wrt`.
 
     `of` is one of the outputs and a single number, `wrt` are inputs; a gradient has the shape and
-    type of its input, and is `scale` times as large, so that 16 bits hold small ones. Raises NotDifferentiable, with the layer's path, for arithmetic without a
-    gradient: a layer that looks at numbers, or a function without a rule.
+    type of its input, and is `scale` times as large, so that 16 bits hold small ones. Raises
+    NotDifferentiable, with the layer's path, for arithmetic without a gradient: a layer that looks
+    at numbers, or a function without a rule.
     """
     if prod(of.shape) != 1:
         raise NotDifferentiable(

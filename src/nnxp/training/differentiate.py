@@ -79,7 +79,7 @@ def write_out(
         layers.update({id(copy): (path, layer) for (path, layer), (_, copy) in pairs})
         tapes.append(traced.current_tape())
         rest = iter(given[len(inputs) :])
-        y = loss(lifted, *_with_leaves(tuple(arrays), rest))
+        y = loss(lifted, *with_leaves(tuple(arrays), rest))
         if not isinstance(y, traced.ndarray):
             raise NotDifferentiable(
                 f"the loss is {y!r:.60}, which does not come from the model and its arrays"
@@ -325,10 +325,10 @@ def _leaves(x: Any) -> list[Any]:
     return [x]
 
 
-def _with_leaves(x: Any, arrays: Any) -> Any:
+def with_leaves(x: Any, arrays: Any) -> Any:
     """The same tuples and dicts with these in place of the arrays."""
     if isinstance(x, Mapping):
-        return {key: _with_leaves(value, arrays) for key, value in x.items()}
+        return {key: with_leaves(value, arrays) for key, value in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(_with_leaves(each, arrays) for each in x)
+        return type(x)(with_leaves(each, arrays) for each in x)
     return next(arrays) if is_array(x) else x

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from nnxp._arrays import Array, xp_of
 from nnxp._errors import CheckpointError, OptionError, TrainingError
 from nnxp._progress import Progress, told
 from nnxp.backend import asnumpy, home_of, to_backend
+from nnxp.backend._blas import one_blas_thread
+from nnxp.backend._threads import together
 from nnxp.layers._layer import Layer, Rng, generator, whole
 from nnxp.training.batches import Rows, batches_of, data_of, order_of
 from nnxp.training.checkpoint import read_run, write_run
@@ -24,15 +28,17 @@ from nnxp.training.differentiate import (
     LossRunner,
     fixed_names,
     tell_idle,
+    with_leaves,
     write_out,
 )
-from nnxp.training.losses import LOSSES, CrossEntropy
+from nnxp.training.losses import LOSSES, CrossEntropy, Loss
 from nnxp.training.optimizers import Adam, Optimizer
 from nnxp.training.schedules import Plateau
 
 UNREAD = 64  # losses of a device that are read together: reading one waits for it
 SCALE = 2.0**15  # of the gradients of float16, at most and at first
 GROWTH = 2000  # steps whose gradients float16 held, after which the scale is doubled
+PIECES, PIECE_ROWS = 16, 64  # that workers cut a batch into: at most, and of so many rows at least
 ALIGNED = 16  # numbers: parameters lie in one vector, each on the border of a cache line
 
 
@@ -65,6 +71,7 @@ def fit(
     patience: int | None = None,
     clip: float | None = None,
     fixed: Sequence[str] = (),
+    workers: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     rng: Rng = None,
@@ -88,6 +95,10 @@ def fit(
                 that of the lowest
     clip        the largest global norm of the gradients
     fixed       parameters, or layers, by dotted name that do not learn
+    workers     threads that share a batch, each with one thread of BLAS. It is cut into pieces of
+                64 rows or more, 16 at most, whatever their number: any number gives the same bits.
+                What a layer draws or learns of a batch (BatchNorm) is then that of each piece; a
+                loss of your own has to be a mean over rows. Without it BLAS alone has threads
     checkpoint  a file that the run is written to every `checkpoint_seconds`, and after each epoch.
                 If it is there, the run goes on from it, to `epochs` in all and the same bits
     rng         a seed or a Generator: the same one gives the same bits on the same machine
@@ -111,7 +122,7 @@ def fit(
         for each in (rows, seen):
             if each is not None and classes is not None:
                 each.labels_in(classes)
-    trainer = Trainer(model, chosen, optimizer, fixed, clip)
+    trainer = Trainer(model, chosen, optimizer, fixed, clip, workers)
     run = _Run(trainer, rows, batch, None if checkpoint is None else Path(checkpoint))
     run.begin(rng)
     home = home_of(trainer.place)
@@ -162,6 +173,7 @@ class Trainer:
         optimizer: Optimizer,
         fixed: Sequence[str] = (),
         clip: float | None = None,
+        workers: int | None = None,
     ) -> None:
         if not isinstance(model, Layer):
             raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
@@ -172,6 +184,9 @@ class Trainer:
         self.current = optimizer
         """The optimiser with the rate of now."""
         self.place = model.place or "cpu"
+        self.workers = None if workers is None else whole("workers", workers)
+        if workers is not None and self.place != "cpu":
+            raise OptionError(f"workers are threads of the CPU, but the model is on {self.place}")
         parameters = model.parameters()
         held = _held(parameters, fixed_names(model), fixed)
         first: dict[int, str] = {}
@@ -191,9 +206,12 @@ class Trainer:
             if self.narrow:
                 first_scale = SCALE if self.vector.dtype == np.float16 else 1.0
                 self.state |= {"scale": np.array(first_scale), "unscathed": np.zeros((), "int64")}
+        self._drawn: bool | None = None
+        self._of_pieces: list[tuple[Array, dict[str, Array]]] = []  # gradients as in slopes
         self._runners: dict[Any, LossRunner] = {}
         self._evaluators: dict[Any, LossRunner] = {}
 
+    @np.errstate(all="ignore")  # a loss that is no number any more is seen to where it is read
     def step(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """One step by the gradients of this batch; its loss before it."""
         y, statistics = self._slope(given, rng)
@@ -228,6 +246,7 @@ class Trainer:
             self._runners.clear()
         return slopes
 
+    @np.errstate(all="ignore")
     def slope(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """The loss of this batch, and its gradients in `slopes`; no parameter learns by it."""
         y, statistics = self._slope(given, rng)
@@ -237,12 +256,72 @@ class Trainer:
     def _slope(
         self, given: Sequence[Any], rng: np.random.Generator | None
     ) -> tuple[Array, dict[str, Array]]:
+        if self.workers is not None:
+            return self._slope_in_pieces(given, rng)
         runner = self._runner(self._runners, self.form, given, True)
         parameters = [self.arrays[n] for n in runner.written.inputs]
         into = [self.gradients[n] for n in runner.written.learned]
-        with np.errstate(all="ignore") if self.narrow else nullcontext():  # overflow is seen to
-            y, statistics, _ = runner(parameters, data_of(given), rng, into)
+        y, statistics, _ = runner(parameters, data_of(given), rng, into)
         return y, statistics
+
+    def _slope_in_pieces(
+        self, given: Sequence[Any], rng: np.random.Generator | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The same by workers: loss, statistics and gradients are means over pieces of the batch.
+
+        Each piece counts as its rows do, and all are added up in one order.
+        """
+        leaves = data_of(given)
+        count = max(1, min(PIECES, len(leaves[0]) // PIECE_ROWS))
+        cuts = np.linspace(0, len(leaves[0]), count + 1).astype(int)
+        pieces = [
+            with_leaves(tuple(given), iter([each[a:b] for each in leaves]))
+            for a, b in pairwise(cuts)
+        ]
+        worths = [self._worth(piece) for piece in pieces]
+        shares = [worth / sum(worths) for worth in worths]
+        runners = [
+            self._runner(self._runners, self.form, piece, True, i) for i, piece in enumerate(pieces)
+        ]
+        draws = [None] * count if rng is None else rng.spawn(count)
+        while len(self._of_pieces) < count:
+            self._of_pieces.append(_vector({n: self.arrays[n] for n in self.learned}, fill=False))
+        made: dict[int, tuple[Array, dict[str, Array], list[Array]]] = {}
+        stopped: list[bool] = []
+
+        def work(own: range) -> None:
+            for i in own:
+                if stopped or not shares[i]:
+                    continue
+                parameters = [self.arrays[n] for n in runners[i].written.inputs]
+                into = [self._of_pieces[i][1][n] for n in runners[i].written.learned]
+                made[i] = runners[i](parameters, data_of(pieces[i]), draws[i], into)
+
+        def add(part: slice) -> None:
+            self.slopes[part] = 0
+            for i in sorted(made):
+                self.slopes[part] += self._of_pieces[i][0][part] * shares[i]
+
+        def share_out(works: list[Callable[[], object]]) -> None:
+            together(works, lambda: stopped.append(True), one_blas_thread)
+
+        workers = self.workers or 1
+        share_out([partial(work, range(w, count, workers)) for w in range(min(workers, count))])
+        ends = np.linspace(0, self.slopes.size, workers + 1).astype(int)
+        share_out([partial(add, slice(a, b)) for a, b in pairwise(ends)])
+        loss = sum(made[i][0] * shares[i] for i in sorted(made))
+        told: dict[str, Any] = {}
+        for i in sorted(made):
+            for name, value in made[i][1].items():
+                told[name] = told.get(name, 0) + value * shares[i]
+        return loss, told
+
+    def _worth(self, piece: Sequence[Any]) -> float:
+        """How much a piece of a batch counts: its rows, or the sum of their weights."""
+        _, target, *weights = piece
+        given = weights[0] if weights else np.ones(len(target), self.vector.dtype)
+        own = self.loss.row_weights(target, given) if isinstance(self.loss, Loss) else None
+        return float((given if own is None else given * own).sum(dtype="float64"))
 
     def _record(self, statistics: Mapping[str, Array]) -> None:
         """The running statistics that layers told."""
@@ -257,12 +336,22 @@ class Trainer:
 
     def draws(self, given: Sequence[Any]) -> bool:
         """Whether a step draws at random."""
-        return bool(self._runner(self._runners, self.form, given, True).written.drawn)
+        if self._drawn is None:
+            self._drawn = bool(self._runner(self._runners, self.form, given, True).written.drawn)
+        return self._drawn
 
     def _runner(
-        self, known: dict[Any, LossRunner], model: Layer, given: Sequence[Any], learns: bool
+        self,
+        known: dict[Any, LossRunner],
+        model: Layer,
+        given: Sequence[Any],
+        learns: bool,
+        piece: int = 0,
     ) -> LossRunner:
-        key = tuple((each.shape, each.dtype) for each in data_of(given))
+        kind = tuple((each.shape, each.dtype) for each in data_of(given))
+        key, first = (kind, piece), (kind, 0)
+        if key not in known and first in known:
+            known[key] = LossRunner(known[first].written, self.place)
         if key not in known:
             scale = float(self.state["scale"]) if self.narrow else 1.0
             learned = (lambda n: n in self.learned) if learns else None
@@ -487,7 +576,7 @@ class _Run:
             "optimizer": f"{trainer.optimizer!r}, clip={trainer.clip}",
             "loss": getattr(trainer.loss, "__qualname__", repr(trainer.loss)),
             "learned": ", ".join(trainer.learned),
-            "batch": str(self.batch),
+            "batch": str(self.batch) if trainer.workers is None else f"{self.batch} in pieces",
             "data": f"{self.rows.count} rows, {data.hexdigest()}",
         }
 
