@@ -552,6 +552,26 @@ def test_rows_come_from_a_file_and_of_any_type(tmp_path):
     assert_same_bits(fitted.model, fit(model, x, y, epochs=1, weights=np.ones(300)).model)
 
 
+def test_rows_are_rounded_behind_a_first_standardize_and_not_before():
+    """float32 holds seconds since 1970 to two minutes: what is 3600 apart is not to be lost."""
+    x, y = data(200, "float64")
+    times = x * 3600 + 1.6e9
+    model = nnxp.Sequential(
+        nnxp.Sequential(nnxp.Standardize(np.full(5, 1.6e9), np.full(5, 3600.0))), *deep().layers[1:]
+    )
+    plain = deep().with_parameters(
+        deep().parameters() | {"layers.0.mean": np.zeros(5), "layers.0.scale": np.ones(5)}
+    )
+    one = fit(model, times, y, epochs=3, validation=(times, y))
+    two = fit(plain, x.astype("float32"), y, epochs=3, validation=(x, y))
+    np.testing.assert_allclose(one.history[-1]["loss"], two.history[-1]["loss"], rtol=1e-4)
+    seconds = np.rint(times).astype("int64")
+    three = fit(model, seconds, y, epochs=3, validation=(seconds, y))
+    np.testing.assert_allclose(three.history[-1]["loss"], two.history[-1]["loss"], rtol=1e-3)
+    assert one.model.parameters().keys() == model.parameters().keys()
+    assert type(one.model.layers[0].layers[0]) is nnxp.Standardize
+
+
 class Sum(nnxp.Layer):
     a: nnxp.Dense
     b: nnxp.Dense

@@ -22,7 +22,8 @@ from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.backend._blas import one_blas_thread
 from nnxp.backend._threads import together
 from nnxp.layers._layer import Layer, Rng, generator, whole
-from nnxp.training.batches import Rows, batches_of, data_of, order_of
+from nnxp.layers.norm import rounding
+from nnxp.training.batches import Rows, batches_of, data_of, entrance_of, order_of
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
     LossRunner,
@@ -179,7 +180,8 @@ class Trainer:
             raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
         if clip is not None and not clip > 0:
             raise OptionError(f"gradients are clipped to a norm above zero, not {clip!r}")
-        self.model, self.form = model, model.training()
+        self.model = model
+        self.seen, self.form = _rounding(model), _rounding(model.training())
         self.loss, self.optimizer, self.clip = loss, optimizer, clip
         self.current = optimizer
         """The optimiser with the rate of now."""
@@ -330,7 +332,7 @@ class Trainer:
 
     def evaluate(self, given: Sequence[Any]) -> Array:
         """The loss of a batch of the model as it is."""
-        runner = self._runner(self._evaluators, self.model, given, False)
+        runner = self._runner(self._evaluators, self.seen, given, False)
         parameters = [self.arrays[n] for n in runner.written.inputs]
         return runner(parameters, data_of(given), None)[0]
 
@@ -379,6 +381,16 @@ class Trainer:
         for name, p in self.arrays.items():
             if name not in self.learned:
                 p[...] = snapshot[f"held.{name}"]
+
+
+def _rounding(model: Layer) -> Layer:
+    """The model as it takes rows that are wider than it, if it standardises them first."""
+    entrance, dtype = entrance_of(model), model.dtype
+    if entrance is None or dtype is None:
+        return model
+    return model.map_layers(
+        lambda name, layer: rounding(layer, dtype) if name == entrance else layer  # type: ignore[arg-type]
+    )
 
 
 def _held(parameters: Mapping[str, Array], own: set[str], fixed: Sequence[str]) -> set[str]:
