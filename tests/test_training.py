@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -594,6 +600,110 @@ def test_public_names_are_there():
         assert getattr(nnxp, name) is not None
     assert set(nnxp._LATER) <= set(dir(nnxp))
     assert dataclasses.is_dataclass(nnxp.Fitted)
+
+
+KILLED = """
+import os, signal, sys, test_training as t
+from nnxp.training.fit import Trainer
+
+step, steps = Trainer.step, 0
+
+def killed(self, *given):
+    global steps
+    steps += 1
+    if steps > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *given)
+
+options = {"epochs": 5, "optimizer": t.nnxp.Adam(1e-2), "validation": t.data(), "patience": 9}
+run = options | {"checkpoint": "run.safetensors", "checkpoint_seconds": 0.0}
+for _ in range(10):
+    if not (child := os.fork()):
+        Trainer.step = killed
+        t.fit(t.deep(), *t.data(), **run)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+Trainer.step = killed
+steps = -2                                  # 5 of the 35 steps are left
+t.assert_same_bits(t.fit(t.deep(), *t.data(), **run).model,
+                   (setattr(Trainer, "step", step), t.fit(t.deep(), *t.data(), **options))[1].model)
+print("the same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, to be killed")
+def test_a_run_that_was_killed_ten_times_ends_with_the_same_bits(tmp_path):
+    paths = [str(Path(__file__).parent), str(Path(nnxp.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stdout == "the same\n", done.stderr
+
+
+def test_more_rows_than_memory_are_read_a_batch_at_a_time(tmp_path):
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", "float32", (40_000, 100))
+    x[:] = draw((100,))
+    y = np.arange(40_000) % 3
+    tracemalloc.start()
+    try:
+        fit(nnxp.Sequential(nnxp.Dense(100, 3, rng=0)), x, y, epochs=1, batch=1024)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 4
+
+
+# what networks can do
+
+
+def error_of_width(width):
+    """The largest error of one hidden layer on a continuous function, in units of one."""
+    x = np.linspace(-1, 1, 256, dtype="float32")[:, None]
+    y = np.sin(3 * np.pi * x[:, 0]) + abs(x[:, 0])
+    rng = np.random.default_rng(0)
+    slopes = rng.uniform(3, 12, (1, width)) * rng.choice([-1, 1], (1, width))
+    first = nnxp.Dense.of(
+        slopes.astype("float32"), (-slopes[0] * np.linspace(-1, 1, width)).astype("float32"), "tanh"
+    )
+    net = nnxp.Sequential(first, nnxp.Dense(width, 1, rng=rng))
+    rate = nnxp.schedules.Cosine(0.02, 1000)
+    fitted = fit(net, x, y, loss="mean_square", optimizer=nnxp.Adam(rate), epochs=1000, batch=256)
+    return float(abs(fitted.model(x)[:, 0] - y).max())
+
+
+def test_the_error_of_one_hidden_layer_falls_with_its_width():
+    """[Cybenko 1989; Hornik 1991]"""
+    errors = [error_of_width(width) for width in (2, 8, 32, 128)]
+    assert errors[0] > 1.0
+    assert all(wider < 0.9 * narrower for narrower, wider in pairwise(errors))
+    assert errors[-1] < 0.06
+
+
+def test_depth_does_with_few_parameters_what_width_does_not():
+    """A tent folded five times has 32 slopes: five layers of two units make it exactly, while one
+    layer of as many parameters has too few slopes, however it is trained   [Telgarsky 2016]."""
+    fold = nnxp.Dense.of(np.float32([[1, 1]]), np.float32([0, -0.5]), "relu")
+    again = [
+        nnxp.Dense.of(np.float32([[2, 2], [-4, -4]]), np.float32([0, -0.5]), "relu")
+        for _ in range(4)
+    ]
+    deep = nnxp.Sequential(fold, *again, nnxp.Dense.of(np.float32([[2], [-4]])))
+    x = np.linspace(0, 1, 1025, dtype="float32")[:, None]
+    y = x[:, 0]
+    for _ in range(5):
+        y = 1 - abs(2 * y - 1)
+    assert abs(deep(x)[:, 0] - y).max() < 1e-5
+    width = (deep.parameter_count - 1) // 3 + 1
+    knots = np.linspace(0, 1, width, endpoint=False, dtype="float32")
+    wide = nnxp.Sequential(
+        nnxp.Dense.of(np.ones((1, width), "float32"), -knots, "relu"), nnxp.Dense(width, 1, rng=0)
+    )
+    assert wide.parameter_count >= deep.parameter_count
+    trained = fit(wide, x, y, loss="mean_square", optimizer=nnxp.Adam(0.01), epochs=100, batch=257)
+    assert abs(trained.model(x)[:, 0] - y).max() > 0.3
+    learned = fit(deep, x, y, loss="mean_square", optimizer=nnxp.SGD(1e-4), epochs=1).model
+    assert abs(learned(x)[:, 0] - y).max() < 1e-3  # and stays there
 
 
 # workers
