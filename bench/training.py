@@ -29,8 +29,8 @@ TASKS = ["784-512-256-10 128", "784-512-256-10 1024", "784-1024-1024-10 1024",
 SMALL = ["12-8-4 16"]
 STEPS, RATE = 8, 0.1
 ERROR = 5e-4
-"""Of a change, relative to its size: six of these are allowed. A relu whose input is within rounding
-of zero moves it by less, a row of 128 that is forgotten by more."""
+"""Of a change, relative to its size: six of these are allowed. A relu whose input is within
+rounding of zero moves it by less, a row of 128 that is forgotten by more."""
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[], Any]
