@@ -303,6 +303,24 @@ def test_the_benchmark_runs_from_end_to_end(small):
                 assert one["error"] <= LIMIT
 
 
+def test_the_benchmark_of_training_runs_and_finds_who_is_wrong(tmp_path, monkeypatch):
+    output = tmp_path / "training.json"
+    program("training.py", "--small", "--rounds", 1, "-o", output,
+            "--contenders", "nnxp", FLOOR, "sklearn")  # fmt: skip
+    (found,) = json.loads(output.read_text())
+    assert [each["name"] for each in found["results"]] == ["nnxp", FLOOR, "sklearn"]
+    for each in found["results"]:
+        assert not each["problem"]
+        assert each["error"] <= LIMIT
+    monkeypatch.syspath_prepend(str(BENCH))
+    training = importlib.import_module("training")
+    task = training.Task("12-8-4 128")
+    right = training.ours(task)()
+    assert np.all(np.asarray(right) < training.ERROR)
+    task.labels[0] = (task.labels[0] + 1) % 4  # one row of 128 is wrong
+    assert np.any(np.asarray(right) > LIMIT * training.ERROR)
+
+
 def test_the_report_puts_tables_into_the_marked_region_and_nowhere_else(small, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")

@@ -14,7 +14,11 @@ import pytest
 import nnxp
 from conftest import draw
 from nnxp import kernels, sim
+from nnxp.program import traced
+from nnxp.program.rewrite import repeated, rewritten
 from nnxp.testing import LIMIT, assert_parity, parity_report, product_bound
+from nnxp.training import losses
+from nnxp.training.differentiate import write_out
 
 
 def elsewhere(layer, formula):
@@ -220,3 +224,71 @@ def test_a_fault_that_all_backends_share_is_not_seen_by_parity():
 
     wrong = IgnoresEps.of(**dict(nnxp.LayerNorm(8, eps=0.1)._fields()))
     assert parity_report(wrong, draw((5, 8))).ok
+
+
+# the backward pass
+
+
+def forgotten_row(xp, step, arrays):
+    """The gradient of the last weight is summed over all rows but one."""
+    if step.path == "layers.1" and step.name == "matmul" and arrays[0].shape == (8, 24):
+        return xp.matmul(arrays[0][:, :-1], arrays[1][:-1])
+    return None
+
+
+def one_row_less(xp, step, arrays):
+    """The mean over n rows is divided by n - 1."""
+    return arrays[0] * (24 / 23) * arrays[1] if step.name == "multiply" and not step.path else None
+
+
+def rounded_products(xp, step, arrays):
+    """The product that makes the gradient of the first weight is of TF32 numbers."""
+    if step.path != "layers.0" or step.name != "matmul" or arrays[0].shape != (16, 24):
+        return None
+    parts = [(x * 8193.0, x) for x in arrays]  # c - (c - x) has 11 bits   [Dekker 1971]
+    return xp.matmul(*(c - (c - x) for c, x in parts))
+
+
+def stale_mask(xp, step, arrays):
+    """Where relu was at work is what it was for other rows."""
+    return xp.roll(xp.not_equal(*arrays), 1, axis=0) if step.name == "not_equal" else None
+
+
+FIRST, LAST = ["layers.0.weight", "layers.0.bias"], ["layers.1.weight", "layers.1.bias"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong"),
+    [
+        (lambda xp, step, arrays: None, []),
+        (forgotten_row, ["layers.1.weight"]),
+        (one_row_less, [*FIRST, *LAST]),
+        (rounded_products, ["layers.0.weight"]),
+        (stale_mask, FIRST),
+    ],
+    ids=lambda each: getattr(each, "__name__", None),
+)
+def test_a_fault_in_the_backward_pass_is_caught_in_the_gradients_that_have_it(fault, wrong):
+    net = nnxp.Sequential(nnxp.Dense(16, 8, "relu", rng=0), nnxp.Dense(8, 4, rng=1))
+    arrays = [*net.parameters().values(), draw((24, 16)), np.arange(24) % 4]
+    written = write_out(losses.cross_entropy, net, arrays[-2:], lambda name: True)
+
+    def change(step, given):
+        made = fault(traced, step, given)
+        return repeated(step, given) if made is None else made
+
+    there = rewritten(written.program, change, written.program.inputs)
+    found = []
+    for i, name in enumerate(written.learned, 1):
+
+        def of_gradient(*arrays, i=i):
+            planted = isinstance(arrays[0], sim.ndarray)
+            return (there if planted else written.program).run(list(arrays))[i]
+
+        of_gradient.__name__ = name
+        report = parity_report(of_gradient, *arrays, backends=["numpy", "sim"])
+        assert all(check.ok for check in report.checks if check.backend != "sim:0")
+        if not report.ok:
+            assert name in str(report)
+            found.append(name)
+    assert sorted(found) == sorted(wrong)

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up; a module may import its own floor and those be
     {"layers"},
     {"engine", "io"},
     {"testing", "training", "plots"},
-    {"cluster", "demo", "doctor", "verify"},
+    {"cluster", "demo", "doctor", "sklearn", "verify"},
     {"_comparison", "floor"},
     {"cli", "__main__"},
 ]

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,6 +228,83 @@ def test_schedules():
     assert optimizers.SGD(warm).rate_at(1) == 0.25
     with pytest.raises(OptionError, match="0 or more"):
         optimizers.SGD(-1.0)
+
+
+def test_a_rate_falls_where_the_loss_does_not_as_torchs():
+    torch = pytest.importorskip("torch")
+    p = [torch.zeros(1, requires_grad=True)]
+    other = torch.optim.SGD(p, 1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(other, factor=0.5, patience=2, min_lr=0.1)
+    ours = schedules.Plateau(1.0, patience=2, decay=0.5, least=0.1)
+    seen = np.random.default_rng(0).random(60).tolist()
+    rates = []
+    for i, loss in enumerate(seen):
+        theirs.step(loss)
+        rates.append(ours.after(seen[: i + 1]))
+        assert rates[-1] == other.param_groups[0]["lr"]
+    assert rates[0] == 1.0 > 0.1 == rates[-1]
+
+
+def test_a_run_by_plateaus_steps_at_the_rate_of_its_losses(tmp_path):
+    x, y = data(60)
+    rate = schedules.Plateau(0.5, patience=0, decay=0.0, tolerance=0.9)  # no epoch is as good
+    whole = fit(deep(), x, y, epochs=4, optimizer=nnxp.SGD(rate), fixed=["layers.2"])
+    short = fit(deep(), x, y, epochs=2, optimizer=nnxp.SGD(rate), fixed=["layers.2"])
+    learned = [n for n in whole.model.parameters() if not n.startswith("layers.2")]
+    for name in learned:  # from the third epoch on the rate is 0
+        np.testing.assert_array_equal(
+            whole.model.parameters()[name], short.model.parameters()[name]
+        )
+    options = {"optimizer": nnxp.SGD(dataclasses.replace(rate, decay=0.5)), "fixed": ["layers.2"]}
+    whole = fit(deep(), x, y, epochs=5, **options)
+    path = tmp_path / "run.safetensors"
+    fit(deep(), x, y, epochs=3, checkpoint=path, **options)
+    assert_same_bits(fit(deep(), x, y, epochs=5, checkpoint=path, **options).model, whole.model)
+
+
+def narrow(dtype):
+    return nnxp.Sequential(nnxp.Dense(5, 16, "relu", rng=0), nnxp.Dense(16, 3, rng=1)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_small_steps_add_up_in_16_bits(dtype, tmp_path):
+    """Each step is smaller than half a unit of the parameters: only float32 masters keep them."""
+    x, y = data()
+    options = {"epochs": 12, "optimizer": nnxp.SGD(2e-4)}
+    wide = fit(narrow(dtype).astype("float32"), x, y, **options).model
+    model = narrow(dtype)
+    found = fit(model, x, y, **options).model
+    start = model.parameters()["layers.0.weight"].astype("float32")
+    moved = found.parameters()["layers.0.weight"].astype("float32") - start
+    wanted = wide.parameters()["layers.0.weight"] - start
+    assert found.dtype == model.dtype
+    assert abs(moved - wanted).mean() < 0.5 * abs(wanted).mean()
+    path = tmp_path / "run.safetensors"
+    fit(model, x, y, **options | {"epochs": 5, "checkpoint": path})
+    assert_same_bits(fit(model, x, y, **options | {"checkpoint": path}).model, found)
+
+
+def test_gradients_that_float16_does_not_hold_are_scaled():
+    x, y = data()
+    small = losses.MeanSquare()
+    target = np.zeros((200, 3), "float32")
+
+    def tiny(model, x, t):
+        return small(model, x, t) * 2e-6  # its gradients are below the smallest number of float16
+
+    options = {"loss": tiny, "epochs": 2, "optimizer": nnxp.SGD(1e4)}
+    found = fit(narrow("float16"), x, target, **options).model
+    wide = fit(narrow("float16").astype("float32"), x, target, **options).model
+    for name, p in found.parameters().items():
+        np.testing.assert_allclose(p, wide.parameters()[name], atol=4e-3, err_msg=name)
+    trainer = Trainer(narrow("float16"), losses.cross_entropy, nnxp.SGD(0.1))
+    before = trainer.vector.copy()
+    scaled = x.astype("float16") * 30
+    for _ in range(20):
+        trainer.step((scaled, y), None)
+    assert 1 <= trainer.state["scale"] < 2**15  # too large a scale is halved
+    assert np.isfinite(trainer.vector).all()
+    assert (trainer.vector != before).any()
 
 
 def test_clipping_is_by_the_norm_of_all_gradients_together():
@@ -475,6 +558,26 @@ def test_rows_come_from_a_file_and_of_any_type(tmp_path):
     assert_same_bits(fitted.model, fit(model, x, y, epochs=1, weights=np.ones(300)).model)
 
 
+def test_rows_are_rounded_behind_a_first_standardize_and_not_before():
+    """float32 holds seconds since 1970 to two minutes: what is 3600 apart is not to be lost."""
+    x, y = data(200, "float64")
+    times = x * 3600 + 1.6e9
+    model = nnxp.Sequential(
+        nnxp.Sequential(nnxp.Standardize(np.full(5, 1.6e9), np.full(5, 3600.0))), *deep().layers[1:]
+    )
+    plain = deep().with_parameters(
+        deep().parameters() | {"layers.0.mean": np.zeros(5), "layers.0.scale": np.ones(5)}
+    )
+    one = fit(model, times, y, epochs=3, validation=(times, y))
+    two = fit(plain, x.astype("float32"), y, epochs=3, validation=(x, y))
+    np.testing.assert_allclose(one.history[-1]["loss"], two.history[-1]["loss"], rtol=1e-4)
+    seconds = np.rint(times).astype("int64")
+    three = fit(model, seconds, y, epochs=3, validation=(seconds, y))
+    np.testing.assert_allclose(three.history[-1]["loss"], two.history[-1]["loss"], rtol=1e-3)
+    assert one.model.parameters().keys() == model.parameters().keys()
+    assert type(one.model.layers[0].layers[0]) is nnxp.Standardize
+
+
 class Sum(nnxp.Layer):
     a: nnxp.Dense
     b: nnxp.Dense
@@ -497,3 +600,145 @@ def test_public_names_are_there():
         assert getattr(nnxp, name) is not None
     assert set(nnxp._LATER) <= set(dir(nnxp))
     assert dataclasses.is_dataclass(nnxp.Fitted)
+
+
+KILLED = """
+import os, signal, sys, test_training as t
+from nnxp.training.fit import Trainer
+
+step, steps = Trainer.step, 0
+
+def killed(self, *given):
+    global steps
+    steps += 1
+    if steps > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *given)
+
+options = {"epochs": 5, "optimizer": t.nnxp.Adam(1e-2), "validation": t.data(), "patience": 9}
+run = options | {"checkpoint": "run.safetensors", "checkpoint_seconds": 0.0}
+for _ in range(10):
+    if not (child := os.fork()):
+        Trainer.step = killed
+        t.fit(t.deep(), *t.data(), **run)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+Trainer.step = killed
+steps = -2                                  # 5 of the 35 steps are left
+t.assert_same_bits(t.fit(t.deep(), *t.data(), **run).model,
+                   (setattr(Trainer, "step", step), t.fit(t.deep(), *t.data(), **options))[1].model)
+print("the same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, to be killed")
+def test_a_run_that_was_killed_ten_times_ends_with_the_same_bits(tmp_path):
+    paths = [str(Path(__file__).parent), str(Path(nnxp.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stdout == "the same\n", done.stderr
+
+
+def test_more_rows_than_memory_are_read_a_batch_at_a_time(tmp_path):
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", "float32", (40_000, 100))
+    x[:] = draw((100,))
+    y = np.arange(40_000) % 3
+    tracemalloc.start()
+    try:
+        fit(nnxp.Sequential(nnxp.Dense(100, 3, rng=0)), x, y, epochs=1, batch=1024)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 4
+
+
+# what networks can do
+
+
+def error_of_width(width):
+    """The largest error of one hidden layer on a continuous function, in units of one."""
+    x = np.linspace(-1, 1, 256, dtype="float32")[:, None]
+    y = np.sin(3 * np.pi * x[:, 0]) + abs(x[:, 0])
+    rng = np.random.default_rng(0)
+    slopes = rng.uniform(3, 12, (1, width)) * rng.choice([-1, 1], (1, width))
+    first = nnxp.Dense.of(
+        slopes.astype("float32"), (-slopes[0] * np.linspace(-1, 1, width)).astype("float32"), "tanh"
+    )
+    net = nnxp.Sequential(first, nnxp.Dense(width, 1, rng=rng))
+    rate = nnxp.schedules.Cosine(0.02, 1000)
+    fitted = fit(net, x, y, loss="mean_square", optimizer=nnxp.Adam(rate), epochs=1000, batch=256)
+    return float(abs(fitted.model(x)[:, 0] - y).max())
+
+
+def test_the_error_of_one_hidden_layer_falls_with_its_width():
+    """[Cybenko 1989; Hornik 1991]"""
+    errors = [error_of_width(width) for width in (2, 8, 32, 128)]
+    assert errors[0] > 1.0
+    assert all(wider < 0.9 * narrower for narrower, wider in pairwise(errors))
+    assert errors[-1] < 0.06
+
+
+def test_depth_does_with_few_parameters_what_width_does_not():
+    """A tent folded five times has 32 slopes: five layers of two units make it exactly, while one
+    layer of as many parameters has too few slopes, however it is trained   [Telgarsky 2016]."""
+    fold = nnxp.Dense.of(np.float32([[1, 1]]), np.float32([0, -0.5]), "relu")
+    again = [
+        nnxp.Dense.of(np.float32([[2, 2], [-4, -4]]), np.float32([0, -0.5]), "relu")
+        for _ in range(4)
+    ]
+    deep = nnxp.Sequential(fold, *again, nnxp.Dense.of(np.float32([[2], [-4]])))
+    x = np.linspace(0, 1, 1025, dtype="float32")[:, None]
+    y = x[:, 0]
+    for _ in range(5):
+        y = 1 - abs(2 * y - 1)
+    assert abs(deep(x)[:, 0] - y).max() < 1e-5
+    width = (deep.parameter_count - 1) // 3 + 1
+    knots = np.linspace(0, 1, width, endpoint=False, dtype="float32")
+    wide = nnxp.Sequential(
+        nnxp.Dense.of(np.ones((1, width), "float32"), -knots, "relu"), nnxp.Dense(width, 1, rng=0)
+    )
+    assert wide.parameter_count >= deep.parameter_count
+    trained = fit(wide, x, y, loss="mean_square", optimizer=nnxp.Adam(0.01), epochs=100, batch=257)
+    assert abs(trained.model(x)[:, 0] - y).max() > 0.3
+    learned = fit(deep, x, y, loss="mean_square", optimizer=nnxp.SGD(1e-4), epochs=1).model
+    assert abs(learned(x)[:, 0] - y).max() < 1e-3  # and stays there
+
+
+# workers
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_any_number_of_workers_gives_the_same_bits(weighted):
+    x, y = data(700)
+    weights = np.arange(700) % 3 + 1.0 if weighted else None
+    options = {"epochs": 2, "batch": 300, "weights": weights, "clip": 0.5}
+    options["loss"] = losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))
+    found = [fit(deep(), x, y, workers=n, **options) for n in (1, 2, 5)]
+    for each in found[1:]:
+        assert_same_bits(each.model, found[0].model)
+        assert [e["loss"] for e in each.history] == [e["loss"] for e in found[0].history]
+
+
+def test_workers_come_to_the_gradients_of_the_whole_batch():
+    """By rows, and by their weights, where pieces differ in both."""
+    x, y = data(300, "float64")
+    for weights in ((), (np.arange(300.0) ** 2,), (np.maximum(np.arange(300.0) - 100, 0),)):
+        loss = losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))
+        one, two = (Trainer(net(), loss, nnxp.SGD(0.1), workers=n) for n in (None, 2))
+        pair = [float(each.step((x, y, *weights), None)) for each in (one, two)]
+        np.testing.assert_allclose(pair[1], pair[0], rtol=1e-12)
+        np.testing.assert_allclose(two.slopes, one.slopes, rtol=1e-9, atol=1e-14)
+        np.testing.assert_allclose(two.vector, one.vector, rtol=1e-9)
+
+
+def test_workers_of_a_device_and_none_are_refused(sim):
+    x, y = data()
+    with pytest.raises(OptionError, match="threads of the CPU"):
+        fit(net(dtype="float32").to("sim"), x, y, workers=2)
+    with pytest.raises(OptionError, match="workers"):
+        fit(net(dtype="float32"), x, y, workers=0)
+    failing = Trainer(net(), losses.mean_square, nnxp.SGD(), workers=2)
+    with pytest.raises(ShapeError):
+        failing.step((rows(count=200), rows(count=200)[:, :2]), None)

@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from nnxp import cluster as cluster
     from nnxp import plots as plots
     from nnxp import sim as sim
+    from nnxp import sklearn as sklearn
     from nnxp import testing as testing
     from nnxp.training import losses as losses
     from nnxp.training import schedules as schedules
@@ -101,7 +102,7 @@ if TYPE_CHECKING:
     from nnxp.training.optimizers import clip_by_norm as clip_by_norm
 
 _LATER = {
-    "cluster": "", "plots": "", "sim": "", "testing": "",
+    "cluster": "", "plots": "", "sim": "", "sklearn": "", "testing": "",
     "losses": "training", "schedules": "training",
     "value_and_gradients": "training.differentiate", "vjp": "training.differentiate",
     "Fitted": "training.fit", "fit": "training.fit",
@@ -109,7 +110,7 @@ _LATER = {
     "SGD Adagrad Adam AdamW Lion Momentum Nesterov Optimizer RMSProp clip_by_norm".split(),
     "training.optimizers",
 )  # fmt: skip
-_MODULES = ("cluster", "plots", "sim", "testing", "losses", "schedules")
+_MODULES = ("cluster", "plots", "sim", "sklearn", "testing", "losses", "schedules")
 
 
 def __getattr__(name: str) -> object:

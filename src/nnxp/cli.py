@@ -1,4 +1,4 @@
-"""The command line: `nnxp demo | predict | sweep | summary | doctor | verify | bench`.
+"""The command line: `nnxp demo | train | predict | sweep | summary | doctor | verify | bench`.
 
 Results go to stdout, progress and errors to stderr. The exit code is 0 if all went well, 1 if
 something that was asked for failed, 2 for wrong usage, 130 after Ctrl-C.
@@ -251,6 +251,81 @@ def demo(
     _print(report, as_json)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A table that fits into memory: .csv, .tsv (.gz), .parquet, .arrow or .feather.",
+        ),
+    ],
+    target: Annotated[
+        str,
+        typer.Option(metavar="COLUMN", help="The column to predict, a name or a number from 0."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="MODEL", help="Where the network goes, .safetensors."
+        ),
+    ],
+    task: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help='"classes" or "numbers". Default: text and whole numbers of at most 20 values are '
+            "classes.",
+        ),
+    ] = "auto",
+    hidden: Annotated[
+        str, typer.Option(metavar="SIZES", help="Units of the hidden layers.")
+    ] = "128,64",
+    epochs: Annotated[
+        int,
+        typer.Option(min=1, help="At most; training ends when held-back rows get no better."),
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="The same one gives the same network.")] = 0,
+    backend: OnBackend = "auto",
+    header: Header = None,
+    delimiter: Delimiter = None,
+    columns: Columns = None,
+    missing: Missing = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network that predicts a column of a table from the others.
+
+    It standardises its columns, knows their names and those of its classes, and is judged on a
+    fifth of the rows, which it was not trained on. "nnxp predict MODEL TABLE" uses it.
+    """
+    from nnxp.backend import get_backend
+    from nnxp.io.checkpoint import save
+    from nnxp.training.table import train_on_table
+
+    if output.suffix != ".safetensors":
+        raise OptionError(f"{output}: a network goes to a file ending in .safetensors")
+    if not output.parent.is_dir():
+        raise OptionError(f"{output.parent}: there is no such folder to write to")
+    sizes = _listed(hidden)
+    if not all(re.fullmatch("[1-9][0-9]{0,5}", size) for size in sizes):
+        raise OptionError(f'--hidden {hidden!r} is not a list of sizes; "128,64" is')
+    home = get_backend(backend)
+    start = perf_counter()
+    model, report = train_on_table(
+        data, target, reading=_reading(header, delimiter, columns, missing), task=task,
+        hidden=tuple(map(int, sizes)), epochs=epochs, backend=home, seed=seed, progress=True,
+    )  # fmt: skip
+    seconds = perf_counter() - start
+    save(model, output)
+    if as_json:
+        ran = {"backend": home.name, "device": home.device, "why": home.why}
+        _print_json({"output": str(output), **report.to_dict(), "seconds": seconds, **ran})
+    else:
+        _say(str(report))
+        _say(f"{typer.format_filename(output)}: written, in {seconds:.3g} s")
+        _say(f"ran on {home.device}: {home.why}")
 
 
 @app.command()

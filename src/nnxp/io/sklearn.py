@@ -80,8 +80,8 @@ def from_sklearn(estimator: Any, dtype: object = "float32") -> Sequential:
     for step in before:
         _transform(model, step)
     _predict(model, last)
-    columns = _column_names(estimator, steps[0].estimator)
-    return model.finished(columns, _class_names(last.estimator))
+    columns = column_names_of(estimator, steps[0].estimator)
+    return model.finished(columns, class_names_of(last.estimator))
 
 
 _WANTED = (
@@ -100,9 +100,10 @@ class _Step:
 
     @property
     def name(self) -> str:
-        """The name of its class, "" if that is not scikit-learn's own."""
+        """The name of its class, "" if that is neither scikit-learn's own nor ours."""
         cls = type(self.estimator)
-        return cls.__name__ if cls.__module__.startswith("sklearn.") else ""
+        own = cls.__module__.startswith("sklearn.") or cls.__module__ == "nnxp.sklearn"
+        return cls.__name__ if own else ""
 
     def __str__(self) -> str:
         return f"{self.path}{type(self.estimator).__name__}"
@@ -295,6 +296,10 @@ def _network(model: _Model, step: _Step) -> None:
     """activation(x @ coefs[i] + intercepts[i]), one after the other"""
     network = step.estimator
     *hidden, last = zip(network.coefs_, network.intercepts_, strict=True)
+    if getattr(network, "layers", None) is not None:  # one of ours, with layers of any kind
+        hidden = []
+        for layer in network.model_.layers[:-1]:
+            model.append(layer)
     output = network.out_activation_
     if output == "logistic" and network.n_outputs_ == 1:
         last, output = _two_columns(*last), "softmax"
@@ -435,7 +440,7 @@ def _stored(what: str, values: Any, kind: np.dtype[Any]) -> HostArray:
     return stored
 
 
-def _column_names(*estimators: Any) -> tuple[str, ...] | None:
+def column_names_of(*estimators: Any) -> tuple[str, ...] | None:
     """The names of the columns that the first of these was fitted with, if any."""
     for each in estimators:
         names = getattr(each, "feature_names_in_", None)
@@ -444,7 +449,7 @@ def _column_names(*estimators: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _class_names(predictor: Any) -> Any:
+def class_names_of(predictor: Any) -> Any:
     """The classes of which each row has one; None if it may have several, or something else."""
     classes = getattr(predictor, "classes_", None)
     several = getattr(getattr(predictor, "_label_binarizer", None), "y_type_", "")

@@ -84,12 +84,14 @@ class Reading:
 class Table:
     """A table to read, batch by batch: `for rows in table`.
 
-    `columns` are the names of the columns that are taken, None if they have none. Of `size`, in
-    bytes or rows, `passed` have been read.
+    `columns` are the names of the columns that are taken, None if they have none; `names` those of
+    all columns, "" where they have none, and `chosen` the numbers of those that are taken. Of
+    `size`, in bytes or rows, `passed` have been read.
     """
 
     path: Name
     reading: Reading
+    names: list[str]
     chosen: list[int]
     columns: tuple[str, ...] | None
     size: int
@@ -110,6 +112,13 @@ class Table:
             self.reading.say(f"{self.path}: the columns are put in the order of the model's")
 
     def __iter__(self) -> Iterator[HostArray]:
+        raise NotImplementedError
+
+    def column(self, index: int) -> HostArray:
+        """All values of one column, (rows,): float64 if they are numbers, else text.
+
+        Raises RowsError for a value that is missing.
+        """
         raise NotImplementedError
 
 
@@ -195,6 +204,22 @@ class TextTable(Table):
                 self.passed = file.tell()
                 if len(rows):
                     yield rows
+
+    def column(self, index: int) -> HostArray:
+        found, line = [], 1
+        with self._opened() as (_, stream):
+            for chunk in _chunks(self.path, stream):
+                for at, fields in _records(_decoded(chunk, self.path), self.delimiter, line):
+                    if at <= self.skipped:
+                        continue
+                    if len(fields) != self.width or fields[index].lower() in MISSING:
+                        raise RowsError(
+                            f"{self.path}, line {at}: there is no value in column {index + 1}"
+                        )
+                    found.append(fields[index])
+                line += chunk.count(b"\n") or chunk.count(b"\r")
+        numbers = all(map(_NUMBER.fullmatch, found))
+        return np.array(found, "float64") if numbers else np.array(found)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
@@ -421,6 +446,17 @@ class ArrowTable(Table):
                     rows = self._rows(batch[start : start + BATCH])
                     self.passed += len(rows)
                     yield rows
+
+    def column(self, index: int) -> HostArray:
+        name, found = self.names[index], []
+        with self._opened() as (_, _, batches):
+            for batch in batches:
+                where = name if ending(self.path) == ".parquet" else index
+                found += batch.column(where).to_pylist()
+        if None in found:
+            raise RowsError(f"{self.path}, row {found.index(None)}: there is no value in {name!r}")
+        numbers = all(isinstance(value, int | float) for value in found)  # True and False, too
+        return np.array(found, "float64") if numbers else np.array([str(value) for value in found])
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[list[str], int, Iterator[Any]]]:

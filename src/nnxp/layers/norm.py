@@ -28,7 +28,7 @@ class _Norm(Layer):
         return x
 
     def validate(self) -> None:
-        names = [name for name, _ in self._fields() if name not in ("eps", "groups")]
+        names = [name for name, _ in self._fields() if name not in ("eps", "groups", "rounded_to")]
         shapes = [array_shape(self, name) for name in names]
         axes = len(shapes[0]) if self._several_axes else 1
         if len(set(shapes)) != 1 or len(shapes[0]) != max(1, axes) or 0 in shapes[0]:
@@ -290,6 +290,21 @@ class Standardize(_Norm):
         rng = np.random.default_rng(0)
         mean, scale = rng.normal(size=(2, 6)).astype("float32")
         yield cls(mean, np.abs(scale) + 0.1), (4, 6)
+
+
+class _StandardizeInTraining(Standardize):
+    """Standardize that rounds to a model's type, behind which no large mean is in the rows."""
+
+    takes = ("any",)
+    rounded_to: str
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x).astype(self.rounded_to, copy=False)
+
+
+def rounding(layer: Standardize, dtype: np.dtype[Any]) -> Standardize:
+    """The same layer, which rounds what it answers to this type: for rows that are wider."""
+    return _StandardizeInTraining.of(mean=layer.mean, scale=layer.scale, rounded_to=dtype.name)
 
 
 def _numbers(name: str, values: Any) -> Array:

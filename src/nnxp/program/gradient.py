@@ -32,19 +32,20 @@ from nnxp.program.traced import (
 )
 
 
-def gradient(program: Program, of: Value, wrt: Sequence[Value]) -> Program:
+def gradient(program: Program, of: Value, wrt: Sequence[Value], scale: float = 1.0) -> Program:
     """The program that answers what `program` does, and then the gradient of `of` by each of `wrt`.
 
     `of` is one of the outputs and a single number, `wrt` are inputs; a gradient has the shape and
-    type of its input. Raises NotDifferentiable, with the layer's path, for arithmetic without a
-    gradient: a layer that looks at numbers, or a function without a rule.
+    type of its input, and is `scale` times as large, so that 16 bits hold small ones. Raises
+    NotDifferentiable, with the layer's path, for arithmetic without a gradient: a layer that looks
+    at numbers, or a function without a rule.
     """
     if prod(of.shape) != 1:
         raise NotDifferentiable(
             f"the gradient is that of one number, such as a loss, not of {list(of.shape)}; "
             "x.mean() makes one of them, and nnxp.vjp takes what each of them is worth"
         )
-    seed = np.ones(of.shape, of.dtype)
+    seed = np.full(of.shape, scale, of.dtype)
     return _differentiated(program, {of: seed}, wrt)
 
 

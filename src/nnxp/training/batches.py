@@ -13,6 +13,8 @@ from nnxp._errors import DtypeMismatch, OptionError, ShapeError
 from nnxp._exchange import host_rows, source_of
 from nnxp.backend import home_of, to_backend
 from nnxp.layers._layer import Layer
+from nnxp.layers.containers import Sequential
+from nnxp.layers.norm import Standardize
 
 BLOCK = 64
 """Rows on a disk that stay together when they are shuffled, so that they are read in pieces."""
@@ -37,9 +39,11 @@ class Rows:
         self.single = self.names is None and not isinstance(x, tuple)
         kinds = [*model.takes, *["float"] * len(inputs)][: len(inputs)]
         dtype = model.dtype or np.dtype("float32")
+        standardized = self.single and entrance_of(model) is not None
         self._place = model.place or "cpu"
         self._sources = [
-            _Source(each, kind, dtype) for each, kind in zip(inputs, kinds, strict=True)
+            _Source(each, kind, dtype, standardized)
+            for each, kind in zip(inputs, kinds, strict=True)
         ]
         self._sources.append(_Source(y, "target", dtype))
         if weights is not None:
@@ -85,6 +89,14 @@ class Rows:
         return [source.at(ids) for source in self._sources]
 
 
+def entrance_of(model: Layer) -> str | None:
+    """The path of the Standardize that comes first in a model, where its rows go as they come."""
+    path = ""
+    while isinstance(model, Sequential) and model.layers:
+        path, model = f"{path}.layers.0".strip("."), model.layers[0]
+    return path if type(model) is Standardize else None
+
+
 def _in_order(model: Layer, x: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs by name in the order in which the model takes them."""
     names = list(inspect.signature(type(model).__call__).parameters)[1:]
@@ -94,14 +106,18 @@ def _in_order(model: Layer, x: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Source:
-    """One array of rows, or what gives them."""
+    """One array of rows, or what gives them.
 
-    def __init__(self, x: Any, kind: str, dtype: np.dtype[Any]) -> None:
+    Rows are rounded to `dtype`, but if they are `standardized` first: of float64 or of whole
+    numbers that the type may not hold, they stay in float64 until then.
+    """
+
+    def __init__(self, x: Any, kind: str, dtype: np.dtype[Any], standardized: bool = False) -> None:
         self.kind = kind
         self._device = x if is_array(x) and place_of(x) != "cpu" else None
         self._source = x if self._device is not None else source_of(x)
         self.in_memory = self._device is not None or type(self._source) is np.ndarray
-        self._wanted = dtype
+        self._wanted, self._standardized = dtype, standardized
         if not len(self._source):
             raise ShapeError("there are no rows to train on")
         self.first = self.at(np.zeros(1, "int64"))
@@ -136,6 +152,11 @@ class _Source:
             return rows.astype("int64", copy=False)
         if self.kind == "int":
             raise DtypeMismatch(f"the model takes whole numbers, but x is {rows.dtype}")
+        if self._standardized and rows.dtype.kind in "iuf" and (
+            rows.dtype.itemsize > self._wanted.itemsize
+            or (rows.dtype.kind in "iu" and rows.dtype.itemsize == self._wanted.itemsize)
+        ):  # fmt: skip
+            return rows.astype("float64", copy=False)
         return rows.astype(self._wanted, copy=False)
 
 
@@ -153,10 +174,13 @@ def order_of(count: int, seed: int, epoch: int, in_memory: bool = True) -> HostA
     return np.concatenate([rng.permutation(group) for group in groups])
 
 
-def batches_of(order: HostArray, batch: int) -> list[HostArray]:
-    """The order in pieces of so many rows; the rest is a smaller one, but never a single row."""
+def batches_of(order: HostArray, batch: int, *, joined: bool = True) -> list[HostArray]:
+    """The order in pieces of so many rows; the rest is a smaller one.
+
+    A single row that is left goes with the piece before it, if `joined`: it has no variance.
+    """
     ends = list(range(batch, len(order), batch))
-    if ends and len(order) - ends[-1] == 1:
+    if joined and ends and len(order) - ends[-1] == 1:
         ends.pop()
     return np.split(order, ends)
 

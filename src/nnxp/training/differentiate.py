@@ -50,12 +50,17 @@ class LossProgram:
 
 
 def write_out(
-    loss: Loss, model: Layer, arrays: Sequence[Any], learned: Callable[[str], bool] | None = None
+    loss: Loss,
+    model: Layer,
+    arrays: Sequence[Any],
+    learned: Callable[[str], bool] | None = None,
+    scale: float = 1.0,
 ) -> LossProgram:
     """The program of loss(model, *arrays) and of its gradients, for arrays of these shapes.
 
     `arrays` may be tuples and dicts of arrays, and None. `learned` says which parameters get
-    gradients; without it none do. Raises NotDifferentiable for a loss that looks at numbers.
+    gradients, `scale` times as large as they are; without it none do. Raises NotDifferentiable for
+    a loss that looks at numbers.
     """
     parameters = model.parameters()
     first: dict[int, str] = {}
@@ -74,7 +79,7 @@ def write_out(
         layers.update({id(copy): (path, layer) for (path, layer), (_, copy) in pairs})
         tapes.append(traced.current_tape())
         rest = iter(given[len(inputs) :])
-        y = loss(lifted, *_with_leaves(tuple(arrays), rest))
+        y = loss(lifted, *with_leaves(tuple(arrays), rest))
         if not isinstance(y, traced.ndarray):
             raise NotDifferentiable(
                 f"the loss is {y!r:.60}, which does not come from the model and its arrays"
@@ -91,7 +96,7 @@ def write_out(
     chosen = tuple(n for n in inputs if learned is not None and learned(n))
     if learned is not None:
         by_name = dict(zip(inputs, program.inputs, strict=False))
-        program = gradient(program, program.outputs[0], [by_name[n] for n in chosen])
+        program = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
     return LossProgram(program, inputs, names, chosen, tuple(tape.told), tuple(tape.drawn))
 
 
@@ -334,10 +339,10 @@ def _leaves(x: Any) -> list[Any]:
     return [x]
 
 
-def _with_leaves(x: Any, arrays: Any) -> Any:
+def with_leaves(x: Any, arrays: Any) -> Any:
     """The same tuples and dicts with these in place of the arrays."""
     if isinstance(x, Mapping):
-        return {key: _with_leaves(value, arrays) for key, value in x.items()}
+        return {key: with_leaves(value, arrays) for key, value in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(_with_leaves(each, arrays) for each in x)
+        return type(x)(with_leaves(each, arrays) for each in x)
     return next(arrays) if is_array(x) else x

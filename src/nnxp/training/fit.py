@@ -6,7 +6,9 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,27 @@ from nnxp._arrays import Array, xp_of
 from nnxp._errors import CheckpointError, OptionError, TrainingError
 from nnxp._progress import Progress, told
 from nnxp.backend import asnumpy, home_of, to_backend
+from nnxp.backend._blas import one_blas_thread
+from nnxp.backend._threads import together
 from nnxp.layers._layer import Layer, Rng, generator, whole
-from nnxp.training.batches import Rows, batches_of, data_of, order_of
+from nnxp.layers.norm import rounding
+from nnxp.training.batches import Rows, batches_of, data_of, entrance_of, order_of
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
     LossRunner,
     fixed_names,
     tell_idle,
+    with_leaves,
     write_out,
 )
-from nnxp.training.losses import LOSSES, CrossEntropy
+from nnxp.training.losses import LOSSES, CrossEntropy, Loss
 from nnxp.training.optimizers import Adam, Optimizer
+from nnxp.training.schedules import Plateau
 
 UNREAD = 64  # losses of a device that are read together: reading one waits for it
+SCALE = 2.0**15  # of the gradients of float16, at most and at first
+GROWTH = 2000  # steps whose gradients float16 held, after which the scale is doubled
+PIECES, PIECE_ROWS = 16, 64  # that workers cut a batch into: at most, and of so many rows at least
 ALIGNED = 16  # numbers: parameters lie in one vector, each on the border of a cache line
 
 
@@ -65,6 +75,7 @@ def fit(
     patience: int | None = None,
     clip: float | None = None,
     fixed: Sequence[str] = (),
+    workers: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     rng: Rng = None,
@@ -93,6 +104,10 @@ def fit(
             that of the lowest.
         clip: the largest global norm of the gradients.
         fixed: parameters, or layers, by dotted name that do not learn.
+        workers: threads that share a batch, each with one thread of BLAS. It is cut into pieces of
+            64 rows or more, 16 at most, whatever their number: any number gives the same bits.
+            What a layer draws or learns of a batch (BatchNorm) is then that of each piece; a loss
+            of your own has to be a mean over rows. Without it BLAS alone has threads.
         checkpoint: a file that the run is written to every `checkpoint_seconds`, and after each
             epoch. If it is there, the run goes on from it, to the same bits.
         checkpoint_seconds: between two writes.
@@ -123,7 +138,7 @@ def fit(
         for each in (rows, seen):
             if each is not None and classes is not None:
                 each.labels_in(classes)
-    trainer = Trainer(model, chosen, optimizer, fixed, clip)
+    trainer = Trainer(model, chosen, optimizer, fixed, clip, workers)
     run = _Run(trainer, rows, batch, None if checkpoint is None else Path(checkpoint))
     run.begin(rng)
     home = home_of(trainer.place)
@@ -133,6 +148,7 @@ def fit(
     ):
         done(run.rows_done)
         while run.epoch < epochs and not run.waited(patience):
+            run.set_rate()
             run.go_through(done, checkpoint_seconds)
             entry = run.end_epoch(seen)
             if callback is not None:
@@ -173,14 +189,21 @@ class Trainer:
         optimizer: Optimizer,
         fixed: Sequence[str] = (),
         clip: float | None = None,
+        workers: int | None = None,
     ) -> None:
         if not isinstance(model, Layer):
             raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
         if clip is not None and not clip > 0:
             raise OptionError(f"gradients are clipped to a norm above zero, not {clip!r}")
-        self.model, self.form = model, model.training()
+        self.model = model
+        self.seen, self.form = _rounding(model), _rounding(model.training())
         self.loss, self.optimizer, self.clip = loss, optimizer, clip
+        self.current = optimizer
+        """The optimiser with the rate of now."""
         self.place = model.place or "cpu"
+        self.workers = None if workers is None else whole("workers", workers)
+        if workers is not None and self.place != "cpu":
+            raise OptionError(f"workers are threads of the CPU, but the model is on {self.place}")
         parameters = model.parameters()
         held = _held(parameters, fixed_names(model), fixed)
         first: dict[int, str] = {}
@@ -194,42 +217,162 @@ class Trainer:
             self.vector, self.arrays = _vector(learning)
             self.slopes, self.gradients = _vector(learning, fill=False)
             self.arrays |= {n: p.copy() for n, p in own.items() if n in held}
-            self.state = optimizer.init({"parameters": self.vector})
+            self.narrow = self.vector.dtype.itemsize == 2
+            self.master = self.vector.astype("float32") if self.narrow else self.vector
+            self.state = optimizer.init({"parameters": self.master})
+            if self.narrow:
+                first_scale = SCALE if self.vector.dtype == np.float16 else 1.0
+                self.state |= {"scale": np.array(first_scale), "unscathed": np.zeros((), "int64")}
+        self._drawn: bool | None = None
+        self._of_pieces: list[tuple[Array, dict[str, Array]]] = []  # gradients as in slopes
         self._runners: dict[Any, LossRunner] = {}
         self._evaluators: dict[Any, LossRunner] = {}
 
+    @np.errstate(all="ignore")  # a loss that is no number any more is seen to where it is read
     def step(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """One step by the gradients of this batch; its loss before it."""
+        y, statistics = self._slope(given, rng)
+        slopes = self._unscaled() if self.narrow else self.slopes
+        if slopes is None:
+            return y
+        if self.clip is not None:
+            norm = xp_of(slopes).sqrt((slopes * slopes).sum())
+            slopes *= xp_of(slopes).minimum(self.clip / (norm + 1e-12), 1)
+        self.current.update({"parameters": self.master}, {"parameters": slopes}, self.state)
+        if self.narrow:
+            self.vector[...] = self.master
+        self._record(statistics)
+        return y
+
+    def _unscaled(self) -> Array | None:
+        """The gradients in float32; None if 16 bits did not hold them, and the step is left out.
+
+        The scale then is halved, and doubled after GROWTH steps without.   [Micikevicius et al.
+        2018, arXiv:1710.03740]
+        """
+        scale, unscathed = self.state["scale"], self.state["unscathed"]
+        slopes = self.slopes.astype("float32") / float(scale)
+        if not bool(xp_of(slopes).isfinite(slopes).all()):
+            scale[...] = max(float(scale) / 2, 1.0)
+            unscathed[...] = 0
+            self._runners.clear()
+            return None
+        unscathed[...] += 1
+        if self.vector.dtype == np.float16 and not int(unscathed) % GROWTH and scale < SCALE:
+            scale[...] *= 2
+            self._runners.clear()
+        return slopes
+
+    @np.errstate(all="ignore")
+    def slope(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
+        """The loss of this batch, and its gradients in `slopes`; no parameter learns by it."""
+        y, statistics = self._slope(given, rng)
+        self._record(statistics)
+        return y
+
+    def _slope(
+        self, given: Sequence[Any], rng: np.random.Generator | None
+    ) -> tuple[Array, dict[str, Array]]:
+        if self.workers is not None:
+            return self._slope_in_pieces(given, rng)
         runner = self._runner(self._runners, self.form, given, True)
         parameters = [self.arrays[n] for n in runner.written.inputs]
         into = [self.gradients[n] for n in runner.written.learned]
         y, statistics, _ = runner(parameters, data_of(given), rng, into)
-        if self.clip is not None:
-            norm = xp_of(self.slopes).sqrt((self.slopes * self.slopes).sum())
-            self.slopes *= xp_of(self.slopes).minimum(self.clip / (norm + 1e-12), 1)
-        self.optimizer.update({"parameters": self.vector}, {"parameters": self.slopes}, self.state)
+        return y, statistics
+
+    def _slope_in_pieces(
+        self, given: Sequence[Any], rng: np.random.Generator | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The same by workers: loss, statistics and gradients are means over pieces of the batch.
+
+        Each piece counts as its rows do, and all are added up in one order.
+        """
+        leaves = data_of(given)
+        count = max(1, min(PIECES, len(leaves[0]) // PIECE_ROWS))
+        cuts = np.linspace(0, len(leaves[0]), count + 1).astype(int)
+        pieces = [
+            with_leaves(tuple(given), iter([each[a:b] for each in leaves]))
+            for a, b in pairwise(cuts)
+        ]
+        worths = [self._worth(piece) for piece in pieces]
+        shares = [worth / sum(worths) for worth in worths]
+        runners = [
+            self._runner(self._runners, self.form, piece, True, i) for i, piece in enumerate(pieces)
+        ]
+        draws = [None] * count if rng is None else rng.spawn(count)
+        while len(self._of_pieces) < count:
+            self._of_pieces.append(_vector({n: self.arrays[n] for n in self.learned}, fill=False))
+        made: dict[int, tuple[Array, dict[str, Array], list[Array]]] = {}
+        stopped: list[bool] = []
+
+        def work(own: range) -> None:
+            for i in own:
+                if stopped or not shares[i]:
+                    continue
+                parameters = [self.arrays[n] for n in runners[i].written.inputs]
+                into = [self._of_pieces[i][1][n] for n in runners[i].written.learned]
+                made[i] = runners[i](parameters, data_of(pieces[i]), draws[i], into)
+
+        def add(part: slice) -> None:
+            self.slopes[part] = 0
+            for i in sorted(made):
+                self.slopes[part] += self._of_pieces[i][0][part] * shares[i]
+
+        def share_out(works: list[Callable[[], object]]) -> None:
+            together(works, lambda: stopped.append(True), one_blas_thread)
+
+        workers = self.workers or 1
+        share_out([partial(work, range(w, count, workers)) for w in range(min(workers, count))])
+        ends = np.linspace(0, self.slopes.size, workers + 1).astype(int)
+        share_out([partial(add, slice(a, b)) for a, b in pairwise(ends)])
+        loss = sum(made[i][0] * shares[i] for i in sorted(made))
+        told: dict[str, Any] = {}
+        for i in sorted(made):
+            for name, value in made[i][1].items():
+                told[name] = told.get(name, 0) + value * shares[i]
+        return loss, told
+
+    def _worth(self, piece: Sequence[Any]) -> float:
+        """How much a piece of a batch counts: its rows, or the sum of their weights."""
+        _, target, *weights = piece
+        given = weights[0] if weights else np.ones(len(target), self.vector.dtype)
+        own = self.loss.row_weights(target, given) if isinstance(self.loss, Loss) else None
+        return float((given if own is None else given * own).sum(dtype="float64"))
+
+    def _record(self, statistics: Mapping[str, Array]) -> None:
+        """The running statistics that layers told."""
         for name, value in statistics.items():
             self.arrays[self.names[name]][...] = value
-        return y
 
     def evaluate(self, given: Sequence[Any]) -> Array:
         """The loss of a batch of the model as it is."""
-        runner = self._runner(self._evaluators, self.model, given, False)
+        runner = self._runner(self._evaluators, self.seen, given, False)
         parameters = [self.arrays[n] for n in runner.written.inputs]
         return runner(parameters, data_of(given), None)[0]
 
     def draws(self, given: Sequence[Any]) -> bool:
         """Whether a step draws at random."""
-        return bool(self._runner(self._runners, self.form, given, True).written.drawn)
+        if self._drawn is None:
+            self._drawn = bool(self._runner(self._runners, self.form, given, True).written.drawn)
+        return self._drawn
 
     def _runner(
-        self, known: dict[Any, LossRunner], model: Layer, given: Sequence[Any], learns: bool
+        self,
+        known: dict[Any, LossRunner],
+        model: Layer,
+        given: Sequence[Any],
+        learns: bool,
+        piece: int = 0,
     ) -> LossRunner:
-        key = tuple((each.shape, each.dtype) for each in data_of(given))
+        kind = tuple((each.shape, each.dtype) for each in data_of(given))
+        key, first = (kind, piece), (kind, 0)
+        if key not in known and first in known:
+            known[key] = LossRunner(known[first].written, self.place)
         if key not in known:
-            written = write_out(
-                self.loss, model, given, (lambda n: n in self.learned) if learns else None
-            )
+            scale = float(self.state["scale"]) if self.narrow else 1.0
+            learned = (lambda n: n in self.learned) if learns else None
+            written = write_out(self.loss, model, given, learned, scale)
             if learns and not known:
                 tell_idle(written, model)
             known[key] = LossRunner(written, self.place)
@@ -243,14 +386,26 @@ class Trainer:
     def snapshot(self) -> dict[str, Array]:
         """All that changes, by name: to be written, or to come back to."""
         held = {n: p.copy() for n, p in self.arrays.items() if n not in self.learned}
-        return {"parameters": self.vector.copy()} | {f"held.{n}": p for n, p in held.items()}
+        return {"parameters": self.master.copy()} | {f"held.{n}": p for n, p in held.items()}
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:
         """Come back to what a snapshot holds."""
-        self.vector[...] = snapshot["parameters"]
+        self.master[...] = snapshot["parameters"]
+        if self.narrow:
+            self.vector[...] = self.master
         for name, p in self.arrays.items():
             if name not in self.learned:
                 p[...] = snapshot[f"held.{name}"]
+
+
+def _rounding(model: Layer) -> Layer:
+    """The model as it takes rows that are wider than it, if it standardises them first."""
+    entrance, dtype = entrance_of(model), model.dtype
+    if entrance is None or dtype is None:
+        return model
+    return model.map_layers(
+        lambda name, layer: rounding(layer, dtype) if name == entrance else layer  # type: ignore[arg-type]
+    )
 
 
 def _held(parameters: Mapping[str, Array], own: set[str], fixed: Sequence[str]) -> set[str]:
@@ -305,6 +460,13 @@ class _Run:
     def waited(self, patience: int | None) -> bool:
         """Whether the validation loss has not been lower for so many epochs."""
         return patience is not None and self.epoch - self.lowest_epoch >= patience > 0
+
+    def set_rate(self) -> None:
+        """The rate of an optimiser that follows the losses."""
+        optimizer = self.trainer.optimizer
+        if isinstance(optimizer.rate, Plateau):
+            losses = [entry.get("validation", entry["loss"]) for entry in self.history]
+            self.trainer.current = replace(optimizer, rate=optimizer.rate.after(losses))
 
     def go_through(self, done: Callable[[int], None], every: float) -> None:
         """The batches of an epoch that are left."""
@@ -400,8 +562,8 @@ class _Run:
                 trainer.restore(part("now."))
                 self.best = part("best.") or None
                 for name, value in part("state.").items():
-                    if name == "steps":
-                        trainer.state[name][...] = np.asarray(arrays["state.steps"])
+                    if type(trainer.state[name]) is np.ndarray:
+                        trainer.state[name][...] = np.asarray(arrays[f"state.{name}"])
                     else:
                         trainer.state[name][...] = value
             except (KeyError, ValueError) as error:
@@ -441,7 +603,7 @@ class _Run:
             "optimizer": f"{trainer.optimizer!r}, clip={trainer.clip}",
             "loss": getattr(trainer.loss, "__qualname__", repr(trainer.loss)),
             "learned": ", ".join(trainer.learned),
-            "batch": str(self.batch),
+            "batch": str(self.batch) if trainer.workers is None else f"{self.batch} in pieces",
             "data": f"{self.rows.count} rows, {data.hexdigest()}",
         }
 

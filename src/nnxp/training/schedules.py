@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, inf, pi
 from typing import TypeAlias
 
 from nnxp._errors import OptionError
@@ -100,6 +100,42 @@ class Steps:
 
     def __call__(self, step: int) -> float:
         return float(self.rate * self.decay ** sum(step >= mark for mark in self.at))
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """`rate`, made smaller by the factor `decay` when the loss has not fallen for some epochs.
+
+    After more than `patience` epochs in a row whose loss is not below (1 - tolerance) times the
+    lowest, down to `least`. The loss is that of the rows to validate by, if `nnxp.fit` has some. It
+    is an optimiser's own rate: inside another schedule it is the constant `rate`.
+
+        optimizer = nnxp.SGD(nnxp.schedules.Plateau(0.1, patience=3))
+        nnxp.schedules.Plateau(0.1, 1, decay=0.5).after([9.0, 8.0, 8.0, 8.0]) == 0.05
+
+    [as torch.optim.lr_scheduler.ReduceLROnPlateau]
+    """
+
+    rate: float
+    patience: int = 10
+    decay: float = 0.1
+    tolerance: float = 1e-4
+    least: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        return self.rate
+
+    def after(self, losses: Sequence[float]) -> float:
+        """The rate after epochs with these losses."""
+        rate, lowest, waited = self.rate, inf, 0
+        for loss in losses:
+            if loss < lowest * (1 - self.tolerance):
+                lowest, waited = loss, 0
+            else:
+                waited += 1
+            if waited > self.patience:
+                rate, waited = max(rate * self.decay, self.least), 0
+        return rate
 
 
 def rate_at(rate: Rate, step: int) -> float:

@@ -1,0 +1,256 @@
+"""A table and the name of one of its columns: a network that tells it from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import HostArray
+from nnxp._errors import OptionError, RowsError
+from nnxp._progress import Progress
+from nnxp.backend import Backend
+from nnxp.engine import predict
+from nnxp.io.rows import TABLES
+from nnxp.io.tables import Reading, Table, ending, open_table
+from nnxp.layers._layer import Layer
+from nnxp.layers.columns import Take
+from nnxp.layers.containers import Sequential
+from nnxp.layers.dense import Dense
+from nnxp.layers.dropout import Dropout
+from nnxp.layers.norm import Standardize
+from nnxp.training.fit import fit
+from nnxp.training.optimizers import AdamW
+
+FEWEST = 20
+"""Rows, at least: of them some are held out."""
+MOST_CLASSES = 20
+"""Whole numbers of so many different values, at most, are taken for classes."""
+HELD_OUT, VALIDATION = (0, 5), (2,)
+"""Of ten rows those that only the score sees, and those that tell when training ends."""
+DROPOUT, PATIENCE, BATCH, RATE = 0.1, 10, 128, 2e-3
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """What a network that was trained on a table is, and how well it does on rows held out.
+
+    `score` is the accuracy for classes and R² for numbers, on `held_out` rows that were not trained
+    on; `baseline` is that of a constant: the most frequent class, or the mean of the others.
+    """
+
+    target: str
+    task: str
+    columns: list[str]
+    classes: list[Any] | None
+    rows: int
+    held_out: int
+    epochs: int
+    measure: str
+    score: float
+    baseline: float
+    error: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        what = f"one of {len(self.classes)} classes" if self.classes else "a number"
+        error = "" if self.error is None else f", root mean square error {self.error:.4g}"
+        return "\n".join(
+            [
+                f"target    {self.target}, {what}, from {len(self.columns)} columns",
+                f"trained   on {self.rows:,} rows for {self.epochs} epochs",
+                f"held out  {self.held_out:,} rows: {self.measure} {self.score:.4f}{error}",
+                f"baseline  {self.measure} {self.baseline:.4f}, of a constant",
+            ]
+        )
+
+
+def train_on_table(
+    path: str | PathLike[str],
+    target: str,
+    *,
+    reading: Reading | None = None,
+    task: str = "auto",
+    hidden: Sequence[int] = (128, 64),
+    epochs: int = 100,
+    backend: str | Backend = "numpy",
+    seed: int = 0,
+    progress: Progress = False,
+) -> tuple[Layer, TableReport]:
+    """A network that predicts the column `target` of a table from the others, and a report.
+
+    `target` is a name, or a number from 0. Text, true and false, and whole numbers of at most 20
+    values are classes, others numbers; `task` says so instead, "classes" or "numbers". The network
+    standardises its columns, has relu layers of these sizes, and answers probabilities (rows,
+    classes) or the number (rows,). It trains by AdamW on seven rows of ten until the loss on a
+    tenth of the rows has not been lower for ten epochs; the last two are held out for the score.
+    It knows the names of its columns, and of its classes. The whole table is held in memory.
+
+        model, report = train_on_table("iris.csv", "species")
+
+    Raises OptionError for a column that is not there, or cannot be learned from or predicted.
+    """
+    if task not in ("auto", "classes", "numbers"):
+        raise OptionError(f'task is "auto", "classes" or "numbers", not {task!r:.60}')
+    if any(size < 1 for size in hidden):
+        raise OptionError(f"hidden layers have at least one unit, not {list(hidden)}")
+    x, values, names, title = _read(path, target, reading or Reading())
+    if len(x) < FEWEST:
+        raise OptionError(f"{path} has {len(x)} rows: too few to train on and to hold some out")
+    classes = _classes(values, task, title)
+    unseen, valid, seen = _split(values, seed)
+    mean, scale = x[seen].mean(axis=0), x[seen].std(axis=0)
+    first = Standardize(mean, np.where(scale > 0, scale, 1))
+    z = (x - first.mean) / first.scale  # in float64, once
+    center, spread = 0.0, 1.0
+    if classes is None:
+        y = np.asarray(values, "float64")
+        center, spread = float(y[seen].mean()), float(y[seen].std()) or 1.0
+        y = (y - center) / spread
+    else:
+        y = np.searchsorted(classes, values)
+    net = _network(
+        x.shape[1], hidden, 1 if classes is None else len(classes), classes is None, seed
+    )
+    fitted = fit(
+        net.to(backend),
+        z[seen],
+        y[seen],
+        loss="mean_square" if classes is None else "cross_entropy",
+        optimizer=AdamW(RATE),
+        epochs=epochs,
+        batch=BATCH,
+        validation=(z[valid], y[valid]),
+        patience=PATIENCE,
+        rng=seed,
+        progress=progress,
+    )
+    *layers, last = fitted.model.to("numpy").layers  # type: ignore[attr-defined]
+    if classes is None:
+        last = Dense.of(last.weight * np.float32(spread), last.bias * np.float32(spread)
+                        + np.float32(center))  # fmt: skip
+        layers += [last, Take(0)]
+    else:
+        layers.append(last)
+    model = Sequential(
+        first, *layers, columns=names, classes=None if classes is None else classes.tolist()
+    )
+    found = _score(model, x[unseen], values[unseen], values[seen], classes)
+    report = TableReport(
+        title, "numbers" if classes is None else "classes",
+        list(names) if names else [str(i) for i in range(x.shape[1])],
+        None if classes is None else classes.tolist(),
+        len(seen), len(unseen), len(fitted.history), *found,
+    )  # fmt: skip
+    return model, report
+
+
+def _read(
+    path: str | PathLike[str], target: str, reading: Reading
+) -> tuple[HostArray, HostArray, tuple[str, ...] | None, str]:
+    """(inputs (rows, columns), target (rows,), names of the inputs, name of the target)"""
+    if ending(path) not in TABLES:
+        raise OptionError(f"{path}: a table to train on ends in {', '.join(TABLES)}")
+    whole = open_table(path, replace(reading, columns=(target,)))
+    (index,) = whole.chosen
+    asked = open_table(path, reading).chosen if reading.columns else range(len(whole.names))
+    inputs = [i for i in asked if i != index]
+    if not inputs:
+        raise OptionError(f"{path} has no column beside the target {target!r} to learn from")
+    header = any(whole.names)
+    try:
+        table = open_table(path, replace(reading, columns=inputs, header=_header(whole, reading)))
+        blocks = list(table)
+    except RowsError as error:
+        raise OptionError(f"{error} (--columns names the columns to learn from)") from error
+    x = np.concatenate(blocks) if blocks else np.empty((0, len(inputs)))
+    if not np.isfinite(x).all():
+        row, column = np.argwhere(~np.isfinite(x))[0]
+        name = whole.names[inputs[column]] or inputs[column]
+        raise OptionError(
+            f"{path}: row {row} has {x[row, column]} in column {name!r}, which nothing can be "
+            "learned from: --missing 0 reads what is missing as a number"
+        )
+    names = tuple(whole.names[i] for i in inputs) if header else None
+    try:
+        values = whole.column(index)
+    except RowsError as error:
+        raise OptionError(f"{error}, the target's") from error
+    return x, values, names, whole.names[index] or str(index)
+
+
+def _header(table: Table, reading: Reading) -> bool | None:
+    """Whether the first line holds names, as was found out; None for what is no text."""
+    return getattr(table, "header", reading.header)
+
+
+def _classes(values: HostArray, task: str, title: str) -> HostArray | None:
+    """The classes in order, None for a target that is a number."""
+    numbers = values.dtype.kind == "f"
+    if numbers and not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise OptionError(f"the target {title!r} has no number in row {row}")
+    if task == "numbers" and not numbers:
+        raise OptionError(
+            f"the target {title!r} holds {values[0]!s:.40}, which is no number: --task classes"
+        )
+    found: HostArray = np.unique(values)
+    if task == "numbers" or (task == "auto" and numbers and not _are_classes(found)):
+        return None
+    if numbers and (found == np.rint(found)).all():
+        found = found.astype("int64")
+    if len(found) < 2:
+        raise OptionError(f"the target {title!r} is {found[0]!s:.60} in every row")
+    if len(found) * 2 > len(values):
+        raise OptionError(
+            f"the target {title!r} has {len(found)} classes in {len(values)} rows: too many"
+        )
+    return found
+
+
+def _split(values: HostArray, seed: int) -> tuple[HostArray, HostArray, HostArray]:
+    """Rows held out, to validate by, and to train on, with much the same targets in each."""
+    order = np.random.default_rng(seed).permutation(len(values))
+    ranked = order[np.argsort(values[order], kind="stable")]
+    place = np.arange(len(values)) % 10
+    out, valid = np.isin(place, HELD_OUT), np.isin(place, VALIDATION)
+    return ranked[out], ranked[valid], ranked[~(out | valid)]
+
+
+def _are_classes(found: HostArray) -> bool:
+    return len(found) <= MOST_CLASSES and bool((found == np.rint(found)).all())
+
+
+def _network(
+    width: int, hidden: Sequence[int], outputs: int, numbers: bool, seed: int
+) -> Sequential:
+    rng, layers = np.random.default_rng([seed, 1]), list[Layer]()
+    for size in hidden:
+        layers += [Dense(width, size, "relu", rng=rng), Dropout(DROPOUT)]
+        width = size
+    return Sequential(*layers, Dense(width, outputs, "identity" if numbers else "softmax", rng=rng))
+
+
+def _score(
+    model: Layer, x: HostArray, truth: HostArray, seen: HostArray, classes: HostArray | None
+) -> tuple[str, float, float, float | None]:
+    """(measure, score, that of a constant, root mean square error)"""
+    y = predict(model, x, "numpy")
+    if classes is not None:
+        kinds, counts = np.unique(seen, return_counts=True)
+        right = classes[y.argmax(axis=1)] == truth
+        return (
+            "accuracy",
+            float(right.mean()),
+            float((truth == kinds[counts.argmax()]).mean()),
+            None,
+        )
+    squares, around = np.square(y - truth).mean(), np.square(truth - truth.mean()).mean() or 1.0
+    constant = np.square(truth - seen.mean()).mean()
+    return "R²", float(1 - squares / around), float(1 - constant / around), float(squares**0.5)

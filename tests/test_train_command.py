@@ -1,0 +1,146 @@
+"""`nnxp train`: a table becomes a network that predict reads, and a report that can be trusted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import nnxp
+from conftest import draw
+from nnxp._errors import OptionError
+from nnxp.io.tables import Reading
+from nnxp.training.table import _split, train_on_table
+from test_cli import fails, nnxp_
+
+NAMES = ["a", "b", "c"]
+
+
+def write(path, x, target, header=True):
+    lines = [",".join([*NAMES, "kind"])] if header else []
+    lines += [
+        ",".join([*map(repr, row.tolist()), str(t)]) for row, t in zip(x, target, strict=True)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A folder with a table of 300 rows whose last column is a word, and one with a number."""
+    monkeypatch.chdir(tmp_path)
+    x = draw((300, 3), "float64") * [1, 20, 1e-3] + [1.6e9, 0, 5]  # far from zero, of any scale
+    z = (x - x.mean(axis=0)) / x.std(axis=0)
+    words = np.array(["low", "high"])[(z @ [1, -1, 0.5] > 0).astype(int)]
+    write(tmp_path / "words.csv", x, words)
+    write(tmp_path / "numbers.csv", x, 1000 + 50 * z @ [1, -1, 0.5])
+    return tmp_path
+
+
+def test_a_table_becomes_a_network_that_predict_reads(room):
+    done = nnxp_("train", "words.csv", "--target", "kind", "-o", "m.safetensors", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["columns"], report["classes"]) == (NAMES, ["high", "low"])
+    assert (report["rows"], report["held_out"], report["task"]) == (210, 60, "classes")
+    assert report["score"] > 0.9 > 0.7 > report["baseline"]
+    done = nnxp_("predict", "m.safetensors", "words.csv", "-o", "p.csv", "--labels",
+                 "--columns", "c,b,a")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert "order of the model's" in done.stderr
+    found = np.loadtxt("p.csv", dtype=str, skiprows=1)
+    truth = [line.rsplit(",", 1)[1] for line in (room / "words.csv").read_text().split()[1:]]
+    assert (found == truth).mean() > 0.9
+
+
+def test_a_target_of_numbers_is_predicted_in_its_own_units(room):
+    done = nnxp_("train", "numbers.csv", "--target", "3", "-o", "m.safetensors", "--json")
+    report = json.loads(done.stdout)
+    assert report["measure"] == "R²"
+    assert report["score"] > 0.9 > 0.1 > report["baseline"]
+    assert 0 < report["error"] < 30
+    nnxp_("predict", "m.safetensors", "numbers.csv", "-o", "p.npy", "--columns", "a,b,c")
+    assert abs(np.load("p.npy").mean() - 1000) < 20
+
+
+def test_the_score_is_of_rows_that_were_not_trained_on(room):
+    """A target of noise cannot be predicted, however well it is remembered."""
+    write(
+        room / "noise.csv", draw((300, 3), "float64"), np.random.default_rng(5).integers(0, 2, 300)
+    )
+    model, report = train_on_table("noise.csv", "kind", epochs=60)
+    assert report.task == "classes"
+    assert report.classes == [0, 1]
+    assert abs(report.score - 0.5) < 0.2
+    table = np.loadtxt("noise.csv", delimiter=",", skiprows=1)
+    right = nnxp.predict(model, table[:, :3]).argmax(axis=1) == table[:, 3]
+    unseen, valid, seen = _split(table[:, 3], 0)
+    assert sorted([*unseen, *valid, *seen]) == list(range(300))
+    assert report.score == right[unseen].mean() != right[seen].mean()
+    again, _ = train_on_table("noise.csv", "kind", epochs=60)
+    for name, p in model.parameters().items():
+        np.testing.assert_array_equal(p, again.parameters()[name])
+
+
+def test_tables_of_every_kind_give_the_same_network(room):
+    csv, parquet = (pytest.importorskip(f"pyarrow.{name}") for name in ("csv", "parquet"))
+    parquet.write_table(csv.read_csv("words.csv"), "words.parquet")
+    lines = (room / "words.csv").read_text().split()
+    (room / "bare.tsv").write_text("\n".join(line.replace(",", "\t") for line in lines[1:]) + "\n")
+    found = [
+        train_on_table(path, target, reading=Reading(header=header), epochs=2, hidden=(4,))[0]
+        for path, target, header in (
+            ("words.csv", "kind", None), ("words.parquet", "kind", None), ("bare.tsv", "3", False)
+        )
+    ]  # fmt: skip
+    assert [each.columns for each in found] == [tuple(NAMES), tuple(NAMES), None]
+    for name, p in found[0].parameters().items():
+        for other in found[1:]:
+            np.testing.assert_array_equal(p, other.parameters()[name])
+
+
+def test_columns_are_chosen_and_trained_on_a_device(room, sim):
+    model, report = train_on_table(
+        "words.csv", "kind", reading=Reading(columns=("b", "a")), backend="sim", epochs=2
+    )
+    assert report.columns == ["b", "a"]
+    assert model.columns == ("b", "a")
+    assert model.place == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        (None, ["--target", "kinds"], "no column 'kinds'; it has a, b, c, kind"),
+        (("low", ""), ["--target", "kind"], "there is no value in column 4"),
+        ((",", ",x"), ["--target", "kind"], "not a number (--columns names the columns"),
+        ((",", ",nan,"), ["--target", "kind", "--missing", "0"], "has nan in column 'b'"),
+        (("low", "high"), ["--target", "kind"], "is high in every row"),
+        (None, ["--target", "kind", "--task", "numbers"], "which is no number: --task classes"),
+        (None, ["--target", "kind", "--task", "guess"], 'task is "auto", "classes" or "numbers"'),
+        (None, ["--target", "a", "--task", "classes", "--columns", "b,c"], "too many"),
+        (None, ["--target", "kind", "--columns", "kind"], "no column beside the target"),
+        (None, ["--target", "kind", "--hidden", "8,x"], "is not a list of sizes"),
+        (None, ["--target", "kind", "-o", "m.csv"], "ending in .safetensors"),
+        (None, ["--target", "kind", "-o", "none/m.safetensors"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_trained_ends_in_one_sentence(room, change, options, said):
+    if change is not None:
+        head, *rows = (room / "words.csv").read_text().splitlines()
+        rows = [row.replace(*change, 1) for row in rows]
+        if "nan" in change[1]:
+            head = "a,b,x,c,kind"
+        (room / "words.csv").write_text("\n".join([head, *rows]))
+    done = nnxp_("train", "words.csv", "-o", "m.safetensors", *options)
+    fails(done, 2, said)
+    assert not (room / "m.safetensors").exists()
+
+
+def test_few_rows_and_other_files_are_refused(room):
+    (room / "few.csv").write_text("\n".join((room / "words.csv").read_text().split()[:9]))
+    with pytest.raises(OptionError, match="8 rows: too few"):
+        train_on_table("few.csv", "kind")
+    with pytest.raises(OptionError, match="a table to train on ends in"):
+        train_on_table("x.npy", "kind")
+    assert isinstance(train_on_table("words.csv", "kind", epochs=1)[0], nnxp.Layer)
