@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,8 @@ def bodied(program: Program) -> Bodied:
             return kernel.widened(*arrays, **options)
         made = record(kernel, arrays, options)
         if body is not None:
-            bodies[made.value.step] = body
+            first = made[0] if isinstance(made, list) else made
+            bodies[first.value.step] = body
         return made
 
     made = expanded(program, body_or_reference)
@@ -163,6 +164,7 @@ class Layout:
         return len(self.sizes) - 1
 
 
+MANY = 1 << 14  # elements: of fewer, calling np.clip takes longer than what it saves
 _WRITES = WITH_OUT | {"astype", "copy", "concatenate", "where"}
 
 
@@ -219,24 +221,23 @@ class Recording:
         first_result = len(program.inputs)
         for step in program.steps:
             now = scaled(step, rows)
-            held = layout.of.get(step.outputs[0])
-            if held is None:
+            if any(value not in layout.of for value in step.outputs):
                 self._compute(now)
                 continue
-            value = step.outputs[0]
-            shape = sized(value.shape, rows)
-            if held < 0:
-                number = first_result - 1 - held
-                target = self._result(program.outputs[-1 - held], value, number, shape)
-            else:
-                whole = buffers[held][: prod(shape) * value.dtype.itemsize]
-                target = False, whole.view(value.dtype).reshape(shape)
-            self._places[value] = target
+            for value in step.outputs:
+                shape, held = sized(value.shape, rows), layout.of[value]
+                if held < 0:
+                    number = first_result - 1 - held
+                    target = self._result(program.outputs[-1 - held], value, number, shape)
+                else:
+                    whole = buffers[held][: prod(shape) * value.dtype.itemsize]
+                    target = False, whole.view(value.dtype).reshape(shape)
+                self._places[value] = target
             if step in program.bodies:
-                run = program.bodies[step].run
-                self._calls.append(self._bound(run, (value, scratch, *step.inputs), {}))
+                operands = (*step.outputs, scratch, *step.inputs)
+                self._calls.append(self._bound(program.bodies[step].run, operands, {}))
             else:
-                self._calls += self._written(now, value)
+                self._calls += self._written(now, step.outputs[0])
         for i, value in enumerate(program.outputs):
             if layout.of.get(_in_order(value)) != -1 - i:
                 self._places[value] = self._place(value)
@@ -368,14 +369,13 @@ class Recording:
         if KINDS[name] == "reduction" and name in _REDUCES:
             return self._reduced(step, out)
         if name == "clip":
-            x, low, high = (*inputs, None)[:3]
-            calls = []
-            for bound, limited in ((low, np.maximum), (high, np.minimum)):
-                if bound is not None:
-                    operands = x, self._scalar(bound, out)
-                    calls.append(self._bound_ufunc(limited, operands, out))
-                    x = out
-            return calls or [self._bound(np.copyto, (out, x), {"casting": "unsafe"})]
+            x, low, high = (*inputs, None, None)[:3]
+            return [self._clipped(x, low, high, out)]
+        if name in ("maximum", "minimum") and prod(sized(out.shape, self.rows)) >= MANY:
+            x, bound = inputs
+            if isinstance(x, Value) and out.dtype.kind == "f" and isinstance(bound, int | float):
+                limits = (bound, None) if name == "maximum" else (None, bound)
+                return [self._clipped(x, *limits, out)]
         if name == "matmul" and _flat(inputs):
             fn: Any = np.dot
         else:
@@ -390,6 +390,13 @@ class Recording:
         if isinstance(x, bool | int | float) and isinstance(like, Value) and like.dtype.kind == "f":
             return np.asarray(x, like.dtype)
         return x
+
+    def _clipped(self, x: Any, low: Any, high: Any, out: Value) -> Call:
+        """x between limits, by a ufunc that takes a third of what maximum takes with a scalar."""
+        if out.dtype.kind == "f":
+            low, high = -inf if low is None else low, inf if high is None else high
+        limits = [self._scalar(each, out) for each in (low, high)]
+        return self._bound(partial(_into, np.clip, {}), (out, x, *limits), {})
 
     def _reduced(self, step: Step, out: Value) -> list[Call]:
         (x,) = step.inputs

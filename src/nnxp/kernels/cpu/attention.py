@@ -26,32 +26,35 @@ def attention_in_place(
 ) -> InPlace | None:
     """Without a mask, with as many groups as heads: the scores of one row at a time.
 
-    They are summed by a product with ones, and divided by the sums after the values' product.
+    The scores lie by keys, so that the largest are found, and taken away, along all queries at
+    once; they are summed by a product with ones, and what they make of the values is divided.
     """
-    if mask is not None or causal or not plain(q, k, v) or q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    if mask is not None or causal or not plain(q, k, v) or {q.ndim, k.ndim, v.ndim} != {4}:
         return None
     heads, queries, channels = q.shape[1:]
     keys, size = k.shape[2], v.shape[-1]
-    if (k.shape[1], v.shape[1], k.shape[3], v.shape[2]) != (heads, heads, channels, keys) or not keys:
+    if k.shape[1:] != (heads, keys, channels) or v.shape[1:3] != (heads, keys) or not keys:
         return None
     factor = 1 / sqrt(channels) if scale is None else scale
-    ones = np.ones((keys, 1), q.dtype)
+    ones = np.ones((1, keys), q.dtype)
     lowest = np.finfo(q.dtype).min
-    shapes = (heads, queries, keys), (heads, queries, channels), (heads, queries, 1)
+    shapes = (heads, keys, queries), (heads, queries, channels), (heads, 1, queries)
 
-    def run(out: HostArray, scratch: HostArray, q: HostArray, k: HostArray, v: HostArray, *_: Any) -> None:
+    def run(
+        out: HostArray, scratch: HostArray, q: HostArray, k: HostArray, v: HostArray, *_: Any
+    ) -> None:
         scores, scaled, sums = carved(scratch, q.dtype, *shapes)
         for one, other, values, y in zip(q, k, v, out, strict=True):
             np.multiply(one, factor, out=scaled)
-            np.matmul(scaled, other.swapaxes(-1, -2), out=scores)
-            np.maximum.reduce(scores, axis=-1, keepdims=True, out=sums)
+            np.matmul(other, scaled.swapaxes(1, 2), out=scores)
+            np.maximum.reduce(scores, axis=1, keepdims=True, out=sums)
             np.maximum(sums, lowest, out=sums)
             np.subtract(scores, sums, out=scores)
             np.exp(scores, out=scores)
-            np.matmul(scores, ones, out=sums)
+            np.matmul(ones, scores, out=sums)
             np.maximum(sums, 1, out=sums)
-            np.matmul(scores, values, out=y)
-            np.divide(y, sums, out=y)
+            np.matmul(scores.swapaxes(1, 2), values, out=y)
+            np.divide(y, sums.swapaxes(1, 2), out=y)
 
     return InPlace(run, room(q.dtype, *shapes))
 
@@ -60,13 +63,13 @@ def attention_in_place(
 def layer_norm_in_place(
     x: Given, gain: Given | None = None, bias: Given | None = None, *, eps: float = 1e-5
 ) -> InPlace | None:
-    """By pieces, each of whose means is a product with ones."""
+    """By pieces, each of whose sums are a product with ones."""
     size = x.shape[-1]
     constant = all(each is None or each.numbers is not None for each in (gain, bias))
     if not constant or not plain(x, gain, bias) or x.ndim < 3 or not size:
         return None
     step = max(1, PIECE // (size * x.dtype.itemsize))
-    mean = np.full((size, 1), 1 / size, x.dtype)
+    ones = np.ones((size, 1), x.dtype)
     shapes = (step, size), (step, 1)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
@@ -79,10 +82,12 @@ def layer_norm_in_place(
         for start in range(0, len(y), step):
             part, into = flat[start : start + step], y[start : start + step]
             square, scale = squares[: len(into)], means[: len(into)]
-            np.matmul(part, mean, out=scale)
+            np.matmul(part, ones, out=scale)
+            np.divide(scale, size, out=scale)
             np.subtract(part, scale, out=into)
             np.multiply(into, into, out=square)
-            np.matmul(square, mean, out=scale)
+            np.matmul(square, ones, out=scale)
+            np.divide(scale, size, out=scale)
             np.add(scale, eps, out=scale)
             np.sqrt(scale, out=scale)
             np.divide(into, scale, out=into)
