@@ -38,7 +38,9 @@ CONTENDERS = ("nnxp", "nnxp onnx", "onnxruntime", "torch")
 # the networks, of torch.nn; a small one has an eighth of the channels
 
 
-def _conv(c: int, o: int, window: int = 3, stride: int = 1, act: Any = None, groups: int = 1) -> Any:
+def _conv(
+    c: int, o: int, window: int = 3, stride: int = 1, act: Any = None, groups: int = 1
+) -> Any:
     """Convolution without a bias, batch norm, activation."""
     from torch import nn
 
@@ -113,7 +115,17 @@ def mobilenet(small: bool) -> Any:
     act = nn.Hardswish()
     c = 8 if small else 32
     parts = [_conv(3, c, 3, 2, act)]
-    for o, stride in ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), *[(16, 1)] * 5, (32, 2), (32, 1)):
+    for o, stride in (
+        (2, 1),
+        (4, 2),
+        (4, 1),
+        (8, 2),
+        (8, 1),
+        (16, 2),
+        *[(16, 1)] * 5,
+        (32, 2),
+        (32, 1),
+    ):
         o *= 8 if small else 32
         parts += [_conv(c, c, 3, stride, act, groups=c), _conv(c, o, 1, act=act)]
         c = o

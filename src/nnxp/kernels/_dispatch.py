@@ -44,8 +44,8 @@ class Given(NamedTuple):
 class InPlace(NamedTuple):
     """A body that writes where it is told and has its memory set aside: what a recording runs.
 
-    `run(out, scratch, *arrays)` fills `out`, or one for each result, in order; `scratch` is memory to work in, uint8, of `fixed`
-    bytes and `per_row` bytes for each row.
+    `run(out, scratch, *arrays)` fills `out`, or one for each result, in order. `scratch` is memory
+    to work in, uint8, of `fixed` bytes and `per_row` bytes for each row.
     """
 
     run: Callable[..., object]

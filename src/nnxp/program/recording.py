@@ -99,8 +99,9 @@ def again(step: Step, arrays: tuple[Any, ...]) -> Any:
 class Layout:
     """Which buffer each value of a program lies in: the memory that a recording sets aside.
 
-    `sizes` are the buffers' bytes, and `scratch` what the bodies in place work in. A value that is a view, a constant, an input, or made anew at
-    each call lies in none. Results lie in the caller's arrays, numbered from -1 downwards.
+    `sizes` are the buffers' bytes, and `scratch` and `row_scratch` what the bodies in place work
+    in, besides and for each row. A value that is a view, a constant, an input, or made anew at each
+    call lies in none. Results lie in the caller's arrays, numbered from -1 downwards.
     """
 
     def __init__(self, program: Bodied, rows: int) -> None:
@@ -374,8 +375,8 @@ class Recording:
         if name in ("maximum", "minimum") and prod(sized(out.shape, self.rows)) >= MANY:
             x, bound = inputs
             if isinstance(x, Value) and out.dtype.kind == "f" and isinstance(bound, int | float):
-                limits = (bound, None) if name == "maximum" else (None, bound)
-                return [self._clipped(x, *limits, out)]
+                low, high = (bound, None) if name == "maximum" else (None, bound)
+                return [self._clipped(x, low, high, out)]
         if name == "matmul" and _flat(inputs):
             fn: Any = np.dot
         else:

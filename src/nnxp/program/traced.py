@@ -716,7 +716,8 @@ _OUTLINES: dict[str, Callable[[Step], Any]] = {
     "astype": _astype, "concatenate": _concatenate, "stack": _stack, "pad": _pad,
     "repeat": _repeat, "tile": _tile, "take": _take, "take_along_axis": _take_along_axis,
     "dot": _dot, "outer": _outer, "tensordot": _tensordot, "einsum": _einsum, "diff": _diff,
-    "getitem": _picked, "roll": _same, "flip": _same, "scatter": _scatter, "segment_sum": _segment_sum,
+    "getitem": _picked, "roll": _same, "flip": _same, "scatter": _scatter,
+    "segment_sum": _segment_sum,
 }  # fmt: skip
 
 

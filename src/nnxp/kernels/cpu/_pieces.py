@@ -72,7 +72,7 @@ class Finish:
             long = y[:whole].reshape(-1, self.bias.size)
             np.add(long, self.bias, out=long)
             if whole < len(y):
-                np.add(y[whole:], self.single, out=y[whole:])
+                y[whole:] += self.single
         if self.activation is relu:
             if y.size <= self.zeros.size:
                 np.maximum(y, self.zeros[: y.size].reshape(y.shape), out=y)

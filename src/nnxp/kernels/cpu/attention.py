@@ -32,7 +32,7 @@ def attention_in_place(
     if mask is not None or causal or not plain(q, k, v) or {q.ndim, k.ndim, v.ndim} != {4}:
         return None
     heads, queries, channels = q.shape[1:]
-    keys, size = k.shape[2], v.shape[-1]
+    keys = k.shape[2]
     if k.shape[1:] != (heads, keys, channels) or v.shape[1:3] != (heads, keys) or not keys:
         return None
     factor = 1 / sqrt(channels) if scale is None else scale
@@ -92,8 +92,8 @@ def layer_norm_in_place(
             np.sqrt(scale, out=scale)
             np.divide(into, scale, out=into)
             if gain is not None:
-                np.multiply(into, gain.numbers, out=into)
+                into *= gain.numbers
             if bias is not None:
-                np.add(into, bias.numbers, out=into)
+                into += bias.numbers
 
     return InPlace(run, room(x.dtype, *shapes))

@@ -19,7 +19,9 @@ from nnxp.kernels.cpu.linear import LINES, product
 PATCHES = 1 << 20  # bytes of patches that are laid out for a product
 TILES = 128  # of Winograd's at once, at least, for each of his products has one line for each
 LEAST_TILES = 48  # with fewer the products are too small to gain
-LEAST_CHANNELS = 64  # with fewer the transforms take longer than what they save
+LOUD = 256.0  # times the squares that an output sees: so much beside it drowns it in rounding
+ALONE = 1 / 16  # of the same, squared: the fourth power of one element that outweighs all others
+LEAST_CHANNELS = 96  # with fewer the transforms take longer than what they save
 SHORT = 12  # elements that lie together in a patch: fewer are copied the other way round
 
 
@@ -46,11 +48,14 @@ def conv_in_place(
         return None  # the reference body says what is wrong
     if groups > 1 and not apart:
         return None
-    over = windows("conv", x, weight.shape[:-2], stride=stride, padding=padding, dilation=dilation)  # type: ignore[arg-type]
+    over = windows("conv", x, weight.shape[:-2], stride=stride, padding=padding, dilation=dilation)
     if any(each < 0 for pair in over.pads for each in pair):
         return None
     numbers = np.ascontiguousarray(weight.numbers)
-    space, finish = x.shape[1:-1], Finish(None if bias is None else bias.numbers, activation, x.dtype)
+    space, finish = (
+        x.shape[1:-1],
+        Finish(None if bias is None else bias.numbers, activation, x.dtype),
+    )
     if axes == 1:
         numbers, space, over = numbers[None], (1, *space), _flat(over)
     if apart:
@@ -83,8 +88,8 @@ def _flat(over: Windows) -> Windows:
 
 def _pointwise(space: Shape, weight: HostArray, over: Windows, finish: Finish) -> InPlace:
     """Windows of one element: a product, of every so many elements."""
-    matrix = weight.reshape(weight.shape[-2:])
-    inputs, outputs = matrix.shape
+    inputs, outputs = weight.shape[-2:]
+    matrix = weight.reshape(inputs, outputs)
     lines = prod(over.positions)
     pictures = ceil(LINES / lines)
 
@@ -131,7 +136,8 @@ def _by_patches(space: Shape, weight: HostArray, over: Windows, finish: Finish) 
     matrix = weight.reshape(-1, outputs)
     long = len(matrix)
     height, width = over.positions
-    together = max(LINES // 2, PATCHES // (long * dtype.itemsize))
+    most = PATCHES // (max(long, 2 * outputs) * dtype.itemsize)  # so that the results stay, too
+    together = max(LINES // 2, most)
     pictures = max(1, together // (height * width))
     high = height if pictures > 1 else max(1, min(height, ceil(together / width)))
     high = ceil(height / ceil(height / high))
@@ -147,21 +153,18 @@ def _by_patches(space: Shape, weight: HostArray, over: Windows, finish: Finish) 
             part = x[start : start + pictures]
             some = _padded(part, own[: len(part)], over)
             n, h, w, c = some.strides
+            strides = (n, h * down, w * right, h * apart, w * beside, c)
+            seen = as_strided(some, (len(part), height, width, *window), strides)
             for top in range(0, height, high):
-                bottom = min(height, top + high)
-                places = (len(part), bottom - top, width)
-                steps = (n, h * down, w * right), (h * apart, w * beside, c)
-                made = out[start : start + pictures, top:bottom].reshape(-1, outputs)
-                size = long * len(made)
+                block = seen[:, top : top + high]
+                made = out[start : start + pictures, top : top + high].reshape(-1, outputs)
+                flat = laid.reshape(-1)[: block.size]
                 if columns:
-                    shape, strides = window + places, steps[1] + steps[0]
-                    lines = laid.reshape(-1)[:size].reshape(long, -1).T
-                    copy = lines.T.reshape(shape)
+                    block = block.transpose(3, 4, 5, 0, 1, 2)
+                    lines = flat.reshape(long, -1).T
                 else:
-                    shape, strides = places + window, steps[0] + steps[1]
-                    lines = laid.reshape(-1)[:size].reshape(-1, long)
-                    copy = lines.reshape(shape)
-                np.copyto(copy, as_strided(some[:, top * down :], shape, strides))
+                    lines = flat.reshape(-1, long)
+                np.copyto(flat.reshape(block.shape), block)
                 np.dot(lines, matrix, out=made)
                 finish(made)
 
@@ -172,10 +175,10 @@ _LEFT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
 def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace) -> InPlace:
-    """F(2x2, 3x3): four outputs of 16 products instead of 36   [Lavin & Gray 2015, arXiv:1509.09308]
+    """F(2x2, 3x3), four outputs of 16 products, not 36   [Lavin & Gray 2015, arXiv:1509.09308]
 
-    Its sums differ: what is not finite would spread to neighbours, so a block in which something
-    is not is computed again from patches.
+    An output there has a part in the rounding of all 16 elements of its tile, of which it sees 9.
+    Where others are much larger, or not finite, it is computed again from what it sees.
     """
     inputs, outputs = weight.shape[2:]
     dtype, (height, width) = weight.dtype, over.positions
@@ -192,6 +195,8 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
         (16 * most * outputs,), (8 * most * outputs,),
     )  # fmt: skip
     made: list[HostArray] = []
+    matrix = weight.reshape(-1, outputs)
+    again = max(1, PIECE // (len(matrix) * dtype.itemsize))
 
     def transformed() -> HostArray:
         if not made:
@@ -217,19 +222,57 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
             np.copyto(some[:, top : top + tall, left : left + broad], part)
             for first in range(0, down, high):
                 last = min(down, first + high)
+                block = some[:, 2 * first : 2 * last + 2]
                 y = out[start : start + n, 2 * first : min(height, 2 * last)]
-                _tiles(some[:, 2 * first : 2 * last + 2], kernels, y, others)
-                flat = y.reshape(-1)
-                if not np.isfinite(np.dot(flat, flat)):
-                    finite = False
-                    break
+                squares = others[1][: block.size].reshape(block.shape)
+                drowned = np.nonzero(_drowned(block, squares)[:, : y.shape[1], :width])
+                _tiles(block, kernels, y, others)
+                for i in range(0, len(drowned[0]), again):
+                    at = tuple(each[i : i + again] for each in drowned)
+                    y[at] = _windows(block)[at].reshape(-1, len(matrix)) @ matrix
                 finish(y.reshape(-1, outputs))
-            else:
-                continue
-            if not finite:
-                patches.run(out[start : start + n], scratch, part)
 
-    return InPlace(run, max(room(dtype, *shapes) + finish.fixed, patches.fixed))
+    energies = 8 * room(dtype, around[:3])
+    mending = room(dtype, (again, len(matrix)), (2 * again, outputs)) + 40 * prod(around[:3])
+    fixed = room(dtype, *shapes) + finish.fixed + energies + mending
+    return InPlace(run, max(fixed, patches.fixed))
+
+
+def _windows(x: HostArray) -> HostArray:
+    """What windows of 3x3 see of x (n, h, w, c) -> (n, h - 2, w - 2, 3, 3, c)"""
+    n, h, w, c = x.shape
+    a, b, d, e = x.strides
+    return as_strided(x, (n, h - 2, w - 2, 3, 3, c), (a, b, d, b, d, e))
+
+
+def _drowned(x: HostArray, squares: HostArray) -> HostArray:
+    """Where, of x (n, 2 q + 2, 2 t + 2, c), an output of a tile may be lost in the tile's rounding.
+
+    -> (n, 2 q, 2 t), True where a place in the tile is LOUD beside what the output sees, or where
+    one element of it stands ALONE, for which the output may have a small weight. `squares` is
+    memory like x.
+    """
+    n, h, w, c = x.shape
+    h, w = h - 2, w - 2
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.multiply(x, x, out=squares)
+        energy = np.matmul(squares, np.ones(c, x.dtype))
+        fourth = np.einsum("nhwc,nhwc->nhw", squares, squares)
+        seen = energy[:, :h] + energy[:, 1 : h + 1] + energy[:, 2:]
+        seen = seen[:, :, :w] + seen[:, :, 1 : w + 1] + seen[:, :, 2:]
+        seen = seen.reshape(n, h // 2, 2, w // 2, 2)
+        loud, alone = (_largest_in_tiles(each) for each in (energy, fourth))
+        heard = (loud <= LOUD * seen) & (alone <= ALONE * seen * seen) & (alone < np.inf)
+    drowned: HostArray = ~heard.reshape(n, h, w)
+    return drowned
+
+
+def _largest_in_tiles(x: HostArray) -> HostArray:
+    """The largest in tiles of 4x4, two apart: x (n, 2 q + 2, 2 t + 2) -> (n, q, 1, t, 1)"""
+    lines = np.maximum(x[:, :-1], x[:, 1:])
+    lines = np.maximum(lines[:, :-1:2], lines[:, 2::2])
+    tiles = np.maximum(lines[:, :, :-1], lines[:, :, 1:])
+    return np.maximum(tiles[:, :, :-1:2], tiles[:, :, 2::2])[:, :, None, :, None]
 
 
 def _tiles(x: HostArray, kernels: HostArray, y: HostArray, memory: list[HostArray]) -> None:
@@ -298,7 +341,18 @@ def _by_channel(
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
         own, more = carved(scratch, dtype, own_shape, block)
         own[:] = 0
-        across = own.strides[2]
+        n, _, w, c = own.strides
+        views = [
+            (
+                as_strided(
+                    own[:, phase, first:],
+                    (height, over.window[0], numbers.shape[1], line),
+                    (n * down, n * apart, step * w, c),
+                ),
+                numbers,
+            )
+            for phase, first, step, numbers in parts
+        ]
         for picture, y in zip(x, out.reshape(len(x), height, line), strict=True):
             for phase in range(right):
                 first = (phase - left) % right
@@ -308,18 +362,11 @@ def _by_channel(
             for start in range(0, height, high):
                 made = y[start : start + high]
                 into = made
-                for phase, first, step, numbers in parts:
-                    seen = as_strided(
-                        own[start * down :, phase, first:],
-                        (len(made), over.window[0], numbers.shape[1], line),
-                        (own.strides[0] * down, own.strides[0] * apart, step * across, x.itemsize),
-                    )
-                    np.einsum("hijx,ijx->hx", seen, numbers, out=into)
+                for seen, numbers in views:
+                    np.einsum("hijx,ijx->hx", seen[start : start + high], numbers, out=into)
                     if into is not made:
                         np.add(made, into, out=made)
                     into = more[: len(made)]
                 finish(made)
 
     return InPlace(run, room(dtype, own_shape, block) + finish.fixed)
-
-

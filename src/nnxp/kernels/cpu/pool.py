@@ -27,7 +27,7 @@ def max_pool_in_place(
     if not plain(x) or x.ndim != 4:
         return None
     options = {"stride": window if stride is None else stride, "padding": padding}
-    over = _pooled("max_pool", x, window, options | {"dilation": dilation, "ceil_mode": ceil_mode})  # type: ignore[arg-type]
+    over = _pooled("max_pool", x, window, options | {"dilation": dilation, "ceil_mode": ceil_mode})
     if any(each < 0 for pair in over.pads for each in pair):
         return None
     (top, bottom), (left, right) = over.pads

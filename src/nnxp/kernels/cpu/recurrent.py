@@ -8,7 +8,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray
 from nnxp.kernels._dispatch import Given, InPlace
-from nnxp.kernels.cpu._pieces import carved, plain, room
+from nnxp.kernels.cpu._pieces import carved, plain
 from nnxp.kernels.recurrent import lstm
 
 
