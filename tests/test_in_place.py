@@ -88,8 +88,8 @@ def quiet(x):
 
 
 def faint(x):
-    x *= np.float32(1e-12)  # whose fourth powers are 0
-    quiet(x)
+    x *= np.float32(1e-17)  # whose fourth powers are 0, those of what is loud among it, too
+    x[:, 6, 5] *= 1e4
 
 
 def one(x):
