@@ -7,7 +7,8 @@ start, with a line of JSON on its stdout:
     build          builds its network: {} or {"absent": what is not installed}
     check PATH     computes once and leaves the result in PATH (.npy)
     warm SECONDS   computes for that long; "seconds" are those of the fastest call
-    time CALLS     one call that does not count, then CALLS that do; "seconds" are those of one
+    time CALLS     one call that does not count, then CALLS that do; "seconds" are those of one,
+                   "cpu" those that all threads were at work in all of the calls
     (end of file)  ends
 
 `serve` is all of that for a contender written in Python, and loads nothing that could get in its
@@ -115,6 +116,7 @@ class _Child:
         self.problem = ""
         self.error: float | None = None
         self.seconds: list[float] = []
+        self.cpu: list[float] = []
         self.calls = 1
         self.said: dict[str, Any] = {}
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -183,6 +185,8 @@ class _Child:
     def take_turn(self) -> None:
         """One turn on the clock."""
         self.seconds.append(self._seconds(f"time {self.calls}"))
+        if "cpu" in self.said:
+            self.cpu.append(self.said["cpu"] / (self.calls + 1))
 
     def _seconds(self, line: str) -> float:
         answer = self._ask(line)
@@ -243,6 +247,7 @@ class _Child:
             rest_bytes=self.said.get("rest_bytes"),
             peak_bytes=self.said.get("peak_bytes"),
             about=self.said.get("about", {}),
+            cpu=tuple(self.cpu),
         )
 
 
@@ -288,8 +293,10 @@ def serve(build: Callable[[], tuple[Run, Mapping[str, Any]]]) -> None:
             np.save(rest, run())
             answer(about={**about, "blas": here()["blas"]}, peak_bytes=_memory("VmHWM"))
         else:
+            before = time.process_time()
             seconds = {"warm": fastest, "time": timed}[order](run, json.loads(rest))
-            answer(seconds=seconds, peak_bytes=_memory("VmHWM"))
+            cpu = time.process_time() - before
+            answer(seconds=seconds, cpu=cpu, peak_bytes=_memory("VmHWM"))
 
 
 def _memory(name: str) -> int | None:

@@ -369,3 +369,10 @@ def test_a_contender_that_is_not_there_is_named_in_the_report(small, tmp_path):
     (tmp_path / "some.json").write_text(json.dumps(found))
     done = program("report.py", tmp_path / "some.json", *nowhere(tmp_path))
     assert "- naive NumPy: not installed: No module named 'naive'" in done.stdout
+
+
+def test_networks_of_other_kinds_race_from_end_to_end():
+    pytest.importorskip("torch")
+    command = [sys.executable, BENCH / "models.py", "lstm", "--small", "--contenders", "nnxp"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert said.splitlines()[-1].startswith("lstm       nnxp ")

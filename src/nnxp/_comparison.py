@@ -33,7 +33,8 @@ class Result:
 
     `floor` are the floor's seconds in the same rounds, `error` is the largest difference from
     float64 in units of the computed bound. Of a process of its own: the memory it held before its
-    first call, the most it ever held, and what it says of itself.
+    first call, the most it ever held, what it says of itself, and the seconds that its threads were
+    at work in one call of each round, all together.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Result:
     rest_bytes: int | None = None
     peak_bytes: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    cpu: tuple[float, ...] = ()
 
     @property
     def quartiles(self) -> tuple[float, float, float] | None:

@@ -34,7 +34,7 @@ from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer, whole
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Costs, Outline, Program
-from nnxp.program.recording import Recording, costs, expanded
+from nnxp.program.recording import Recording, bodied, costs, expanded
 from nnxp.program.rewrite import in_their_own_type, optimized, with_precision
 from nnxp.program.traced import Untraceable
 
@@ -550,9 +550,12 @@ class Prepared:
                 f"an engine takes rows in blocks, but {mixed}; call the model on all of them"
             )
         self.program = program if backend.name == "cupy" else written_out  # CUDA fuses kernels
+        if backend.device == "cpu":
+            self.program = bodied(program)
         self.borrowed = written_out.borrowed
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
-        self.costs = _costs(written_out, kinds, self.outputs, backend)
+        at_work = self.program if backend.device == "cpu" else written_out
+        self.costs = _costs(at_work, kinds, self.outputs, backend)
         self.most_rows: int | None = None
         self._sparing = sparing
         self._idle: dict[Any, list[Recording]] = {}
@@ -625,7 +628,7 @@ def _costs(
     own = sum(prod(kind.row) * kind.travels.itemsize for kind in at_work)
     if isinstance(backend, DeviceBackend):
         own += sum(prod(shape) * dtype.itemsize for shape, dtype in outputs)
-    return Costs(counted.row_bytes + own, counted.fixed_bytes, counted.row_work)
+    return counted._replace(row_bytes=counted.row_bytes + own)
 
 
 def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:

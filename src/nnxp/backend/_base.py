@@ -67,7 +67,8 @@ class Budget:
     """What rows cost, and what they may cost.
 
     `row_bytes` is what a row takes on the device at the widest point, `fixed_bytes` what each
-    worker takes besides, `row_work` about how many multiply-adds a row is. `limit` bounds the bytes
+    worker takes besides, `row_work` about how many multiply-adds a row is, and `row_lines` how many
+    lines of a product it makes. `limit` bounds the bytes
     in use, `workers` the threads on the CPU, and `most_rows` the rows that go together, where a
     device was found to hold no more. `held` is what is set aside on the device already, unused.
     """
@@ -75,6 +76,7 @@ class Budget:
     row_bytes: int
     fixed_bytes: int
     row_work: int
+    row_lines: float = 1.0
     limit: int | None = None
     workers: int | None = None
     most_rows: int | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from math import ceil
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,7 @@ FEW_TILES = 8  # so much work goes to BLAS as one tile
 TILE_ROWS = 512, 1024, 8192  # at least; at most in wide networks; at most in narrow ones
 LEAST_ROWS = 32  # a tile that a limit makes smaller than this is not worth another worker
 TILE_BYTES = 256 << 20  # at most, for rows that are very wide
+LINES = 512  # of a product, that are to be had together: fewer are slower
 
 
 def availability(index: int) -> Availability:
@@ -117,12 +119,28 @@ def tile_rows(rows: int, budget: Budget) -> int:
     """
     least, wide, narrow = TILE_ROWS
     work = max(budget.row_work, 1)
-    if rows * work <= FEW_TILES * TILE_WORK and rows <= narrow:
+    enough = ceil(LINES / budget.row_lines)
+    if enough < least:
+        tile = _few_heavy_rows(rows, work, enough)
+    elif rows * work <= FEW_TILES * TILE_WORK and rows <= narrow:
         tile = rows  # a few milliseconds in all: BLAS' own threads share them out at less cost
     else:
         worth = min(narrow, max(least, TILE_WORK // work // least * least))
         tile = min(max(wide, worth), max(worth, rows // 8 // least * least))
     return max(1, min(tile, TILE_BYTES // max(budget.row_bytes, 1)))
+
+
+def _few_heavy_rows(rows: int, work: int, enough: int) -> int:
+    """Rows in a tile where a row makes many lines of a product: of some, as many are enough.
+
+    The tiles are two, four, or any number from eight on, so that workers end together.
+    """
+    if rows * work <= TILE_WORK:
+        return rows
+    count = rows // max(enough, TILE_WORK // work)
+    if count >= 8:
+        return -(-rows // count)
+    return -(-rows // (4 if count >= 4 else 2))
 
 
 def worker_count() -> int:

@@ -12,11 +12,11 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import update_wrapper
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from nnxp._arrays import Array, is_floating, library_of
+from nnxp._arrays import Array, Shape, is_floating, library_of
 from nnxp._errors import DtypeMismatch
 
 Body = Callable[..., Array]
@@ -27,6 +27,30 @@ _FUSED = {"cupy": "nnxp.kernels.cuda"}
 
 KERNELS: dict[str, Kernel] = {}
 """Every kernel by name."""
+
+
+class Given(NamedTuple):
+    """What a body is made for: an array's shape and type, and its numbers if it is a constant."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
+    numbers: Array | None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+class InPlace(NamedTuple):
+    """A body that writes where it is told and has its memory set aside: what a recording runs.
+
+    `run(out, scratch, *arrays)` fills `out`, or one for each result, in order. `scratch` is memory
+    to work in, uint8, of `fixed` bytes and `per_row` bytes for each row.
+    """
+
+    run: Callable[..., object]
+    fixed: int = 0
+    per_row: int = 0
 
 
 class Kernel:
@@ -44,6 +68,7 @@ class Kernel:
         self.reference = reference
         self.rule: Callable[..., Any] | None = None
         self.activates_last = False  # whether its gradient is that of two steps
+        self._in_place: Callable[..., InPlace | None] | None = None
         self._fused: dict[str, Body] = {}
         self._body: dict[type, Body] = {}
         KERNELS[self.__name__] = self
@@ -57,6 +82,19 @@ class Kernel:
             return body
 
         return register
+
+    def in_place(self, rule: Callable[..., InPlace | None]) -> Callable[..., InPlace | None]:
+        """Decorator: this function makes the body for NumPy that a recording runs.
+
+        `rule(*given, **options)` answers None for what the reference body does as well.
+        """
+        self._in_place = rule
+        return rule
+
+    def in_place_for(self, *given: Given | None, **options: Any) -> InPlace | None:
+        """The body for NumPy that a recording runs; None if the reference body is as good."""
+        importlib.import_module("nnxp.kernels.cpu")
+        return None if self._in_place is None else self._in_place(*given, **options)
 
     def vjp(self, rule: Rule) -> Rule:
         """Decorator: this function is the gradient rule of the kernel.

@@ -8,6 +8,7 @@ place, however small it is; and NaN goes through every one of them as NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Literal
 
 from nnxp._arrays import Array, xp_of
@@ -277,9 +278,9 @@ def gelu(x: Array, *, out: Array | None = None) -> Array:
     """
     xp = xp_of(x)
     size = xp.abs(x)
-    xp.minimum(size, 39, out=size)
+    xp.clip(size, 0, 39, out=size)
     size *= normal_tail(size)
-    y = xp.maximum(x, 0, out=out)
+    y = xp.clip(x, 0, inf, out=out)
     y -= size
     return y
 

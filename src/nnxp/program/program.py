@@ -48,11 +48,16 @@ class Call(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What a program takes: bytes for each row and besides, and multiply-adds for each row."""
+    """What a program takes: bytes for each row and besides, and multiply-adds for each row.
+
+    `row_lines` is how many lines of a product a row makes: one in dense layers, one for each
+    position in convolutions; the harmonic mean, by work.
+    """
 
     row_bytes: int
     fixed_bytes: int
     row_work: int
+    row_lines: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

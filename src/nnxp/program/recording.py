@@ -6,9 +6,10 @@ call of a NumPy function that writes where it should: `for call in calls: call()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import located
 from nnxp._library import KINDS, WITH_OUT
+from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.program.program import (
     Costs,
     Program,
@@ -26,7 +28,7 @@ from nnxp.program.program import (
     sized,
     trace,
 )
-from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record
+from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record, value_of
 
 Call = Callable[[], object]
 
@@ -36,8 +38,44 @@ _SAME_ORDER = frozenset("reshape expand_dims squeeze".split())
 """Views of all of their input, in the order of its memory."""
 
 
-def expanded(program: Program) -> Program:
-    """The program with every kernel written out as what its reference body does."""
+@dataclass(frozen=True, eq=False)
+class Bodied(Program):
+    """A program of which some steps are kernels that have a body in place, and the rest written
+    out."""
+
+    bodies: Mapping[Step, InPlace] = field(default_factory=dict)
+
+
+def bodied(program: Program) -> Bodied:
+    """The program with kernels written out, but for those that have a body in place."""
+    if isinstance(program, Bodied):
+        return program
+    bodies: dict[Step, InPlace] = {}
+
+    def body_or_reference(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        values = [None if each is None else value_of(each) for each in arrays]
+        plain = all(each is None or isinstance(each, Value) for each in values)
+        body = None
+        if plain and values[0] is not None and values[0].numbers is None:
+            given = (None if v is None else Given(v.shape, v.dtype, v.numbers) for v in values)
+            body = kernel.in_place_for(*given, **options)
+        if body is None and kernel.on_library("numpy") is None:
+            return kernel.widened(*arrays, **options)
+        made = record(kernel, arrays, options)
+        if body is not None:
+            first = made[0] if isinstance(made, list) else made
+            bodies[first.value.step] = body
+        return made
+
+    made = expanded(program, body_or_reference)
+    return Bodied(made.inputs, made.outputs, made.steps, (), program.several, bodies)
+
+
+def expanded(program: Program, expands: bool | Callable[..., Any] = True) -> Program:
+    """The program with every kernel written out as what its reference body does.
+
+    `expands` is as for a Tape.
+    """
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         if isinstance(step.function, str):
@@ -48,7 +86,7 @@ def expanded(program: Program) -> Program:
         return again(step, arrays)
 
     inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
-    made = trace(lambda *given: tuple(replay(program, given, change)), *inputs, expands=True)
+    made = trace(lambda *given: tuple(replay(program, given, change)), *inputs, expands=expands)
     return Program(made.inputs, made.outputs, made.steps, (), program.several)
 
 
@@ -63,11 +101,15 @@ def again(step: Step, arrays: tuple[Any, ...]) -> Any:
 class Layout:
     """Which buffer each value of a program lies in: the memory that a recording sets aside.
 
-    `sizes` are the buffers' bytes. A value that is a view, a constant, an input, or made anew at
-    each call lies in none. Results lie in the caller's arrays, numbered from -1 downwards.
+    `sizes` are the buffers' bytes, and `scratch` and `row_scratch` what the bodies in place work
+    in, besides and for each row. A value that is a view, a constant, an input, or made anew at each
+    call lies in none. Results lie in the caller's arrays, numbered from -1 downwards.
     """
 
-    def __init__(self, program: Program, rows: int) -> None:
+    def __init__(self, program: Bodied, rows: int) -> None:
+        self.bodies = program.bodies
+        self.scratch = max((each.fixed for each in self.bodies.values()), default=0)
+        self.row_scratch = max((each.per_row for each in self.bodies.values()), default=0)
         self.sizes: list[int] = []
         self.of: dict[Value, int] = {}
         self.anew = 0  # bytes of what is made anew at each call, at most at once
@@ -81,7 +123,7 @@ class Layout:
                 size = prod(sized(value.shape, rows)) * value.dtype.itemsize
                 if value.root is not value or value in self.of:
                     continue
-                if not writes(step):
+                if not self._writes(step):
                     now += size
                     self.anew = max(self.anew, now)
                 elif reused is not None and self.of.get(reused, -1) >= 0:
@@ -103,12 +145,16 @@ class Layout:
                 return
             value = value.step.values[0]
         reused = dict(zip(program.steps, program.lives.reused, strict=True))
-        while value.step is not None and value not in self.of and writes(value.step):
+        while value.step is not None and value not in self.of and self._writes(value.step):
             self.of[value] = number
             before = reused[value.step]
             if before is None:
                 return
             value = before
+
+    def _writes(self, step: Step) -> bool:
+        """Whether a step's result can be written where it is wanted."""
+        return step in self.bodies or (isinstance(step.function, str) and step.name in _WRITES)
 
     def _best(self, free: list[int], size: int) -> int:
         """The smallest free buffer that holds so much, or a new one."""
@@ -121,12 +167,8 @@ class Layout:
         return len(self.sizes) - 1
 
 
+MANY = 1 << 14  # elements: of fewer, calling np.clip takes longer than what it saves
 _WRITES = WITH_OUT | {"astype", "copy", "concatenate", "where"}
-
-
-def writes(step: Step) -> bool:
-    """Whether a step's result can be written where it is wanted."""
-    return isinstance(step.function, str) and step.name in _WRITES
 
 
 def costs(program: Program, given: Sequence[np.dtype[Any]] | None = None) -> Costs:
@@ -135,15 +177,24 @@ def costs(program: Program, given: Sequence[np.dtype[Any]] | None = None) -> Cos
     `given` are the types of the rows, if they are to be converted first. Beside the products, a
     byte that is passed over takes about as long as a multiply-add, so both are work.
     """
-    flat = expanded(program)
+    flat = bodied(program)
     layout = Layout(flat, ROWS)
-    total = sum(layout.sizes) + layout.anew
+    total = sum(layout.sizes) + layout.anew + layout.row_scratch * ROWS
     for value, dtype in zip(flat.inputs, given or [v.dtype for v in flat.inputs], strict=True):
         if dtype != value.dtype:
             total += prod(value.shape) * value.dtype.itemsize
     passed = sum(prod(v.shape) * v.dtype.itemsize for step in flat.steps for v in step.outputs)
-    work = (sum(map(multiply_adds, flat.steps)) + passed) // ROWS
-    return Costs(total // ROWS, total % ROWS, work)
+    products = [(multiply_adds(step), step) for step in flat.steps]
+    work = sum(each for each, _ in products)
+    by_lines = sum(each / _lines(step) for each, step in products)
+    lines = work / by_lines if by_lines else 1.0
+    row_work = (work + passed) // ROWS
+    return Costs(total // ROWS, total % ROWS + layout.scratch, row_work, lines)
+
+
+def _lines(step: Step) -> float:
+    """How many lines of a product a step makes of a row; a recurrence makes one at a time."""
+    return 1.0 if step.several else max(1.0, prod(step.outputs[0].shape[:-1]) / ROWS)
 
 
 class Recording:
@@ -154,14 +205,15 @@ class Recording:
     """
 
     def __init__(self, program: Program, rows: int, given: Sequence[np.dtype[Any]]) -> None:
-        program = expanded(program)
+        program = bodied(program)
         layout = Layout(program, rows)
         self.rows = rows
         self._slots: list[Any] = [None] * (len(program.inputs) + len(program.outputs))
         self._places: dict[Value, tuple[bool, Any]] = {}  # (in a slot?, its number or the array)
         self._calls: list[Call] = []
         buffers = [np.empty(size, "uint8") for size in layout.sizes]
-        self.nbytes = sum(layout.sizes)
+        scratch = np.empty(layout.scratch + layout.row_scratch * rows, "uint8")
+        self.nbytes = sum(layout.sizes) + scratch.nbytes
         for i, (value, dtype) in enumerate(zip(program.inputs, given, strict=True)):
             self._places[value] = True, i
             if dtype != value.dtype:
@@ -172,20 +224,23 @@ class Recording:
         first_result = len(program.inputs)
         for step in program.steps:
             now = scaled(step, rows)
-            held = layout.of.get(step.outputs[0])
-            if held is None:
+            if any(value not in layout.of for value in step.outputs):
                 self._compute(now)
                 continue
-            value = step.outputs[0]
-            shape = sized(value.shape, rows)
-            if held < 0:
-                number = first_result - 1 - held
-                target = self._result(program.outputs[-1 - held], value, number, shape)
+            for value in step.outputs:
+                shape, held = sized(value.shape, rows), layout.of[value]
+                if held < 0:
+                    number = first_result - 1 - held
+                    target = self._result(program.outputs[-1 - held], value, number, shape)
+                else:
+                    whole = buffers[held][: prod(shape) * value.dtype.itemsize]
+                    target = False, whole.view(value.dtype).reshape(shape)
+                self._places[value] = target
+            if step in program.bodies:
+                operands = (*step.outputs, scratch, *step.inputs)
+                self._calls.append(self._bound(program.bodies[step].run, operands, {}))
             else:
-                whole = buffers[held][: prod(shape) * value.dtype.itemsize]
-                target = False, whole.view(value.dtype).reshape(shape)
-            self._places[value] = target
-            self._calls += self._written(now, value)
+                self._calls += self._written(now, step.outputs[0])
         for i, value in enumerate(program.outputs):
             if layout.of.get(_in_order(value)) != -1 - i:
                 self._places[value] = self._place(value)
@@ -331,14 +386,13 @@ class Recording:
         if KINDS[name] == "reduction" and name in _REDUCES:
             return self._reduced(step, out)
         if name == "clip":
-            x, low, high = (*inputs, None)[:3]
-            calls = []
-            for bound, limited in ((low, np.maximum), (high, np.minimum)):
-                if bound is not None:
-                    operands = x, self._scalar(bound, out)
-                    calls.append(self._bound_ufunc(limited, operands, out))
-                    x = out
-            return calls or [self._bound(np.copyto, (out, x), {"casting": "unsafe"})]
+            x, low, high = (*inputs, None, None)[:3]
+            return [self._clipped(x, low, high, out)]
+        if name in ("maximum", "minimum") and prod(sized(out.shape, self.rows)) >= MANY:
+            x, bound = inputs
+            if isinstance(x, Value) and out.dtype.kind == "f" and isinstance(bound, int | float):
+                low, high = (bound, None) if name == "maximum" else (None, bound)
+                return [self._clipped(x, low, high, out)]
         if name == "matmul" and _flat(inputs):
             fn: Any = np.dot
         else:
@@ -353,6 +407,13 @@ class Recording:
         if isinstance(x, bool | int | float) and isinstance(like, Value) and like.dtype.kind == "f":
             return np.asarray(x, like.dtype)
         return x
+
+    def _clipped(self, x: Any, low: Any, high: Any, out: Value) -> Call:
+        """x between limits, by a ufunc that takes a third of what maximum takes with a scalar."""
+        if out.dtype.kind == "f":
+            low, high = -inf if low is None else low, inf if high is None else high
+        limits = [self._scalar(each, out) for each in (low, high)]
+        return self._bound(partial(_into, np.clip, {}), (out, x, *limits), {})
 
     def _reduced(self, step: Step, out: Value) -> list[Call]:
         (x,) = step.inputs

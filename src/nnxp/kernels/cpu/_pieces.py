@@ -1,0 +1,82 @@
+"""Pieces of arrays that stay in cache while something is done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import HostArray, Shape
+from nnxp.kernels._dispatch import Given, Kernel
+from nnxp.kernels.activations import identity, relu
+
+PIECE = 256 << 10
+"""Bytes: so much, and what is made of it, stays in a core's second cache."""
+
+PASSES = 3
+"""Pieces that an activation may hold at once besides its own, as its reference body makes them."""
+
+_ZEROS = {name: np.zeros(PIECE // 4, name) for name in ("float32", "float64")}
+for _each in _ZEROS.values():
+    _each.flags.writeable = False
+
+
+def plain(*given: Given | None) -> bool:
+    """Whether all are of one type, of 32 or 64 bits, as bodies in place take them."""
+    types = {each.dtype for each in given if each is not None}
+    return len(types) == 1 and next(iter(types)).name in _ZEROS
+
+
+def carved(scratch: HostArray, dtype: Any, *shapes: Shape) -> Iterator[HostArray]:
+    """Arrays of these shapes, one behind the other in memory of bytes."""
+    start, size = 0, np.dtype(dtype).itemsize
+    for shape in shapes:
+        stop = start + prod(shape) * size
+        yield scratch[start:stop].view(dtype).reshape(shape)
+        start = -(-stop // 64) * 64
+
+
+def room(dtype: Any, *shapes: Shape) -> int:
+    """The bytes that `carved` takes."""
+    return sum(-(-prod(shape) * np.dtype(dtype).itemsize // 64) * 64 for shape in shapes)
+
+
+class Finish:
+    """activation(y + bias) in place, for y (lines, outputs), by pieces.
+
+    The bias is repeated, so that what is added to many lines of few outputs is one long line.
+    """
+
+    def __init__(self, bias: HostArray | None, activation: Kernel, dtype: Any) -> None:
+        self.activation, self.zeros = activation, _ZEROS[np.dtype(dtype).name]
+        self.repeats = 1 if bias is None else max(1, 2048 // max(1, bias.size))
+        self.bias = None if bias is None else np.tile(bias, self.repeats)
+        self.single = bias
+        simple = activation is identity or activation is relu
+        self.fixed = 0 if simple else PASSES * PIECE
+
+    def __call__(self, y: HostArray) -> None:
+        if self.bias is None and self.activation is identity:
+            return
+        lines, outputs = y.shape
+        step = max(1, PIECE // (outputs * y.itemsize))
+        step = step // self.repeats * self.repeats or step
+        for start in range(0, lines, step):
+            self._piece(y[start : start + step])
+
+    def _piece(self, y: HostArray) -> None:
+        if self.bias is not None:
+            whole = len(y) // self.repeats * self.repeats
+            long = y[:whole].reshape(-1, self.bias.size)
+            np.add(long, self.bias, out=long)
+            if whole < len(y):
+                y[whole:] += self.single
+        if self.activation is relu:
+            if y.size <= self.zeros.size:
+                np.maximum(y, self.zeros[: y.size].reshape(y.shape), out=y)
+            else:
+                np.clip(y, 0, np.inf, out=y)
+        elif self.activation is not identity:
+            self.activation.reference(y, out=y)

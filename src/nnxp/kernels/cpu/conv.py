@@ -1,0 +1,372 @@
+"""Convolutions by blocks of a few pictures: what a block takes stays in cache."""
+
+from __future__ import annotations
+
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from nnxp._arrays import HostArray, Shape
+from nnxp.kernels._dispatch import Given, InPlace, Kernel
+from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
+from nnxp.kernels.activations import identity
+from nnxp.kernels.conv import conv
+from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
+from nnxp.kernels.cpu.linear import LINES, product
+
+PATCHES = 1 << 20  # bytes of patches that are laid out for a product
+TILES = 128  # of Winograd's at once, at least, for each of his products has one line for each
+LEAST_TILES = 48  # with fewer the products are too small to gain
+LOUD = 256.0  # times the squares that an output sees: so much beside it drowns it in rounding
+ALONE = 1 / 16  # of the same, squared: the fourth power of one element that outweighs all others
+LEAST_CHANNELS = 96  # with fewer the transforms take longer than what they save
+SHORT = 12  # elements that lie together in a patch: fewer are copied the other way round
+
+
+@conv.in_place
+def conv_in_place(
+    x: Given,
+    weight: Given,
+    bias: Given | None = None,
+    *,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    activation: Kernel = identity,
+) -> InPlace | None:
+    """For windows over one or two axes of space, with constant weights, in one group or with a
+    group for each channel."""
+    constant = weight.numbers is not None and (bias is None or bias.numbers is not None)
+    axes = weight.ndim - 2
+    apart = groups > 1 and weight.shape[-2] == 1 and groups == weight.shape[-1]
+    if not constant or not plain(x, weight, bias) or axes not in (1, 2):
+        return None
+    if x.ndim != weight.ndim or x.shape[-1] != weight.shape[-2] * groups:
+        return None  # the reference body says what is wrong
+    if groups > 1 and not apart:
+        return None
+    over = windows("conv", x, weight.shape[:-2], stride=stride, padding=padding, dilation=dilation)
+    if any(each < 0 for pair in over.pads for each in pair):
+        return None
+    numbers = np.ascontiguousarray(weight.numbers)
+    space, finish = (
+        x.shape[1:-1],
+        Finish(None if bias is None else bias.numbers, activation, x.dtype),
+    )
+    if axes == 1:
+        numbers, space, over = numbers[None], (1, *space), _flat(over)
+    if apart:
+        body = _by_channel(space, numbers, over, bias, activation)
+    elif prod(over.window) == 1 and not any(map(any, over.pads)):
+        body = _pointwise(space, numbers, over, finish)
+    else:
+        body = _by_patches(space, numbers, over, finish)
+        square = over.window == (3, 3) and over.stride == over.dilation == (1, 1)
+        if square and min(numbers.shape[2:]) >= LEAST_CHANNELS:
+            body = _winograd(numbers, over, finish, body)
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
+        if axes == 1:
+            out, x = out[:, None], x[:, None]
+        body.run(out, scratch, x)
+
+    return InPlace(run, body.fixed, body.per_row)
+
+
+def _flat(over: Windows) -> Windows:
+    """The same windows over one axis more, before the others, of which there is one."""
+    one: Shape = (1,)
+    none = ((0, 0),)
+    return Windows(
+        one + over.window, one + over.stride, one + over.dilation, none + over.pads,
+        one + over.positions, none + over.beyond,
+    )  # fmt: skip
+
+
+def _pointwise(space: Shape, weight: HostArray, over: Windows, finish: Finish) -> InPlace:
+    """Windows of one element: a product, of every so many elements."""
+    inputs, outputs = weight.shape[-2:]
+    matrix = weight.reshape(inputs, outputs)
+    lines = prod(over.positions)
+    pictures = ceil(LINES / lines)
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
+        seen = x[:, :: over.stride[0], :: over.stride[1]]
+        if seen.flags.c_contiguous:
+            product(seen.reshape(-1, inputs), matrix, out.reshape(-1, outputs), finish)
+            return
+        for start in range(0, len(x), pictures):
+            part = seen[start : start + pictures]
+            (own,) = carved(scratch, x.dtype, part.shape)
+            np.copyto(own, part)
+            made = out[start : start + pictures].reshape(-1, outputs)
+            product(own.reshape(-1, inputs), matrix, made, finish)
+
+    return InPlace(run, room(weight.dtype, (pictures, lines, inputs)) + finish.fixed)
+
+
+def _padded(x: HostArray, own: HostArray, over: Windows, fill: float = 0.0) -> HostArray:
+    """x with its padding, in `own`; x itself if it has none."""
+    if own.shape == x.shape:
+        return x
+    (top, _), (left, _) = over.pads
+    _, height, width, _ = x.shape
+    own[:, :top] = fill
+    own[:, top + height :] = fill
+    own[:, top : top + height, :left] = fill
+    own[:, top : top + height, left + width :] = fill
+    np.copyto(own[:, top : top + height, left : left + width], x)
+    return own
+
+
+def _with_pads(space: Shape, over: Windows) -> Shape:
+    return tuple(n + before + behind for n, (before, behind) in zip(space, over.pads, strict=True))
+
+
+def _by_patches(space: Shape, weight: HostArray, over: Windows, finish: Finish) -> InPlace:
+    """What the windows see is laid out in lines, some hundreds of them, for one product.
+
+    Where the elements of a line are few that lie together, as with one channel, each is laid out
+    for all positions instead: as columns.
+    """
+    outputs, dtype = weight.shape[-1], weight.dtype
+    matrix = weight.reshape(-1, outputs)
+    long = len(matrix)
+    height, width = over.positions
+    most = PATCHES // (max(long, 2 * outputs) * dtype.itemsize)  # so that the results stay, too
+    together = max(LINES // 2, most)
+    pictures = max(1, together // (height * width))
+    high = height if pictures > 1 else max(1, min(height, ceil(together / width)))
+    high = ceil(height / ceil(height / high))
+    around = (pictures, *_with_pads(space, over), weight.shape[2])
+    columns = over.window[1] * weight.shape[2] < SHORT
+    window = (*over.window, weight.shape[2])
+    patches = (pictures, high, width, *window)
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
+        own, laid = carved(scratch, dtype, around, patches)
+        (down, right), (apart, beside) = over.stride, over.dilation
+        for start in range(0, len(x), pictures):
+            part = x[start : start + pictures]
+            some = _padded(part, own[: len(part)], over)
+            n, h, w, c = some.strides
+            strides = (n, h * down, w * right, h * apart, w * beside, c)
+            seen = as_strided(some, (len(part), height, width, *window), strides)
+            for top in range(0, height, high):
+                block = seen[:, top : top + high]
+                made = out[start : start + pictures, top : top + high].reshape(-1, outputs)
+                flat = laid.reshape(-1)[: block.size]
+                if columns:
+                    block = block.transpose(3, 4, 5, 0, 1, 2)
+                    lines = flat.reshape(long, -1).T
+                else:
+                    lines = flat.reshape(-1, long)
+                np.copyto(flat.reshape(block.shape), block)
+                np.dot(lines, matrix, out=made)
+                finish(made)
+
+    return InPlace(run, room(dtype, around, patches) + finish.fixed)
+
+
+_LEFT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+
+
+def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace) -> InPlace:
+    """F(2x2, 3x3), four outputs of 16 products, not 36   [Lavin & Gray 2015, arXiv:1509.09308]
+
+    An output there has a part in the rounding of all 16 elements of its tile, of which it sees 9.
+    Where others are much larger, or not finite, it is computed again from what it sees.
+    """
+    inputs, outputs = weight.shape[2:]
+    dtype, (height, width) = weight.dtype, over.positions
+    down, across = ceil(height / 2), ceil(width / 2)
+    tiles = max(TILES, PATCHES // (16 * (inputs + outputs) * dtype.itemsize))
+    pictures = max(1, tiles // (down * across))
+    high = down if pictures > 1 else max(1, min(down, ceil(tiles / across)))
+    high = ceil(down / ceil(down / high))
+    wide = 2 * across + 2
+    around = (pictures, 2 * down + 2, wide, inputs)
+    most = pictures * high * across
+    shapes = (
+        around, (4 * pictures * high * wide * inputs,), (16 * most * inputs,),
+        (16 * most * outputs,), (8 * most * outputs,),
+    )  # fmt: skip
+    made: list[HostArray] = []
+    matrix = weight.reshape(-1, outputs)
+    again = max(1, PIECE // (len(matrix) * dtype.itemsize))
+
+    def transformed() -> HostArray:
+        if not made:
+            both = np.einsum("ai,bj,ijco->abco", _LEFT, _LEFT, weight.astype("float64"))
+            made.append(both.reshape(16, inputs, outputs).astype(dtype))
+        return made[0]
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
+        if len(x) * down * across < LEAST_TILES:
+            patches.run(out, scratch, x)
+            return
+        kernels = transformed()
+        own, *others = carved(scratch, dtype, *shapes)
+        (top, _), (left, _) = over.pads
+        for start in range(0, len(x), pictures):
+            part = x[start : start + pictures]
+            n, tall, broad, _ = part.shape
+            some = own[:n]
+            some[:, :top] = 0
+            some[:, top + tall :] = 0
+            some[:, top : top + tall, :left] = 0
+            some[:, top : top + tall, left + broad :] = 0
+            np.copyto(some[:, top : top + tall, left : left + broad], part)
+            for first in range(0, down, high):
+                last = min(down, first + high)
+                block = some[:, 2 * first : 2 * last + 2]
+                y = out[start : start + n, 2 * first : min(height, 2 * last)]
+                squares = others[1][: block.size].reshape(block.shape)
+                drowned = np.nonzero(_drowned(block, squares)[:, : y.shape[1], :width])
+                _tiles(block, kernels, y, others)
+                for i in range(0, len(drowned[0]), again):
+                    at = tuple(each[i : i + again] for each in drowned)
+                    y[at] = _windows(block)[at].reshape(-1, len(matrix)) @ matrix
+                finish(y.reshape(-1, outputs))
+
+    energies = 8 * room(dtype, around[:3])
+    mending = room(dtype, (again, len(matrix)), (2 * again, outputs)) + 40 * prod(around[:3])
+    fixed = room(dtype, *shapes) + finish.fixed + energies + mending
+    return InPlace(run, max(fixed, patches.fixed))
+
+
+def _windows(x: HostArray) -> HostArray:
+    """What windows of 3x3 see of x (n, h, w, c) -> (n, h - 2, w - 2, 3, 3, c)"""
+    n, h, w, c = x.shape
+    a, b, d, e = x.strides
+    return as_strided(x, (n, h - 2, w - 2, 3, 3, c), (a, b, d, b, d, e))
+
+
+def _drowned(x: HostArray, squares: HostArray) -> HostArray:
+    """Where, of x (n, 2 q + 2, 2 t + 2, c), an output of a tile may be lost in the tile's rounding.
+
+    -> (n, 2 q, 2 t), True where a place in the tile is LOUD beside what the output sees, or where
+    one element of it stands ALONE, for which the output may have a small weight. `squares` is
+    memory like x.
+    """
+    n, h, w, c = x.shape
+    h, w = h - 2, w - 2
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.multiply(x, x, out=squares)
+        energy = np.matmul(squares, np.ones(c, x.dtype))
+        fourth = np.einsum("nhwc,nhwc->nhw", squares, squares)
+        seen = energy[:, :h] + energy[:, 1 : h + 1] + energy[:, 2:]
+        seen = seen[:, :, :w] + seen[:, :, 1 : w + 1] + seen[:, :, 2:]
+        seen = seen.reshape(n, h // 2, 2, w // 2, 2)
+        loud, alone = (_largest_in_tiles(each) for each in (energy, fourth))
+        heard = (loud <= LOUD * seen) & (alone <= ALONE * seen * seen) & (alone < np.inf)
+    drowned: HostArray = ~heard.reshape(n, h, w)
+    return drowned
+
+
+def _largest_in_tiles(x: HostArray) -> HostArray:
+    """The largest in tiles of 4x4, two apart: x (n, 2 q + 2, 2 t + 2) -> (n, q, 1, t, 1)"""
+    lines = np.maximum(x[:, :-1], x[:, 1:])
+    lines = np.maximum(lines[:, :-1:2], lines[:, 2::2])
+    tiles = np.maximum(lines[:, :, :-1], lines[:, :, 1:])
+    return np.maximum(tiles[:, :, :-1:2], tiles[:, :, 2::2])[:, :, None, :, None]
+
+
+def _tiles(x: HostArray, kernels: HostArray, y: HostArray, memory: list[HostArray]) -> None:
+    """The outputs of one block of x (n, 2 q + 2, 2 t + 2, c), padded -> y (n, <= 2 q, <= 2 t, o)"""
+    n, tall, wide, c = x.shape
+    q, t, o = tall // 2 - 1, wide // 2 - 1, y.shape[-1]
+    rows, seen, products, halves = memory
+    r = rows[: 4 * n * q * wide * c].reshape(4, n, q, wide, c)
+    v = seen[: 16 * n * q * t * c].reshape(4, 4, n, q, t, c)
+    m = products[: 16 * n * q * t * o].reshape(4, 4, n, q, t, o)
+    s = halves[: 8 * n * q * t * o].reshape(2, 4, n, q, t, o)
+    _inputs([x[:, i : i + 2 * q - 1 : 2] for i in range(4)], r)
+    _inputs([r[..., j : j + 2 * t - 1 : 2, :] for j in range(4)], v.swapaxes(0, 1))
+    np.matmul(v.reshape(16, -1, c), kernels, out=m.reshape(16, -1, o))
+    _outputs(m, s)
+    both = m[:2].reshape(-1)[: 4 * n * q * t * o].reshape(2, 2, n, q, t, o)  # m is free now
+    _outputs(s.swapaxes(0, 1), both)
+    for j in range(2):
+        for i in range(2):
+            into = y[:, i::2, j::2]
+            np.copyto(into, both[j, i, :, : into.shape[1], : into.shape[2]])
+
+
+def _inputs(d: list[HostArray], out: HostArray) -> None:
+    np.subtract(d[0], d[2], out=out[0])
+    np.add(d[1], d[2], out=out[1])
+    np.subtract(d[2], d[1], out=out[2])
+    np.subtract(d[1], d[3], out=out[3])
+
+
+def _outputs(m: HostArray, out: HostArray) -> None:
+    np.add(m[1], m[2], out=out[0])
+    np.add(out[0], m[0], out=out[0])
+    np.subtract(m[1], m[2], out=out[1])
+    np.subtract(out[1], m[3], out=out[1])
+
+
+def _by_channel(
+    space: Shape, weight: HostArray, over: Windows, bias: Given | None, activation: Kernel
+) -> InPlace:
+    """Each channel by itself: one einsum over what the windows see, all of a line at once.
+
+    Columns lie by the phases of the stride, so that what an element of the window meets along a
+    line is one stretch of memory, channels and all; the weight is repeated along it.
+    """
+    channels, dtype = weight.shape[-1], weight.dtype
+    (height, width), (down, right), (apart, beside) = over.positions, over.stride, over.dilation
+    tall, broad = _with_pads(space, over)
+    columns = max(ceil(broad / right), (over.window[1] - 1) * beside // right + width)
+    line = width * channels
+    high = max(1, PIECE // (2 * line * dtype.itemsize))
+    high = ceil(height / ceil(height / min(height, high)))
+    (top, _), (left, _) = over.pads
+    phases: dict[int, list[int]] = {}
+    for j in range(over.window[1]):
+        phases.setdefault(j * beside % right, []).append(j)
+    parts = []
+    for phase, taps in phases.items():
+        repeated = np.tile(weight[:, taps, 0, :], (1, 1, width))
+        step = (taps[1] - taps[0]) * beside // right if len(taps) > 1 else 0
+        parts.append((phase, taps[0] * beside // right, step, np.ascontiguousarray(repeated)))
+    own_shape, block = (tall, right, columns, channels), (high, line)
+    wide = None if bias is None else np.tile(bias.numbers, width)  # type: ignore[arg-type]
+    finish = Finish(wide, activation, dtype)
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
+        own, more = carved(scratch, dtype, own_shape, block)
+        own[:] = 0
+        n, _, w, c = own.strides
+        views = [
+            (
+                as_strided(
+                    own[:, phase, first:],
+                    (height, over.window[0], numbers.shape[1], line),
+                    (n * down, n * apart, step * w, c),
+                ),
+                numbers,
+            )
+            for phase, first, step, numbers in parts
+        ]
+        for picture, y in zip(x, out.reshape(len(x), height, line), strict=True):
+            for phase in range(right):
+                first = (phase - left) % right
+                lines = picture[:, first::right]
+                at = (first + left) // right
+                own[top : top + len(picture), phase, at : at + lines.shape[1]] = lines
+            for start in range(0, height, high):
+                made = y[start : start + high]
+                into = made
+                for seen, numbers in views:
+                    np.einsum("hijx,ijx->hx", seen[start : start + high], numbers, out=into)
+                    if into is not made:
+                        np.add(made, into, out=made)
+                    into = more[: len(made)]
+                finish(made)
+
+    return InPlace(run, room(dtype, own_shape, block) + finish.fixed)

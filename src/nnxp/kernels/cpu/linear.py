@@ -1,0 +1,64 @@
+"""Products whose bias and activation follow while each block of their result is in cache."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import HostArray
+from nnxp.kernels._dispatch import Given, InPlace, Kernel
+from nnxp.kernels.activations import identity
+from nnxp.kernels.cpu._pieces import Finish, carved, plain, room
+from nnxp.kernels.linear import linear, matmul
+
+LINES = 512  # of a product at once, at least: fewer are slower
+BLOCK = 512 << 10  # bytes of a result that are finished before the next
+
+
+def lines_at_once(outputs: int, itemsize: int) -> int:
+    return max(LINES, BLOCK // (outputs * itemsize))
+
+
+def product(x: HostArray, weight: HostArray, out: HostArray, finish: Finish) -> None:
+    """finish(x @ weight), for matrices, in blocks of lines."""
+    step = lines_at_once(out.shape[1], out.itemsize)
+    for start in range(0, len(x), step):
+        block = out[start : start + step]
+        np.dot(x[start : start + step], weight, out=block)
+        finish(block)
+
+
+@linear.in_place
+def linear_in_place(
+    x: Given,
+    weight: Given,
+    bias: Given | None = None,
+    *,
+    activation: Kernel = identity,
+    precision: str | None = None,
+) -> InPlace | None:
+    """For x of several axes, whose lines are many; one call for each does for others."""
+    constant = weight.numbers is not None and (bias is None or bias.numbers is not None)
+    if x.ndim < 3 or not constant or not plain(x, weight, bias):
+        return None
+    numbers = np.ascontiguousarray(weight.numbers)
+    finish = Finish(None if bias is None else bias.numbers, activation, x.dtype)
+    inputs, outputs = numbers.shape
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
+        y = out.reshape(-1, outputs)
+        if x.flags.c_contiguous:
+            product(x.reshape(-1, inputs), numbers, y, finish)
+            return
+        (own,) = carved(scratch, x.dtype, x.shape)
+        np.copyto(own, x)
+        product(own.reshape(-1, inputs), numbers, y, finish)
+
+    return InPlace(run, finish.fixed, room(x.dtype, (prod(x.shape[1:]),)))
+
+
+@matmul.in_place
+def matmul_in_place(x: Given, weight: Given, *, precision: str | None = None) -> InPlace | None:
+    return linear_in_place(x, weight)

@@ -1,0 +1,223 @@
+"""Bodies in place, which recordings on NumPy run, answer what the reference bodies do."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+import nnxp
+from nnxp import kernels
+from nnxp.kernels._dispatch import Given
+from nnxp.program.recording import Recording, bodied, costs
+from nnxp.testing.parity import compare, error_bound
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, "float32")
+
+
+def recorded(layer, *arrays):
+    """What a recording makes of the arrays, which has to run a body in place."""
+    program = bodied(layer.program(*(x.shape for x in arrays)))
+    assert program.bodies, layer
+    outlines = program.outline(len(arrays[0]))
+    made = [np.full(shape, np.nan, dtype) for shape, dtype in outlines]
+    with np.errstate(all="ignore"):
+        Recording(program, len(arrays[0]), [x.dtype for x in arrays])(arrays, made)
+    return made if program.several else made[0]
+
+
+def agrees(layer, *arrays):
+    made = recorded(layer, *arrays)
+    with np.errstate(all="ignore"):
+        value, error = error_bound(layer, *arrays)
+    check = compare("", "", "cpu", made, value, error)
+    assert check.ok, f"{layer}: {check.problem}"
+
+
+WINDOWS = [
+    pytest.param(window, stride, padding, dilation, id=f"{window} {stride} {padding} {dilation}")
+    for window, stride, padding, dilation in product(
+        [(3, 3), (1, 1), (2, 5), (4,)], [1, 2], [0, "same", 1], [1, 2]
+    )
+    if not (window == (1, 1) and dilation == 2)
+]
+
+
+@pytest.mark.parametrize(("window", "stride", "padding", "dilation"), WINDOWS)
+def test_convolutions_in_place_agree_with_float64(window, stride, padding, dilation):
+    space = (11, 9)[: len(window)]
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "rng": 0}
+    for channels, outputs, groups, activation in [
+        (1, 5, 1, "relu"), (12, 8, 1, "gelu"), (6, 6, 6, "hard_swish")
+    ]:  # fmt: skip
+        layer = nnxp.Conv(channels, outputs, window, activation, groups=groups, **options)
+        layer = layer.with_parameters({"weight": layer.weight, "bias": draw(outputs)})
+        agrees(layer, draw(7, *space, channels))
+
+
+def test_a_stride_that_differs_by_axis_and_pads_that_differ_by_side():
+    options = {"stride": (2, 3), "padding": ((2, 0), (0, 1)), "rng": 0}
+    for groups in (1, 8):
+        agrees(nnxp.Conv(8, 8, (3, 2), groups=groups, **options), draw(3, 13, 10, 8))
+
+
+def test_pictures_that_lie_by_channels_are_taken_as_they_are():
+    class Turned(nnxp.Layer):
+        inner: nnxp.Layer
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, x):
+            return self.inner(kernels.layer_norm(x.swapaxes(1, 3)))
+
+    for window, channels, groups in [((3, 3), 3, 1), ((1, 1), 3, 1), ((3, 3), 3, 3)]:
+        agrees(Turned(nnxp.Conv(channels, 6, window, groups=groups, rng=0)), draw(4, 3, 9, 8))
+
+
+# Winograd's
+
+
+def loud(x):
+    x[:, 6, 5] *= 1e5
+
+
+def quiet(x):
+    x[:, :, 8:] = 0
+
+
+def faint(x):
+    x *= np.float32(1e-17)  # whose fourth powers are 0, those of what is loud among it, too
+    x[:, 6, 5] *= 1e4
+
+
+def one(x):
+    x[:, 6, 5, 3] = 1e5
+
+
+def steep(x):
+    np.exp(3 * x, out=x)
+
+
+def infinite(x):
+    x[0, 5, 6, 1], x[1, 3, 3, 0] = np.inf, np.nan
+
+
+def plain(x):
+    pass
+
+
+@pytest.mark.parametrize("change", [plain, loud, quiet, faint, one, steep, infinite])
+def test_convolutions_by_transforms_agree_with_float64_whatever_lies_next_to_each_other(change):
+    layer = nnxp.Conv(96, 96, (3, 3), "relu", padding=1, rng=0)
+    x = draw(4, 13, 14, 96)
+    change(x)
+    agrees(layer, x)
+
+
+def test_transforms_are_what_is_run(monkeypatch):
+    """A transform that is wrong shows: else the tests above would compare patches."""
+    from nnxp.kernels.cpu import conv
+
+    monkeypatch.setattr(conv, "_LEFT", conv._LEFT * 2)
+    layer, x = nnxp.Conv(96, 96, (3, 3), rng=0), draw(4, 14, 14, 96)
+    assert not np.allclose(recorded(layer, x), layer(x), rtol=0.1)
+    few = x[:1, :6, :6]  # too few tiles: patches
+    np.testing.assert_allclose(recorded(layer, few), layer(few), rtol=1e-4, atol=1e-4)
+
+
+# others
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("padding", [0, 1, ((1, 0), (0, 1))])
+@pytest.mark.parametrize(("window", "stride"), [((2, 2), None), ((3, 2), 2), ((3, 3), (1, 2))])
+def test_the_largest_in_windows_is_the_same_to_the_bit(window, stride, padding, ceil_mode):
+    layer = nnxp.MaxPool(window, stride=stride, padding=padding, ceil_mode=ceil_mode)
+    x = draw(5, 9, 8, 3)
+    x[2, 4, 4, 1] = np.nan
+    np.testing.assert_array_equal(recorded(layer, x), layer(x))
+
+
+class Norm(nnxp.Layer):
+    gain: np.ndarray
+    bias: np.ndarray
+
+    def __init__(self):
+        self.gain, self.bias = draw(24, seed=1), draw(24, seed=2)
+
+    def __call__(self, x):
+        return kernels.layer_norm(x, self.gain, self.bias)
+
+
+def test_norms_in_place_agree_with_float64_beside_a_large_offset():
+    agrees(Norm(), draw(3, 3000, 24) + 1000)
+
+
+class Attention(nnxp.Layer):
+    def __call__(self, q, k, v):
+        return kernels.attention(q, k, v)
+
+
+def test_attention_in_place_agrees_with_float64_for_large_scores_too():
+    k, v = draw(3, 4, 9, 8, seed=1), draw(3, 4, 9, 5, seed=2)
+    for scale in (1, 1e3):
+        agrees(Attention(), draw(3, 4, 7, 8) * np.float32(scale), k, v)
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": 2}, {"bidirectional": True}])
+def test_recurrences_in_place_agree_with_float64(options):
+    agrees(nnxp.LSTM(6, 5, rng=0, **options), draw(4, 7, 6) * 4)
+    layer, x = nnxp.LSTM(6, 5, rng=0, returns="states", **options), draw(4, 7, 6)
+    for made, expected in zip(recorded(layer, x), layer(x), strict=True):
+        np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_body_in_place_does_not_do_is_left_to_the_reference():
+    f = np.dtype("float32")
+
+    def given(*shape, constant=False):
+        return Given(shape, f, np.zeros(shape, f) if constant else None)
+
+    x, weight = given(5, 8, 8, 4), given(3, 3, 4, 6, constant=True)
+    assert kernels.conv.in_place_for(x, weight) is not None
+    assert kernels.conv.in_place_for(x, given(3, 3, 4, 6)) is None  # weights that are not constant
+    assert kernels.conv.in_place_for(x, given(3, 3, 2, 6, constant=True), groups=2) is None
+    half = Given(x.shape, np.dtype("float16"), None)
+    assert kernels.conv.in_place_for(half, weight) is None
+    assert kernels.max_pool.in_place_for(given(5, 8, 4), window=(2,)) is None
+    q = given(3, 2, 5, 4)
+    assert kernels.attention.in_place_for(q, q, q, given(3, 1, 1, 5)) is None
+    assert kernels.attention.in_place_for(q, q, q, causal=True) is None
+    assert kernels.lstm.in_place_for(given(3, 5, 8), given(2, 8)) is None
+
+
+def test_what_bodies_work_in_is_counted_and_a_limit_is_kept():
+    net = nnxp.Sequential(
+        nnxp.Conv(3, 96, (3, 3), "relu", padding=1, rng=0),
+        nnxp.Conv(96, 96, (3, 3), "gelu", padding=1, rng=0),
+        nnxp.MaxPool((2, 2)),
+    )
+    x = draw(24, 16, 16, 3)
+    program = bodied(net.program(x.shape))
+    counted = costs(program)
+    assert counted.fixed_bytes == max(body.fixed for body in program.bodies.values()) > 1 << 20
+    recording = Recording(program, 24, [x.dtype])
+    assert recording.nbytes <= counted.fixed_bytes + 24 * counted.row_bytes
+    limit = counted.fixed_bytes + 40 * counted.row_bytes // 10
+    engine = nnxp.Engine(net, "numpy", memory_limit=limit)
+    plan = engine.plan(x.shape)
+    assert plan.working_set <= limit
+    assert plan.rows < 24
+    np.testing.assert_allclose(engine(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_are_few_and_heavy_are_cut_so_that_workers_end_together():
+    net = nnxp.Conv(64, 128, (3, 3), padding=1, rng=0)
+    engine = nnxp.Engine(net, "numpy", workers=2)
+    plan = engine.plan((8, 14, 14, 64))
+    assert (plan.rows, plan.workers) == (4, 2)
+    assert engine.plan((1, 14, 14, 64)).workers == 1
+    assert engine.plan((100, 14, 14, 64)).rows == 4
+    assert engine.plan((8, 56, 56, 64)).rows == 1  # one makes lines enough
