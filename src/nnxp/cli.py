@@ -504,7 +504,9 @@ def sweep(
     block_rows: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Rows of a block.")
     ] = None,
-    format: Annotated[str, typer.Option(metavar="NAME", help='"npy", "parquet" or "zarr".')] = "npy",
+    format: Annotated[
+        str, typer.Option(metavar="NAME", help='"npy", "parquet" or "zarr".')
+    ] = "npy",
     precision: Precision = None,
     key: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which array or columns of a file.")
