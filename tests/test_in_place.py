@@ -87,13 +87,13 @@ def quiet(x):
     x[:, :, 8:] = 0
 
 
-def faint(x):
-    x *= np.float32(1e-17)  # whose fourth powers are 0, those of what is loud among it, too
-    x[:, 6, 5] *= 1e4
-
-
 def one(x):
     x[:, 6, 5, 3] = 1e5
+
+
+def faint(x):
+    one(x)
+    x *= np.float32(1e-17)  # whose fourth powers are 0
 
 
 def steep(x):
@@ -108,7 +108,7 @@ def plain(x):
     pass
 
 
-@pytest.mark.parametrize("change", [plain, loud, quiet, faint, one, steep, infinite])
+@pytest.mark.parametrize("change", [plain, loud, quiet, one, faint, steep, infinite])
 def test_convolutions_by_transforms_agree_with_float64_whatever_lies_next_to_each_other(change):
     layer = nnxp.Conv(96, 96, (3, 3), "relu", padding=1, rng=0)
     x = draw(4, 13, 14, 96)

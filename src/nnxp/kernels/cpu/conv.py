@@ -19,8 +19,7 @@ from nnxp.kernels.cpu.linear import LINES, product
 PATCHES = 1 << 20  # bytes of patches that are laid out for a product
 TILES = 128  # of Winograd's at once, at least, for each of his products has one line for each
 LEAST_TILES = 48  # with fewer the products are too small to gain
-LOUD = 256.0  # times the squares that an output sees: so much beside it drowns it in rounding
-ALONE = 1 / 16  # of the same, squared: the fourth power of one element that outweighs all others
+ALONE = 1 / 16  # of the squares that an output sees, squared: one element that outweighs all others
 LEAST_CHANNELS = 96  # with fewer the transforms take longer than what they save
 SHORT = 12  # elements that lie together in a patch: fewer are copied the other way round
 
@@ -177,8 +176,9 @@ _LEFT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace) -> InPlace:
     """F(2x2, 3x3), four outputs of 16 products, not 36   [Lavin & Gray 2015, arXiv:1509.09308]
 
-    An output there has a part in the rounding of all 16 elements of its tile, of which it sees 9.
-    Where others are much larger, or not finite, it is computed again from what it sees.
+    The rounding of an element goes by all weights that it meets in the window, also where the one
+    that counts is small. Where one outweighs all others that an output sees, or is not finite, that
+    output is computed again from what it sees.
     """
     inputs, outputs = weight.shape[2:]
     dtype, (height, width) = weight.dtype, over.positions
@@ -246,33 +246,27 @@ def _windows(x: HostArray) -> HostArray:
 
 
 def _drowned(x: HostArray, squares: HostArray) -> HostArray:
-    """Where, of x (n, 2 q + 2, 2 t + 2, c), an output of a tile may be lost in the tile's rounding.
+    """Where one element outweighs all others that a window of 3x3 sees of x (n, h, w, c), so that
+    an output for which it has a small weight may be lost in its rounding -> (n, h - 2, w - 2)
 
-    -> (n, 2 q, 2 t), True where a place in the tile is LOUD beside what the output sees, or where
-    one element of it stands ALONE, for which the output may have a small weight. `squares` is
-    memory like x.
+    `squares` is memory like x.
     """
-    n, h, w, c = x.shape
-    h, w = h - 2, w - 2
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         np.multiply(x, x, out=squares)
-        energy = np.matmul(squares, np.ones(c, x.dtype))
+        energy = np.matmul(squares, np.ones(x.shape[-1], x.dtype))
         fourth = np.einsum("nhwc,nhwc->nhw", squares, squares)
-        seen = energy[:, :h] + energy[:, 1 : h + 1] + energy[:, 2:]
-        seen = seen[:, :, :w] + seen[:, :, 1 : w + 1] + seen[:, :, 2:]
-        seen = seen.reshape(n, h // 2, 2, w // 2, 2)
-        loud, alone = (_largest_in_tiles(each) for each in (energy, fourth))
-        heard = (loud <= LOUD * seen) & (alone <= ALONE * seen * seen) & (alone < np.inf)
-    drowned: HostArray = ~heard.reshape(n, h, w)
+        seen, most = _in_windows(energy, np.add), _in_windows(fourth, np.maximum)
+        power = seen * seen
+        told = (power > 0) | (seen == 0)  # what is too faint for its fourth power tells nothing
+        drowned: HostArray = ~((most <= ALONE * power) & (most < np.inf) & told)
     return drowned
 
 
-def _largest_in_tiles(x: HostArray) -> HostArray:
-    """The largest in tiles of 4x4, two apart: x (n, 2 q + 2, 2 t + 2) -> (n, q, 1, t, 1)"""
-    lines = np.maximum(x[:, :-1], x[:, 1:])
-    lines = np.maximum(lines[:, :-1:2], lines[:, 2::2])
-    tiles = np.maximum(lines[:, :, :-1], lines[:, :, 1:])
-    return np.maximum(tiles[:, :, :-1:2], tiles[:, :, 2::2])[:, :, None, :, None]
+def _in_windows(x: HostArray, combine: np.ufunc) -> HostArray:
+    """What is in windows of 3x3 of x (n, h, w), combined -> (n, h - 2, w - 2)"""
+    lines = combine(combine(x[:, :-2], x[:, 1:-1]), x[:, 2:])
+    made: HostArray = combine(combine(lines[:, :, :-2], lines[:, :, 1:-1]), lines[:, :, 2:])
+    return made
 
 
 def _tiles(x: HostArray, kernels: HostArray, y: HostArray, memory: list[HostArray]) -> None:
