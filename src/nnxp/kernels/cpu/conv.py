@@ -72,7 +72,7 @@ def conv_in_place(
             out, x = out[:, None], x[:, None]
         body.run(out, scratch, x)
 
-    return InPlace(run, body.fixed, body.per_row)
+    return InPlace(run, body.room)
 
 
 def _flat(over: Windows) -> Windows:
@@ -104,7 +104,11 @@ def _pointwise(space: Shape, weight: HostArray, over: Windows, finish: Finish) -
             made = out[start : start + pictures].reshape(-1, outputs)
             product(own.reshape(-1, inputs), matrix, made, finish)
 
-    return InPlace(run, room(weight.dtype, (pictures, lines, inputs)) + finish.fixed)
+    def bytes_for(rows: int) -> int:
+        copied = min(rows, pictures) * lines, inputs
+        return room(weight.dtype, copied) + finish.room(rows * lines * outputs * weight.itemsize)
+
+    return InPlace(run, bytes_for)
 
 
 def _padded(x: HostArray, own: HostArray, over: Windows, fill: float = 0.0) -> HostArray:
@@ -140,13 +144,16 @@ def _by_patches(space: Shape, weight: HostArray, over: Windows, finish: Finish) 
     pictures = max(1, together // (height * width))
     high = height if pictures > 1 else max(1, min(height, ceil(together / width)))
     high = ceil(height / ceil(height / high))
-    around = (pictures, *_with_pads(space, over), weight.shape[2])
     columns = over.window[1] * weight.shape[2] < SHORT
     window = (*over.window, weight.shape[2])
-    patches = (pictures, high, width, *window)
+    around = (*_with_pads(space, over), weight.shape[2])
+
+    def shapes(rows: int) -> tuple[Shape, Shape]:
+        together = min(rows, pictures)
+        return (together, *around), (together, high, width, *window)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
-        own, laid = carved(scratch, dtype, around, patches)
+        own, laid = carved(scratch, dtype, *shapes(len(x)))
         (down, right), (apart, beside) = over.stride, over.dilation
         for start in range(0, len(x), pictures):
             part = x[start : start + pictures]
@@ -167,7 +174,11 @@ def _by_patches(space: Shape, weight: HostArray, over: Windows, finish: Finish) 
                 np.dot(lines, matrix, out=made)
                 finish(made)
 
-    return InPlace(run, room(dtype, around, patches) + finish.fixed)
+    def bytes_for(rows: int) -> int:
+        made = min(rows, pictures) * high * width * outputs * dtype.itemsize
+        return room(dtype, *shapes(rows)) + finish.room(made)
+
+    return InPlace(run, bytes_for)
 
 
 _LEFT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -188,12 +199,15 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
     high = down if pictures > 1 else max(1, min(down, ceil(tiles / across)))
     high = ceil(down / ceil(down / high))
     wide = 2 * across + 2
-    around = (pictures, 2 * down + 2, wide, inputs)
-    most = pictures * high * across
-    shapes = (
-        around, (4 * pictures * high * wide * inputs,), (16 * most * inputs,),
-        (16 * most * outputs,), (8 * most * outputs,),
-    )  # fmt: skip
+
+    def shapes(rows: int) -> tuple[Shape, ...]:
+        """Of x with its padding, its lines and then its tiles transformed, products, half of y."""
+        together = min(rows, pictures)
+        count = together * high * across
+        lines = (4 * together * high * wide * inputs,)
+        tiles = (16 * count * inputs,), (16 * count * outputs,), (8 * count * outputs,)
+        return (together, 2 * down + 2, wide, inputs), lines, *tiles
+
     made: list[HostArray] = []
     matrix = weight.reshape(-1, outputs)
     again = max(1, PIECE // (len(matrix) * dtype.itemsize))
@@ -209,7 +223,7 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
             patches.run(out, scratch, x)
             return
         kernels = transformed()
-        own, *others = carved(scratch, dtype, *shapes)
+        own, *others = carved(scratch, dtype, *shapes(len(x)))
         (top, _), (left, _) = over.pads
         for start in range(0, len(x), pictures):
             part = x[start : start + pictures]
@@ -232,10 +246,15 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
                     y[at] = _windows(block)[at].reshape(-1, len(matrix)) @ matrix
                 finish(y.reshape(-1, outputs))
 
-    energies = 8 * room(dtype, around[:3])
-    mending = room(dtype, (again, len(matrix)), (2 * again, outputs)) + 40 * prod(around[:3])
-    fixed = room(dtype, *shapes) + finish.fixed + energies + mending
-    return InPlace(run, max(fixed, patches.fixed))
+    def bytes_for(rows: int) -> int:
+        around, *others = shapes(rows)
+        energies = 8 * room(dtype, around[:3]) + 40 * prod(around[:3])
+        mending = room(dtype, (again, len(matrix)), (2 * again, outputs))
+        finishing = finish.room(4 * min(rows, pictures) * high * across * outputs * dtype.itemsize)
+        here = room(dtype, around, *others) + energies + mending + finishing
+        return max(here, patches.room(rows))
+
+    return InPlace(run, bytes_for)
 
 
 def _windows(x: HostArray) -> HostArray:
@@ -363,4 +382,5 @@ def _by_channel(
                     into = more[: len(made)]
                 finish(made)
 
-    return InPlace(run, room(dtype, own_shape, block) + finish.fixed)
+    needed = room(dtype, own_shape, block) + finish.room(prod(block) * dtype.itemsize)
+    return InPlace(run, lambda rows: needed)
