@@ -87,13 +87,13 @@ def quiet(x):
     x[:, :, 8:] = 0
 
 
-def faint(x):
-    x *= np.float32(1e-17)  # whose fourth powers are 0, those of what is loud among it, too
-    x[:, 6, 5] *= 1e4
-
-
 def one(x):
     x[:, 6, 5, 3] = 1e5
+
+
+def faint(x):
+    one(x)
+    x *= np.float32(1e-17)  # whose fourth powers are 0
 
 
 def steep(x):
@@ -108,7 +108,7 @@ def plain(x):
     pass
 
 
-@pytest.mark.parametrize("change", [plain, loud, quiet, faint, one, steep, infinite])
+@pytest.mark.parametrize("change", [plain, loud, quiet, one, faint, steep, infinite])
 def test_convolutions_by_transforms_agree_with_float64_whatever_lies_next_to_each_other(change):
     layer = nnxp.Conv(96, 96, (3, 3), "relu", padding=1, rng=0)
     x = draw(4, 13, 14, 96)
@@ -202,9 +202,10 @@ def test_what_bodies_work_in_is_counted_and_a_limit_is_kept():
     x = draw(24, 16, 16, 3)
     program = bodied(net.program(x.shape))
     counted = costs(program)
-    assert counted.fixed_bytes == max(body.fixed for body in program.bodies.values()) > 1 << 20
-    recording = Recording(program, 24, [x.dtype])
-    assert recording.nbytes <= counted.fixed_bytes + 24 * counted.row_bytes
+    assert counted.fixed_bytes >= max(body.room(1) for body in program.bodies.values()) > 1 << 18
+    for rows in (1, 2, 7, 24, 300):
+        recording = Recording(program, rows, [x.dtype])
+        assert recording.nbytes <= counted.fixed_bytes + rows * counted.row_bytes
     limit = counted.fixed_bytes + 40 * counted.row_bytes // 10
     engine = nnxp.Engine(net, "numpy", memory_limit=limit)
     plan = engine.plan(x.shape)

@@ -45,12 +45,12 @@ class InPlace(NamedTuple):
     """A body that writes where it is told and has its memory set aside: what a recording runs.
 
     `run(out, scratch, *arrays)` fills `out`, or one for each result, in order. `scratch` is memory
-    to work in, uint8, of `fixed` bytes and `per_row` bytes for each row.
+    to work in, uint8, of `room(rows)` bytes, which grow with the rows by no more than they do at
+    first.
     """
 
     run: Callable[..., object]
-    fixed: int = 0
-    per_row: int = 0
+    room: Callable[[int], int]
 
 
 class Kernel:

@@ -101,15 +101,14 @@ def again(step: Step, arrays: tuple[Any, ...]) -> Any:
 class Layout:
     """Which buffer each value of a program lies in: the memory that a recording sets aside.
 
-    `sizes` are the buffers' bytes, and `scratch` and `row_scratch` what the bodies in place work
-    in, besides and for each row. A value that is a view, a constant, an input, or made anew at each
-    call lies in none. Results lie in the caller's arrays, numbered from -1 downwards.
+    `sizes` are the buffers' bytes, and `scratch` those that bodies in place work in. A value that
+    is a view, a constant, an input, or made anew at each call lies in none. Results lie in the
+    caller's arrays, numbered from -1 downwards.
     """
 
     def __init__(self, program: Bodied, rows: int) -> None:
         self.bodies = program.bodies
-        self.scratch = max((each.fixed for each in self.bodies.values()), default=0)
-        self.row_scratch = max((each.per_row for each in self.bodies.values()), default=0)
+        self.scratch = max((each.room(rows) for each in self.bodies.values()), default=0)
         self.sizes: list[int] = []
         self.of: dict[Value, int] = {}
         self.anew = 0  # bytes of what is made anew at each call, at most at once
@@ -179,7 +178,7 @@ def costs(program: Program, given: Sequence[np.dtype[Any]] | None = None) -> Cos
     """
     flat = bodied(program)
     layout = Layout(flat, ROWS)
-    total = sum(layout.sizes) + layout.anew + layout.row_scratch * ROWS
+    total = sum(layout.sizes) + layout.anew
     for value, dtype in zip(flat.inputs, given or [v.dtype for v in flat.inputs], strict=True):
         if dtype != value.dtype:
             total += prod(value.shape) * value.dtype.itemsize
@@ -189,7 +188,11 @@ def costs(program: Program, given: Sequence[np.dtype[Any]] | None = None) -> Cos
     by_lines = sum(each / _lines(step) for each, step in products)
     lines = work / by_lines if by_lines else 1.0
     row_work = (work + passed) // ROWS
-    return Costs(total // ROWS, total % ROWS + layout.scratch, row_work, lines)
+    rooms = [(each.room(1), each.room(2)) for each in flat.bodies.values()]
+    scratch = max((one for one, _ in rooms), default=0)
+    row_scratch = max((two - one for one, two in rooms), default=0)
+    fixed = total % ROWS + scratch
+    return Costs(total // ROWS + row_scratch, fixed, row_work, lines)
 
 
 def _lines(step: Step) -> float:
@@ -212,7 +215,7 @@ class Recording:
         self._places: dict[Value, tuple[bool, Any]] = {}  # (in a slot?, its number or the array)
         self._calls: list[Call] = []
         buffers = [np.empty(size, "uint8") for size in layout.sizes]
-        scratch = np.empty(layout.scratch + layout.row_scratch * rows, "uint8")
+        scratch = np.empty(layout.scratch, "uint8")
         self.nbytes = sum(layout.sizes) + scratch.nbytes
         for i, (value, dtype) in enumerate(zip(program.inputs, given, strict=True)):
             self._places[value] = True, i

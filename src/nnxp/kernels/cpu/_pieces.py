@@ -54,8 +54,11 @@ class Finish:
         self.repeats = 1 if bias is None else max(1, 2048 // max(1, bias.size))
         self.bias = None if bias is None else np.tile(bias, self.repeats)
         self.single = bias
-        simple = activation is identity or activation is relu
-        self.fixed = 0 if simple else PASSES * PIECE
+
+    def room(self, nbytes: int) -> int:
+        """The bytes that an activation makes anew for y of so many, at most."""
+        simple = self.activation is identity or self.activation is relu
+        return 0 if simple else PASSES * min(PIECE, nbytes)
 
     def __call__(self, y: HostArray) -> None:
         if self.bias is None and self.activation is identity:

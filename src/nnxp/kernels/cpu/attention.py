@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import HostArray
+from nnxp._arrays import HostArray, Shape
 from nnxp.kernels._dispatch import Given, InPlace
 from nnxp.kernels.attention import attention
 from nnxp.kernels.cpu._pieces import PIECE, carved, plain, room
@@ -56,7 +56,7 @@ def attention_in_place(
             np.matmul(scores.swapaxes(1, 2), values, out=y)
             np.divide(y, sums.swapaxes(1, 2), out=y)
 
-    return InPlace(run, room(q.dtype, *shapes))
+    return InPlace(run, lambda rows: room(q.dtype, *shapes))
 
 
 @layer_norm.in_place
@@ -70,10 +70,14 @@ def layer_norm_in_place(
         return None
     step = max(1, PIECE // (size * x.dtype.itemsize))
     ones = np.ones((size, 1), x.dtype)
-    shapes = (step, size), (step, 1)
+    each = prod(x.shape[1:-1])
+
+    def shapes(rows: int) -> tuple[Shape, Shape]:
+        lines = min(step, rows * each)
+        return (lines, size), (lines, 1)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
-        squares, means = carved(scratch, x.dtype, *shapes)
+        squares, means = carved(scratch, x.dtype, *shapes(len(x)))
         y = out.reshape(-1, size)
         flat = x.reshape(-1, size) if x.flags.c_contiguous else None
         if flat is None:
@@ -96,4 +100,4 @@ def layer_norm_in_place(
             if bias is not None:
                 into += bias.numbers
 
-    return InPlace(run, room(x.dtype, *shapes))
+    return InPlace(run, lambda rows: room(x.dtype, *shapes(rows)))

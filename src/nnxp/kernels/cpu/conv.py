@@ -19,8 +19,7 @@ from nnxp.kernels.cpu.linear import LINES, product
 PATCHES = 1 << 20  # bytes of patches that are laid out for a product
 TILES = 128  # of Winograd's at once, at least, for each of his products has one line for each
 LEAST_TILES = 48  # with fewer the products are too small to gain
-LOUD = 256.0  # times the squares that an output sees: so much beside it drowns it in rounding
-ALONE = 1 / 16  # of the same, squared: the fourth power of one element that outweighs all others
+ALONE = 1 / 16  # of the squares that an output sees, squared: one element that outweighs all others
 LEAST_CHANNELS = 96  # with fewer the transforms take longer than what they save
 SHORT = 12  # elements that lie together in a patch: fewer are copied the other way round
 
@@ -73,7 +72,7 @@ def conv_in_place(
             out, x = out[:, None], x[:, None]
         body.run(out, scratch, x)
 
-    return InPlace(run, body.fixed, body.per_row)
+    return InPlace(run, body.room)
 
 
 def _flat(over: Windows) -> Windows:
@@ -105,7 +104,11 @@ def _pointwise(space: Shape, weight: HostArray, over: Windows, finish: Finish) -
             made = out[start : start + pictures].reshape(-1, outputs)
             product(own.reshape(-1, inputs), matrix, made, finish)
 
-    return InPlace(run, room(weight.dtype, (pictures, lines, inputs)) + finish.fixed)
+    def bytes_for(rows: int) -> int:
+        copied = min(rows, pictures) * lines, inputs
+        return room(weight.dtype, copied) + finish.room(rows * lines * outputs * weight.itemsize)
+
+    return InPlace(run, bytes_for)
 
 
 def _padded(x: HostArray, own: HostArray, over: Windows, fill: float = 0.0) -> HostArray:
@@ -141,13 +144,16 @@ def _by_patches(space: Shape, weight: HostArray, over: Windows, finish: Finish) 
     pictures = max(1, together // (height * width))
     high = height if pictures > 1 else max(1, min(height, ceil(together / width)))
     high = ceil(height / ceil(height / high))
-    around = (pictures, *_with_pads(space, over), weight.shape[2])
     columns = over.window[1] * weight.shape[2] < SHORT
     window = (*over.window, weight.shape[2])
-    patches = (pictures, high, width, *window)
+    around = (*_with_pads(space, over), weight.shape[2])
+
+    def shapes(rows: int) -> tuple[Shape, Shape]:
+        together = min(rows, pictures)
+        return (together, *around), (together, high, width, *window)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
-        own, laid = carved(scratch, dtype, around, patches)
+        own, laid = carved(scratch, dtype, *shapes(len(x)))
         (down, right), (apart, beside) = over.stride, over.dilation
         for start in range(0, len(x), pictures):
             part = x[start : start + pictures]
@@ -168,7 +174,11 @@ def _by_patches(space: Shape, weight: HostArray, over: Windows, finish: Finish) 
                 np.dot(lines, matrix, out=made)
                 finish(made)
 
-    return InPlace(run, room(dtype, around, patches) + finish.fixed)
+    def bytes_for(rows: int) -> int:
+        made = min(rows, pictures) * high * width * outputs * dtype.itemsize
+        return room(dtype, *shapes(rows)) + finish.room(made)
+
+    return InPlace(run, bytes_for)
 
 
 _LEFT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -177,8 +187,9 @@ _LEFT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace) -> InPlace:
     """F(2x2, 3x3), four outputs of 16 products, not 36   [Lavin & Gray 2015, arXiv:1509.09308]
 
-    An output there has a part in the rounding of all 16 elements of its tile, of which it sees 9.
-    Where others are much larger, or not finite, it is computed again from what it sees.
+    The rounding of an element goes by all weights that it meets in the window, also where the one
+    that counts is small. Where one outweighs all others that an output sees, or is not finite, that
+    output is computed again from what it sees.
     """
     inputs, outputs = weight.shape[2:]
     dtype, (height, width) = weight.dtype, over.positions
@@ -188,12 +199,15 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
     high = down if pictures > 1 else max(1, min(down, ceil(tiles / across)))
     high = ceil(down / ceil(down / high))
     wide = 2 * across + 2
-    around = (pictures, 2 * down + 2, wide, inputs)
-    most = pictures * high * across
-    shapes = (
-        around, (4 * pictures * high * wide * inputs,), (16 * most * inputs,),
-        (16 * most * outputs,), (8 * most * outputs,),
-    )  # fmt: skip
+
+    def shapes(rows: int) -> tuple[Shape, ...]:
+        """Of x with its padding, its lines and then its tiles transformed, products, half of y."""
+        together = min(rows, pictures)
+        count = together * high * across
+        lines = (4 * together * high * wide * inputs,)
+        tiles = (16 * count * inputs,), (16 * count * outputs,), (8 * count * outputs,)
+        return (together, 2 * down + 2, wide, inputs), lines, *tiles
+
     made: list[HostArray] = []
     matrix = weight.reshape(-1, outputs)
     again = max(1, PIECE // (len(matrix) * dtype.itemsize))
@@ -209,7 +223,7 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
             patches.run(out, scratch, x)
             return
         kernels = transformed()
-        own, *others = carved(scratch, dtype, *shapes)
+        own, *others = carved(scratch, dtype, *shapes(len(x)))
         (top, _), (left, _) = over.pads
         for start in range(0, len(x), pictures):
             part = x[start : start + pictures]
@@ -232,10 +246,15 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
                     y[at] = _windows(block)[at].reshape(-1, len(matrix)) @ matrix
                 finish(y.reshape(-1, outputs))
 
-    energies = 8 * room(dtype, around[:3])
-    mending = room(dtype, (again, len(matrix)), (2 * again, outputs)) + 40 * prod(around[:3])
-    fixed = room(dtype, *shapes) + finish.fixed + energies + mending
-    return InPlace(run, max(fixed, patches.fixed))
+    def bytes_for(rows: int) -> int:
+        around, *others = shapes(rows)
+        energies = 8 * room(dtype, around[:3]) + 40 * prod(around[:3])
+        mending = room(dtype, (again, len(matrix)), (2 * again, outputs))
+        finishing = finish.room(4 * min(rows, pictures) * high * across * outputs * dtype.itemsize)
+        here = room(dtype, around, *others) + energies + mending + finishing
+        return max(here, patches.room(rows))
+
+    return InPlace(run, bytes_for)
 
 
 def _windows(x: HostArray) -> HostArray:
@@ -246,33 +265,27 @@ def _windows(x: HostArray) -> HostArray:
 
 
 def _drowned(x: HostArray, squares: HostArray) -> HostArray:
-    """Where, of x (n, 2 q + 2, 2 t + 2, c), an output of a tile may be lost in the tile's rounding.
+    """Where one element outweighs all others that a window of 3x3 sees of x (n, h, w, c), so that
+    an output for which it has a small weight may be lost in its rounding -> (n, h - 2, w - 2)
 
-    -> (n, 2 q, 2 t), True where a place in the tile is LOUD beside what the output sees, or where
-    one element of it stands ALONE, for which the output may have a small weight. `squares` is
-    memory like x.
+    `squares` is memory like x.
     """
-    n, h, w, c = x.shape
-    h, w = h - 2, w - 2
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         np.multiply(x, x, out=squares)
-        energy = np.matmul(squares, np.ones(c, x.dtype))
+        energy = np.matmul(squares, np.ones(x.shape[-1], x.dtype))
         fourth = np.einsum("nhwc,nhwc->nhw", squares, squares)
-        seen = energy[:, :h] + energy[:, 1 : h + 1] + energy[:, 2:]
-        seen = seen[:, :, :w] + seen[:, :, 1 : w + 1] + seen[:, :, 2:]
-        seen = seen.reshape(n, h // 2, 2, w // 2, 2)
-        loud, alone = (_largest_in_tiles(each) for each in (energy, fourth))
-        heard = (loud <= LOUD * seen) & (alone <= ALONE * seen * seen) & (alone < np.inf)
-    drowned: HostArray = ~heard.reshape(n, h, w)
+        seen, most = _in_windows(energy, np.add), _in_windows(fourth, np.maximum)
+        power = seen * seen
+        told = (power > 0) | (seen == 0)  # what is too faint for its fourth power tells nothing
+        drowned: HostArray = ~((most <= ALONE * power) & (most < np.inf) & told)
     return drowned
 
 
-def _largest_in_tiles(x: HostArray) -> HostArray:
-    """The largest in tiles of 4x4, two apart: x (n, 2 q + 2, 2 t + 2) -> (n, q, 1, t, 1)"""
-    lines = np.maximum(x[:, :-1], x[:, 1:])
-    lines = np.maximum(lines[:, :-1:2], lines[:, 2::2])
-    tiles = np.maximum(lines[:, :, :-1], lines[:, :, 1:])
-    return np.maximum(tiles[:, :, :-1:2], tiles[:, :, 2::2])[:, :, None, :, None]
+def _in_windows(x: HostArray, combine: np.ufunc) -> HostArray:
+    """What is in windows of 3x3 of x (n, h, w), combined -> (n, h - 2, w - 2)"""
+    lines = combine(combine(x[:, :-2], x[:, 1:-1]), x[:, 2:])
+    made: HostArray = combine(combine(lines[:, :, :-2], lines[:, :, 1:-1]), lines[:, :, 2:])
+    return made
 
 
 def _tiles(x: HostArray, kernels: HostArray, y: HostArray, memory: list[HostArray]) -> None:
@@ -369,4 +382,5 @@ def _by_channel(
                     into = more[: len(made)]
                 finish(made)
 
-    return InPlace(run, room(dtype, own_shape, block) + finish.fixed)
+    needed = room(dtype, own_shape, block) + finish.room(prod(block) * dtype.itemsize)
+    return InPlace(run, lambda rows: needed)

@@ -56,7 +56,13 @@ def linear_in_place(
         np.copyto(own, x)
         product(own.reshape(-1, inputs), numbers, y, finish)
 
-    return InPlace(run, finish.fixed, room(x.dtype, (prod(x.shape[1:]),)))
+    elements = prod(x.shape[1:])
+
+    def bytes_for(rows: int) -> int:
+        made = rows * elements // inputs * outputs * x.dtype.itemsize
+        return room(x.dtype, (rows * elements,)) + finish.room(made)
+
+    return InPlace(run, bytes_for)
 
 
 @matmul.in_place

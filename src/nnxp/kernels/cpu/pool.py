@@ -6,7 +6,7 @@ from math import inf, prod
 
 import numpy as np
 
-from nnxp._arrays import HostArray
+from nnxp._arrays import HostArray, Shape
 from nnxp.kernels._dispatch import Given, InPlace
 from nnxp.kernels._windows import Padding, PerAxis
 from nnxp.kernels.cpu._pieces import PIECE, carved, plain, room
@@ -36,11 +36,14 @@ def max_pool_in_place(
     needs_copy = any(map(any, over.pads))
     around = (tall + top + bottom, broad + left + right, channels)
     pictures = max(1, PIECE // (prod(around) * x.dtype.itemsize))
-    lines = (pictures, height, around[1], channels)
-    shapes = (lines, (pictures, *around) if needs_copy else (0,))
+
+    def shapes(rows: int) -> tuple[Shape, Shape]:
+        together = min(rows, pictures)
+        lines = (together, height, around[1], channels)
+        return lines, (together, *around) if needs_copy else (0,)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
-        memory, own = carved(scratch, x.dtype, *shapes)
+        memory, own = carved(scratch, x.dtype, *shapes(len(x)))
         if needs_copy:
             own[...] = -inf
         for start in range(0, len(x), pictures):
@@ -54,7 +57,7 @@ def max_pool_in_place(
             ends = (k * beside + (width - 1) * across + 1 for k in range(over.window[1]))
             _largest([high[:, :, k * beside : end : across] for k, end in enumerate(ends)], y)
 
-    return InPlace(run, room(x.dtype, *shapes))
+    return InPlace(run, lambda rows: room(x.dtype, *shapes(rows)))
 
 
 def _largest(seen: list[HostArray], out: HostArray) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray
 from nnxp.kernels._dispatch import Given, InPlace
-from nnxp.kernels.cpu._pieces import carved, plain
+from nnxp.kernels.cpu._pieces import carved, plain, room
 from nnxp.kernels.recurrent import lstm
 
 
@@ -60,4 +60,4 @@ def lstm_in_place(
             h *= gates[:, 2 * size :]
             y[:, t] = h
 
-    return InPlace(run, 2 * 64, 4 * size * dtype.itemsize)
+    return InPlace(run, lambda rows: room(dtype, (rows, 3 * size), (rows, size)))
