@@ -81,7 +81,7 @@ def weights(weight: Array, shape: Shape | None = None) -> Figure:
     pictures = host.T[:MOST].reshape(-1, *size).astype("float32")
     columns = ceil(sqrt(len(pictures)))
     lines = ceil(len(pictures) / columns)
-    figure = _matplotlib("figure").Figure(figsize=(0.75 * columns, 0.75 * lines))
+    figure: Figure = _matplotlib("figure").Figure(figsize=(0.75 * columns, 0.75 * lines))
     most = float(np.abs(pictures).max()) or 1.0
     for i, picture in enumerate(pictures, start=1):
         axes = figure.add_subplot(lines, columns, i)
