@@ -53,6 +53,19 @@ def test_a_table_becomes_a_network_that_predict_reads(room):
     assert (found == truth).mean() > 0.9
 
 
+def test_the_learning_curve_is_drawn(room):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, the extra plots")
+    wanted = "train", "words.csv", "--target", "kind", "-o", "m.safetensors", "--epochs", "2"
+    assert nnxp_(*wanted, "--plot", "curve.svg").exit_code == 0
+    assert "<svg" in (room / "curve.svg").read_text()
+    (room / "m.safetensors").unlink()
+    for path, said in {"curve.txt": "a picture ends in", "no/curve.svg": "no such folder"}.items():
+        done = nnxp_(*wanted, "--plot", path)
+        assert done.exit_code == 2
+        assert said in done.stderr
+    assert not (room / "m.safetensors").exists()
+
+
 def test_a_target_of_numbers_is_predicted_in_its_own_units(room):
     done = nnxp_("train", "numbers.csv", "--target", "3", "-o", "m.safetensors", "--json")
     report = json.loads(done.stdout)

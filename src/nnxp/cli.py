@@ -288,6 +288,10 @@ def train(
         typer.Option(min=1, help="At most; training ends when held-back rows get no better."),
     ] = 100,
     seed: Annotated[int, typer.Option(min=0, help="The same one gives the same network.")] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the learning curve: .svg, .png or .pdf."),
+    ] = None,
     backend: OnBackend = "auto",
     header: Header = None,
     delimiter: Delimiter = None,
@@ -311,6 +315,7 @@ def train(
     sizes = _listed(hidden)
     if not all(re.fullmatch("[1-9][0-9]{0,5}", size) for size in sizes):
         raise OptionError(f'--hidden {hidden!r} is not a list of sizes; "128,64" is')
+    _check_picture(plot)
     home = get_backend(backend)
     start = perf_counter()
     model, report = train_on_table(
@@ -319,6 +324,10 @@ def train(
     )  # fmt: skip
     seconds = perf_counter() - start
     save(model, output)
+    if plot is not None:
+        from nnxp.plots import learning_curve
+
+        learning_curve(report.history).savefig(plot)
     if as_json:
         ran = {"backend": home.name, "device": home.device, "why": home.why}
         _print_json({"output": str(output), **report.to_dict(), "seconds": seconds, **ran})
@@ -628,11 +637,14 @@ def summary(
     from nnxp.engine import Engine
     from nnxp.io.onnx import load_model as load
 
+    _check_picture(plot)
     engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
     whole = (rows, *_row_of(engine.model, shape))
     found, plan = engine.model.summary(whole), engine.plan(whole)
     if plot is not None:
-        _draw(engine.model, whole, plot)
+        from nnxp.plots import program
+
+        program(engine.model.program(whole)).savefig(plot)
     if as_json:
         device = {"device": _names(engine), "working_set": plan.working_set}
         _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
@@ -644,15 +656,16 @@ def summary(
         )
 
 
-def _draw(model: Layer, shape: Shape, path: Path) -> None:
-    """The model's program as a picture; OptionError for an ending that is no picture's."""
-    from nnxp import plots
+def _check_picture(path: Path | None) -> None:
+    """OptionError, before any work, where no picture can be drawn, or its name ends otherwise."""
+    if path is None:
+        return
+    from nnxp.plots import endings
 
-    figure = plots.program(model.program(shape))
-    endings = figure.canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".") not in endings:
-        raise OptionError(f"--plot {path}: a picture ends in .{', .'.join(sorted(endings))}")
-    figure.savefig(path)
+    if path.suffix not in endings():
+        raise OptionError(f"--plot {path}: a picture ends in {', '.join(endings())}")
+    if not path.parent.is_dir():
+        raise OptionError(f"{path.parent}: there is no such folder to write to")
 
 
 @app.command()

@@ -241,6 +241,11 @@ def _arrays(made: Mapping[str, Any]) -> list[tuple[str, Array]]:
     ]
 
 
+def endings() -> list[str]:
+    """How the name of a picture may end, ".svg" among others. OptionError without matplotlib."""
+    return sorted(f".{each}" for each in _matplotlib("backend_bases").FigureCanvasBase.filetypes)
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     """A figure with one pair of axes; no window, and no figure that somebody must close."""
     figure = _matplotlib("figure").Figure(figsize=(width, height), layout="constrained")

@@ -40,6 +40,7 @@ class TableReport:
 
     `score` is the accuracy for classes and R² for numbers, on `held_out` rows that were not trained
     on; `baseline` is that of a constant: the most frequent class, or the mean of the others.
+    `history` has the losses of each epoch, as `Fitted.history` has them.
     """
 
     target: str
@@ -48,11 +49,11 @@ class TableReport:
     classes: list[Any] | None
     rows: int
     held_out: int
-    epochs: int
     measure: str
     score: float
     baseline: float
     error: float | None
+    history: list[dict[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -64,7 +65,7 @@ class TableReport:
         return "\n".join(
             [
                 f"target    {self.target}, {what}, from {len(self.columns)} columns",
-                f"trained   on {self.rows:,} rows for {self.epochs} epochs",
+                f"trained   on {self.rows:,} rows for {len(self.history)} epochs",
                 f"held out  {self.held_out:,} rows: {self.measure} {self.score:.4f}{error}",
                 f"baseline  {self.measure} {self.baseline:.4f}, of a constant",
             ]
@@ -146,7 +147,7 @@ def train_on_table(
         title, "numbers" if classes is None else "classes",
         list(names) if names else [str(i) for i in range(x.shape[1])],
         None if classes is None else classes.tolist(),
-        len(seen), len(unseen), len(fitted.history), *found,
+        len(seen), len(unseen), *found, fitted.history,
     )  # fmt: skip
     return model, report
 
