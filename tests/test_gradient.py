@@ -272,7 +272,7 @@ def inputs_of(layer, shapes, dtype="float32"):
         elif "float" in kind:
             made.append(draw(shape, layer.dtype or dtype, i))
         else:
-            made.append(rng.random(shape) < 0.7 if kind == "bool" else rng.integers(0, 3, shape))
+            made.append(rng.integers(0, 3, shape) if "int" in kind else rng.random(shape) < 0.7)
     return made
 
 

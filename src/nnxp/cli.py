@@ -285,9 +285,13 @@ def train(
     ] = "128,64",
     epochs: Annotated[
         int,
-        typer.Option(min=1, help="At most; training ends when held-back rows get no better."),
+        typer.Option(
+            metavar="N", min=1, help="At most; training ends when held-back rows get no better."
+        ),
     ] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="The same one gives the same network.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="The same one gives the same network.")
+    ] = 0,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the learning curve: .svg, .png or .pdf."),
