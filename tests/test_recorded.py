@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from itertools import pairwise
+
 import numpy as np
+import pytest
 
 import nnxp
 from conftest import draw
-from nnxp._arrays import xp_of
-from nnxp.program.recording import Recording
+from nnxp import Activation, BatchNorm, Dense, LayerNorm, Residual, Sequential
+from nnxp._arrays import Array, xp_of
+from nnxp.program.recording import Recording, bodied, costs
 
 
 class Turned(nnxp.Layer):
@@ -53,3 +58,63 @@ def test_constants_of_a_program_meet_the_arrays_of_a_device():
     x = draw((4, 6))
     y = Numbered().program((1, 6))(nnxp.to_backend(x, "sim"))
     np.testing.assert_array_equal(nnxp.asnumpy(y), x * np.arange(6, dtype="float32"))
+
+
+class Bumps(nnxp.Layer):
+    """y = exp(-(x weight)²) + x, of a user's own."""
+
+    weight: Array
+
+    def __init__(self, size):
+        self.weight = draw((size, size))
+
+    def __call__(self, x):
+        h = x @ self.weight
+        return xp_of(x).exp(-h * h) + x
+
+
+def dense(*sizes, activation="relu", dtype="float32"):
+    layers = [Dense(a, b, activation, dtype=dtype, rng=0) for a, b in pairwise(sizes)]
+    return Sequential(*layers)
+
+
+COUNTED = {
+    "dense": (dense(784, 128, 64, 10), (784,), "float32"),
+    "gelu": (dense(100, 200, 50, activation="gelu"), (100,), "float32"),
+    "softmax": (dense(20, 300, activation="softmax"), (20,), "float32"),
+    "residual": (Sequential(Residual(dense(64, 256, 64)), Dense(64, 3, rng=0)), (64,), "float32"),
+    "layer norm": (
+        Sequential(Dense(64, 256, rng=0), LayerNorm(256), Activation("silu"), Dense(256, 8, rng=1)),
+        (64,),
+        "float32",
+    ),
+    "batch norm": (
+        Sequential(Dense(64, 256, rng=0), BatchNorm(256), Activation("tanh"), Dense(256, 8, rng=1)),
+        (64,),
+        "float32",
+    ),
+    "16-bit": (dense(64, 256, 8, dtype="float16"), (64,), "float16"),
+    "wide rows": (dense(784, 128, 10), (784,), "float64"),
+    "own layer": (Sequential(Dense(30, 64, "relu", rng=0), Bumps(64)), (30,), "float32"),
+    "recurrent": (nnxp.LSTM(8, 16, rng=0), (12, 8), "float32"),
+    "attention": (nnxp.TransformerEncoderLayer(16, 4, 32, rng=0), (10, 16), "float32"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_bytes_of_a_row_are_counted_within_five_in_a_hundred(name):
+    """tracemalloc between 1,000 rows and 2,000: what a recording takes whatever its rows is out."""
+    net, row, dtype = COUNTED[name]
+    program = bodied(net.program((1, *row)))
+    given = [np.dtype(dtype)]
+    peaks = []
+    for rows in (1, 1000, 2000):  # the first warms what is made once
+        x = draw((rows, *row), dtype)
+        results = [np.empty(*outline) for outline in program.outline(rows)]
+        tracemalloc.start()
+        try:
+            Recording(program, rows, given)([x], results)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert costs(program, given).row_bytes == pytest.approx((peaks[2] - peaks[1]) / 1000, rel=0.05)
