@@ -242,7 +242,13 @@ def _arrays(made: Mapping[str, Any]) -> list[tuple[str, Array]]:
 
 
 def endings() -> list[str]:
-    """How the name of a picture may end, ".svg" among others. OptionError without matplotlib."""
+    """How the name of a picture may end.
+
+        assert ".svg" in nnxp.plots.endings()
+
+    Raises:
+        OptionError: matplotlib is not installed.
+    """
     return sorted(f".{each}" for each in _matplotlib("backend_bases").FigureCanvasBase.filetypes)
 
 
