@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 import nnxp
+from nnxp.layers import LATER
 
 BACKENDS = [name for name, found in nnxp.available_backends().items() if found.ok]
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+for _name in LATER:  # what is loaded when it is first named
+    getattr(nnxp, _name)
 LAYERS = [
     each
     for each in vars(nnxp).values()

@@ -20,63 +20,21 @@ from nnxp.engine import predict_iter as predict_iter
 from nnxp.io.checkpoint import load as load
 from nnxp.io.checkpoint import save as save
 from nnxp.io.columns import Columns as Columns
-from nnxp.io.onnx import load_onnx as load_onnx
-from nnxp.io.onnx_export import save_onnx as save_onnx
-from nnxp.io.sklearn import from_sklearn as from_sklearn
-from nnxp.io.torch import from_torch as from_torch
+from nnxp.layers import LATER
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import GLU as GLU
 from nnxp.layers.activation import Activation as Activation
 from nnxp.layers.activation import PReLU as PReLU
-from nnxp.layers.attention import MultiHeadAttention as MultiHeadAttention
-from nnxp.layers.attention import TransformerEncoder as TransformerEncoder
-from nnxp.layers.attention import TransformerEncoderLayer as TransformerEncoderLayer
-from nnxp.layers.bilinear import Bilinear as Bilinear
 from nnxp.layers.columns import Clip as Clip
 from nnxp.layers.columns import Take as Take
 from nnxp.layers.containers import Add as Add
 from nnxp.layers.containers import Concatenate as Concatenate
 from nnxp.layers.containers import Residual as Residual
 from nnxp.layers.containers import Sequential as Sequential
-from nnxp.layers.conv import Conv as Conv
-from nnxp.layers.conv import ConvTranspose as ConvTranspose
 from nnxp.layers.dense import Dense as Dense
-from nnxp.layers.dropout import Dropout as Dropout
-from nnxp.layers.graph import Graph as Graph
-from nnxp.layers.norm import BatchNorm as BatchNorm
-from nnxp.layers.norm import GroupNorm as GroupNorm
-from nnxp.layers.norm import InstanceNorm as InstanceNorm
-from nnxp.layers.norm import LayerNorm as LayerNorm
-from nnxp.layers.norm import LocalResponseNorm as LocalResponseNorm
-from nnxp.layers.norm import RMSNorm as RMSNorm
-from nnxp.layers.norm import Standardize as Standardize
-from nnxp.layers.pool import AdaptiveAveragePool as AdaptiveAveragePool
-from nnxp.layers.pool import AdaptiveMaxPool as AdaptiveMaxPool
-from nnxp.layers.pool import AveragePool as AveragePool
-from nnxp.layers.pool import GlobalAveragePool as GlobalAveragePool
-from nnxp.layers.pool import GlobalMaxPool as GlobalMaxPool
-from nnxp.layers.pool import LpPool as LpPool
-from nnxp.layers.pool import MaxPool as MaxPool
-from nnxp.layers.positions import Embedding as Embedding
-from nnxp.layers.positions import PositionEmbedding as PositionEmbedding
-from nnxp.layers.positions import RotaryEmbedding as RotaryEmbedding
-from nnxp.layers.positions import SinusoidalEncoding as SinusoidalEncoding
-from nnxp.layers.recurrent import GRU as GRU
-from nnxp.layers.recurrent import LSTM as LSTM
-from nnxp.layers.recurrent import RNN as RNN
-from nnxp.layers.recurrent import GRUCell as GRUCell
-from nnxp.layers.recurrent import LSTMCell as LSTMCell
-from nnxp.layers.recurrent import RNNCell as RNNCell
-from nnxp.layers.resize import Pad as Pad
-from nnxp.layers.resize import PixelShuffle as PixelShuffle
-from nnxp.layers.resize import PixelUnshuffle as PixelUnshuffle
-from nnxp.layers.resize import Resize as Resize
 from nnxp.layers.shape import Flatten as Flatten
 from nnxp.layers.shape import Reshape as Reshape
 from nnxp.layers.shape import Transpose as Transpose
-from nnxp.layers.torch_graph import ChannelsFirst as ChannelsFirst
-from nnxp.layers.torch_graph import Constant as Constant
-from nnxp.layers.torch_graph import TorchGraph as TorchGraph
 
 if TYPE_CHECKING:
     from nnxp import cluster as cluster
@@ -84,6 +42,49 @@ if TYPE_CHECKING:
     from nnxp import sim as sim
     from nnxp import sklearn as sklearn
     from nnxp import testing as testing
+    from nnxp.io.onnx import load_onnx as load_onnx
+    from nnxp.io.onnx_export import save_onnx as save_onnx
+    from nnxp.io.sklearn import from_sklearn as from_sklearn
+    from nnxp.io.torch import from_torch as from_torch
+    from nnxp.layers.attention import MultiHeadAttention as MultiHeadAttention
+    from nnxp.layers.attention import TransformerEncoder as TransformerEncoder
+    from nnxp.layers.attention import TransformerEncoderLayer as TransformerEncoderLayer
+    from nnxp.layers.bilinear import Bilinear as Bilinear
+    from nnxp.layers.conv import Conv as Conv
+    from nnxp.layers.conv import ConvTranspose as ConvTranspose
+    from nnxp.layers.dropout import Dropout as Dropout
+    from nnxp.layers.graph import Graph as Graph
+    from nnxp.layers.norm import BatchNorm as BatchNorm
+    from nnxp.layers.norm import GroupNorm as GroupNorm
+    from nnxp.layers.norm import InstanceNorm as InstanceNorm
+    from nnxp.layers.norm import LayerNorm as LayerNorm
+    from nnxp.layers.norm import LocalResponseNorm as LocalResponseNorm
+    from nnxp.layers.norm import RMSNorm as RMSNorm
+    from nnxp.layers.norm import Standardize as Standardize
+    from nnxp.layers.pool import AdaptiveAveragePool as AdaptiveAveragePool
+    from nnxp.layers.pool import AdaptiveMaxPool as AdaptiveMaxPool
+    from nnxp.layers.pool import AveragePool as AveragePool
+    from nnxp.layers.pool import GlobalAveragePool as GlobalAveragePool
+    from nnxp.layers.pool import GlobalMaxPool as GlobalMaxPool
+    from nnxp.layers.pool import LpPool as LpPool
+    from nnxp.layers.pool import MaxPool as MaxPool
+    from nnxp.layers.positions import Embedding as Embedding
+    from nnxp.layers.positions import PositionEmbedding as PositionEmbedding
+    from nnxp.layers.positions import RotaryEmbedding as RotaryEmbedding
+    from nnxp.layers.positions import SinusoidalEncoding as SinusoidalEncoding
+    from nnxp.layers.recurrent import GRU as GRU
+    from nnxp.layers.recurrent import LSTM as LSTM
+    from nnxp.layers.recurrent import RNN as RNN
+    from nnxp.layers.recurrent import GRUCell as GRUCell
+    from nnxp.layers.recurrent import LSTMCell as LSTMCell
+    from nnxp.layers.recurrent import RNNCell as RNNCell
+    from nnxp.layers.resize import Pad as Pad
+    from nnxp.layers.resize import PixelShuffle as PixelShuffle
+    from nnxp.layers.resize import PixelUnshuffle as PixelUnshuffle
+    from nnxp.layers.resize import Resize as Resize
+    from nnxp.layers.torch_graph import ChannelsFirst as ChannelsFirst
+    from nnxp.layers.torch_graph import Constant as Constant
+    from nnxp.layers.torch_graph import TorchGraph as TorchGraph
     from nnxp.training import losses as losses
     from nnxp.training import schedules as schedules
     from nnxp.training.differentiate import value_and_gradients as value_and_gradients
@@ -103,13 +104,15 @@ if TYPE_CHECKING:
 
 _LATER = {
     "cluster": "", "plots": "", "sim": "", "sklearn": "", "testing": "",
+    "load_onnx": "io.onnx", "save_onnx": "io.onnx_export",
+    "from_sklearn": "io.sklearn", "from_torch": "io.torch",
     "losses": "training", "schedules": "training",
     "value_and_gradients": "training.differentiate", "vjp": "training.differentiate",
     "Fitted": "training.fit", "fit": "training.fit",
 } | dict.fromkeys(
     "SGD Adagrad Adam AdamW Lion Momentum Nesterov Optimizer RMSProp clip_by_norm".split(),
     "training.optimizers",
-)  # fmt: skip
+) | {name: f"layers.{module}" for name, module in LATER.items()}  # fmt: skip
 _MODULES = ("cluster", "plots", "sim", "sklearn", "testing", "losses", "schedules")
 
 
@@ -122,7 +125,8 @@ def __getattr__(name: str) -> object:
     home = ".".join(filter(None, ["nnxp", _LATER[name]]))
     if name in _MODULES:
         return importlib.import_module(f"{home}.{name}")
-    return getattr(importlib.import_module(home), name)
+    globals()[name] = found = getattr(importlib.import_module(home), name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from html import escape
-
 
 class Printed:
     """A report whose `str()` is laid out in lines and columns."""
 
     def _repr_html_(self) -> str:
+        from html import escape  # brings a table of all entities: not for every import
+
         return f"<pre>{escape(str(self))}</pre>"

@@ -117,7 +117,7 @@ class Cursor:
         self._end = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
     """One sweep of rows through a model: what an engine asks of a backend.
 

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
 import stat
 from collections.abc import Callable
+from importlib import import_module
 from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -37,6 +37,7 @@ from nnxp._arrays import Array, float_dtype, is_array
 from nnxp._errors import CheckpointError, NnxpError, OptionError
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import path_of, written_beside
+from nnxp.layers import LATER
 from nnxp.layers._layer import Layer
 
 VERSION = 1
@@ -88,6 +89,8 @@ def model_sha256(model: Layer) -> str:
 
     Raises CheckpointError for a model that a file cannot hold: such fields cannot be compared.
     """
+    import hashlib  # takes as long to import as all layers
+
     digest = hashlib.sha256(json.dumps(_described(model)).encode())
     for name, value in model.parameters().items():
         array = np.asarray(asnumpy(value), order="C")
@@ -313,6 +316,8 @@ def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int =
 
 def _known(who: str, name: Any) -> type[Layer]:
     """The layer class of this name."""
+    if type(name) is str and name in LATER and name not in Layer.known:
+        import_module(f"nnxp.layers.{LATER[name]}")
     cls = Layer.known.get(name) if type(name) is str else None
     if cls is None:
         _refuse(

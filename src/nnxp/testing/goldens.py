@@ -27,6 +27,7 @@ from nnxp._errors import CheckpointError, OptionError
 from nnxp.backend import Backend, asnumpy, get_backend
 from nnxp.io._atomic import path_of, written_beside
 from nnxp.io.checkpoint import _built, _described, _readable
+from nnxp.layers import LATER
 from nnxp.layers._layer import Layer
 from nnxp.testing.parity import Check, ParityReport, _expected, _run, compare, comparisons, listed
 
@@ -40,6 +41,8 @@ def layer_examples() -> list[tuple[Layer, Shape]]:
 
     With the shapes of rows they take.
     """
+    for name in LATER:
+        getattr(nnxp, name)
     kinds = [
         kind
         for name, kind in sorted(Layer.known.items())
