@@ -654,6 +654,30 @@ def test_a_file_cut_short_anywhere_is_refused(file):
             nnxp.load(file)
 
 
+OWN_GRU = """
+import nnxp
+
+class GRU(nnxp.Layer):  # before the library's own is first named, and loaded
+    def __call__(self, x):
+        return x
+
+assert type(nnxp.load("gru.safetensors")) is not GRU
+try:
+    nnxp.save(GRU(), "own.safetensors")
+except nnxp.CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_layer_that_is_not_loaded_yet_keeps_its_name(tmp_path):
+    nnxp.save(nnxp.GRU(2, 3, rng=0), tmp_path / "gru.safetensors")
+    ran = subprocess.run(
+        [sys.executable, "-c", OWN_GRU], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "another layer class of that name" in ran.stdout
+
+
 def test_bfloat16_without_its_package_says_which_package(tmp_path, monkeypatch):
     nnxp.save(Dense(2, 2, dtype="bfloat16"), tmp_path / "net")
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)

@@ -179,7 +179,7 @@ def _described(layer: Layer, path: str = "") -> dict[str, Any]:
     """The layer as JSON."""
     cls = type(layer)
     who = f"{path or 'the model'} ({cls.__name__})"
-    if Layer.known.get(cls.__name__) is not cls:
+    if _registered(cls.__name__) is not cls:
         raise CheckpointError(
             f"{who} cannot be saved: another layer class of that name is known, so a file could "
             "not tell them apart; give the class a name of its own, and if it was defined anew "
@@ -314,11 +314,16 @@ def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int =
         _refuse(f"{who}: {error}")
 
 
+def _registered(name: str) -> type[Layer] | None:
+    """The layer class of this name; one of ours goes before any other, loaded yet or not."""
+    if name in LATER:
+        import_module(f"nnxp.layers.{LATER[name]}")
+    return Layer.known.get(name)
+
+
 def _known(who: str, name: Any) -> type[Layer]:
     """The layer class of this name."""
-    if type(name) is str and name in LATER and name not in Layer.known:
-        import_module(f"nnxp.layers.{LATER[name]}")
-    cls = Layer.known.get(name) if type(name) is str else None
+    cls = _registered(name) if type(name) is str else None
     if cls is None:
         _refuse(
             f"{who} is of a layer class {name!r:.60} that is not known here; if it is one of your "
