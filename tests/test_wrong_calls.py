@@ -443,7 +443,8 @@ def names(tmp_path_factory):
         "goldens": goldens, "verify": verify, "demo": demo, "against_floor": against_floor,
         "read_rows": read_rows, "written_rows": written_rows, "room": room,
     }  # fmt: skip
-    yield vars(nnxp) | vars(testing) | own
+    public = {name: getattr(nnxp, name) for name in {*dir(nnxp)} - {*nnxp._MODULES}}
+    yield public | vars(testing) | own
     nnxp.Layer.known.pop("Scale", None)
 
 

@@ -9,7 +9,6 @@ from nnxp._errors import NnxpError, OptionError, ShapeError
 from nnxp.layers._layer import Example, Layer
 from nnxp.layers._names import class_names, column_names
 from nnxp.layers.dense import Dense
-from nnxp.layers.norm import LayerNorm
 
 
 class Sequential(Layer):
@@ -93,6 +92,8 @@ class Sequential(Layer):
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
+        from nnxp.layers.norm import LayerNorm
+
         yield cls(), (3, 2)
         yield (
             cls(
