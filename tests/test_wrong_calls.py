@@ -264,6 +264,7 @@ WRONG = [
     ("predict(net, x, 'nope')", BackendUnavailable, f"no backend 'nope'. {NAMES}"),
     ("predict(net, x, x)", BackendUnavailable, NAMES),
     ("predict(net, x, out='y.npy')", OptionError, "not str"),
+    ("predict(net, x, out=net(x).astype('U9'))", DtypeMismatch, "out is <U9 but"),
     ("predict(net, x, workers='many')", OptionError, f"{NUMBER}, not 'many'"),
     ("predict_iter(net, 3)", OptionError, "batches of rows, one by one, not 3"),
     ("predict_iter(net, None)", OptionError, "batches of rows, one by one, not None"),

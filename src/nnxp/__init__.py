@@ -20,7 +20,7 @@ from nnxp.engine import predict_iter as predict_iter
 from nnxp.io.checkpoint import load as load
 from nnxp.io.checkpoint import save as save
 from nnxp.io.columns import Columns as Columns
-from nnxp.layers import LATER
+from nnxp.layers import LATER as _LAYERS
 from nnxp.layers._layer import Layer as Layer
 from nnxp.layers.activation import GLU as GLU
 from nnxp.layers.activation import Activation as Activation
@@ -112,7 +112,7 @@ _LATER = {
 } | dict.fromkeys(
     "SGD Adagrad Adam AdamW Lion Momentum Nesterov Optimizer RMSProp clip_by_norm".split(),
     "training.optimizers",
-) | {name: f"layers.{module}" for name, module in LATER.items()}  # fmt: skip
+) | {name: f"layers.{module}" for name, module in _LAYERS.items()}  # fmt: skip
 _MODULES = ("cluster", "plots", "sim", "sklearn", "testing", "losses", "schedules")
 
 

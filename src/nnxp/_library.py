@@ -120,8 +120,6 @@ VIEWS = frozenset(
 
 METHODS = """all any argmax argmin argsort cumprod cumsum diagonal dot max mean min prod repeat
     round squeeze std sum swapaxes take var""".split()
-OTHER_METHODS = "astype clip copy fill flatten item ravel reshape sort tolist transpose".split()
-"""The methods that have a call form of their own, or none in the module."""
 
 CONSTANTS = frozenset(
     """bool_ e finfo float16 float32 float64 iinfo inf int8 int16 int32 int64 nan newaxis pi uint8

@@ -852,7 +852,7 @@ def _results(
             raise OptionError(f"out is a NumPy array or memory map, not {type(array).__name__}")
         if array.shape != shape:
             raise ShapeError(f"out is {array.shape} but the output is {shape}")
-        if not np.can_cast(dtype, array.dtype, "same_kind"):
+        if not (is_numeric(array.dtype) and np.can_cast(dtype, array.dtype, "same_kind")):
             raise DtypeMismatch(f"out is {array.dtype} but the output is {dtype}")
         if not array.flags.writeable:
             raise OptionError("out is read-only")

@@ -225,7 +225,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sweep(self, sweep: Sweep) -> int | None:
-        """Push all rows through sweep.fn into sweep.out.
+        """Push all rows through the model into sweep.results.
 
         Answers with the rows that fit together, if memory ran out on the way, else None. Raises
         OutOfMemory if not even one row fits.

@@ -65,7 +65,7 @@ class Program(Printed):
     """Steps from inputs to outputs; print it.
 
     A program counts its rows: called on arrays, it runs for as many as they have. `calls` tells
-    which layers were at work, `structure` whether the formula answered one array or several.
+    which layers were at work, `several` whether the formula answered one array or several.
     """
 
     inputs: tuple[Value, ...]
@@ -122,11 +122,6 @@ class Program(Printed):
     def outline(self, rows: int) -> tuple[Outline, ...]:
         """The shapes and types of the outputs for so many rows."""
         return tuple(Outline(sized(v.shape, rows), v.dtype) for v in self.outputs)
-
-    @cached_property
-    def row_work(self) -> int:
-        """About how many multiply-adds a row takes, in products."""
-        return sum(map(multiply_adds, self.steps)) // ROWS
 
     @cached_property
     def leaves(self) -> tuple[Call, ...]:
@@ -361,10 +356,6 @@ def multiply_adds(step: Step) -> int:
         sizes = {c: n for t, v in zip(terms, step.values, strict=True)
                  for c, n in zip(t, v.shape, strict=True)}  # fmt: skip
         return prod(sizes.values())
-    if isinstance(step.function, Kernel):
-        with writing(Tape(expands=True)) as tape:
-            step.function.widened(*map(lifted, step.inputs), **step.options)
-        return sum(map(multiply_adds, tape.steps))
     return 0
 
 
