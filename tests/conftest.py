@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 import nnxp
-from nnxp.layers import LATER
+from nnxp.layers import MODULES
 
 BACKENDS = [name for name, found in nnxp.available_backends().items() if found.ok]
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-for _name in LATER:  # what is loaded when it is first named
-    getattr(nnxp, _name)
-LAYERS = [
-    each
-    for each in vars(nnxp).values()
-    if isinstance(each, type) and issubclass(each, nnxp.Layer) and each is not nnxp.Layer
-]
+LAYERS = [getattr(nnxp, name) for name in MODULES]
 SEQUENCES = set("attention rnn gru lstm embedding rotary add_positions".split())
 """Kernels that have their outside truth, and their faults, in test_sequences.py."""
 PAIRS = [pair for kind in LAYERS for pair in kind.examples()]

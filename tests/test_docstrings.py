@@ -128,4 +128,6 @@ def test_the_names_that_a_type_checker_knows_are_those_of_the_activations():
 def test_what_help_shows_of_the_front_door():
     assert {"cluster", "plots", "sim", "testing"} <= {*dir(nnxp)}
     assert "TYPE_CHECKING" not in dir(nnxp)
+    for name in dir(nnxp):
+        assert getattr(nnxp, name) is not None, name
     assert list(inspect.signature(nnxp.Dense).parameters)[:3] == ["inputs", "outputs", "activation"]

@@ -73,10 +73,24 @@ def test_importing_nnxp_loads_no_optional_library():
     heavy = (
         "cupy typer rich safetensors sklearn scipy ml_dtypes asyncio pyarrow decimal tqdm".split()
     )
-    code = f"import sys, nnxp; print([name for name in {heavy} if name in sys.modules])"
+    code = (
+        'import sys, nnxp; nnxp.predict(nnxp.Dense(2, 3), [[1, 2]], "cpu"); '
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
 
 def test_there_are_no_rooms_for_everything():
     assert not {path.stem for path in modules()} & {"utils", "helpers", "common", "core", "misc"}
+
+
+def test_a_type_checker_sees_the_names_that_are_loaded_when_they_are_used():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (block,) = (each for each in tree.body if isinstance(each, ast.If))
+    seen = {
+        (alias.asname, f"{each.module}.{alias.name}") for each in block.body for alias in each.names
+    }
+    told = {(name, f"nnxp.{home}.{name}") for name, home in nnxp._MODULES.items()}
+    inside = {(name, f"nnxp.{home}") for name, home in nnxp._PACKAGES.items()}
+    assert told <= seen <= told | inside

@@ -444,7 +444,7 @@ def names(tmp_path_factory):
         "goldens": goldens, "verify": verify, "demo": demo, "against_floor": against_floor,
         "read_rows": read_rows, "written_rows": written_rows, "room": room,
     }  # fmt: skip
-    public = {name: getattr(nnxp, name) for name in {*dir(nnxp)} - {*nnxp._MODULES}}
+    public = {name: getattr(nnxp, name) for name in {*dir(nnxp)} - {*nnxp._PACKAGES}}
     yield public | vars(testing) | own
     nnxp.Layer.known.pop("Scale", None)
 

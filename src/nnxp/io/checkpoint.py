@@ -37,7 +37,7 @@ from nnxp._arrays import Array, float_dtype, is_array
 from nnxp._errors import CheckpointError, NnxpError, OptionError
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import path_of, written_beside
-from nnxp.layers import LATER
+from nnxp.layers import MODULES
 from nnxp.layers._layer import Layer
 
 VERSION = 1
@@ -316,8 +316,8 @@ def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int =
 
 def _registered(name: str) -> type[Layer] | None:
     """The layer class of this name; one of ours goes before any other, loaded yet or not."""
-    if name in LATER:
-        import_module(f"nnxp.layers.{LATER[name]}")
+    if name in MODULES:
+        import_module(f"nnxp.layers.{MODULES[name]}")
     return Layer.known.get(name)
 
 

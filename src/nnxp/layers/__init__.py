@@ -1,14 +1,15 @@
 """The layers, one family a file; `nnxp` itself exports them."""
 
-from nnxp.layers._layer import Layer as Layer
-from nnxp.layers._layer import Rng as Rng
-
-LATER = {
+MODULES = {
     name: module
     for module, names in {
+        "activation": "Activation GLU PReLU",
         "attention": "MultiHeadAttention TransformerEncoder TransformerEncoderLayer",
         "bilinear": "Bilinear",
+        "columns": "Clip Take",
+        "containers": "Add Concatenate Residual Sequential",
         "conv": "Conv ConvTranspose",
+        "dense": "Dense",
         "dropout": "Dropout",
         "graph": "Graph",
         "norm": "BatchNorm GroupNorm InstanceNorm LayerNorm LocalResponseNorm RMSNorm Standardize",
@@ -17,8 +18,9 @@ LATER = {
         "positions": "Embedding PositionEmbedding RotaryEmbedding SinusoidalEncoding",
         "recurrent": "GRU GRUCell LSTM LSTMCell RNN RNNCell",
         "resize": "Pad PixelShuffle PixelUnshuffle Resize",
+        "shape": "Flatten Reshape Transpose",
         "torch_graph": "ChannelsFirst Constant TorchGraph",
     }.items()
     for name in names.split()
 }
-"""Layers that are loaded when they are first named, with their modules."""
+"""The module of each layer, loaded when the layer is first named."""

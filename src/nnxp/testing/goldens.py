@@ -15,24 +15,24 @@ import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_info
 
-import nnxp.layers._layer
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import CheckpointError, OptionError
 from nnxp.backend import Backend, asnumpy, get_backend
 from nnxp.io._atomic import path_of, written_beside
 from nnxp.io.checkpoint import _built, _described, _readable
-from nnxp.layers import LATER
+from nnxp.layers import MODULES
 from nnxp.layers._layer import Layer
 from nnxp.testing.parity import Check, ParityReport, _expected, _run, compare, comparisons, listed
 
 VERSION = 1
-PACKAGE = Path(nnxp.layers._layer.__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 SOURCES = {".py", ".cu", ".cuh"}
 
 
@@ -41,12 +41,9 @@ def layer_examples() -> list[tuple[Layer, Shape]]:
 
     With the shapes of rows they take.
     """
-    for name in LATER:
-        getattr(nnxp, name)
     kinds = [
-        kind
-        for name, kind in sorted(Layer.known.items())
-        if kind.__module__.startswith("nnxp.") and getattr(nnxp, name, None) is kind
+        getattr(import_module(f"nnxp.layers.{module}"), name)
+        for name, module in sorted(MODULES.items())
     ]
     return [
         (layer, shape)
