@@ -114,7 +114,7 @@ def test_few_rows_replay_a_graph(gpu, rows, dtype, head):
         y = engine(x)
         check(y, net, x)
         assert y.tobytes() == expected.tobytes()
-    assert len(engine._replicas[0].recorded) == 1
+    assert len(engine._replicas[0].ready) == 1
     gpu.done.clear()
     answers = [(engine(x), engine(put(x)).get()) for x in batches]
     for made, expected in zip(answers, eager, strict=True):
@@ -175,7 +175,7 @@ def test_an_engine_that_ends_gives_its_memory_back_to_the_device(gpu, closed):
     parameters = room - gpu.room
     for rows in (x, x, x, draw((130, 16))):
         engine(rows)
-    assert len(engine._replicas[0].recorded) == 1
+    assert len(engine._replicas[0].ready) == 1
     assert room - gpu.room > parameters + 8192
     idle = mine.free_bytes()
     gc.disable()  # without it, too
@@ -195,7 +195,7 @@ def test_nothing_of_an_engine_lies_in_the_caller_s_pool_where_nobody_finds_it(gp
     engine, x = nnxp.Engine(network(), "cuda"), draw((5, 16))
     for rows in (x, x, x, draw((130, 16))):
         engine(rows)
-    assert len(engine._replicas[0].recorded) == 1
+    assert len(engine._replicas[0].ready) == 1
     assert cupy.get_default_memory_pool().stranded() == 0
 
 
@@ -207,7 +207,7 @@ def test_recordings_that_are_pushed_out_give_their_memory_back(gpu, monkeypatch)
             engine(draw((rows, 16)))
         gpu.finish()
         held.append(gpu.room)
-    assert len(engine._replicas[0].recorded) == 1
+    assert len(engine._replicas[0].ready) == 1
     assert len(set(held[1:])) == 1
 
 
@@ -243,7 +243,7 @@ def test_an_attempt_to_record_that_fails_leaves_nothing(gpu):
 
     gpu.lt.told = refuse
     np.testing.assert_array_equal(engine(x), expected)
-    assert not engine._replicas[0].recorded
+    assert not engine._replicas[0].ready
     gc.collect()
     mine.free_all_blocks()
     assert gpu.room == room

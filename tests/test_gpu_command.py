@@ -368,7 +368,7 @@ def test_a_float32_product_that_is_none_is_found(bench, here, fused):
 
 
 def test_a_replay_of_old_rows_is_found(bench, here, monkeypatch):
-    from nnxp.backend._lanes import DeviceRecording
+    from nnxp.backend._recording import DeviceRecording
 
     right = DeviceRecording.host
 

@@ -14,8 +14,7 @@ from nnxp._errors import NotDifferentiable
 from nnxp.kernels.functions import RULES
 from nnxp.program import traced as xp
 from nnxp.program.gradient import gradient, pullback
-from nnxp.program.program import trace
-from nnxp.program.recording import expanded
+from nnxp.program.program import expanded, trace
 from nnxp.testing import bounded
 
 STEP = 1e-5

@@ -15,7 +15,9 @@ import nnxp
 from conftest import draw
 from nnxp import sim
 from nnxp.backend import _lanes
+from nnxp.backend._device import Unrecordable
 from nnxp.backend.cuda import CudaBackend
+from nnxp.program.rewrite import with_precision
 
 RNG = np.random.default_rng(0)
 NET = nnxp.Sequential(
@@ -393,7 +395,7 @@ def test_a_recording_keeps_the_parameters_that_it_reads(devices):
     engine = nnxp.Engine(nnxp.Dense(20, 4, rng=0), "sim")
     for _ in range(3):
         expected = engine(X[:3])
-    (recorded,) = engine._replicas[0].recorded.values()
+    (recorded,) = engine._replicas[0].ready.values()
     engine.close()
     gc.collect()
     np.testing.assert_array_equal(recorded.host(X[:3]), expected)
@@ -411,6 +413,34 @@ def test_a_recording_that_failed_is_tried_again_but_not_at_every_call(devices, m
     for _ in range(64):
         close(engine(X[:3]), EXPECTED[:3])
     assert len(tried) == 6  # at 2, 4, 8, 16, 32, 64
+
+
+class Weighted(nnxp.Layer):
+    def __call__(self, x):
+        xp = nnxp.get_array_module(x)
+        return x * xp.where(xp.arange(20) < 10, 0.5, 2.0).astype("float32")
+
+
+def test_constants_of_a_formula_are_brought_to_the_device_once(devices):
+    engine = nnxp.Engine(Weighted(), "sim", memory_limit=SMALL)
+    engine(X[:3])
+    devices[0].reset()
+    close(engine(X[:3]), X[:3] * np.repeat(np.float32([0.5, 2]), 10))
+    assert devices[0].count.put == 1
+
+
+def test_what_is_no_want_of_memory_is_not_passed_over_when_it_is_recorded(devices, monkeypatch):
+    def fails(self, fn, stream):
+        raise error
+
+    monkeypatch.setattr(type(nnxp.get_backend("sim")), "record", fails)
+    engine, error = nnxp.Engine(NET, "sim"), Unrecordable("it looks at numbers")
+    for _ in range(4):
+        close(engine(X[:3]), EXPECTED[:3])
+    engine, error = nnxp.Engine(NET, "sim"), ArithmeticError("a fault of ours")
+    engine(X[:3])
+    with pytest.raises(ArithmeticError, match="a fault of ours"):
+        engine(X[:3])
 
 
 def test_tensors_elsewhere_are_refused_and_those_on_the_host_are_rows(devices):
@@ -434,7 +464,7 @@ def test_few_rows_that_come_again_are_recorded_and_replayed_on_new_rows(devices,
         y = engine(X[i : i + rows])
         close(y, EXPECTED[i : i + rows])
         assert y.base is None
-    assert list(engine._replicas[0].recorded) == [(np.dtype("float32"), (rows, 20))]
+    assert list(engine._replicas[0].ready) == [(np.dtype("float32"), (rows, 20))]
     devices[0].reset()
     engine(X[:rows])
     assert (devices[0].count.put, devices[0].count.get) == (1, 1)
@@ -479,7 +509,7 @@ def test_layers_that_are_not_ours_are_not_recorded():
     for _ in range(5):
         engine(X[:3])
     assert len(seen) == 5
-    assert not engine._replicas[0].recorded
+    assert not engine._replicas[0].ready
 
 
 def test_nothing_is_recorded_beside_what_a_limit_allows(devices):
@@ -487,7 +517,7 @@ def test_nothing_is_recorded_beside_what_a_limit_allows(devices):
     for _ in range(5):
         engine(X[:3])
         engine(x)
-    assert not engine._replicas[0].recorded
+    assert not engine._replicas[0].ready
 
 
 def test_recordings_are_bounded():
@@ -495,7 +525,7 @@ def test_recordings_are_bounded():
     for rows in range(1, 60):
         for _ in range(3):
             close(engine(X[:rows]), EXPECTED[:rows])
-    assert len(engine._replicas[0].recorded) == 32
+    assert len(engine._replicas[0].ready) == 32
 
 
 def test_the_caller_s_device_and_stream_are_as_they_were(devices):
@@ -553,13 +583,42 @@ def test_tf32_is_a_permission_that_every_product_of_the_engine_is_given(devices,
         return reference(*arrays, **options)
 
     monkeypatch.setattr(nnxp.kernels.linear, "reference", linear)
-    for device in ("cpu", "sim"):
-        for precision in ("tf32", None):
-            seen.clear()
-            close(nnxp.Engine(NET, device, precision=precision)(X), EXPECTED)
-            assert precision in seen
+    for precision in ("tf32", None):
+        seen.clear()
+        close(nnxp.Engine(NET, "sim", precision=precision)(X), EXPECTED)
+        assert precision in seen
     with pytest.raises(nnxp.OptionError, match="float32 models"):
         nnxp.Engine(NET.astype("float16"), "cpu", precision="tf32")
+
+
+class Multiplied(nnxp.Layer):
+    weight: object
+
+    def __call__(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "products"),
+    [
+        (NET, (20,), 2),
+        (Multiplied.of(weight=np.ones((5, 4), "float32")), (5,), 1),
+        (nnxp.Conv(3, 4, (3, 3), "relu", rng=0), (8, 8, 3), 1),
+        (nnxp.ConvTranspose(3, 4, (2, 2), stride=2, rng=0), (4, 4, 3), 1),
+        (nnxp.LSTM(3, 4, rng=0), (5, 3), 6),
+        (nnxp.GRU(3, 4, rng=0), (5, 3), 6),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_tf32_reaches_the_products_inside_kernels(model, row, products):
+    program = with_precision(model.program(((7, *row), "float32")), "tf32")
+    given = [s for s in program.steps if s.function in (nnxp.kernels.linear, nnxp.kernels.matmul)]
+    assert [step.options["precision"] for step in given] == ["tf32"] * products
+    assert not any(
+        step.name == "matmul" for step in program.steps if isinstance(step.function, str)
+    )
+    x = draw((7, *row))
+    np.testing.assert_allclose(program(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 # CUDA, as far as it goes without a GPU: what is asked of CuPy
@@ -611,8 +670,9 @@ def test_a_capture_that_fails_is_ended(cuda):
         if "begin" in cuda.asked:
             raise ArithmeticError
 
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(Unrecordable) as raised:
         CudaBackend("cupy", "cuda:0", "").record(fn, cuda.stream())
+    assert isinstance(raised.value.__cause__, ArithmeticError)
     assert cuda.asked[-1] == "end"
 
 

@@ -92,6 +92,18 @@ def test_a_bias_and_an_activation_go_into_the_product(rng):
     np.testing.assert_allclose(program(x), formula(x), rtol=1e-6, atol=1e-6)
 
 
+def test_what_is_computed_twice_is_computed_once(rng):
+    w = rng.normal(size=(4, 6)).astype("float32")
+
+    def formula(x):
+        return nnxp.kernels.softmax(x @ w, axis=-1) * (x @ w).sum(axis=-1, keepdims=True)
+
+    x = rng.normal(size=(7, 4)).astype("float32")
+    program = optimized(trace(formula, (x.shape, x.dtype)))
+    assert [step.name for step in program.steps] == ["matmul", "softmax", "sum", "multiply"]
+    np.testing.assert_array_equal(program(x), formula(x))
+
+
 def test_orders_that_do_not_cancel_become_one(rng):
     def formula(x):
         return np.float32(2) * x.transpose(0, 2, 3, 1).transpose(0, 3, 1, 2).swapaxes(1, 3) + 1

@@ -12,7 +12,8 @@ import nnxp
 from nnxp import kernels
 from nnxp.layers import MODULES
 from nnxp.program.mixing import mixing
-from nnxp.program.recording import Recording, costs, expanded
+from nnxp.program.program import expanded
+from nnxp.program.recording import Recording, costs
 
 try:
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,19 @@ def test_a_type_checker_sees_the_names_that_are_loaded_when_they_are_used():
     told = {(name, f"nnxp.{home}.{name}") for name, home in nnxp._MODULES.items()}
     inside = {(name, f"nnxp.{home}") for name, home in nnxp._PACKAGES.items()}
     assert told <= seen <= told | inside
+
+
+def test_no_imports_go_in_circles():
+    names = {
+        ".".join(("nnxp", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): path
+        for path in modules()
+    }
+    graph = {
+        name: {each for each in imports(path) if each in names} for name, path in names.items()
+    }
+    for name in graph:  # a package comes with its modules
+        graph[name] |= {each.rpartition(".")[0] for each in graph[name]} & set(names)
+        graph[name] -= {name, *(name.rsplit(".", n)[0] for n in range(1, name.count(".")))}
+    list(TopologicalSorter(graph).static_order())

@@ -47,21 +47,21 @@ def _replayed(here: Here, dtype: str) -> Values:
     if largest > LIMIT:
         values["problem"] = "what is replayed is wrong"
     replica = engine._replicas[0]
-    values["recorded"] = len(replica.recorded)
-    if here.on_gpu and not replica.recorded:
+    values["recorded"] = len(replica.ready)
+    if here.on_gpu and not replica.ready:
         values["problem"] = f"nothing was recorded: {_why_not_recorded(engine, there)}"
     return values
 
 
 def _why_not_recorded(engine: Any, x: Array) -> str:
     """The engine goes on without a recording; this is what kept it from making one."""
-    from nnxp.backend._lanes import DeviceRecording
+    from nnxp.backend._recording import DeviceRecording
     from nnxp.engine import Kind
 
     try:
         prepared = engine._replicas[0].prepared((Kind(x.shape[1:], x.dtype, x.dtype),))
         pools = engine.backend.pool(), engine.backend.pool()
-        DeviceRecording(engine.backend, prepared.forward, x.shape, x.dtype, *pools)
+        DeviceRecording(engine.backend, prepared.run, x.shape, x.dtype, *pools)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "though it can be"

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import prod
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
@@ -26,25 +26,29 @@ from nnxp._arrays import (
 from nnxp._errors import CheckpointError, DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp._exchange import in_order, shares_memory, source_of
 from nnxp._progress import Progress, told
-from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend
+from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend, to_backend
 from nnxp.backend._base import Cursor, Source
 from nnxp.backend._device import BLOCK_ROWS, DeviceBackend, fits
-from nnxp.backend._lanes import DeviceRecording, LanePool, recorded
+from nnxp.backend._lanes import LanePool
+from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer, whole
 from nnxp.program.mixing import mixing
-from nnxp.program.program import Costs, Outline, Program
-from nnxp.program.recording import Recording, bodied, costs, expanded
-from nnxp.program.rewrite import in_their_own_type, optimized, with_precision
+from nnxp.program.program import Costs, Outline, Program, expanded
+from nnxp.program.recording import bodied, costs
+from nnxp.program.recordings import HostRecording, Recordings
+from nnxp.program.rewrite import in_their_own_type, optimized, placed, with_precision
 from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 MOST_ENGINES = 4  # that a process keeps for tasks that bring their model: mostly it is one
 MOST_KINDS = 256  # kinds of rows that an engine remembers
-MOST_RECORDED = 32  # of which each holds buffers
-IDLE_BYTES = 64 << 20  # of buffers that wait for rows of their number; beyond, old ones are let go
+MOST_RECORDED = 32  # on a device, where each holds buffers
 FEW_ROWS = 512  # at most, to be recorded on a device: with more, starting the work is little of it
+
+
+Ready: TypeAlias = "HostRecording | DeviceRecording"
 
 
 class Kind(NamedTuple):
@@ -173,9 +177,9 @@ class Engine:
         """
         replicas = self._replicas
         if type(x) is np.ndarray and out is None and not progress and replicas:
-            answer = replicas[0].ready.get((x.dtype, x.shape))
-            if answer is not None:
-                return answer(x)
+            recording = replicas[0].ready.get((x.dtype, x.shape))
+            if recording is not None:
+                return recording.host(x)
         given = inputs_of(self.model, x)
         inputs = tuple(each for each in given if each is not None)
         replica, arrays = self._at_home(inputs)
@@ -213,8 +217,7 @@ class Engine:
                 dtypes = tuple(value.dtype for value in prepared.program.inputs)
                 fitted = replica.backend.sweep(
                     Sweep(
-                        prepared.forward, prepared.fill, sources, results, dtypes, plan, done,
-                        cursor, replica.lanes,
+                        prepared.run, sources, results, dtypes, plan, done, cursor, replica.lanes
                     )
                 )  # fmt: skip
                 if fitted is not None:
@@ -274,8 +277,8 @@ class Engine:
         """Rows that are on the device, through the model, there."""
         x, backend = arrays[0], replica.backend
         assert isinstance(backend, DeviceBackend)
-        recording = replica.recorded.get((x.dtype, x.shape))
-        if recording is not None and out is None and len(arrays) == 1:
+        recording = replica.ready.get((x.dtype, x.shape))
+        if isinstance(recording, DeviceRecording) and out is None and len(arrays) == 1:
             answers: list[Any] = []
             if fits(lambda: answers.append(recording.device(x))):
                 return answers[0]
@@ -300,7 +303,7 @@ class Engine:
                 budget = self._budget(replica, prepared)
                 plan = Plan(rows, 1, 0) if few else backend.plan(rows, budget)
                 made = backend.through(
-                    prepared.forward, arrays, outs, outlines, plan, replica.lanes, prepared.borrowed
+                    prepared.run, arrays, outs, outlines, plan, replica.lanes, prepared.borrowed
                 )
         if out is None and rows and self.memory_limit is None and len(arrays) == 1:
             replica.remember(x, prepared)
@@ -441,8 +444,7 @@ def _arrived(
 class Replica:
     """The model on one device, with what an engine keeps and knows there.
 
-    `ready` answers rows of one type and shape without asking anything, and `recorded` has what is
-    recorded on a device.
+    `ready` has the recordings for rows of one type and shape, which ask nothing.
     """
 
     def __init__(
@@ -456,8 +458,7 @@ class Replica:
         self.backend, self.model = backend, _shared(model, backend)
         self.precision, self.sparing, self.rewrite = precision, sparing, rewrite
         self.lanes = LanePool()
-        self.ready: dict[tuple[np.dtype[Any], Shape], Callable[[HostArray], Any]] = {}
-        self.recorded: dict[tuple[np.dtype[Any], Shape], DeviceRecording] = {}
+        self.ready: dict[tuple[np.dtype[Any], Shape], Ready] = {}
         self._prepared: dict[tuple[Kind | None, ...], Prepared] = {}
         self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.lanes.close)
@@ -488,23 +489,25 @@ class Replica:
         first = next(filter(None, kinds))
         if len(program.inputs) == 1:
             program = in_their_own_type(program, first.travels)
-        if self.precision is not None:
+        if self.precision is not None and isinstance(self.backend, DeviceBackend):
             program = with_precision(program, self.precision)
         return optimized(program) if self.rewrite else program
 
     def remember(self, x: Array, prepared: Prepared) -> None:
-        """Make the next call with such rows a short one.
+        """Have a recording ready for the next call with such rows.
 
         On a device few rows are recorded when they have come twice, unless layers are run as
         Python: a recording cannot know whether these would do something else the next time.
         """
         key = x.dtype, x.shape
-        if len(self.ready) >= MOST_KINDS:
-            self.ready.clear()
-        if not isinstance(self.backend, DeviceBackend):
-            if x.dtype.isnative:
-                self.ready[key] = prepared.short(x)
+        if not x.dtype.isnative:
             return
+        if isinstance(prepared.run, Recordings):
+            if len(self.ready) >= MOST_KINDS:
+                self.ready.clear()
+            self.ready[key] = HostRecording(prepared.run, x)
+            return
+        assert isinstance(self.backend, DeviceBackend)
         if (
             not self._close.alive
             or not 0 < len(x) <= FEW_ROWS
@@ -515,14 +518,12 @@ class Replica:
         count = self._seen[key] = self._seen.get(key, 0) + 1
         if count < 2 or count & (count - 1):
             return
-        recording = recorded(self.backend, prepared.forward, x.shape, x.dtype)
+        recording = recorded(self.backend, prepared.run, x.shape, x.dtype)
         if recording is None:
             return  # it goes the long way, as it did so far
-        for oldest in list(self.recorded)[: max(0, len(self.recorded) - MOST_RECORDED + 1)]:
-            self.recorded.pop(oldest, None)
+        for oldest in list(self.ready)[: max(0, len(self.ready) - MOST_RECORDED + 1)]:
             self.ready.pop(oldest, None)
-        self.recorded[key] = recording
-        self.ready[key] = recording.host
+        self.ready[key] = recording
         if not self._close.alive:  # closed meanwhile
             self._forget()  # type: ignore[unreachable]
 
@@ -531,8 +532,8 @@ class Replica:
         self._forget()
 
     def _forget(self) -> None:
-        for kept in (self.recorded, self.ready, self._prepared):
-            kept.clear()
+        self.ready.clear()
+        self._prepared.clear()
 
 
 class Prepared:
@@ -549,74 +550,26 @@ class Prepared:
             raise ShapeError(
                 f"an engine takes rows in blocks, but {mixed}; call the model on all of them"
             )
-        self.program = program if backend.name == "cupy" else written_out  # CUDA fuses kernels
         if backend.device == "cpu":
-            self.program = bodied(program)
+            self.program: Program = bodied(program)
+        else:  # CUDA fuses kernels
+            at_home = program if backend.name == "cupy" else written_out
+            self.program = placed(at_home, partial(to_backend, backend=backend))
         self.borrowed = written_out.borrowed
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
         at_work = self.program if backend.device == "cpu" else written_out
         self.costs = _costs(at_work, kinds, self.outputs, backend)
         self.most_rows: int | None = None
-        self._sparing = sparing
-        self._idle: dict[Any, list[Recording]] = {}
+        if backend.device == "cpu":
+            self.run: Callable[..., Any] = Recordings(self.program, sparing)
+        else:
+            self.run = partial(_run, self.program)
 
-    def forward(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Rows on the device through the model, there."""
-        inputs = zip(arrays, self.program.inputs, strict=True)
-        return tuple(
-            self.program.run([x if x.dtype == v.dtype else x.astype(v.dtype) for x, v in inputs])
-        )
 
-    def short(self, like: HostArray) -> Callable[[HostArray], Any]:
-        """What answers host rows of one type and shape on the CPU, without asking anything."""
-        outlines = [((len(like), *shape), dtype) for shape, dtype in self.outputs]
-        key, several = (len(like), like.dtype), self.program.several
-
-        def answer(x: HostArray) -> Any:
-            idle, recording = self._recording(key)
-            results = [np.empty(*outline) for outline in outlines]
-            with np.errstate(all="ignore"):
-                recording((x,), results)
-            idle.append(recording)
-            return tuple(results) if several else results[0]
-
-        return answer
-
-    def fill(self, rows: tuple[HostArray, ...], out: tuple[HostArray, ...]) -> None:
-        """Host rows through the model on the CPU, into `out`."""
-        idle, recording = self._recording((len(rows[0]), *(each.dtype for each in rows)))
-        into = tuple(
-            array if array.flags.c_contiguous and array.dtype == dtype
-            else np.empty(array.shape, dtype)
-            for array, (_, dtype) in zip(out, self.outputs, strict=True)
-        )  # fmt: skip
-        with np.errstate(all="ignore"):
-            recording(rows, into)
-            for array, result in zip(out, into, strict=True):
-                if result is not array:
-                    np.copyto(array, result, casting="same_kind")
-        idle.append(recording)
-
-    def _recording(self, key: tuple[Any, ...]) -> tuple[list[Recording], Recording]:
-        """A recording for this caller alone, and where to put it afterwards.
-
-        The key is the number of rows, and the types of the inputs.
-
-        The recording is kept for the next block of this size: where memory is to be spared, only
-        while blocks go on being of one size.
-        """
-        idle = self._idle.setdefault(key, [])
-        try:
-            return idle, idle.pop()
-        except IndexError:
-            pass
-        others = [kept for other, kept in list(self._idle.items()) if other != key]
-        held = sum(each.nbytes for kept in others for each in list(kept))
-        if self._sparing or held > IDLE_BYTES or len(others) >= MOST_RECORDED:
-            self._idle = {key: idle}
-            for kept in others:
-                kept.clear()
-        return idle, Recording(self.program, key[0], key[1:])
+def _run(program: Program, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Rows on a device through a program, there."""
+    inputs = zip(arrays, program.inputs, strict=True)
+    return tuple(program.run([x if x.dtype == v.dtype else x.astype(v.dtype) for x, v in inputs]))
 
 
 def _costs(

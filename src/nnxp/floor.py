@@ -21,7 +21,7 @@ from nnxp._comparison import Comparison, Result, count, here
 from nnxp._errors import OptionError
 from nnxp.engine import Engine
 from nnxp.layers._layer import Layer, whole
-from nnxp.program.recording import expanded
+from nnxp.program.program import expanded
 from nnxp.program.traced import ROWS
 
 FLOOR, PLAIN = "floor", "plain NumPy"

@@ -22,8 +22,6 @@ from nnxp.program import program as programs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from nnxp.testing.parity import ParityReport
-
 __all__ = ["activations", "confusion", "learning_curve", "parity", "program", "weights"]
 
 BAR, FAILED = "#4878a8", "#c0392b"
@@ -116,14 +114,14 @@ def activations(model: Layer, *inputs: Array) -> Figure:
     return figure
 
 
-def parity(report: ParityReport) -> Figure:
+def parity(report: Any) -> Figure:
     """The error of each layer on each backend, in units of its bound; red is too large.
 
         report = nnxp.testing.parity_report(net, x)
         nnxp.plots.parity(report).savefig("parity.svg")
 
     Args:
-        report: of `nnxp.testing.parity_report`.
+        report: the ParityReport of `nnxp.testing.parity_report`.
 
     Raises:
         OptionError: matplotlib is not installed.

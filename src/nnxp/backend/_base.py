@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape
 from nnxp._errors import BackendUnavailable, DtypeMismatch, OutOfMemory, ShapeError
 from nnxp._exchange import host_rows
-
-if TYPE_CHECKING:
-    from nnxp.backend._lanes import LanePool
+from nnxp.backend._lanes import LanePool, copy
 
 
 class Source(Protocol):
@@ -121,15 +119,14 @@ class Cursor:
 class Sweep:
     """One sweep of rows through a model: what an engine asks of a backend.
 
-    `forward` takes the inputs on the device and answers the outputs there; where host memory is the
-    device's, `fill(inputs, outputs)` writes them where they are wanted. `rows` are what the inputs
+    `run` takes the inputs on the device and answers the outputs there; on the CPU it fills
+    `run(inputs, outputs)`. `rows` are what the inputs
     are read from, `out` the host arrays to fill, `dtypes` what the inputs become, and `done` hears
     how many rows were finished. Several backends may share the `cursor` of one sweep. `lanes` are
     what an engine keeps on its device between sweeps.
     """
 
-    forward: Callable[[tuple[Array, ...]], tuple[Array, ...]]
-    fill: Callable[[tuple[HostArray, ...], tuple[HostArray, ...]], None]
+    run: Callable[..., Any]
     rows: tuple[Source, ...]
     out: tuple[HostArray, ...]
     dtypes: tuple[np.dtype[Any], ...]
@@ -152,6 +149,12 @@ class Sweep:
         """Where the results of these rows belong."""
         return tuple(array[rows] for array in self.out)
 
+    def deliver(self, rows: slice, results: Sequence[HostArray]) -> None:
+        """Bring the results of these rows to where they belong."""
+        for into, result in zip(self.results(rows), results, strict=True):
+            copy(into, result)
+        self.done(rows.stop - rows.start)
+
 
 def _block(source: Source, rows: slice, dtype: np.dtype[Any]) -> HostArray:
     block = host_rows(source[rows])
@@ -166,15 +169,6 @@ def _block(source: Source, rows: slice, dtype: np.dtype[Any]) -> HostArray:
             f"[{rows.start}:{rows.stop}]"
         )
     return block
-
-
-def travels_as(given: np.dtype[Any], wanted: np.dtype[Any]) -> np.dtype[Any]:
-    """The type in which rows travel to a device where they become `wanted`.
-
-    Small types travel as they are and are converted where the model is. Types that are wider
-    than the model's are converted on the way.
-    """
-    return wanted if given.itemsize > wanted.itemsize else given
 
 
 @dataclass(frozen=True)

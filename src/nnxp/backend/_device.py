@@ -30,6 +30,10 @@ MARGIN = 0.8  # of the free memory: allocators round up, and others use the devi
 _FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 
 
+class Unrecordable(Exception):
+    """Work ran when it was called, but not while it was recorded."""
+
+
 class DeviceBackend(Backend):
     """A device that takes blocks of rows: one copy in, one copy out for each."""
 
@@ -75,7 +79,10 @@ class DeviceBackend(Backend):
     def record(
         self, fn: Callable[[], tuple[Array, ...]], stream: Stream
     ) -> Callable[[], tuple[Array, ...]]:
-        """fn(), to be repeated on the current stream at less cost than by calling it."""
+        """fn(), to be repeated on the current stream at less cost than by calling it.
+
+        Raises Unrecordable if fn does what can only be called.
+        """
 
     def plan(self, rows: int, budget: Budget) -> Plan:
         """Blocks that fit into the limit, and into a fair part of what is free."""
@@ -123,7 +130,8 @@ class DeviceBackend(Backend):
             part = slice(start, min(start + block, rows.stop))
             turns[0].finish()
             read = sweep.read(part)
-            if fits(partial(turns[0].start, sweep, part, read)):
+            deliver = partial(sweep.deliver, part)
+            if fits(partial(turns[0].start, sweep.run, read, sweep.dtypes, deliver)):
                 turns.rotate(-1)
                 start = part.stop
                 continue

@@ -91,7 +91,7 @@ class CpuBackend(Backend):
 
         def work() -> None:  # whoever is free takes the next tile
             while (rows := sweep.cursor.take(plan.rows)) is not None:
-                sweep.fill(sweep.read(rows), sweep.results(rows))
+                sweep.run(sweep.read(rows), sweep.results(rows))
                 sweep.done(rows.stop - rows.start)
 
         if len(sweep) <= plan.rows:

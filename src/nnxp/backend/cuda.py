@@ -20,7 +20,7 @@ import numpy as np
 from nnxp._arrays import Array, HostArray
 from nnxp._errors import BackendUnavailable, DtypeMismatch
 from nnxp.backend._base import Backend, Memory
-from nnxp.backend._device import DeviceBackend
+from nnxp.backend._device import DeviceBackend, Unrecordable
 from nnxp.backend._lanes import Stream
 from nnxp.backend._probe import guard
 from nnxp.backend._probe import probe as availability
@@ -128,9 +128,11 @@ class CudaBackend(DeviceBackend):
         stream.begin_capture()
         try:
             y = fn()
-        except BaseException:
+        except BaseException as error:
             with suppress(Exception):  # it says that the capture failed, not why
                 stream.end_capture()
+            if isinstance(error, Exception):
+                raise Unrecordable(str(error)) from error
             raise
         graph = stream.end_capture()
 

@@ -27,7 +27,6 @@ from nnxp.program.traced import (
     current_tape,
     lifted,
     ndarray,
-    opaque,
     record,
 )
 
@@ -64,7 +63,7 @@ def _differentiated(program: Program, worth: dict[Value, Any], wrt: Sequence[Val
     places = [program.inputs.index(value) for value in wrt]
 
     def both(*arrays: ndarray) -> tuple[ndarray, ...]:
-        outputs = replay(program, arrays[: len(inputs)], _written_out)
+        outputs = replay(program, arrays[: len(inputs)])
         ends = dict(zip(program.outputs, outputs, strict=True))
         dys = [(ends[value], lifted(dy)) for value, dy in worth.items()]
         sources = [arrays[i] for i in places]
@@ -79,17 +78,6 @@ def _differentiated(program: Program, worth: dict[Value, Any], wrt: Sequence[Val
                 "write the formula out for a number of rows"
             )
     return Program(made.inputs, made.outputs, made.steps, (), True)
-
-
-def _written_out(step: Step, arrays: tuple[Any, ...]) -> Any:
-    """The step noted again."""
-    current_tape().path = step.path
-    if isinstance(step.function, str):
-        return record(step.function, arrays, step.options)
-    if isinstance(step.function, Kernel):
-        return _kernel(step.function, arrays, step.options)
-    outlines = [(value.shape, value.dtype) for value in step.outputs]
-    return opaque(step.function, arrays, outlines, step.reason)
 
 
 def _kernel(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from nnxp.program.traced import (
     Tape,
     Untraceable,
     Value,
+    again,
     counts_rows,
     current_tape,
     lifted,
@@ -284,7 +285,9 @@ def _same(a: Any, b: Any, names: Mapping[Value, Value] | None = None) -> bool:
     return bool(a == b) or (a != a and b != b)
 
 
-def replay(program: Program, arrays: Sequence[Any], change: Callable[..., Any]) -> list[Any]:
+def replay(
+    program: Program, arrays: Sequence[Any], change: Callable[..., Any] = again
+) -> list[Any]:
     """The program run anew on traced arrays; `change(step, arrays)` says what a step becomes."""
     known = {value: lifted(array) for value, array in zip(program.inputs, arrays, strict=True)}
 
@@ -298,6 +301,17 @@ def replay(program: Program, arrays: Sequence[Any], change: Callable[..., Any]) 
         several = isinstance(made, tuple | list)
         known.update(zip(step.outputs, made if several else (made,), strict=True))
     return [now(value) for value in program.outputs]
+
+
+def expanded(program: Program, expands: bool | Callable[..., Any] = True) -> Program:
+    """The program with every kernel written out as what its reference body does.
+
+    `expands` is as for a Tape.
+    """
+
+    inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
+    made = trace(lambda *given: tuple(replay(program, given)), *inputs, expands=expands)
+    return Program(made.inputs, made.outputs, made.steps, (), program.several)
 
 
 def _known(x: Any, known: Mapping[Value, Any], xp: Any) -> Any:

@@ -22,11 +22,10 @@ from nnxp.program.program import (
     Costs,
     Program,
     as_said,
+    expanded,
     multiply_adds,
-    replay,
     scaled,
     sized,
-    trace,
 )
 from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record, value_of
 
@@ -69,33 +68,6 @@ def bodied(program: Program) -> Bodied:
 
     made = expanded(program, body_or_reference)
     return Bodied(made.inputs, made.outputs, made.steps, (), program.several, bodies)
-
-
-def expanded(program: Program, expands: bool | Callable[..., Any] = True) -> Program:
-    """The program with every kernel written out as what its reference body does.
-
-    `expands` is as for a Tape.
-    """
-
-    def change(step: Step, arrays: tuple[Any, ...]) -> Any:
-        if isinstance(step.function, str):
-            return record(step.function, arrays, step.options)
-        kernel = getattr(type(arrays[0]), "kernel", None)
-        if kernel is not None and hasattr(step.function, "reference"):
-            return step.function(*arrays, **step.options)
-        return again(step, arrays)
-
-    inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
-    made = trace(lambda *given: tuple(replay(program, given, change)), *inputs, expands=expands)
-    return Program(made.inputs, made.outputs, made.steps, (), program.several)
-
-
-def again(step: Step, arrays: tuple[Any, ...]) -> Any:
-    """A layer that is run as Python, noted again."""
-    from nnxp.program.traced import opaque
-
-    outlines = [(value.shape, value.dtype) for value in step.outputs]
-    return opaque(step.function, arrays, outlines, step.reason)
 
 
 class Layout:

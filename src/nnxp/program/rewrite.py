@@ -5,46 +5,53 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from nnxp import kernels
 from nnxp._arrays import HostArray, is_array, is_floating
 from nnxp._library import KINDS
-from nnxp.program.program import Program, replay, trace
-from nnxp.program.recording import again
+from nnxp.program.program import Program, expanded, multiply_adds, replay, trace
 from nnxp.program.traced import (
     Step,
     Value,
+    again,
     current_tape,
     is_constant,
     lifted,
     ndarray,
     perform,
     record,
+    value_of,
 )
 
 CENTRING = (kernels.standardize, kernels.batch_norm)
 """Kernels that take away from the rows what is large in them."""
 
 
-def repeated(step: Step, arrays: tuple[Any, ...]) -> Any:
-    """The step noted again."""
-    if isinstance(step.function, str | kernels.Kernel):
-        return record(step.function, arrays, step.options)
-    return again(step, arrays)
-
-
 def with_precision(program: Program, precision: str) -> Program:
-    """The program with products of this precision."""
+    """The program with products of this precision, of matrices and in kernels that have some.
+
+    What multiplies stacks of matrices, as attention does, is as it was.
+    """
+
+    def noted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if kernel in (kernels.linear, kernels.matmul):
+            return record(kernel, arrays, options | {"precision": precision})
+        step = Step(kernel, tuple(map(value_of, arrays)), options, "")
+        if multiply_adds(step):
+            return kernel.widened(*arrays, **options)
+        return record(kernel, arrays, options)
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
-        if step.function in (kernels.linear, kernels.matmul):
-            return record(step.function, arrays, step.options | {"precision": precision})
-        return repeated(step, arrays)
+        if step.name == "matmul" and isinstance(step.function, str):
+            x, weight = arrays
+            if x.dtype == weight.dtype == np.float32 and x.ndim > 1 and weight.ndim == 2:
+                return record(kernels.matmul, arrays, {"precision": precision})
+        return again(step, arrays)
 
-    return rewritten(program, change, program.inputs)
+    return rewritten(expanded(program, noted), change, program.inputs)
 
 
 def rewritten(program: Program, change: Callable[..., Any], inputs: Sequence[Value]) -> Program:
@@ -57,10 +64,11 @@ def rewritten(program: Program, change: Callable[..., Any], inputs: Sequence[Val
 def optimized(program: Program) -> Program:
     """The program without what it need not do, the same up to rounding.
 
-    Orders of axes go behind what does not mind them, element by element, and end where they undo
-    each other. What is done to each output of a product goes into it: a batch norm into its
-    weights, a bias and an activation to where it lies.
+    What is computed twice is computed once. Orders of axes go behind what does not mind them,
+    element by element, and end where they undo each other. What is done to each output of a product
+    goes into it: a batch norm into its weights, a bias and an activation to where it lies.
     """
+    program = merged(program)
     uses = Counter(v for step in program.steps for v in step.values)
     uses.update(program.outputs)
 
@@ -72,9 +80,10 @@ def optimized(program: Program) -> Program:
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         made = _reordered(step, arrays)
-        if made is None and step.values and lone(step.values[0]):
-            made = _joined(step, arrays)
-        return repeated(step, arrays) if made is None else made
+        if made is None and step.function in RULES and lone(step.values[0]):
+            product = _product(arrays[0])
+            made = product and RULES[step.function](product, step, *arrays[1:])
+        return again(step, arrays) if made is None else made
 
     def moved(step: Step, arrays: tuple[Any, ...]) -> Any:
         """The step on arrays whose axes are in the order of what they were made of."""
@@ -135,7 +144,7 @@ def _reordered(step: Step, arrays: tuple[Any, ...]) -> Any:
     """One order of axes for two, and none for what is left as it was."""
     if step.name not in ORDERS:
         return None
-    made = repeated(step, arrays)
+    made = again(step, arrays)
     order, before = _order(made), _order(arrays[0])
     if order is None:
         return made
@@ -147,36 +156,82 @@ def _reordered(step: Step, arrays: tuple[Any, ...]) -> Any:
     return made if before is None else record("transpose", (x,), {"axes": axes})
 
 
-def _joined(step: Step, arrays: tuple[Any, ...]) -> Any:
-    """A product with what is done to its outputs; None for what cannot go into it."""
-    product = arrays[0].value.step if isinstance(arrays[0], ndarray) else None
-    if product is None or product.function not in (*PRODUCTS, kernels.matmul):
+class Product(NamedTuple):
+    """A product with a weight: of a kernel with outputs last, weights (..., outputs) and a bias."""
+
+    function: kernels.Kernel
+    x: Any
+    weight: Any
+    bias: Any
+    options: dict[str, Any]
+
+    def having(self, weight: Any, bias: Any, **options: Any) -> Any:
+        """It noted anew, with these."""
+        return record(self.function, (self.x, weight, bias), self.options | options)
+
+
+def _product(x: Any) -> Product | None:
+    """The product whose outputs x is, before any activation; None for what is something else."""
+    step = x.value.step if isinstance(x, ndarray) else None
+    if step is None or step.function not in (*PRODUCTS, kernels.matmul):
         return None
-    options = dict(product.options)
-    if options.get("activation", kernels.identity) is not kernels.identity:
+    if step.options.get("activation", kernels.identity) is not kernels.identity:
         return None
-    x, weight, bias = (*map(lifted, product.inputs), None)[:3]
-    function: Any = kernels.linear if product.function is kernels.matmul else product.function
-    if isinstance(step.function, kernels.Kernel) and _commutes(step) and not step.options:
-        return record(function, (x, weight, bias), options | {"activation": step.function})
-    if not all(each is None or is_constant(each) for each in arrays[1:]):
+    function = kernels.linear if step.function is kernels.matmul else step.function
+    x, weight, bias = (*map(lifted, step.inputs), None)[:3]
+    return Product(function, x, weight, bias, step.options)
+
+
+RULES: dict[Any, Callable[..., Any]] = {}
+"""By function or kernel: how what it does to the outputs of a product goes into the product."""
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+def rule(*functions: str | kernels.Kernel) -> Callable[[Rule], Rule]:
+    """Decorator: what these do to the outputs of a product, this rule puts into the product.
+
+    `rule(product, step, *others)`, with the step's other arrays, answers what the step does, or
+    None where it must be left as it is.
+    """
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, function))
+        return function
+
+    return register
+
+
+@rule(*kernels.ACTIVATIONS.values())
+def _activation(product: Product, step: Step, *others: Any) -> Any:
+    if others or step.options:
         return None
-    if step.name == "add" and len(arrays[1].shape) == 1 and arrays[0].dtype.itemsize > 2:
-        if arrays[1].shape != weight.shape[-1:] or arrays[1].dtype != weight.dtype:
-            return None
-        return record(
-            function, (x, weight, arrays[1] if bias is None else bias + arrays[1]), options
-        )
-    types = {each.dtype for each in (weight, *arrays) if each is not None}
-    wide = len(types) == 1 and weight.dtype.itemsize > 2
-    if step.function is kernels.batch_norm and is_constant(weight) and wide:
-        mean, var, gain, shift = (*arrays[1:], None, None)[:4]
-        scale = (var + step.options.get("eps", 1e-5)) ** -0.5
-        scale = scale if gain is None else scale * gain
-        moved = -mean * scale if bias is None else (bias - mean) * scale
-        moved = moved if shift is None else moved + shift
-        return record(function, (x, weight * scale, moved), options)
-    return None
+    return product.having(product.weight, product.bias, activation=step.function)
+
+
+@rule("add")
+def _bias(product: Product, step: Step, added: Any) -> Any:
+    weight, bias = product.weight, product.bias
+    narrow = step.outputs[0].dtype.itemsize <= 2
+    if narrow or not is_constant(added) or added.shape != weight.shape[-1:]:
+        return None
+    if added.dtype != weight.dtype:
+        return None
+    return product.having(weight, added if bias is None else bias + added)
+
+
+@rule(kernels.batch_norm)
+def _norm(product: Product, step: Step, *others: Any) -> Any:
+    _, _, weight, bias, _ = product
+    parameters = [each for each in (weight, *others) if each is not None]
+    types = {each.dtype for each in (*parameters, step.outputs[0], bias) if each is not None}
+    if not all(map(is_constant, parameters)) or len(types) > 1 or weight.dtype.itemsize <= 2:
+        return None
+    mean, var, gain, shift = (*others, None, None)[:4]
+    scale = (var + step.options.get("eps", 1e-5)) ** -0.5
+    scale = scale if gain is None else scale * gain
+    moved = -mean * scale if bias is None else (bias - mean) * scale
+    return product.having(weight * scale, moved if shift is None else moved + shift)
 
 
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
@@ -197,7 +252,7 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
     narrow = x.dtype
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
-        made = repeated(step, arrays)
+        made = again(step, arrays)
         return made.astype(narrow) if step is uses[0] else made
 
     return rewritten(program, change, [Value(x.shape, np.dtype(dtype), name=x.name)])
@@ -213,14 +268,12 @@ def merged(program: Program) -> Program:
         if step.name in ("reshape", "broadcast_to") and step.outputs[0].shape == arrays[0].shape:
             return arrays[0]
         if key is None:
-            return repeated(step, arrays)
+            return again(step, arrays)
         if key not in made:
-            made[key] = arrays, repeated(step, arrays)  # arrays live on: an id is not used again
+            made[key] = arrays, again(step, arrays)  # arrays live on: an id is not used again
         return made[key][1]
 
-    inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
-    new = trace(lambda *given: tuple(replay(program, given, change)), *inputs)
-    return Program(new.inputs, new.outputs, new.steps, program.calls, program.several)
+    return rewritten(program, change, program.inputs)
 
 
 def _key(step: Step, arrays: tuple[Any, ...]) -> Any:
@@ -258,19 +311,16 @@ def placed(program: Program, move: Callable[[HostArray], Any]) -> Program:
             if id(x) not in moved:
                 moved[id(x)] = x, move(x)  # x lives on: its id is not used again
             return moved[id(x)][1]
-        if isinstance(x, Value) and type(x.numbers) is np.ndarray:
-            return Value(x.shape, x.dtype, at(x.numbers), x.name)
+        if isinstance(x, ndarray) and type(x.value.numbers) is np.ndarray:
+            return lifted(at(x.value.numbers), x.value.name)
         if isinstance(x, tuple | list):
             return type(x)(map(at, x))
         return x
 
-    steps = tuple(
-        replace(
-            step,
-            inputs=tuple(map(at, step.inputs)),
-            options={name: at(option) for name, option in step.options.items()},
-        )
-        for step in program.steps
-    )
-    outputs = tuple(map(at, program.outputs))
-    return Program(program.inputs, outputs, steps, program.calls, program.several)
+    def change(step: Step, arrays: tuple[Any, ...]) -> Any:
+        options = {name: at(option) for name, option in step.options.items()}
+        return again(replace(step, options=options), at(arrays))
+
+    values = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
+    made = trace(lambda *given: at(tuple(replay(program, given, change))), *values)
+    return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)

@@ -185,7 +185,8 @@ class ndarray(_library.ndarray):
     @classmethod
     def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """A whole kernel is one step; one with a body of its own for NumPy is never written out."""
-        out = options.pop("out", None)
+        out = options.get("out")
+        options = {name: value for name, value in options.items() if name != "out"}
         expands = current_tape().expands
         if callable(expands):
             made = expands(kernel, arrays, options)
@@ -343,6 +344,17 @@ def opaque(layer: Any, arrays: tuple[Any, ...], outlines: Any, reason: str) -> A
     tape.steps.append(step)
     made = tuple(map(ndarray, step.outputs))
     return made if step.several else made[0]
+
+
+def again(step: Step, arrays: tuple[Any, ...]) -> Any:
+    """The step noted anew, of these arrays: a kernel as the tape that is written on wants it."""
+    current_tape().path = step.path
+    if isinstance(step.function, str):
+        return record(step.function, arrays, step.options)
+    if isinstance(step.function, Kernel):
+        return ndarray.kernel(step.function, arrays, step.options)
+    outlines = [(value.shape, value.dtype) for value in step.outputs]
+    return opaque(step.function, arrays, outlines, step.reason)
 
 
 def numbers(x: Any) -> Any:

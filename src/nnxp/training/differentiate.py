@@ -21,8 +21,8 @@ from nnxp.backend import home_of, to_backend
 from nnxp.layers._layer import Layer, Rng, generator, reason_of
 from nnxp.program import traced
 from nnxp.program.gradient import gradient, pullback
-from nnxp.program.program import Program, trace
-from nnxp.program.recording import Recording, expanded
+from nnxp.program.program import Program, expanded, trace
+from nnxp.program.recording import Recording
 from nnxp.program.rewrite import merged, placed
 from nnxp.program.traced import Drawn, Untraceable, Value
 
