@@ -15,7 +15,8 @@ import nnxp
 from conftest import draw
 from nnxp import kernels, sim
 from nnxp.program import traced
-from nnxp.program.rewrite import repeated, rewritten
+from nnxp.program.rewrite import rewritten
+from nnxp.program.traced import again
 from nnxp.testing import LIMIT, assert_parity, parity_report, product_bound
 from nnxp.training import losses
 from nnxp.training.differentiate import write_out
@@ -141,6 +142,19 @@ def test_a_fault_on_one_backend_is_caught_and_its_layer_and_backend_are_named(fa
     assert report.to_dict()["ok"] is False
     assert "layers.1" in report.to_markdown()
     assert '"ok": false' in report.to_json()
+
+
+def test_of_a_layer_of_many_steps_the_kernel_that_is_wrong_is_named(monkeypatch):
+    def slow(x, weight, *rest, **options):
+        return kernels.lstm.reference(x, weight * 0.99, *rest, **options)
+
+    monkeypatch.setitem(kernels.lstm._fused, "sim", slow)
+    monkeypatch.setattr(kernels.lstm, "_body", {})
+    net = nnxp.Sequential(nnxp.LSTM(8, 4, rng=0), nnxp.LayerNorm(4))
+    first = parity_report(net, draw((6, 5, 8)), backends=["numpy", "sim"]).first_failure
+    assert (first.name, first.backend) == ("layers.0", "sim:0")
+    assert "LSTM" in first.what
+    assert first.problem.startswith("lstm: ")
 
 
 class Shifted:
@@ -275,7 +289,7 @@ def test_a_fault_in_the_backward_pass_is_caught_in_the_gradients_that_have_it(fa
 
     def change(step, given):
         made = fault(traced, step, given)
-        return repeated(step, given) if made is None else made
+        return again(step, given) if made is None else made
 
     there = rewritten(written.program, change, written.program.inputs)
     found = []

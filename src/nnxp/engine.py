@@ -86,8 +86,8 @@ class Engine:
             recording keeps what its rows take, and a workspace of cuBLASLt's.
         workers: threads on the CPU; without it as many as this process may use.
         precision: "tf32" allows a GPU to round the factors of float32 products to ten bits, which
-            is several times as fast; a CPU has no use for the permission. Without it float32 is
-            float32.
+            is several times as fast; a CPU has no use for the permission, and products of stacks of
+            matrices, as in attention, none yet. Without it float32 is float32.
         rewrite: False runs the model's steps as it has them, without a batch norm in the weights
             before it and the like: to find a difference.
 

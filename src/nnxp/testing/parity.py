@@ -583,44 +583,71 @@ def _judge_parts(
     made_here = (value for step in program.steps for value in step.outputs)
     for value, array in zip(made_here, made, strict=True):
         known[value] = _as(np.asarray(array), value.dtype)
-    parts = list(_parts(model, program, len(rows[0])))
+
+    def judged(part: Part, at: Sequence[Backend]) -> list[Check]:
+        inputs = [known.get(v, v.numbers) if isinstance(v, Value) else v for v in part.inputs]
+        expected = _expected(part.function, inputs)
+        return [_run(part.name, part.what, part.function, inputs, each, expected) for each in at]
+
+    def narrowed(check: Check, part: Part, backend: Backend) -> Check:
+        """The check of a layer that diverges, as that of the first of its steps that does."""
+        for step in part.steps:
+            (inner,) = judged(_alone(step, len(rows[0])), [backend])
+            if not inner.ok:
+                return replace(inner, what=part.what, problem=f"{step.name}: {inner.problem}")
+        return check
+
     checks = []
-    for name, what, function, values in parts:
-        inputs = [known.get(v, v.numbers) if isinstance(v, Value) else v for v in values]
-        expected = _expected(function, inputs)
-        checks.append([_run(name, what, function, inputs, each, expected) for each in backends])
+    for part in _parts(model, program, len(rows[0])):
+        found = zip(judged(part, backends), backends, strict=True)
+        checks.append([check if check.ok else narrowed(check, part, each) for check, each in found])
     return [check for one_backend in zip(*checks, strict=True) for check in one_backend]
 
 
-def _parts(
-    model: Layer, program: Program, rows: int
-) -> Iterator[tuple[str, str, Layer | Function, tuple[Any, ...]]]:
-    """(name, what, function, inputs) of whatever is judged alone, in order of the work."""
+class Part(NamedTuple):
+    """What is judged alone: a layer, with the steps it makes, or a step."""
+
+    name: str
+    what: str
+    function: Layer | Function
+    inputs: tuple[Any, ...]
+    steps: tuple[Step, ...] = ()
+
+
+def _parts(model: Layer, program: Program, rows: int) -> list[Part]:
+    """Whatever is judged alone, in order of the work."""
     layers = {**dict(model.walk()), "": model}
-    inside = {call.path for call in program.leaves}
     at = {value: i for i, step in enumerate(program.steps) for value in step.outputs}
-    parts: list[tuple[int, str, str, Layer | Function, tuple[Any, ...]]] = [
-        (at.get(call.outputs[0], -1), call.path, repr(layers[call.path]), layers[call.path],
-         call.inputs)
-        for call in program.leaves
+    steps: dict[str, list[Step]] = {}
+    for step in program.steps:
+        if any(v.numbers is None for v in step.values):
+            steps.setdefault(step.path, []).append(step)
+    parts = []
+    for path, inputs, outputs in program.leaves:
+        inner = [step for step in steps.get(path, ()) if not isinstance(step.function, Layer)]
+        layer = layers[path]
+        part = Part(path or "output", repr(layer), layer, inputs, tuple(inner))
+        parts.append((at.get(outputs[0], -1), part))
+    inside = {call.path for call in program.leaves}
+    parts += [
+        (at[step.outputs[0]], _alone(step, rows))
+        for path, own in steps.items() if path not in inside for step in own
     ]  # fmt: skip
-    for i, step in enumerate(program.steps):
-        if step.path not in inside and any(v.numbers is None for v in step.values):
-            layer = step.function if isinstance(step.function, Layer) else None
-            function = layer or _alone(scaled(step, rows))
-            parts.append((i, step.path, repr(layer) if layer else step.name, function, step.inputs))
-    for _, path, what, function, inputs in sorted(parts, key=lambda part: part[0]):
-        yield path or "output", what, function, inputs
+    return [part for _, part in sorted(parts, key=lambda each: each[0])]
 
 
-def _alone(step: Step) -> Function:
+def _alone(step: Step, rows: int) -> Part:
     """A step of a program as a function of arrays of any library."""
+    name = step.path or "output"
+    if isinstance(step.function, Layer):
+        return Part(name, repr(step.function), step.function, step.inputs)
+    now = scaled(step, rows)
 
     def function(*arrays: Any) -> Any:
         first = next(x for x in arrays if is_array(x))
-        return perform(xp_of(first), step, arrays)
+        return perform(xp_of(first), now, arrays)
 
-    return function
+    return Part(name, step.name, function, step.inputs)
 
 
 def _judge_whole(
