@@ -122,10 +122,10 @@ class Kernel:
 
         A library may take a kernel whole, as one step, by a `kernel` of its array type.
         """
-        library, whole = library_of(x), getattr(type(x), "kernel", None)
-        if library in _FUSED:
-            importlib.import_module(_FUSED[library])
-        body = self._fused.get(library, self.widened)
+        body, whole = (
+            self.on_library(library_of(x)) or self.widened,
+            getattr(type(x), "kernel", None),
+        )
         if whole is not None:
 
             def body(*arrays: Any, **options: Any) -> Any:

@@ -442,10 +442,8 @@ class Layer(metaclass=_Assembly):
         if made is None:
             if len(programs) >= MOST_KINDS:
                 programs.clear()
-            place = self.place
-            try:  # what follows from parameters alone is computed where they are
-                with nullcontext() if place is None or place == "cpu" else home_of(place).current():
-                    made = _written(self, kinds, rows)
+            try:
+                made = _written(self, kinds, rows)
             except Untraceable as error:
                 made = error
             programs[kinds] = made
@@ -693,7 +691,7 @@ def _written(model: Layer, outlines: tuple[Outline | None, ...], rows: int | Non
 
         return trace(named, *values, layers=layers, rows=rows)
 
-    place = model.place
+    place = model.place  # what follows from parameters alone is computed where they are
     with nullcontext() if place in (None, "cpu") else home_of(place).current():
         program = written(1)
         same_for_any_rows(program, written(2))

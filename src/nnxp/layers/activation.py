@@ -82,7 +82,7 @@ class Activation(Layer):
 
     def validate(self) -> None:
         kernel = named(self.activation)
-        self.__dict__["activation"] = kernel.__name__
+        self.activation = kernel.__name__
         known = set(inspect.signature(kernel.reference).parameters) - {"x", "out"}
         if not self.options.keys() <= known:
             raise OptionError(

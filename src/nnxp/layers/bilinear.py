@@ -50,7 +50,7 @@ class Bilinear(Layer):
                 f"Bilinear takes weight (left, right, outputs), bias (outputs,); got {weight} "
                 f"and {bias}"
             )
-        self.__dict__["activation"] = named(self.activation).__name__
+        self.activation = named(self.activation).__name__
 
     def __call__(self, x: Array, y: Array) -> Array:
         activation = kernels.ACTIVATIONS[self.activation]

@@ -30,7 +30,7 @@ class Take(Layer):
                 f"Take takes a whole number from 0, or some of them, not {self.indices!r:.60}"
             )
         whole = tuple(map(int, indices))
-        self.__dict__["indices"] = whole if indices is self.indices else whole[0]
+        self.indices = whole if indices is self.indices else whole[0]
 
     def __call__(self, x: Array) -> Array:
         key = self.indices if isinstance(self.indices, int) else list(self.indices)

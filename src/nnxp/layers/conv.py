@@ -76,10 +76,10 @@ class _Convolution(Layer):
                 f"groups of {name} divides its outputs, {weight[-1]}, not {self.groups}"
             )
         axes = len(weight) - 2
-        self.__dict__["activation"] = named(self.activation).__name__
-        self.__dict__["stride"] = per_axis(f"stride of {name}", self.stride, axes)
-        self.__dict__["padding"] = padding_option(f"padding of {name}", self.padding, axes)
-        self.__dict__["dilation"] = per_axis(f"dilation of {name}", self.dilation, axes)
+        self.activation = named(self.activation).__name__
+        self.stride = per_axis(f"stride of {name}", self.stride, axes)
+        self.padding = padding_option(f"padding of {name}", self.padding, axes)
+        self.dilation = per_axis(f"dilation of {name}", self.dilation, axes)
 
     def _options(self) -> dict[str, Any]:
         names = ("stride", "padding", "dilation", "groups")
@@ -170,7 +170,7 @@ class ConvTranspose(_Convolution):
         super().validate()
         axes = len(self.weight.shape) - 2
         who = f"output_padding of {type(self).__name__}"
-        self.__dict__["output_padding"] = per_axis(who, self.output_padding, axes, 0)
+        self.output_padding = per_axis(who, self.output_padding, axes, 0)
 
     def __call__(self, x: Array) -> Array:
         more = {"output_padding": self.output_padding}

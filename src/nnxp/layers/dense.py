@@ -69,7 +69,7 @@ class Dense(Layer):
             raise ShapeError(
                 f"Dense takes weight (inputs, outputs), bias (outputs,); got {weight} and {bias}"
             )
-        self.__dict__["activation"] = named(self.activation).__name__
+        self.activation = named(self.activation).__name__
 
     def __call__(self, x: Array) -> Array:
         activation = kernels.ACTIVATIONS[self.activation]

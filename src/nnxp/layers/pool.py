@@ -25,14 +25,14 @@ class _Pool(Layer):
 
     def validate(self) -> None:
         name = type(self).__name__
-        window = self.__dict__["window"] = window_of(name, self.window)
+        window = self.window = window_of(name, self.window)
         stride = window if self.stride is None else self.stride
         axes = len(window)
-        self.__dict__["stride"] = per_axis(f"stride of {name}", stride, axes)
+        self.stride = per_axis(f"stride of {name}", stride, axes)
         padding = padding_option(f"padding of {name}", self.padding, axes)
-        self.__dict__["padding"] = padding
+        self.padding = padding
         dilation = per_axis(f"dilation of {name}", self.dilation, axes)
-        self.__dict__["dilation"] = dilation
+        self.dilation = dilation
         reach = reach_of(window, dilation)
         if not isinstance(padding, str) and any(
             max(pair) >= r for pair, r in zip(padding, reach, strict=True)
@@ -211,7 +211,7 @@ class _Adaptive(Layer):
         name = type(self).__name__
         window_of(name, tuple(1 if m is None else m for m in self.size)
                   if isinstance(self.size, tuple | list) else self.size)  # fmt: skip
-        self.__dict__["size"] = tuple(self.size)
+        self.size = tuple(self.size)
 
 
 class AdaptiveAveragePool(_Adaptive):

@@ -114,7 +114,7 @@ class RNNCell(_Cell):
 
     def validate(self) -> None:
         super().validate()
-        self.__dict__["activation"] = named(self.activation).__name__
+        self.activation = named(self.activation).__name__
 
     def __call__(self, x: Array, h: Array | None = None) -> Array:
         return self._once(x, h)[0]

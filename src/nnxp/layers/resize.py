@@ -45,7 +45,7 @@ class Pad(Layer):
                 f"(before, behind), not {self.padding!r:.60}"
             )
         if isinstance(self.padding, tuple | list):
-            self.__dict__["padding"] = tuple((int(a), int(b)) for a, b in pairs)
+            self.padding = tuple((int(a), int(b)) for a, b in pairs)
 
     def __call__(self, x: Array) -> Array:
         return kernels.pad(x, padding=self.padding, mode=self.mode, value=self.value)
@@ -160,7 +160,7 @@ class PixelShuffle(Layer):
         if not factors or not all(whole(each, 1) for each in factors):
             raise OptionError(f"factor of {name} is a whole number, not {given!r:.60}")
         if isinstance(given, list):
-            self.__dict__["factor"] = tuple(given)
+            self.factor = tuple(given)
 
     def __call__(self, x: Array) -> Array:
         return kernels.pixel_shuffle(x, factor=self.factor, order=self.order)

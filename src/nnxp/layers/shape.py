@@ -41,7 +41,7 @@ class Reshape(Layer):
                 "shape of Reshape is the sizes of a row, one of them perhaps -1, not "
                 f"{self.shape!r:.60}"
             )
-        self.__dict__["shape"] = tuple(map(int, shape))
+        self.shape = tuple(map(int, shape))
 
     def __call__(self, x: Array) -> Array:
         size, known = prod(x.shape[1:]), prod(n for n in self.shape if n != -1)
@@ -79,7 +79,7 @@ class Transpose(Layer):
                 f"axes of Transpose are 0, 1, 2, ... in some order that begins with 0, the rows, "
                 f"not {self.axes!r:.60}"
             )
-        self.__dict__["axes"] = tuple(map(int, axes))
+        self.axes = tuple(map(int, axes))
 
     def __call__(self, x: Array) -> Array:
         if x.ndim != len(self.axes):
