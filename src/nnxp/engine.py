@@ -552,18 +552,16 @@ class Prepared:
             )
         if backend.device == "cpu":
             self.program: Program = bodied(program)
+            self.run: Callable[..., Any] = Recordings(self.program, sparing)
         else:  # CUDA fuses kernels
             at_home = program if backend.name == "cupy" else written_out
             self.program = placed(at_home, partial(to_backend, backend=backend))
+            self.run = partial(_run, self.program)
         self.borrowed = written_out.borrowed
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
         at_work = self.program if backend.device == "cpu" else written_out
         self.costs = _costs(at_work, kinds, self.outputs, backend)
         self.most_rows: int | None = None
-        if backend.device == "cpu":
-            self.run: Callable[..., Any] = Recordings(self.program, sparing)
-        else:
-            self.run = partial(_run, self.program)
 
 
 def _run(program: Program, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
