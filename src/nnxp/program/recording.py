@@ -254,9 +254,15 @@ class Recording:
     ) -> Call:
         """fn of these operands, as a call without arguments."""
         places = [self._place(each) for each in args]
-        if not any(moves for moves, _ in places):
-            return partial(fn, *(each for _, each in places), **options)
+        operands = [each for _, each in places]
+        moving = [i for i, (moves, _) in enumerate(places) if moves]
+        if not moving:
+            return partial(fn, *operands, **options)
         slots = self._slots
+        if len(moving) == 1:  # mostly, and what is sooner done for few rows
+            first = moving[0]
+            before, slot, behind = operands[:first], operands[first], operands[first + 1 :]
+            return lambda: fn(*before, slots[slot], *behind, **options)
 
         def call() -> object:
             return fn(*[slots[each] if moves else each for moves, each in places], **options)
@@ -266,21 +272,12 @@ class Recording:
     def _bound_ufunc(self, fn: np.ufunc, inputs: tuple[Any, ...], out: Value) -> Call:
         """A ufunc that writes into `out`: by that name where NumPy takes no third argument."""
         spread = inputs if fn.signature else [self._spread(each, out) for each in inputs]
-        places = [self._place(each) for each in spread]
-        moving, into = self._place(out)
-        slots = self._slots
-        if not moving and not any(moves for moves, _ in places):
-            operands = [each for _, each in places]
-            named = fn in (np.maximum, np.minimum)
-            return partial(fn, *operands, out=into) if named else partial(fn, *operands, into)
-
-        def call() -> object:
-            return fn(
-                *[slots[each] if moves else each for moves, each in places],
-                out=slots[into] if moving else into,
-            )
-
-        return call
+        if fn not in (np.maximum, np.minimum):
+            return self._bound(fn, (*spread, out), {})
+        moves, into = self._place(out)
+        if moves:
+            return self._bound(partial(_into, fn, {}), (out, *spread), {})
+        return self._bound(fn, tuple(spread), {"out": into})
 
     def _spread(self, x: Any, out: Value) -> Any:
         """A small constant, such as a bias, once for each row: to start a broadcast takes long."""
@@ -369,9 +366,8 @@ class Recording:
                 low, high = (bound, None) if name == "maximum" else (None, bound)
                 return [self._clipped(x, low, high, out)]
         if name == "matmul" and _flat(inputs):
-            fn: Any = np.dot
-        else:
-            fn = getattr(np, name)
+            return [self._bound(np.dot, (*inputs, out), {})]
+        fn: Any = getattr(np, name)
         if isinstance(fn, np.ufunc) and not options:
             scalars = tuple(self._scalar(each, inputs[0]) for each in inputs)
             return [self._bound_ufunc(fn, scalars, out)]
