@@ -127,7 +127,8 @@ class Lt:
         settings = self.things[product].settings
         settings[attribute] = int.from_bytes(ctypes.string_at(at, size), "little")
         assert attribute != bindings.BIAS_POINTER or settings[bindings.EPILOGUE] & bindings.BIAS
-        time.sleep(self.pause)
+        if self.pause:
+            time.sleep(self.pause)
 
     def matrix_layout_create(self, kind, rows, cols, ld):
         assert ld >= rows > 0
