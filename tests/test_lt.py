@@ -848,6 +848,31 @@ def test_a_users_own_activation_is_called_on_the_product(lab, dtype, there, monk
     np.testing.assert_array_equal(host(y), 2 * right(x, weight, bias, kernels.identity))
 
 
+def test_an_activation_with_products_of_its_own_is_timed_too(lab, monkeypatch):
+    """While one plan is made, another is asked for, by the same thread."""
+    monkeypatch.setattr(kernels._dispatch, "KERNELS", dict(kernels.KERNELS))
+    x, weight, bias = arrays(lab)
+
+    @kernels.kernel
+    def mixed(y, *, out=None):
+        raise NotImplementedError
+
+    @mixed.on("cupy")
+    def mixed_by_a_product(y, *, out=None):
+        return kernels.matmul(y, weight)
+
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(kernels.linear(x, weight, bias, activation=mixed)),
+        daemon=True,  # it may wait for itself, forever
+    )
+    asking.start()
+    asking.join(20)
+    assert answers, "the thread waits for itself"
+    y = right(x, weight, bias, kernels.identity).astype("f8") @ host(weight).astype("f8")
+    np.testing.assert_array_equal(host(answers[0]), y)
+
+
 def test_fused_bodies_have_the_signatures_of_the_references():
     for kernel, fused in [
         (kernels.linear, cuda_linear.linear_lt),

@@ -76,7 +76,7 @@ class Graph:
 class Machine:
     """Two devices, of which each has memory and streams of its own.
 
-    `done` counts what was done, by kind and stream; `broken` has the rules that were broken.
+    `done` counts what was done, by kind and stream, `moved` the bytes of copies; `broken` has the rules that were broken.
     Everything is done under one lock: what is at the same time on a device is one after another
     here, and only the order tells.
     """
@@ -99,6 +99,7 @@ class Machine:
     def restart(self, lazy):
         """As it is for a new test, which finds the memory that is still in use."""
         self.lazy, self.clock, self.done, self.broken = lazy, 0, Counter(), []
+        self.moved = Counter()
         self.free, self.pinnable = 1 << 28, 1 << 28
 
     def rule(self, kept, said):

@@ -179,6 +179,7 @@ def cudaMemcpyAsync(to: P, source: P, size: c_size_t, kind: c_int, stream: P):
         ctypes.memmove(to, staged, size)
 
     machine.give(stream, name, work)
+    machine.moved[name] += size
     if pageable:
         machine.done["pageable " + name, stream] += 1
         if kind == TO_HOST:

@@ -81,6 +81,47 @@ def test_copies_that_nobody_waits_for_are_of_pinned_memory(gpu, rows):
     assert not {"pageable set", "pageable get"} & kinds
 
 
+def test_no_more_pinned_memory_is_no_full_device(gpu):
+    gpu.pinnable = 0
+    net = network()
+    engine, x = nnxp.Engine(net, "cuda"), draw((220, 16))
+    for rows in (x, x[:5], x[:5], x[:5]):
+        check(engine(rows), net, rows)
+    assert all(each.most_rows is None for each in engine._replicas[0]._prepared.values())
+    assert len(engine._replicas[0].recorded) == 1
+    assert any(kind == "pageable get" for kind, _ in gpu.done)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float32_rows_become_16_bits_on_the_device(gpu, dtype):
+    """A core of the host rounds 0.24 G numbers a second; twice the bytes travel faster than that."""
+    net = network(dtype)
+    engine, x = nnxp.Engine(net, "cuda"), draw((220, 16))
+    check(engine(x), net, x)
+    gpu.moved.clear()
+    engine(x)
+    assert gpu.moved["set"] == x.nbytes
+
+
+def test_rows_on_the_device_go_together_as_far_as_memory_allows(gpu, monkeypatch):
+    """Nothing travels beside them: every block more is only more to start."""
+    monkeypatch.setattr(nnxp.engine, "BLOCK_ROWS", (64, 64))
+    monkeypatch.setattr(nnxp.engine, "FEW_ROWS", 64)
+    net, x = network(), draw((500, 16))
+    engine, there = nnxp.Engine(net, "cuda"), put(x)
+    engine(there)
+    gpu.finish()
+    gpu.lt.calls.clear()
+    check(engine(there), net, x)
+    gpu.finish()
+    assert [call.rows for call in gpu.lt.calls] == [500] * 4
+    engine = nnxp.Engine(net, "cuda", memory_limit="64 KiB")
+    gpu.lt.calls.clear()
+    check(engine(there), net, x)
+    gpu.finish()
+    assert max(call.rows for call in gpu.lt.calls) < 250
+
+
 @pytest.mark.parametrize("rows", [9, 70])
 @pytest.mark.parametrize("kind", ["uint8", "float64", ">f4", "float16"])
 def test_host_rows_of_another_type(gpu, kind, rows):
