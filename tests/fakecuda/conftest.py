@@ -100,8 +100,9 @@ else:
         machine.finish()
         machine.restart(lazy=request.param)
         machine.lt = lt = LaterLt(machine)
-        for module, name in ((bindings, "handles"), (plans, "choices"), (call, "plans")):
-            monkeypatch.setattr(module, name, {})
+        monkeypatch.setattr(bindings, "handles", {})
+        monkeypatch.setattr(call, "plans", plans.Lately(call.MOST_PLANS))
+        monkeypatch.setattr(plans, "choices", plans.Lately(plans.MOST_CHOICES))
         monkeypatch.setattr(bindings, "library", lambda: (lt, None))
         monkeypatch.setattr(_device, "BLOCK_ROWS", (64, 64))
         monkeypatch.setattr(plans, "PAD_FROM_ROWS", 64)

@@ -76,7 +76,8 @@ class Graph:
 class Machine:
     """Two devices, of which each has memory and streams of its own.
 
-    `done` counts what was done, by kind and stream, `moved` the bytes of copies; `broken` has the rules that were broken.
+    `done` counts what was done, by kind and stream, and `moved` the bytes of copies; `broken` has
+    the rules that were broken.
     Everything is done under one lock: what is at the same time on a device is one after another
     here, and only the order tells.
     """

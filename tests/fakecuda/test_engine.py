@@ -94,7 +94,7 @@ def test_no_more_pinned_memory_is_no_full_device(gpu):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_float32_rows_become_16_bits_on_the_device(gpu, dtype):
-    """A core of the host rounds 0.24 G numbers a second; twice the bytes travel faster than that."""
+    """A core rounds fewer numbers a second than can travel in twice the bytes."""
     net = network(dtype)
     engine, x = nnxp.Engine(net, "cuda"), draw((220, 16))
     check(engine(x), net, x)
