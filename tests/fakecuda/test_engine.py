@@ -13,6 +13,7 @@ import nnxp
 from conftest import draw
 from nnxp.backend import _device
 from nnxp.testing.parity import compare, error_bound
+from test_lt import CublasLtError
 
 
 def network(dtype="float32", head="softmax"):
@@ -343,6 +344,22 @@ def test_a_device_that_is_full_gets_smaller_blocks(gpu, room, monkeypatch):
     for each in (x, there):
         with pytest.raises(nnxp.OutOfMemory):
             engine(each)
+
+
+def test_cublaslt_without_memory_is_a_full_device(gpu):
+    net = network()
+    engine, x = nnxp.Engine(net, "cuda"), draw((220, 16))
+    engine(x)
+    left = [3, 3]  # so often: the block once more, and then half of it
+
+    def refuse(stream, at):
+        if left:
+            raise CublasLtError(left.pop())
+
+    gpu.lt.told = refuse
+    check(engine(x), net, x)
+    (prepared,) = engine._replicas[0]._prepared.values()
+    assert prepared.most_rows == 32
 
 
 def test_tf32_is_asked_for_in_this_engine_only(gpu):
