@@ -293,6 +293,26 @@ def test_each_stream_has_one_workspace_of_its_own(gpu):
     assert [len(each) for each in spaces.values()] == [1, 2]
 
 
+def test_a_recording_is_tried_after_what_the_caller_s_stream_has_yet_to_do(gpu, monkeypatch):
+    """Which may be to write the very parameters."""
+    engine, there = nnxp.Engine(network(), "cuda"), put(draw((5, 16)))
+    engine(there)
+    gpu.finish()
+    step, order = gpu.step, []
+
+    def noted(stream):
+        order.append((stream.queue[0][0], stream.pointer != 0))
+        step(stream)
+
+    monkeypatch.setattr(gpu, "step", noted)
+    for _ in range(100):  # streams that are not ordered take turns
+        gpu.give(0, "yet to do", lambda: None)
+    engine(there)
+    gpu.finish()
+    assert len(engine._replicas[0].recorded) == 1
+    assert ("yet to do", False) not in order[order.index(("product", True)) :]
+
+
 def test_an_attempt_to_record_that_fails_leaves_nothing(gpu):
     engine, x = nnxp.Engine(network(), "cuda"), draw((5, 16))
     expected, mine = engine(x), cupy.get_default_memory_pool()
