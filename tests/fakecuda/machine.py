@@ -182,12 +182,15 @@ class Machine:
     # streams
 
     def stream(self, pointer):
-        pointer = 0 if pointer in (1, 2) else pointer  # cudaStreamLegacy, cudaStreamPerThread
-        found = self.streams.get((0, self.device) if pointer == 0 else pointer)
-        if found is None:
+        pointer = 0 if pointer == 1 else pointer  # cudaStreamLegacy
+        key = (0, self.device) if pointer == 0 else pointer
+        if pointer == 2:  # cudaStreamPerThread
+            key = (2, self.device, threading.get_ident())
+            self.streams.setdefault(key, Stream(2, self.device, blocking=True))
+        if key not in self.streams:
             self.rule(False, f"there is no stream {pointer:#x} any more")
             raise Refused(INVALID_HANDLE)
-        return found
+        return self.streams[key]
 
     def give(self, pointer, kind, work):
         """Work for a stream, to be done now or later."""
@@ -198,13 +201,17 @@ class Machine:
         if stream.captured is not None:
             stream.captured.append((kind, work))
             return
-        if stream.blocking:  # what has no order of its own is in the order of the program
-            for other in self.streams.values():
-                if other.blocking and other is not stream and other.device == stream.device:
-                    self.run(other)
+        self._in_order_of_the_default(stream)
         stream.queue.append((kind, work))
         if not self.lazy:
             self.run(stream)
+
+    def _in_order_of_the_default(self, stream):
+        """The default stream waits for all that are blocking, and they wait for it."""
+        for other in list(self.streams.values()):
+            both = stream.blocking and other.blocking and stream.device == other.device
+            if both and (stream.pointer == 0) != (other.pointer == 0):
+                self.run(other)
 
     def step(self, stream):
         kind, work = stream.queue.popleft()
@@ -233,10 +240,7 @@ class Machine:
         if stream.captured is not None:
             self.rule(False, "somebody waits for a stream that is captured")
             raise Refused(NOT_CAPTURABLE)
-        if stream.pointer == 0:
-            for other in self.streams.values():
-                if other.blocking and other.device == stream.device:
-                    self.run(other)
+        self._in_order_of_the_default(stream)
         self.run(stream)
 
     def own(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import cupy
 import numpy as np
@@ -212,6 +213,37 @@ def test_answers_that_nobody_waits_for_are_right(gpu):
             made.append(engine(x))
     gpu.finish()
     for x, y in zip(batches, made, strict=True):
+        check(y, net, x)
+
+
+def test_default_streams_of_threads_wait_for_each_other(gpu):
+    """CuPy may be told that each thread has one of its own: they are equal, and not the same."""
+    net = network()
+    engine = nnxp.Engine(net, "cuda")
+    batches = [draw((5, 16), seed=seed) for seed in range(4)]
+    there = [put(x) for x in batches]
+    for _ in range(3):
+        engine(there[0])
+    gpu.finish()
+    answers, turns = [], threading.Barrier(len(batches) + 1, timeout=60)
+
+    def ask(i):
+        with Stream.ptds:
+            for turn in range(len(batches)):
+                turns.wait()
+                if turn == i:
+                    answers.append(engine(there[i]))
+                turns.wait()
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(batches))]
+    for each in threads:
+        each.start()
+    for _ in range(2 * len(batches)):
+        turns.wait()
+    for each in threads:
+        each.join()
+    gpu.finish()
+    for x, y in zip(batches, answers, strict=True):
         check(y, net, x)
 
 
