@@ -147,29 +147,69 @@ def _cupys(kernel, places):
     operands = [
         _operand(told, at, types) for told, at in zip(kernel.parameters, places, strict=True)
     ]
-    inputs = [each for each in operands if each and re.match(r"(_raw_)?(in|x)\d*$", each.name)]
-    (output,) = (each for each in operands if each and re.match(r"(_raw_)?(out|y)\d*$", each.name))
+    reduces = operands[-1] is not None and operands[-1].name == "_block_stride"
+    operands = [each for each in operands[: len(operands) - reduces] if each is not None]
+    (output,) = (each for each in operands if re.fullmatch(r"_raw_(out\d*|y)", each.name))
+    inputs = [each for each in operands if each is not output]
     name = re.match(r"cupy_(\w+?)(__|$)", kernel.name)[1]
-    compute = getattr(np, NAMES.get(name, name), None)
-    if name not in ("copy", "fill") and compute is None:
+    ufunc = getattr(np, NAMES.get(name, name), None)
+    if name not in OTHERS and ufunc is None:
         machine.rule(False, f"nothing here computes {kernel.name}")
         return lambda: None
-    reduces = "_block_stride" in kernel.parameters[-1]
 
     def launched():
         given = [_wide(each.array()) for each in inputs]
         into = output.array()
         with np.errstate(all="ignore"):
-            if name in ("copy", "fill"):
-                result = given[0]
+            if name in OTHERS:
+                result = OTHERS[name](into, *given)
             elif reduces:  # CuPy has put the axes that it reduces in front
                 folded = given[0].reshape(-1, into.size)
-                result = compute.reduce(folded, axis=0).reshape(into.shape)
+                result = getattr(ufunc, "reduce", ufunc)(folded, axis=0).reshape(into.shape)
             else:
-                result = compute(*given)
+                result = ufunc(*given)
             np.copyto(into, np.asarray(result).astype(into.dtype), casting="unsafe")
 
     return launched
+
+
+def _take(into, x, indices, outer, middle, inner, length):
+    i = np.arange(into.size).reshape(into.shape)
+    at = indices % length
+    if outer != 1:
+        at = at + i // (middle * inner) * length
+    return x.reshape(-1)[at if inner == 1 else at * inner + i % inner]
+
+
+def _concatenate(into, addresses, size):
+    """Arrays of one size, of which each gives so many neighbours in turn."""
+    shape = into.size // len(addresses) // size, size
+    steps = size * into.itemsize, into.itemsize
+    parts = [view(into.dtype, int(at), shape, steps) for at in addresses]
+    return np.stack(parts, 1).reshape(into.shape)
+
+
+def _concatenate_others(into, addresses, axis, begins, strides):
+    """Arrays that lie in any way, of which each begins somewhere on the axis."""
+    parts = []
+    for at, begin, end, steps in zip(
+        addresses, begins, [*begins[1:], into.shape[axis]], strides, strict=True
+    ):
+        shape = (*into.shape[:axis], int(end - begin), *into.shape[axis + 1 :])
+        parts.append(view(into.dtype, int(at), shape, tuple(map(int, steps))))
+    return np.concatenate(parts, axis)
+
+
+OTHERS = {
+    "concatenate": _concatenate_others,
+    "copy": lambda into, x: x,
+    "fill": lambda into, x: x,
+    "arange": lambda into, start, step: start + step * np.arange(into.size),
+    "take": _take,
+    "take_scalar": _take,
+    "concatenate_same_size": _concatenate,
+}
+"""What is computed by the kernels that are no ufuncs of NumPy's and no sums."""
 
 
 def _wide(x):

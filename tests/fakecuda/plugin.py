@@ -27,7 +27,7 @@ def _compiled(source, *args, name_expressions=None, **options):
     return module
 
 
-def _multiplied(x, y, out=None):
+def multiplied(x, y, out=None):
     """cupy.matmul, for which CuPy would load cuBLAS."""
     if out is None:
         out = cupy.empty((*x.shape[:-1], y.shape[-1]), x.dtype)
@@ -43,7 +43,7 @@ def _multiplied(x, y, out=None):
 
 cuda.pathfinder.find_nvidia_header_directory = lambda name: tempfile.gettempdir()
 compiler._compile_module_with_cache = _compiled
-cupy.matmul = _multiplied
+cupy.matmul = multiplied
 runtime.redirect()
 
 
