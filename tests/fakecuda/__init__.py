@@ -3,8 +3,9 @@
 What it shows: that nnxp and CuPy together keep CUDA's rules (the order of streams, what is copied
 from pageable memory and what from pinned, what a graph may hold, whose memory is whose, what is
 given back), on a device that does everything at once and on one that does it as late as it may.
-nnxp's kernels run in their build for the host, cuBLASLt is the stand-in of test_lt.py, and
-CuPy's own elementwise kernels and reductions are computed by NumPy from the names that they have.
+And that every layer's formula is one that CuPy takes. nnxp's kernels run in their build for the
+host, cuBLASLt is the stand-in of test_lt.py, and CuPy's own kernels are computed by NumPy from the
+names that they have.
 
 What it cannot show: that a GPU keeps the same rules; what NVRTC, cuBLAS, cuBLASLt and the
 driver do; races within a kernel, or of two kernels that run at the same time; that the numbers of

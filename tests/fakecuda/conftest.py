@@ -98,6 +98,7 @@ else:
         """The device that nnxp finds as cuda:0, with cuBLASLt, small blocks, and nothing known."""
         pool = cupy.get_default_memory_pool()
         machine.finish()
+        pool.free_all_blocks()  # what the probe left
         machine.restart(lazy=request.param)
         machine.lt = lt = LaterLt(machine)
         monkeypatch.setattr(bindings, "handles", {})
