@@ -16,6 +16,9 @@ from nnxp.backend import _device
 from nnxp.testing.parity import compare, error_bound
 from test_lt import CublasLtError
 
+# What goes wrong when all is done at once goes wrong later, too; test_first.py has both.
+pytestmark = pytest.mark.parametrize("gpu", [True], ids=["as late as possible"], indirect=True)
+
 
 def network(dtype="float32", head="softmax"):
     layers = nnxp.Dense(24, 24, "relu", rng=1), nnxp.LayerNorm(24), nnxp.Dense(24, 24, rng=2)

@@ -8,6 +8,7 @@ import pytest
 
 import nnxp
 from conftest import draw
+from fakecuda.test_engine import check, network, put
 
 
 def test_arrays_go_there_and_back_and_are_added(gpu):
@@ -19,6 +20,16 @@ def test_arrays_go_there_and_back_and_are_added(gpu):
 
 def test_the_probe_finds_a_device_that_computes(gpu):
     assert nnxp.available_backends()["cupy"].ok
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_engine_answers_few_rows_and_many_from_the_host_and_on_the_device(gpu, dtype):
+    net, x = network(dtype), draw((220, 16), dtype)
+    engine = nnxp.Engine(net, "cuda")
+    for rows in (x, x[:5], x[:5], x[:5]):
+        check(engine(rows), net, rows)
+        check(engine(put(rows)), net, rows)
+    assert any(kind.startswith("graph's") for kind, _ in gpu.done)
 
 
 def test_a_stream_that_waits_for_nothing_is_late(gpu):
