@@ -2,7 +2,8 @@
 // and run block by block. Every thread of a block is a fiber. A warp runs until all its lanes meet
 // at a shuffle, or at the block's barrier, where the warps wait for each other: so a warp runs ahead
 // of the others as far as the barriers allow, in the order of warps or backwards, and what a missing
-// barrier would let through goes wrong here too. Threads that part before a barrier are an error.
+// barrier would let through goes wrong here too. Threads that part before a barrier are an error, and
+// so is a shuffle whose mask leaves out who takes part in it.
 // Numbers below the normal ones are flushed to zero, as CuPy tells the compiler to.
 
 #include <math.h>
@@ -69,6 +70,7 @@ static std::vector<Fiber> fibers(1024);
 static float exchanged[1024];
 static ucontext_t scheduler;
 static int current;
+static const char* broken;
 
 static void pause(State state) {
     fibers[current].state = state;
@@ -120,7 +122,7 @@ template <class F> const char* run_block(const F& kernel, bool backwards) {
                 return "the lanes of a warp parted at a shuffle or a barrier";
         for (int i = 1; i < warps; ++i)
             if (fibers[i * WARP].state != fibers[0].state) return "warps parted at a barrier";
-        if (fibers[0].state == DONE) return nullptr;
+        if (broken || fibers[0].state == DONE) return broken;
     }
 }
 
@@ -129,6 +131,7 @@ template <class... Args, size_t... I>
 const char* launch(void (*kernel)(Args...), const uint32_t* shape, void** args, bool backwards,
                    std::index_sequence<I...>) {
     const char* error = nullptr;
+    host::broken = nullptr;
 #ifdef __SSE__
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | 0x8040);  // flush to zero
@@ -158,7 +161,9 @@ const char* launch(void (*kernel)(Args...), const uint32_t* shape, void** args, 
 
 static inline void __syncthreads() { host::pause(host::AT_BARRIER); }
 
-static inline float __shfl_xor_sync(uint32_t, float v, int lane) {
+static inline float __shfl_xor_sync(uint32_t mask, float v, int lane) {
+    const int here = host::current % host::WARP;
+    if (!(mask >> here & mask >> (here ^ lane) & 1)) host::broken = "a shuffle's mask leaves out a lane";
     host::exchanged[host::current] = v;
     host::pause(host::AT_SHUFFLE);
     v = host::exchanged[host::current ^ lane];

@@ -223,6 +223,25 @@ def test_the_probe_names_a_missing_nvrtc_and_its_cure(fake):
     assert "cupy-cuda13x[ctk]" in answer.hint
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "nvrtc: error: invalid value for --gpu-architecture (-arch)",
+        "cudaErrorNoKernelImageForDevice: no kernel image is available for execution on the device",
+        "CUBLAS_STATUS_ARCH_MISMATCH",
+    ],
+)
+def test_a_card_that_is_too_old_for_the_wheel_is_told_so(fake, said):
+    def refuse(x):
+        raise RuntimeError(said)
+
+    fake.setattr(FakeCupy, "exp", staticmethod(refuse))
+    answer = _probe._ask(0)
+    assert said in answer.reason
+    assert answer.hint.startswith("The card is too old for this CuPy wheel")
+    assert "cupy-cuda12x" in answer.hint
+
+
 def test_the_probe_knows_how_many_devices_there_are(fake):
     answer = _probe._ask(3)
     assert "there is no cuda:3: this process sees 1" in answer.reason

@@ -566,11 +566,13 @@ def test_options_reach_the_kernels(gpu):
 BROKEN = {
     "lanes": ("if (threadIdx.x == 3) return; __syncthreads();", b"the lanes of a warp parted"),
     "warps": ("if (threadIdx.x < 32) return; __syncthreads();", b"warps parted at a barrier"),
+    "mask": ("__shfl_xor_sync(0xffffu, 1.f, 1);", b"a shuffle's mask leaves out a lane"),
+    "mask across": ("__shfl_xor_sync(0x55555555u, 1.f, 1);", b"a shuffle's mask leaves out a lane"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_threads_that_miss_a_barrier_are_seen(kind, tmp_path, libraries):
+def test_threads_that_miss_a_barrier_or_a_mask_are_seen(kind, tmp_path, libraries):
     code, complaint = BROKEN[kind]
     header = (Path(__file__).parent / "cuda_on_host.h").read_text()
     code = header + "__global__ void broken() { " + code + " }\nKERNEL(kernel_0, broken)\n"

@@ -127,7 +127,8 @@ class Lt:
         settings = self.things[product].settings
         settings[attribute] = int.from_bytes(ctypes.string_at(at, size), "little")
         assert attribute != bindings.BIAS_POINTER or settings[bindings.EPILOGUE] & bindings.BIAS
-        time.sleep(self.pause)
+        if self.pause:
+            time.sleep(self.pause)
 
     def matrix_layout_create(self, kind, rows, cols, ld):
         assert ld >= rows > 0
@@ -302,8 +303,9 @@ def lab(monkeypatch):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
     monkeypatch.setattr(bindings, "library", lambda: (lt, None))
-    for module, name in ((call, "plans"), (plans, "choices"), (bindings, "handles")):
-        monkeypatch.setattr(module, name, {})
+    monkeypatch.setattr(call, "plans", plans.Lately(call.MOST_PLANS))
+    monkeypatch.setattr(plans, "choices", plans.Lately(plans.MOST_CHOICES))
+    monkeypatch.setattr(bindings, "handles", {})
     return made
 
 
@@ -556,6 +558,18 @@ def test_an_algorithm_that_does_not_fit_other_rows_gives_way_to_a_proposal(lab):
     assert lab.lt.calls[-1].algorithm == 1
 
 
+def test_other_rows_get_the_workspace_that_they_take(lab):
+    weight = arrays(lab)[1]
+    lab.lt.algorithms = [(2, 4096)]
+    check(arrays(lab, 128)[0], weight, None, kernels.identity)
+    lab.lt.algorithms = [(2, 8192)]
+    check(arrays(lab, 127)[0], weight, None, kernels.identity)
+    assert [(call.rows, call.size) for call in lab.lt.calls[-1:]] == [(127, 8192)]
+    lab.lt.algorithms = [(2, 64 << 20), (1, 0)]  # more than may be taken
+    check(arrays(lab, 126)[0], weight, None, kernels.identity)
+    assert lab.lt.calls[-1].algorithm == 1
+
+
 def test_nothing_is_timed_or_asked_during_capture(lab):
     lab.capturing = True
     lab.lt.cost = lambda algorithm, epilogue, rows: 1 / algorithm
@@ -616,20 +630,31 @@ def test_partial_sums_of_16_bits_are_not_rounded_to_16_bits(lab):
 
 
 def test_plans_are_bounded_and_what_they_hold_is_destroyed(lab, monkeypatch):
-    monkeypatch.setattr(call, "MOST_PLANS", 5)
-    monkeypatch.setattr(plans, "MOST_CHOICES", 3)
+    monkeypatch.setattr(call, "plans", plans.Lately(6))
+    monkeypatch.setattr(plans, "choices", plans.Lately(4))
     weight, bias = arrays(lab)[1:]
     for m in range(1, 40):
         check(arrays(lab, m)[0], weight, bias, kernels.relu)
     gc.collect()
-    assert (len(call.plans), len(plans.choices)) == (5, 3)
+    assert (len(call.plans), len(plans.choices)) == (6, 3)
     kinds = [each.kind for each in lab.lt.things.values()]
-    assert (kinds.count("product"), kinds.count("layout")) == (5, 15)
+    assert (kinds.count("product"), kinds.count("layout")) == (6, 18)
     assert (kinds.count("handle"), kinds.count("preference")) == (1, 0)
     made = lab.lt.serial
-    for m in range(35, 40):  # it is the oldest that went
+    for m in range(37, 40):  # it is the oldest that went
         check(arrays(lab, m)[0], weight, bias, kernels.relu)
     assert lab.lt.serial == made
+
+
+def test_what_is_asked_for_again_and_again_is_not_forgotten(lab, monkeypatch):
+    monkeypatch.setattr(call, "plans", plans.Lately(6))
+    x, weight, bias = arrays(lab, 3)
+    check(x, weight, bias, kernels.relu)
+    for m in range(4, 40):
+        check(arrays(lab, m)[0], weight, bias, kernels.relu)
+        made = lab.lt.serial
+        check(x, weight, bias, kernels.relu)
+        assert lab.lt.serial == made
 
 
 def test_a_thread_gets_its_own_bias_from_a_plan_that_two_share(lab):
@@ -845,6 +870,31 @@ def test_a_users_own_activation_is_called_on_the_product(lab, dtype, there, monk
     assert y.dtype == dtype
     assert len(lab.copies) == (0 if dtype == "float32" else 1 + there)  # conversions
     np.testing.assert_array_equal(host(y), 2 * right(x, weight, bias, kernels.identity))
+
+
+def test_an_activation_with_products_of_its_own_is_timed_too(lab, monkeypatch):
+    """While one plan is made, another is asked for, by the same thread."""
+    monkeypatch.setattr(kernels._dispatch, "KERNELS", dict(kernels.KERNELS))
+    x, weight, bias = arrays(lab)
+
+    @kernels.kernel
+    def mixed(y, *, out=None):
+        raise NotImplementedError
+
+    @mixed.on("cupy")
+    def mixed_by_a_product(y, *, out=None):
+        return kernels.matmul(y, weight)
+
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(kernels.linear(x, weight, bias, activation=mixed)),
+        daemon=True,  # it may wait for itself, forever
+    )
+    asking.start()
+    asking.join(20)
+    assert answers, "the thread waits for itself"
+    y = right(x, weight, bias, kernels.identity).astype("f8") @ host(weight).astype("f8")
+    np.testing.assert_array_equal(host(answers[0]), y)
 
 
 def test_fused_bodies_have_the_signatures_of_the_references():

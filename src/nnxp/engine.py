@@ -299,12 +299,13 @@ class Engine:
                 empty = tuple(backend.xp.empty(*outline) for outline in outlines)
                 made = outs or empty
             else:
-                few = self.memory_limit is None and rows <= BLOCK_ROWS[0]  # to ask takes long
-                budget = self._budget(replica, prepared)
-                plan = Plan(rows, 1, 0) if few else backend.plan(rows, budget)
+                block = rows
+                if self.memory_limit is not None or rows > BLOCK_ROWS[0]:  # to ask takes long
+                    block = backend.together(rows, self._budget(replica, prepared))
                 made = backend.through(
-                    prepared.run, arrays, outs, outlines, plan, replica.lanes, prepared.borrowed
-                )
+                    prepared.run, arrays, outs, outlines, block, replica.lanes,
+                    prepared.borrowed,
+                )  # fmt: skip
         if out is None and rows and self.memory_limit is None and len(arrays) == 1:
             replica.remember(x, prepared)
         return made if prepared.program.several else made[0]

@@ -91,15 +91,28 @@ class DeviceBackend(Backend):
         wide = max(1, BLOCK_BYTES // max(budget.row_bytes, 1))
         ceiling = budget.most_rows or rows
         block = min(rows, worth, most, wide, ceiling)
-        rows_within(budget)  # raises if the limit holds not one row
-        free = int((self.memory().free + budget.held) * MARGIN)
-        room = replace(budget, limit=min(free, budget.limit or free))
+        room = self._room(budget)
         lanes = min(LANES, -(-rows // block))
         while lanes > 1 and _each(room, lanes) < min(block, LANE_ROWS):
             lanes -= 1
         block = max(1, min(block, _each(room, lanes)))
         lanes = min(lanes, -(-rows // block))
         return Plan(block, lanes, lanes * (block * budget.row_bytes + budget.fixed_bytes))
+
+    def together(self, rows: int, budget: Budget) -> int:
+        """How many rows that are on this device already go through the model at once.
+
+        Nothing travels beside them, so that blocks are cut for the sake of memory alone.
+        """
+        worth = max(1, BLOCK_BYTES // max(budget.row_bytes, 1))
+        ceiling = (budget.most_rows or rows) * LANES  # which was found for one lane of several
+        return max(1, min(rows, worth, ceiling, _each(self._room(budget), 1)))
+
+    def _room(self, budget: Budget) -> Budget:
+        """The limit, or a fair part of what is free. OutOfMemory if a limit holds not one row."""
+        rows_within(budget)
+        free = int((self.memory().free + budget.held) * MARGIN)
+        return replace(budget, limit=min(free, budget.limit or free))
 
     def sweep(self, sweep: Sweep) -> int | None:
         """Block by block, each in the next lane; halves the block when the device is full."""
@@ -150,18 +163,18 @@ class DeviceBackend(Backend):
         inputs: tuple[Array, ...],
         out: tuple[Array, ...] | None,
         outlines: Sequence[tuple[Shape, np.dtype[Any]]],
-        plan: Plan,
+        block: int,
         pool: LanePool,
         borrowed: Sequence[bool],
     ) -> tuple[Array, ...]:
-        """Rows that are on this device already, block by block, on the current stream.
+        """Rows that are on this device already, so many at once, on the current stream.
 
         The results are `out`, or new arrays of these outlines. `borrowed` says of each result of
         forward whether it may be somebody's memory, and is to be copied.
         """
         self.guard.check()
         count = len(inputs[0])
-        block, start = min(count, plan.rows * plan.workers), 0  # nothing is under way beside it
+        start = 0
         made: list[Array] = []
         if out is None and block == count:
             if fits(lambda: made.extend(forward(inputs))):

@@ -142,11 +142,17 @@ def _no_device(cupy: Any, error: Exception) -> Availability:
     return _unusable(*_failure("CuPy is installed, but CUDA does not start", error))
 
 
+# What NVRTC, CUDA and cuBLAS say of a generation of cards that they do not know any more.
+_TOO_OLD = ("--gpu-architecture", "NoKernelImage", "NO_BINARY_FOR_GPU", "ARCH_MISMATCH")
+
+
 def _failure(what: str, error: Exception) -> tuple[str, str]:
     """The reason, and the hint that fits the error."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())}"
     hint = "Reinstall CuPy: " + INSTALL
-    if "nvrtc" in said.lower() or "cuda_fp16" in said or "vector_types" in said:
+    if any(word in said for word in _TOO_OLD):
+        hint = "The card is too old for this CuPy wheel: try an older one (cupy-cuda12x)"
+    elif "nvrtc" in said.lower() or "cuda_fp16" in said or "vector_types" in said:
         hint = "A part of the CUDA toolkit is missing: " + INSTALL + " brings all of it"
     elif len(cupy_wheels()) > 1:
         hint = f"Two CuPy wheels are installed ({', '.join(cupy_wheels())}): uninstall all but one"

@@ -121,8 +121,9 @@ class CudaBackend(DeviceBackend):
     ) -> Callable[[], tuple[Array, ...]]:
         """As a CUDA graph.
 
-        Run once more before it is captured, so that all is compiled and the pool holds all the
-        memory that the graph will need: during capture none can be taken from the device.
+        Run once more before it is captured, so that all is compiled and the pool holds about what
+        the graph will need. It may cut that otherwise and take some more: CuPy captures in the
+        mode in which CUDA allows that.
         """
         fn()
         stream.begin_capture()

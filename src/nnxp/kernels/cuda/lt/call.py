@@ -16,13 +16,13 @@ from nnxp.kernels.cuda.lt import bindings
 from nnxp.kernels.cuda.lt.bindings import DATA_TYPES, DEFAULT
 from nnxp.kernels.cuda.lt.descriptors import PASS, leading, packed
 from nnxp.kernels.cuda.lt.passes import Run, by_cupy, nothing, uncovered
-from nnxp.kernels.cuda.lt.plans import planned, remember
+from nnxp.kernels.cuda.lt.plans import Lately, planned
 from nnxp.kernels.cuda.lt.tuning import EPILOGUES
 
 MOST_PLANS = 256
 MOST_ROWS, MOST_ELEMENTS, PART = 1 << 20, (1 << 31) - 1, 1 << 28
 
-plans: dict[Hashable, Run] = {}
+plans = Lately[Run](MOST_PLANS)
 # One plan at a time, so that none disturbs the timing of another. The activation that is timed may
 # be a user's own, with products of its own.
 _making = threading.RLock()
@@ -68,7 +68,7 @@ def product(
         )
     except AttributeError:  # an array of the host among them: CuPy says so
         return uncovered(x, weight, bias, activation)
-    plan = plans.get(key) or _plan(key, wish, x, weight, bias, activation, precision)
+    plan = plans.young.get(key) or _plan(key, wish, x, weight, bias, activation, precision)
     return plan(x, weight, bias, activation)
 
 
@@ -85,7 +85,7 @@ def _plan(
         plan = plans.get(key)
         if plan is None:
             plan = _way(wish, x, weight, bias, activation, precision)
-            remember(plans, key, plan, MOST_PLANS)
+            plans.keep(key, plan)
         return plan
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import cupy
 import numpy as np
@@ -17,11 +17,44 @@ from nnxp.kernels.cuda.lt.descriptors import PASS, Algorithm, Form, Product, lea
 from nnxp.kernels.cuda.lt.passes import Run, by_cupy, rest
 from nnxp.kernels.cuda.lt.tuning import Choice, chosen
 
+T = TypeVar("T")
+
 TIMED_ROWS = 8192  # more make no difference to which algorithm is best, and take longer to time
 PAD_FROM_ROWS = 1024
 MOST_CHOICES = 1024
 
-choices: dict[Hashable, Choice] = {}
+
+class Lately(Generic[T]):
+    """What was asked for lately, at most so much: what is asked for again and again stays.
+
+    In two halves. What is asked for comes into the young one; when that is full it becomes the old
+    one, whose things come back if they are asked for, and else are forgotten with it. They go when
+    their last user is done.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.young: dict[Hashable, T] = {}
+        self._old: dict[Hashable, T] = {}
+        self._half = most // 2
+
+    def get(self, key: Hashable) -> T | None:
+        found = self.young.get(key)
+        if found is None:
+            found = self._old.get(key)
+            if found is not None:
+                self.keep(key, found)
+        return found
+
+    def keep(self, key: Hashable, value: T) -> None:
+        if len(self.young) >= self._half:
+            self._old, self.young = self.young, {}
+        self.young[key] = value
+
+    def __len__(self) -> int:
+        return len(self.young.keys() | self._old.keys())
+
+
+choices = Lately[Choice](MOST_CHOICES)
 
 
 class Plan:
@@ -98,7 +131,7 @@ def planned(
         weight = weight if wide == cols else widened(weight, wide)
         choice = chosen(lt, form, timed, wish, x, weight, bias, activation)
         if choice is not None:
-            remember(choices, key, choice, MOST_CHOICES)
+            choices.keep(key, choice)
     way = choice.way if choice is not None else DEFAULT if wish == DEFAULT else PASS
     found = Product(lt, form, rows, way)
     algorithm = None if choice is None else found.checked(choice.algorithm)
@@ -108,10 +141,3 @@ def planned(
             return by_cupy
         algorithm = proposals[0]
     return Plan(found, algorithm, way, cols)
-
-
-def remember(memory: dict[Hashable, Any], key: Hashable, value: object, most: int) -> None:
-    """Keeps the `most` that were made last. What is forgotten goes when its last user is done."""
-    memory[key] = value
-    if len(memory) > most:
-        del memory[next(iter(memory))]
