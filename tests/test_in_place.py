@@ -8,6 +8,7 @@ import pytest
 import nnxp
 from nnxp import kernels
 from nnxp.kernels._dispatch import Given
+from nnxp.kernels.cpu import conv
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
 
@@ -60,6 +61,49 @@ def test_a_stride_that_differs_by_axis_and_pads_that_differ_by_side():
     options = {"stride": (2, 3), "padding": ((2, 0), (0, 1)), "rng": 0}
     for groups in (1, 8):
         agrees(nnxp.Conv(8, 8, (3, 2), groups=groups, **options), draw(3, 13, 10, 8))
+
+
+class Pooled(nnxp.Layer):
+    """A convolution and a pool in one, as a program has it when it is rewritten."""
+
+    inner: nnxp.Conv
+    window: tuple[int, ...]
+
+    def __init__(self, inner, window):
+        self.inner, self.window = inner, window
+
+    def __call__(self, x):
+        inner = self.inner
+        options = {"stride": inner.stride, "padding": inner.padding, "dilation": inner.dilation}
+        arrays = x, inner.weight, inner.bias
+        activation = kernels.ACTIVATIONS[inner.activation]
+        return kernels.conv_max_pool(
+            *arrays, window=self.window, activation=activation, groups=inner.groups, **options
+        )
+
+
+@pytest.mark.parametrize("window", [(2, 2), (1, 3), (1, 1)])
+@pytest.mark.parametrize("patches", [1 << 20, 1 << 12])
+def test_what_a_pool_leaves_of_a_convolution_agrees_with_float64(monkeypatch, window, patches):
+    """Of whole pictures at once, and of few lines."""
+    monkeypatch.setattr(conv, "PATCHES", patches)
+    monkeypatch.setattr(conv, "LINES", 16)
+    for channels, options in [
+        (1, {"padding": 1}), (12, {"stride": (2, 1)}), (4, {"dilation": 2, "padding": "same"}),
+        (96, {}), (6, {"groups": 6}),
+    ]:  # fmt: skip
+        for activation in ("relu", "identity", "gelu"):
+            inner = nnxp.Conv(
+                channels, 96 if channels == 96 else 6, (3, 3), activation, rng=0, **options
+            )
+            inner = inner.with_parameters({"weight": inner.weight, "bias": draw(*inner.bias.shape)})
+            agrees(Pooled(inner, window), draw(5, 9, 8, channels))
+
+
+def test_a_number_that_is_none_goes_through_a_pool_behind_a_convolution():
+    layer, x = Pooled(nnxp.Conv(2, 3, (3, 3), "relu", rng=0), (2, 2)), draw(3, 8, 8, 2)
+    x[1, 4, 4, 1] = np.nan
+    np.testing.assert_array_equal(np.isnan(recorded(layer, x)), np.isnan(layer(x)))
 
 
 def test_pictures_that_lie_by_channels_are_taken_as_they_are():
@@ -118,8 +162,6 @@ def test_convolutions_by_transforms_agree_with_float64_whatever_lies_next_to_eac
 
 def test_transforms_are_what_is_run(monkeypatch):
     """A transform that is wrong shows: else the tests above would compare patches."""
-    from nnxp.kernels.cpu import conv
-
     monkeypatch.setattr(conv, "_LEFT", conv._LEFT * 2)
     layer, x = nnxp.Conv(96, 96, (3, 3), rng=0), draw(4, 14, 14, 96)
     assert not np.allclose(recorded(layer, x), layer(x), rtol=0.1)

@@ -153,6 +153,8 @@ def _joined(step: Step, arrays: tuple[Any, ...]) -> Any:
     if product is None or product.function not in (*PRODUCTS, kernels.matmul):
         return None
     options = dict(product.options)
+    if step.function is kernels.max_pool and product.function is kernels.conv:
+        return _pooled(step, product)
     if options.get("activation", kernels.identity) is not kernels.identity:
         return None
     x, weight, bias = (*map(lifted, product.inputs), None)[:3]
@@ -177,6 +179,24 @@ def _joined(step: Step, arrays: tuple[Any, ...]) -> Any:
         moved = moved if shift is None else moved + shift
         return record(function, (x, weight * scale, moved), options)
     return None
+
+
+def _pooled(step: Step, product: Step) -> Any:
+    """A convolution with the pool behind it, if its windows lie one next to another."""
+    options, window = step.options, step.options["window"]
+    axes = len(window)
+    plain = {
+        "stride": (None, window),
+        "padding": (0, "valid", ((0, 0),) * axes),
+        "dilation": (1, (1,) * axes),
+        "ceil_mode": (False,),
+    }
+    if any(name in options and options[name] not in values for name, values in plain.items()):
+        return None
+    if "precision" in product.options or product.inputs[0].dtype.itemsize == 2:
+        return None  # what bodies do with 16 bits themselves is not to be widened
+    arrays = tuple(map(lifted, product.inputs))
+    return record(kernels.conv_max_pool, arrays, product.options | {"window": window})
 
 
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
