@@ -316,8 +316,8 @@ def test_a_decoder_looks_where_its_masks_let_it(tmp_path):
         for steps, lengths in ((5, [5, 3, 4]), (4, [2, 4, 1]))
     )
     with torch.no_grad():
-        due = module(*map(torch.from_numpy, (x, memory)),
-                     **dict(zip(names[2:], map(torch.from_numpy, hidden), strict=True)))  # fmt: skip
+        masks = dict(zip(names[2:], map(torch.from_numpy, hidden), strict=True))
+        due = module(torch.from_numpy(x), torch.from_numpy(memory), **masks)
     model = nnxp.from_torch(module, inputs=names)
     np.testing.assert_allclose(model(x, memory, *hidden), due, rtol=1e-11, atol=1e-13)
 
