@@ -126,6 +126,10 @@ def max_pool(x, *, window, stride=None, padding=0, dilation=1, ceil_mode=False):
     return pooled(x, window, stride, padding, dilation, ceil_mode, lambda v, _: v.max(0), -np.inf)
 
 
+def conv_max_pool(x, weight, bias=None, *, window, **options):
+    return max_pool(conv(x, weight, bias, **options), window=window)
+
+
 def average_pool(
     x, *, window, stride=None, padding=0, dilation=1, ceil_mode=False, count_include_pad=False
 ):

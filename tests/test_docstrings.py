@@ -40,6 +40,7 @@ PUBLIC = {
 
 NOT_RUN = {
     "nnxp.from_torch": "needs torch",
+    "nnxp.load_state": "needs a file of torch's",
     "nnxp.TorchGraph": "needs torch",
     "nnxp.from_sklearn": "needs an estimator",
     "nnxp.load_onnx": "needs a file in ONNX",

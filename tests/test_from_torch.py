@@ -103,6 +103,9 @@ MODULES = {
     "LayerNorm without weights": (lambda: nn.LayerNorm(6, elementwise_affine=False), (4, 6)),
     "LayerNorm without bias": (lambda: nn.LayerNorm(6, bias=False), (4, 6)),
     "LayerNorm over axes": (lambda: nn.LayerNorm((3, 4), elementwise_affine=False), (2, 3, 4)),
+    "LayerNorm over axes with weights": (lambda: nn.LayerNorm((3, 4), eps=0.1), (2, 3, 4)),
+    "LayerNorm over axes without bias": (lambda: nn.LayerNorm((3, 4), bias=False), (2, 5, 3, 4)),
+    "RMSNorm over axes": (lambda: nn.RMSNorm((3, 4), eps=0.1), (2, 3, 4)),
     "RMSNorm without weights": (lambda: nn.RMSNorm(6, elementwise_affine=False), (4, 6)),
     "RMSNorm": (lambda: nn.RMSNorm(6, eps=0.1), (4, 6)),
     "RMSNorm with torch's own eps": (lambda: nn.RMSNorm(6), (4, 6)),
@@ -292,6 +295,72 @@ def test_encoders(norm, tmp_path):
     module = nn.TransformerEncoder(layer, 3, nn.LayerNorm(6) if norm else None)
     model = agrees(drawn(module), x_of(3, 5, 6), tmp_path=tmp_path)
     assert type(model) is nnxp.TransformerEncoder
+
+
+DECODERS = [{}, {"norm_first": True, "activation": "gelu"}, {"bias": False, "activation": F.silu}]
+
+
+@pytest.mark.parametrize("options", DECODERS, ids=str)
+def test_decoder_layers(options, tmp_path):
+    module = nn.TransformerDecoderLayer(6, 2, 9, batch_first=True, **options)
+    agrees(drawn(module), x_of(3, 5, 6), x_of(3, 4, 6, seed=2), tmp_path=tmp_path)
+
+
+def test_a_decoder_looks_where_its_masks_let_it(tmp_path):
+    layer = nn.TransformerDecoderLayer(6, 3, 8, batch_first=True)
+    module = drawn(nn.TransformerDecoder(layer, 2, nn.LayerNorm(6))).double()
+    names = ["tgt", "memory", "tgt_key_padding_mask", "memory_key_padding_mask"]
+    x, memory = x_of(3, 5, 6), x_of(3, 4, 6, seed=2)
+    hidden = tuple(
+        np.arange(steps) >= np.array(lengths)[:, None]
+        for steps, lengths in ((5, [5, 3, 4]), (4, [2, 4, 1]))
+    )
+    with torch.no_grad():
+        masks = dict(zip(names[2:], map(torch.from_numpy, hidden), strict=True))
+        due = module(torch.from_numpy(x), torch.from_numpy(memory), **masks)
+    model = nnxp.from_torch(module, inputs=names)
+    np.testing.assert_allclose(model(x, memory, *hidden), due, rtol=1e-11, atol=1e-13)
+
+
+class Translator(nn.Module):
+    """Time first inside; no word sees a later one; one weight is used in two forms."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.Transformer(6, 2, 1, 2, 8, norm_first=True)
+        self.words = nn.Linear(6, 6)
+
+    def forward(self, src, tgt):
+        later = nn.Transformer.generate_square_subsequent_mask(5, dtype=self.words.weight.dtype)
+        src, tgt = src.transpose(0, 1), F.linear(tgt, self.words.weight.T).transpose(0, 1)
+        y = self.transformer(src, tgt, tgt_mask=later, tgt_is_causal=True).transpose(0, 1)
+        first = self.transformer.decoder.layers[0]
+        return self.words(y) + first.linear2(first.linear1(y)) + first.norm1(y)
+
+
+def test_transformers(tmp_path):
+    sources = x_of(3, 4, 6), x_of(3, 5, 6, seed=2)
+    agrees(drawn(nn.Transformer(6, 2, 1, 1, 8, batch_first=True)), *sources, tmp_path=tmp_path)
+    agrees(drawn(Translator()), *sources, tmp_path=tmp_path)
+
+
+class Twice(nn.Module):
+    """A recurrence without and with states, attention to itself and to others."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        y, states = self.lstm(x)
+        z, _ = self.lstm(y, states)
+        own, _ = self.attention(z, z, z)
+        return own + self.attention(x, y, z, need_weights=False)[0]
+
+
+def test_one_module_in_several_forms(tmp_path):
+    agrees(drawn(Twice()), x_of(3, 5, 6), tmp_path=tmp_path)
 
 
 # Modules of one's own
@@ -527,7 +596,18 @@ REFUSED = {
         lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True),
         "add_bias_kv",
     ),
-    "norms over axes": (lambda: nn.LayerNorm((3, 4)), "over 2 axes"),
+    "a decoder of strangers": (
+        lambda: nn.TransformerDecoder(nn.TransformerEncoderLayer(4, 2, 4), 1),
+        "TransformerDecoder of TransformerEncoderLayer",
+    ),
+    "an encoder of one's own": (
+        lambda: nn.Transformer(4, 2, custom_encoder=nn.Identity(), batch_first=True),
+        "Transformer with the encoder Identity",
+    ),
+    "a transformer with time first": (
+        lambda: nn.Transformer(4, 2, 1, 1, 4),
+        "Transformer has batch_first=False",
+    ),
     "activation": (
         lambda: nn.TransformerEncoderLayer(4, 2, 4, activation=F.rrelu, batch_first=True),
         "activation",

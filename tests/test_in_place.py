@@ -8,6 +8,7 @@ import pytest
 import nnxp
 from nnxp import kernels
 from nnxp.kernels._dispatch import Given
+from nnxp.kernels.cpu import conv
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
 
@@ -18,7 +19,7 @@ def draw(*shape, seed=0):
 
 def recorded(layer, *arrays):
     """What a recording makes of the arrays, which has to run a body in place."""
-    program = bodied(layer.program(*(x.shape for x in arrays)))
+    program = bodied(layer.program(*((x.shape, x.dtype) for x in arrays)))
     assert program.bodies, layer
     outlines = program.outline(len(arrays[0]))
     made = [np.full(shape, np.nan, dtype) for shape, dtype in outlines]
@@ -60,6 +61,49 @@ def test_a_stride_that_differs_by_axis_and_pads_that_differ_by_side():
     options = {"stride": (2, 3), "padding": ((2, 0), (0, 1)), "rng": 0}
     for groups in (1, 8):
         agrees(nnxp.Conv(8, 8, (3, 2), groups=groups, **options), draw(3, 13, 10, 8))
+
+
+class Pooled(nnxp.Layer):
+    """A convolution and a pool in one, as a program has it when it is rewritten."""
+
+    inner: nnxp.Conv
+    window: tuple[int, ...]
+
+    def __init__(self, inner, window):
+        self.inner, self.window = inner, window
+
+    def __call__(self, x):
+        inner = self.inner
+        options = {"stride": inner.stride, "padding": inner.padding, "dilation": inner.dilation}
+        arrays = x, inner.weight, inner.bias
+        activation = kernels.ACTIVATIONS[inner.activation]
+        return kernels.conv_max_pool(
+            *arrays, window=self.window, activation=activation, groups=inner.groups, **options
+        )
+
+
+@pytest.mark.parametrize("window", [(2, 2), (1, 3), (1, 1)])
+@pytest.mark.parametrize("patches", [1 << 20, 1 << 12])
+def test_what_a_pool_leaves_of_a_convolution_agrees_with_float64(monkeypatch, window, patches):
+    """Of whole pictures at once, and of few lines."""
+    monkeypatch.setattr(conv, "PATCHES", patches)
+    monkeypatch.setattr(conv, "LINES", 16)
+    for channels, options in [
+        (1, {"padding": 1}), (12, {"stride": (2, 1)}), (4, {"dilation": 2, "padding": "same"}),
+        (96, {}), (6, {"groups": 6}),
+    ]:  # fmt: skip
+        for activation in ("relu", "identity", "gelu"):
+            inner = nnxp.Conv(
+                channels, 96 if channels == 96 else 6, (3, 3), activation, rng=0, **options
+            )
+            inner = inner.with_parameters({"weight": inner.weight, "bias": draw(*inner.bias.shape)})
+            agrees(Pooled(inner, window), draw(5, 9, 8, channels))
+
+
+def test_a_number_that_is_none_goes_through_a_pool_behind_a_convolution():
+    layer, x = Pooled(nnxp.Conv(2, 3, (3, 3), "relu", rng=0), (2, 2)), draw(3, 8, 8, 2)
+    x[1, 4, 4, 1] = np.nan
+    np.testing.assert_array_equal(np.isnan(recorded(layer, x)), np.isnan(layer(x)))
 
 
 def test_pictures_that_lie_by_channels_are_taken_as_they_are():
@@ -118,8 +162,6 @@ def test_convolutions_by_transforms_agree_with_float64_whatever_lies_next_to_eac
 
 def test_transforms_are_what_is_run(monkeypatch):
     """A transform that is wrong shows: else the tests above would compare patches."""
-    from nnxp.kernels.cpu import conv
-
     monkeypatch.setattr(conv, "_LEFT", conv._LEFT * 2)
     layer, x = nnxp.Conv(96, 96, (3, 3), rng=0), draw(4, 14, 14, 96)
     assert not np.allclose(recorded(layer, x), layer(x), rtol=0.1)
@@ -156,14 +198,50 @@ def test_norms_in_place_agree_with_float64_beside_a_large_offset():
 
 
 class Attention(nnxp.Layer):
-    def __call__(self, q, k, v):
-        return kernels.attention(q, k, v)
+    takes = ("float", "float", "float", "any")
+    causal: bool
+    mask: np.ndarray | None
+
+    def __init__(self, causal=False, mask=None):
+        self.causal, self.mask = causal, mask
+
+    def __call__(self, q, k, v, mask=None):
+        mask = self.mask if mask is None else mask
+        return kernels.attention(q, k, v, mask, causal=self.causal)
 
 
 def test_attention_in_place_agrees_with_float64_for_large_scores_too():
     k, v = draw(3, 4, 9, 8, seed=1), draw(3, 4, 9, 5, seed=2)
     for scale in (1, 1e3):
         agrees(Attention(), draw(3, 4, 7, 8) * np.float32(scale), k, v)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 9), (3, 1, 7, 9), (3, 4, 7, 9), (3, 4, 7, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["boolean", "added"])
+def test_attention_in_place_looks_where_a_mask_lets_it(shape, causal, kind):
+    q, k, v = draw(3, 4, 7, 8), draw(3, 4, 9, 8, seed=1), draw(3, 4, 9, 5, seed=2)
+    mask = np.random.default_rng(4).random(shape) < 0.7
+    mask[1] = False  # a row that looks nowhere has zeros
+    if kind == "added":
+        mask = np.where(mask, draw(*shape, seed=5), np.float32(-np.inf)).astype("float32")
+        agrees(Attention(causal, mask[0]), q, k, v)
+    agrees(Attention(causal), q, k, v, mask)
+
+
+def test_what_a_mask_hides_may_be_no_number_and_what_it_shows_is_seen():
+    q, k, v = draw(3, 2, 7, 8), draw(3, 2, 9, 8, seed=1), draw(3, 2, 9, 5, seed=2)
+    for mask in (np.ones((3, 1, 1, 9), bool), np.ones((3, 1, 7, 9), bool)):
+        mask[..., 4] = False
+        k[0, 0, 4], k[1, 1, 5, 0], k[2, 0, 3, 2] = np.nan, np.nan, np.inf
+        for causal in (False, True):
+            layer = Attention(causal)
+            with np.errstate(all="ignore"):
+                expected = layer(q, k, v, mask)
+            np.testing.assert_allclose(
+                recorded(layer, q, k, v, mask), expected, rtol=1e-5, atol=1e-6
+            )
+            assert np.isfinite(expected[0]).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": 2}, {"bidirectional": True}])
@@ -187,9 +265,10 @@ def test_what_a_body_in_place_does_not_do_is_left_to_the_reference():
     half = Given(x.shape, np.dtype("float16"), None)
     assert kernels.conv.in_place_for(half, weight) is None
     assert kernels.max_pool.in_place_for(given(5, 8, 4), window=(2,)) is None
-    q = given(3, 2, 5, 4)
-    assert kernels.attention.in_place_for(q, q, q, given(3, 1, 1, 5)) is None
-    assert kernels.attention.in_place_for(q, q, q, causal=True) is None
+    q, groups = given(3, 2, 5, 4), given(3, 1, 5, 4)
+    assert kernels.attention.in_place_for(q, groups, groups) is None
+    wide = Given((3, 1, 1, 5), np.dtype("float64"), None)
+    assert kernels.attention.in_place_for(q, q, q, wide) is None
     assert kernels.lstm.in_place_for(given(3, 5, 8), given(2, 8)) is None
 
 

@@ -261,3 +261,43 @@ def test_kernels_pickle_by_name_and_say_what_they_are():
 def test_what_is_no_array_is_refused_by_name():
     with pytest.raises(nnxp.DtypeMismatch, match="list is not an array"):
         kernels.relu([1, 2])
+
+
+MISFITS = {
+    r"linear got x \(3, 4\), weight \(5, 2\), which do not fit": lambda o: kernels.linear(
+        o(3, 4), o(5, 2)
+    ),
+    r"weight \(4, 2\), bias \(3,\), which": lambda o: kernels.linear(o(3, 4), o(4, 2), o(3)),
+    r"matmul got x \(3, 2, 4\), weight \(5, 2\)": lambda o: kernels.matmul(o(3, 2, 4), o(5, 2)),
+    r"layer_norm got x \(3, 4\), gain \(5,\)": lambda o: kernels.layer_norm(o(3, 4), o(5)),
+    r"prelu got x \(3, 4\), slope \(5,\)": lambda o: kernels.prelu(o(3, 4), o(5)),
+    r"lstm got x \(3, 5, 12\), weight \(4, 16\)": lambda o: kernels.lstm(o(3, 5, 12), o(4, 16)),
+    r"mask \(2, 1, 4, 7\)": lambda o: kernels.attention(*[o(2, 3, 4, 5)] * 3, o(2, 1, 4, 7)),
+    r"add_positions got x \(2, 7, 4\), weight \(5, 4\)": lambda o: kernels.add_positions(
+        o(2, 7, 4), o(5, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("library", ["numpy", "sim"])
+@pytest.mark.parametrize("words", MISFITS)
+def test_arrays_that_do_not_fit_each_other_are_named_with_their_shapes(words, library):
+    def ones(*shape):
+        return nnxp.to_backend(np.ones(shape, "float32"), library)
+
+    with pytest.raises(nnxp.ShapeError, match=words) as raised:
+        MISFITS[words](ones)
+    assert raised.value.__cause__ is not None
+
+
+def test_an_error_of_a_kernel_of_one_s_own_stays_what_it_is():
+    @kernels.kernel
+    def halved(x):
+        raise ValueError("no halves today")
+
+    try:
+        with pytest.raises(ValueError, match="no halves") as raised:
+            halved(np.ones(3))
+    finally:
+        del kernels.KERNELS["halved"]
+    assert type(raised.value) is ValueError

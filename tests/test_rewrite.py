@@ -104,6 +104,22 @@ def test_what_is_computed_twice_is_computed_once(rng):
     np.testing.assert_array_equal(program(x), formula(x))
 
 
+@pytest.mark.parametrize(
+    ("options", "joined"),
+    [({}, True), ({"ceil_mode": True}, False), ({"stride": 1}, False), ({"padding": 1}, False)],
+)
+def test_a_pool_goes_into_the_convolution_if_its_windows_lie_one_next_to_another(options, joined):
+    net = nnxp.Sequential(
+        nnxp.Conv(3, 4, (3, 3), "relu", rng=0), nnxp.MaxPool((2, 2), **options), nnxp.Flatten()
+    )
+    x = np.random.default_rng(0).normal(size=(3, 9, 8, 3)).astype("float32")
+    program = optimized(net.program(x.shape))
+    assert ("conv_max_pool" in [step.name for step in program.steps]) == joined
+    judge(net, [x], program)
+    half = optimized(net.astype("float16").program((x.shape, np.dtype("float16"))))
+    assert "conv" in [step.name for step in half.steps]
+
+
 def test_orders_that_do_not_cancel_become_one(rng):
     def formula(x):
         return np.float32(2) * x.transpose(0, 2, 3, 1).transpose(0, 3, 1, 2).swapaxes(1, 3) + 1

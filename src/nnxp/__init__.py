@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nnxp.io.onnx_export import save_onnx as save_onnx
     from nnxp.io.sklearn import from_sklearn as from_sklearn
     from nnxp.io.torch import from_torch as from_torch
+    from nnxp.io.torch_state import load_state as load_state
     from nnxp.layers._layer import Layer as Layer
     from nnxp.layers.activation import GLU as GLU
     from nnxp.layers.activation import Activation as Activation
@@ -115,6 +116,7 @@ _MODULES = {
         "io.onnx_export": "save_onnx",
         "io.sklearn": "from_sklearn",
         "io.torch": "from_torch",
+        "io.torch_state": "load_state",
         "layers._layer": "Layer",
         "training.differentiate": "value_and_gradients vjp",
         "training.fit": "Fitted fit",

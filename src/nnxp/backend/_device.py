@@ -159,7 +159,7 @@ class DeviceBackend(Backend):
 
     def through(
         self,
-        forward: Callable[[tuple[Array, ...]], tuple[Array, ...]],
+        run: Callable[[tuple[Array, ...]], tuple[Array, ...]],
         inputs: tuple[Array, ...],
         out: tuple[Array, ...] | None,
         outlines: Sequence[tuple[Shape, np.dtype[Any]]],
@@ -170,14 +170,14 @@ class DeviceBackend(Backend):
         """Rows that are on this device already, so many at once, on the current stream.
 
         The results are `out`, or new arrays of these outlines. `borrowed` says of each result of
-        forward whether it may be somebody's memory, and is to be copied.
+        run whether it may be somebody's memory, and is to be copied.
         """
         self.guard.check()
         count = len(inputs[0])
         start = 0
         made: list[Array] = []
         if out is None and block == count:
-            if fits(lambda: made.extend(forward(inputs))):
+            if fits(lambda: made.extend(run(inputs))):
                 return tuple(  # a product's rows may lie further apart than they are long
                     y.copy() if others or not y.flags.c_contiguous else y
                     for y, others in zip(made, borrowed, strict=True)
@@ -193,7 +193,7 @@ class DeviceBackend(Backend):
             out = tuple(made)
         while start < count:
             part = slice(start, min(start + block, count))
-            if fits(partial(_fill, out, part, forward, inputs)):
+            if fits(partial(_fill, out, part, run, inputs)):
                 start = part.stop
             else:
                 pool.release()
@@ -231,10 +231,10 @@ def _made(arrays: list[Array], xp: Any, shape: Shape, dtype: np.dtype[Any]) -> N
 def _fill(
     out: tuple[Array, ...],
     rows: slice,
-    forward: Callable[[tuple[Array, ...]], tuple[Array, ...]],
+    run: Callable[[tuple[Array, ...]], tuple[Array, ...]],
     inputs: tuple[Array, ...],
 ) -> None:
-    results = forward(tuple(x[rows] for x in inputs))
+    results = run(tuple(x[rows] for x in inputs))
     for into, result in zip(out, results, strict=True):
         into[rows] = result
 

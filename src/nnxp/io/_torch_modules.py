@@ -43,7 +43,9 @@ def kind_of(module: Module) -> str:
     if parametrize.is_parametrized(module):
         cls = cls.__mro__[1]
     return (
-        cls.__name__ if cls.__module__.startswith("torch.nn.") and cls.__name__ in MODULES else ""
+        cls.__name__
+        if cls.__module__.startswith("torch.nn.") and cls.__name__ in (*MODULES, *WRITTEN_OUT)
+        else ""
     )
 
 
@@ -65,10 +67,9 @@ def _affine(m: Module, like: Any, take: Take) -> tuple[Array, Array]:
 
 def _layer_norm(m: Module, take: Take) -> Any:
     shape = tuple(m.normalized_shape)
-    if m.weight is None:
-        return "layer_norm", {"shape": shape, "eps": float(m.eps)}
-    if len(shape) != 1:
-        raise Unknown(f"LayerNorm over {len(shape)} axes")
+    if m.weight is None or len(shape) != 1:
+        options = {"shape": shape, "weight": m.weight, "bias": m.bias, "eps": float(m.eps)}
+        return "layer_norm", options
     return LayerNorm.of(*_affine(m, m.weight, take), float(m.eps))
 
 
@@ -76,10 +77,8 @@ def _rms_norm(m: Module, take: Take) -> Any:
     import torch
 
     shape = tuple(m.normalized_shape)
-    if m.weight is None:
-        return "rms_norm", {"shape": shape, "eps": m.eps}
-    if len(shape) != 1:
-        raise Unknown(f"RMSNorm over {len(shape)} axes")
+    if m.weight is None or len(shape) != 1:
+        return "rms_norm", {"shape": shape, "weight": m.weight, "eps": m.eps}
     eps = torch.finfo(m.weight.dtype).eps if m.eps is None else m.eps
     return RMSNorm.of(take(m.weight), float(eps))
 
@@ -274,7 +273,7 @@ def _multi_head(m: Module, take: Take) -> Layer:
     )
 
 
-def _activation_of(given: Any, take: Take) -> str:
+def activation_of(given: Any, take: Take) -> str:
     """The name of an activation that is a module or a function of torch's."""
     layer: Any = None
     if hasattr(given, "forward"):
@@ -286,12 +285,12 @@ def _activation_of(given: Any, take: Take) -> str:
         isinstance(layer, Activation) and not layer.options and "softmax" not in layer.activation
     )
     if not plain:
-        raise Unknown(f"TransformerEncoderLayer with the activation {given!r:.60}")
+        raise Unknown(f"the activation {given!r:.60}")
     return str(layer.activation)
 
 
 def _encoder_layer(m: Module, take: Take) -> Layer:
-    name = _activation_of(m.activation, take)
+    name = activation_of(m.activation, take)
     inner, outer = _linear(m.linear1, take), _linear(m.linear2, take)
     return TransformerEncoderLayer.of(
         _multi_head(m.self_attn, take),
@@ -311,6 +310,9 @@ def _encoder_stack(m: Module, take: Take) -> Layer:
         raise Unknown(f"TransformerEncoder with the norm {m.norm!r:.60}")
     return TransformerEncoder(*(_encoder_layer(each, take) for each in m.layers), norm=norm)
 
+
+WRITTEN_OUT = "TransformerDecoderLayer", "TransformerDecoder", "Transformer"
+"""Modules that become several steps: of the modules they are made of, and of what is between."""
 
 MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "Linear": _linear,

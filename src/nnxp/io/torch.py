@@ -16,9 +16,10 @@ import numpy as np
 
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import ConversionError, NnxpError, OptionError
-from nnxp.io._torch_modules import MODULES, Module, Unknown, kind_of
+from nnxp.io._torch_modules import MODULES, Module, Unknown, activation_of, kind_of
 from nnxp.layers._layer import Layer
 from nnxp.layers.containers import Sequential
+from nnxp.layers.dense import Dense
 from nnxp.layers.torch_functions import ATTRIBUTES, FUNCTIONS, MAKERS, VIEWS, known
 from nnxp.layers.torch_graph import Constant, TorchGraph, encoded
 
@@ -287,7 +288,8 @@ class _Reading:
             return special(self, path, module, given)
         made = MODULES[kind](module, self.take)
         if isinstance(made, tuple):  # a function with these options
-            return self._step(made[0], list(given.values()), dict(made[1]))
+            options = {name: self._value(each) for name, each in made[1].items()}
+            return self._step(made[0], list(given.values()), options)
         return self._step(self._layer(path, lambda: made), list(given.values()))
 
     # what writes into its argument
@@ -550,18 +552,22 @@ def _mask(
 
 
 def _attention(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
-    what = self._layer(path, lambda: MODULES["MultiheadAttention"](module, self.take))
-    x, keys, values = (
-        _batch_first(self, path, module, given[name]) for name in ("query", "key", "value")
-    )
-    dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
-    mask = _mask(
-        self, x, given.get("key_padding_mask"), given.get("attn_mask"), module.num_heads, dtype
-    )
-    y = self._step(what, (x, keys, values, *mask))
+    arrays = [_batch_first(self, path, module, given[name]) for name in ("query", "key", "value")]
+    masks = given.get("key_padding_mask"), given.get("attn_mask")
+    y = _attended(self, path, module, arrays, *masks)
     if not module.batch_first:
         y = self._step("transpose", (y, 0, 1))
     return y if not path else (y, None)
+
+
+def _attended(
+    self: _Reading, path: str, module: Module, arrays: Sequence[Any], padding: Any, attn: Any
+) -> Any:
+    """What MultiheadAttention makes of a query, keys and values with their rows on axis 0."""
+    what = self._layer(path, lambda: MODULES["MultiheadAttention"](module, self.take))
+    dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
+    mask = _mask(self, arrays[0], padding, attn, module.num_heads, dtype)
+    return self._step(what, (*arrays, *mask))
 
 
 def _encoder(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
@@ -576,12 +582,86 @@ def _encoder(self: _Reading, path: str, module: Module, given: dict[str, Any]) -
     return y if attention.batch_first else self._step("transpose", (y, 0, 1))
 
 
+def _decoder(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+    """norm(last(... first(tgt, memory))), of one layer or a stack of them"""
+    stack = hasattr(module, "layers")
+    layers = dict(module.layers.named_children()) if stack else {"": module}
+    if strangers := {type(m).__name__ for m in layers.values()} - {"TransformerDecoderLayer"}:
+        raise Unknown(f"{type(module).__name__} of {', '.join(sorted(strangers))}")
+    attention = next(iter(layers.values())).self_attn
+    x, memory = (_batch_first(self, path, attention, given[name]) for name in ("tgt", "memory"))
+    for name, layer in layers.items():
+        inner = ".".join(filter(None, (path, f"layers.{name}" if stack else "")))
+        x = _decoded(self, inner, layer, x, memory, given)
+    if getattr(module, "norm", None) is not None:
+        x = self._module(_below(path, "norm"), module.norm, [x], {})
+    return x if attention.batch_first else self._step("transpose", (x, 0, 1))
+
+
+def _decoded(
+    self: _Reading, path: str, module: Module, x: Any, memory: Any, given: dict[str, Any]
+) -> Any:
+    """One layer of a decoder: attention to itself, to the memory, and the inner layers; each is
+    added to what it takes, which is normed before it or after."""
+
+    def attend(to: str, x: Any, seen: Any) -> Any:
+        name = {"tgt": "self_attn", "memory": "multihead_attn"}[to]
+        masks = given.get(f"{to}_key_padding_mask"), given.get(f"{to}_mask")
+        inner = getattr(module, name)
+        return _attended(self, _below(path, name), inner, [x, seen, seen], *masks)
+
+    def feed(x: Any) -> Any:
+        activation = activation_of(module.activation, self.take)
+        first = MODULES["Linear"](module.linear1, self.take)
+        inner = Dense.of(first.weight, first.bias, activation)
+        what = self._layer(_below(path, "linear1 and its activation"), lambda: inner)
+        hidden = self._step(what, (x,))
+        return self._module(_below(path, "linear2"), module.linear2, [hidden], {})
+
+    parts: list[Callable[[Any], Any]] = [
+        lambda x: attend("tgt", x, x),
+        lambda x: attend("memory", x, memory),
+        feed,
+    ]
+    for i, part in enumerate(parts, 1):
+        norm = getattr(module, f"norm{i}")
+        if module.norm_first:
+            made = part(self._module(_below(path, f"norm{i}"), norm, [x], {}))
+            x = self._step("add", (x, made))
+        else:
+            x = self._step("add", (x, part(x)))
+            x = self._module(_below(path, f"norm{i}"), norm, [x], {})
+    return x
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _transformer(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+    """decoder(tgt, encoder(src))"""
+    _batch_first(self, path, module, given["src"])  # which refuses what it does
+    parts = {"encoder": module.encoder, "decoder": module.decoder}
+    for name, part in parts.items():
+        if kind_of(part) != f"Transformer{name.capitalize()}":
+            raise Unknown(f"Transformer with the {name} {type(part).__name__}")
+    source = {
+        "src": given["src"],
+        "mask": given.get("src_mask"),
+        "src_key_padding_mask": given.get("src_key_padding_mask"),
+    }
+    memory = _encoder(self, _below(path, "encoder"), module.encoder, source)
+    return _decoder(self, _below(path, "decoder"), module.decoder, given | {"memory": memory})
+
+
 _CALLS = {
     "RNN": _recurrent, "GRU": _recurrent, "LSTM": _recurrent,
     "RNNCell": _cell, "GRUCell": _cell, "LSTMCell": _cell,
     "MultiheadAttention": _attention, "TransformerEncoderLayer": _encoder,
-    "TransformerEncoder": _encoder,
+    "TransformerEncoder": _encoder, "TransformerDecoderLayer": _decoder,
+    "TransformerDecoder": _decoder, "Transformer": _transformer,
 }  # fmt: skip
 
 NEEDED = dict.fromkeys(_CALLS, 1) | {"MultiheadAttention": 3}
+NEEDED |= {"TransformerDecoderLayer": 2, "TransformerDecoder": 2, "Transformer": 2}
 """How many arguments such a module takes unless `inputs` names them."""

@@ -32,6 +32,7 @@ from nnxp.kernels.activations import tanh_shrink as tanh_shrink
 from nnxp.kernels.activations import threshold as threshold
 from nnxp.kernels.attention import attention as attention
 from nnxp.kernels.conv import conv as conv
+from nnxp.kernels.conv import conv_max_pool as conv_max_pool
 from nnxp.kernels.conv import conv_transpose as conv_transpose
 from nnxp.kernels.linear import bilinear as bilinear
 from nnxp.kernels.linear import linear as linear

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any, NamedTuple, TypeVar
@@ -17,13 +18,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from nnxp._arrays import Array, Shape, is_floating, library_of
-from nnxp._errors import DtypeMismatch
+from nnxp._errors import DtypeMismatch, NnxpError, ShapeError
 
 Body = Callable[..., Array]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 # Where the fused bodies of a library stand; imported when the first array of that library comes.
 _FUSED = {"cupy": "nnxp.kernels.cuda"}
+
+_OF_SHAPES = re.compile(r"broadcast|dimension|reshape|aligned|axes|shape")
+"""What NumPy and CuPy say where shapes do not fit."""
 
 KERNELS: dict[str, Kernel] = {}
 """Every kernel by name."""
@@ -115,7 +119,26 @@ class Kernel:
             body = self._body[type(x)]
         except KeyError:
             body = self._find(x)
-        return body(x, *arrays, **options)
+        try:
+            return body(x, *arrays, **options)
+        except ValueError as error:
+            ours = isinstance(error, NnxpError) or library_of(x) == "traced"  # a layer says more
+            if ours or not _OF_SHAPES.search(str(error)):
+                raise
+            raise self._misfit((x, *arrays), error) from error
+
+    def _misfit(self, arrays: tuple[Array | None, ...], error: ValueError) -> ShapeError:
+        """What is said where an array library found, on its way, that shapes do not fit."""
+        names = inspect.signature(self.reference).parameters
+        given = ", ".join(
+            f"{name} {array.shape}"
+            for name, array in zip(names, arrays, strict=False)
+            if array is not None
+        )
+        return ShapeError(
+            f"{self.__name__} got {given}, which do not fit each other: {error!s:.200}; its "
+            "docstring says which do"
+        )
 
     def _find(self, x: Array) -> Body:
         """The body for the library of x: a fused one, or the reference.

@@ -25,6 +25,7 @@ from nnxp.kernels._windows import (
 )
 from nnxp.kernels.activations import identity
 from nnxp.kernels.linear import linear
+from nnxp.kernels.pool import max_pool
 
 
 @kernel
@@ -63,6 +64,30 @@ def conv(
     apart = weight.shape[-2] == 1
     y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
     return _finished(y, bias, activation)
+
+
+@kernel
+def conv_max_pool(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    window: tuple[int, ...],
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    activation: Kernel = identity,
+) -> Array:
+    """y = max_pool(conv(x, weight, bias, ...), window=window)
+
+    x (n, *space, c) -> y (n, *positions, o): what an engine makes of a convolution and the pool
+    behind it, windows one next to another, for bodies that never write out what is between. All
+    other options are those of `conv`.
+    """
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    made = conv(x, weight, bias, **options, activation=activation)
+    return max_pool(made, window=window)
 
 
 def _finished(y: Array, bias: Array | None, activation: Kernel) -> Array:

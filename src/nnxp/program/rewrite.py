@@ -166,16 +166,16 @@ class Product(NamedTuple):
     options: dict[str, Any]
 
     def having(self, weight: Any, bias: Any, **options: Any) -> Any:
-        """It noted anew, with these."""
+        """It noted anew, with these; None if its activation comes between."""
+        if self.options.get("activation", kernels.identity) is not kernels.identity:
+            return None
         return record(self.function, (self.x, weight, bias), self.options | options)
 
 
 def _product(x: Any) -> Product | None:
-    """The product whose outputs x is, before any activation; None for what is something else."""
+    """The product whose outputs x is; None for what is something else."""
     step = x.value.step if isinstance(x, ndarray) else None
     if step is None or step.function not in (*PRODUCTS, kernels.matmul):
-        return None
-    if step.options.get("activation", kernels.identity) is not kernels.identity:
         return None
     function = kernels.linear if step.function is kernels.matmul else step.function
     x, weight, bias = (*map(lifted, step.inputs), None)[:3]
@@ -232,6 +232,25 @@ def _norm(product: Product, step: Step, *others: Any) -> Any:
     scale = scale if gain is None else scale * gain
     moved = -mean * scale if bias is None else (bias - mean) * scale
     return product.having(weight * scale, moved if shift is None else moved + shift)
+
+
+@rule(kernels.max_pool)
+def _pool(product: Product, step: Step) -> Any:
+    """If its windows lie one next to another."""
+    options, window = step.options, step.options["window"]
+    axes = len(window)
+    plain = {
+        "stride": (None, window),
+        "padding": (0, "valid", ((0, 0),) * axes),
+        "dilation": (1, (1,) * axes),
+        "ceil_mode": (False,),
+    }
+    if any(name in options and options[name] not in values for name, values in plain.items()):
+        return None
+    if product.function is not kernels.conv or product.x.dtype.itemsize == 2:
+        return None  # what bodies do with 16 bits themselves is not to be widened
+    arrays = product.x, product.weight, product.bias
+    return record(kernels.conv_max_pool, arrays, product.options | {"window": window})
 
 
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
 from math import prod, sqrt
 from typing import Any
 
@@ -24,39 +26,77 @@ def attention_in_place(
     causal: bool = False,
     scale: float | None = None,
 ) -> InPlace | None:
-    """Without a mask, with as many groups as heads: the scores of one row at a time.
+    """With as many groups as heads: the scores of one row at a time.
 
     The scores lie by keys, so that the largest are found, and taken away, along all queries at
-    once; they are summed by a product with ones, and what they make of the values is divided.
+    once; they are summed by a product with ones, and what they make of the values is divided. A
+    key that a mask hides from all is one stretch of them.
     """
-    if mask is not None or causal or not plain(q, k, v) or {q.ndim, k.ndim, v.ndim} != {4}:
+    if not plain(q, k, v) or {q.ndim, k.ndim, v.ndim} != {4}:
         return None
     heads, queries, channels = q.shape[1:]
     keys = k.shape[2]
     if k.shape[1:] != (heads, keys, channels) or v.shape[1:3] != (heads, keys) or not keys:
         return None
+    if mask is not None and (mask.ndim > 4 or mask.dtype not in (q.dtype, np.dtype("bool"))):
+        return None
+    seen: Shape = (1,) * 4 if mask is None else (1,) * (4 - mask.ndim) + mask.shape
+    if any(n not in (1, most) for n, most in zip(seen[1:], (heads, queries, keys), strict=True)):
+        return None  # the reference body says what is wrong
     factor = 1 / sqrt(channels) if scale is None else scale
     ones = np.ones((1, keys), q.dtype)
     lowest = np.finfo(q.dtype).min
     shapes = (heads, keys, queries), (heads, queries, channels), (heads, 1, queries)
+    limits_of = (seen[1], seen[3], seen[2]), (1, keys if causal else 0, queries)
+    needed = room(q.dtype, *shapes, *limits_of)
+
+    def hide(scores: HostArray, limits: HostArray, allowed: HostArray) -> None:
+        """Minus infinity where a mask, (heads, keys, queries) or 1 for any of them, is False."""
+        if allowed.size == keys:
+            scores[:, ~allowed[0, :, 0]] = -np.inf
+            return
+        _limits(limits, allowed)
+        np.fmin(scores, limits, out=scores)
 
     def run(
-        out: HostArray, scratch: HostArray, q: HostArray, k: HostArray, v: HostArray, *_: Any
+        out: HostArray, scratch: HostArray, q: HostArray, k: HostArray, v: HostArray, *given: Any
     ) -> None:
-        scores, scaled, sums = carved(scratch, q.dtype, *shapes)
-        for one, other, values, y in zip(q, k, v, out, strict=True):
+        scores, scaled, sums, limits, before = carved(scratch, q.dtype, *shapes, *limits_of)
+        masks: Iterable[HostArray | None] = repeat(None)
+        if mask is not None:
+            masks = np.broadcast_to(given[0].reshape(-1, *seen[1:]), (len(q), *seen[1:]))
+        if causal:
+            _limits(before, np.arange(keys)[:, None] <= np.arange(queries))
+        for one, other, values, own, y in zip(q, k, v, masks, out, strict=False):
             np.multiply(one, factor, out=scaled)
             np.matmul(other, scaled.swapaxes(1, 2), out=scores)
-            np.maximum.reduce(scores, axis=1, keepdims=True, out=sums)
-            np.maximum(sums, lowest, out=sums)
-            np.subtract(scores, sums, out=scores)
+            with np.errstate(over="ignore", invalid="ignore"):  # minus infinity, whose exp is 0
+                if own is not None and own.dtype == "bool":
+                    hide(scores, limits, own.swapaxes(1, 2))
+                elif own is not None:
+                    np.add(scores, own.swapaxes(1, 2), out=scores)
+                if causal:
+                    np.fmin(scores, before, out=scores)
+                np.maximum.reduce(scores, axis=1, keepdims=True, out=sums)
+                np.maximum(sums, lowest, out=sums)
+                np.subtract(scores, sums, out=scores)
             np.exp(scores, out=scores)
             np.matmul(ones, scores, out=sums)
             np.maximum(sums, 1, out=sums)
             np.matmul(scores.swapaxes(1, 2), values, out=y)
             np.divide(y, sums.swapaxes(1, 2), out=y)
 
-    return InPlace(run, lambda rows: room(q.dtype, *shapes))
+    made_anew = (prod(limits_of[1]) if causal else 0) + keys
+    return InPlace(run, lambda rows: needed + made_anew)
+
+
+def _limits(limits: HostArray, allowed: HostArray) -> None:
+    """What scores are to be at most, by fmin: a fourth of the time that a copy `where` takes.
+
+    A score that is no number is infinite then, and makes its query none all the same.
+    """
+    limits.fill(-np.inf)
+    np.copyto(limits, np.inf, where=allowed)
 
 
 @layer_norm.in_place

@@ -53,14 +53,15 @@ def max_pool_in_place(
                 own[: len(part), top : top + tall, left : left + broad] = part
                 part = own[: len(part)]
             ends = (k * apart + (height - 1) * down + 1 for k in range(over.window[0]))
-            _largest([part[:, k * apart : end : down] for k, end in enumerate(ends)], high)
+            largest([part[:, k * apart : end : down] for k, end in enumerate(ends)], high)
             ends = (k * beside + (width - 1) * across + 1 for k in range(over.window[1]))
-            _largest([high[:, :, k * beside : end : across] for k, end in enumerate(ends)], y)
+            largest([high[:, :, k * beside : end : across] for k, end in enumerate(ends)], y)
 
     return InPlace(run, lambda rows: room(x.dtype, *shapes(rows)))
 
 
-def _largest(seen: list[HostArray], out: HostArray) -> None:
+def largest(seen: list[HostArray], out: HostArray) -> None:
+    """The largest of some arrays, element by element."""
     first, *others = seen
     if not others:
         np.copyto(out, first)

@@ -1,0 +1,259 @@
+"""Weights that torch wrote, as a state dict in a safetensors file, into a model of ours, by names.
+
+A field that holds an array is known by torch's name for it, and turned from torch's form into
+ours: a matrix is transposed, gates are put in order, one matrix of attention is three here.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nnxp._arrays import HostArray, float_dtype, is_array
+from nnxp._errors import CheckpointError, ConversionError, OptionError
+from nnxp.backend import asnumpy
+from nnxp.io._atomic import path_of
+from nnxp.io.checkpoint import _foreign, _readable
+from nnxp.layers._layer import Layer
+
+Turn = Callable[..., HostArray]
+
+
+class Source(NamedTuple):
+    """Where a parameter comes from: torch's names for it, and what turns their arrays into ours."""
+
+    names: tuple[str, ...]
+    turn: Turn
+
+
+def load_state(model: Layer, path: str | os.PathLike[str], *, partial: bool = False) -> Layer:
+    """The model with the weights of a state dict that torch wrote, taken by their names.
+
+        safetensors.torch.save_file(module.state_dict(), "state.safetensors")   # where torch is
+        net = nnxp.load_state(net, "state.safetensors")                         # here, without it
+
+    A layer in a field has the name of the field, as a module in an attribute has in torch. Of a
+    Sequential the layers that have parameters are those of torch's nn.Sequential, in their order,
+    whatever stands between them. Weights are turned into the form that they have here, and have
+    the types of the model's own. `num_batches_tracked` is not wanted by anybody.
+
+    Args:
+        model: a layer of the same make as the module: its fields are called as the module's
+            attributes are.
+        path: of a file that safetensors.torch.save_file wrote.
+        partial: take what fits, leave other parameters as they are, and warn of all that did not
+            fit, instead of raising.
+
+    Returns:
+        A model like this one, in host memory.
+
+    Raises:
+        ConversionError: with all parameters that the file has not, all tensors that the model has
+            no place for, and all whose shapes differ.
+        CheckpointError: the file is no safetensors file, or one that nnxp.save wrote.
+        OSError: such as FileNotFoundError, the file cannot be read.
+    """
+    if not isinstance(model, Layer):
+        raise OptionError(f"load_state takes a model made of nnxp layers, not {model!r:.60}")
+    tensors = _tensors(path_of(path))
+    own = {name: asnumpy(value) for name, value in model.parameters().items()}
+    sources = dict(_sources(model, "", "", set(tensors)))
+    parameters, problems = dict(own), []
+    for name, value in own.items():
+        source = sources[name]
+        absent = [each for each in source.names if each not in tensors]
+        if absent:
+            problems.append(f"{name} is not there, as {' and '.join(absent)}")
+            continue
+        given = [tensors[each] for each in source.names]
+        shapes = " and ".join(f"{each} {tensors[each].shape}" for each in source.names)
+        try:
+            made = source.turn(*given)
+        except ValueError:  # of another number of axes
+            made = None
+        if made is None or made.shape != value.shape:
+            problems.append(f"{name} {value.shape} cannot be {shapes}")
+        else:
+            parameters[name] = np.ascontiguousarray(made, value.dtype)
+    used = {each for name in own for each in sources[name].names}
+    stray = sorted(
+        each for each in tensors.keys() - used if not each.endswith("num_batches_tracked")
+    )
+    if stray:
+        problems.append(f"the model has no place for {', '.join(stray)}")
+    if problems:
+        said = f"{model!r:.100} does not fit {path_of(path)}: {'; '.join(problems)}"
+        if not partial:
+            raise ConversionError(f"{said}. partial=True takes what fits")
+        warnings.warn(said, UserWarning, stacklevel=2)
+    return model.with_parameters(parameters)
+
+
+def _tensors(path: str) -> dict[str, HostArray]:
+    """All arrays of a safetensors file by name."""
+    from safetensors import SafetensorError, safe_open
+
+    _readable(path)
+    kinds: set[str] = set()
+    try:
+        with safe_open(os.fspath(path), framework="numpy", backend="pread") as file:
+            ours, names = "nnxp" in (file.metadata() or {}), list(file.keys())
+            kinds = {file.get_slice(name).get_dtype() for name in names}
+            if "BF16" in kinds:
+                float_dtype("bfloat16")  # which wants a package, and says so
+            tensors = {} if ours else {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        reason = _foreign(path) or f"it is no whole safetensors file ({error})"
+        raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
+    except (TypeError, AttributeError):
+        said = f"{path} has tensors of {' and '.join(sorted(kinds))}, not all types of NumPy's"
+        raise CheckpointError(
+            f"{said}; module.float() makes them so, before they are saved"
+        ) from None
+    if ours:
+        raise CheckpointError(f"{path} is a model that nnxp.save wrote: nnxp.load reads it")
+    return tensors
+
+
+def _sources(layer: Layer, ours: str, theirs: str, names: set[str]) -> Iterator[tuple[str, Source]]:
+    """Of each parameter of a layer, by its name in the model, where it comes from."""
+    kind = type(layer).__name__
+    children = dict(layer.children())
+    if kind in _WHOLE:
+        for name, source in _WHOLE[kind](layer, theirs, names):
+            yield ours + name, source
+        children = {}
+    for name, value in layer._fields():
+        if is_array(value) and kind not in _WHOLE:
+            theirs_of, turn = _FIELDS.get((kind, name), (name, _as_it_is))
+            if kind == "ConvTranspose" and name == "weight":
+                turn = _transposed_by(layer)
+            yield ours + name, Source((theirs + theirs_of,), turn)
+    numbers = _numbers(children, theirs, names) if kind == "Sequential" else {}
+    for name, child in children.items():
+        if kind in ("Residual", "ChannelsFirst"):
+            inner = theirs
+        else:
+            renamed = numbers.get(name) or _CHILDREN.get(kind, {}).get(name, name)
+            inner = f"{theirs}{renamed}."
+        yield from _sources(child, f"{ours}{name}.", inner, names)
+
+
+def _numbers(children: dict[str, Layer], theirs: str, names: set[str]) -> dict[str, str]:
+    """torch's numbers of the layers of a Sequential: those that have parameters, in order."""
+    after = (name.removeprefix(theirs) for name in names if name.startswith(theirs))
+    numbers = sorted(
+        {int(first) for name in after if (first := name.partition(".")[0]).isdecimal()}
+    )
+    own = [name for name, child in children.items() if child.parameters()]
+    if len(numbers) != len(own):
+        return {name: name.removeprefix("layers.") for name in children}
+    return dict(zip(own, map(str, numbers), strict=True))
+
+
+def _as_it_is(x: HostArray) -> HostArray:
+    return x
+
+
+def _transposed(x: HostArray) -> HostArray:
+    return x.T
+
+
+def _windows_first(x: HostArray) -> HostArray:
+    """(outputs, channels / groups, *window) -> (*window, channels / groups, outputs)"""
+    return x.transpose(*range(2, x.ndim), 1, 0)
+
+
+def _transposed_by(layer: Any) -> Turn:
+    """(channels, outputs / groups, *window) -> (*window, channels / groups, outputs)"""
+
+    def turn(x: HostArray) -> HostArray:
+        channels, outputs, *window = x.shape
+        apart = x.reshape(layer.groups, channels // layer.groups, outputs, *window)
+        axes = range(3, 3 + len(window))
+        return apart.transpose(*axes, 1, 0, 2).reshape(*window, channels // layer.groups, -1)
+
+    return turn
+
+
+_FIELDS: dict[tuple[str, str], tuple[str, Turn]] = {
+    ("Dense", "weight"): ("weight", _transposed),
+    ("Conv", "weight"): ("weight", _windows_first),
+    ("Bilinear", "weight"): ("weight", lambda x: np.moveaxis(x, 0, -1)),
+    ("PReLU", "slope"): ("weight", _as_it_is),
+    ("BatchNorm", "mean"): ("running_mean", _as_it_is),
+    ("BatchNorm", "var"): ("running_var", _as_it_is),
+} | {
+    (kind, "gain"): ("weight", _as_it_is)
+    for kind in "LayerNorm RMSNorm BatchNorm GroupNorm InstanceNorm".split()
+}
+"""Fields that torch calls otherwise, or has in another form."""
+
+_CHILDREN = {
+    "TransformerEncoderLayer": {
+        "attention": "self_attn", "attention_norm": "norm1", "inner": "linear1",
+        "outer": "linear2", "norm": "norm2",
+    },
+}  # fmt: skip
+"""Layers in fields that torch calls otherwise."""
+
+
+def _attention(layer: Layer, theirs: str, names: set[str]) -> Iterator[tuple[str, Source]]:
+    """One matrix for queries, keys and values in torch, unless they have sizes of their own."""
+    whole = f"{theirs}in_proj_weight"
+    for i, (ours, own) in enumerate([("query", "q"), ("key", "k"), ("value", "v")]):
+
+        def third(x: HostArray, i: int = i) -> HostArray:
+            return np.split(x, 3)[i].T
+
+        apart = Source((f"{theirs}{own}_proj_weight",), _transposed)
+        yield f"{ours}.weight", apart if apart.names[0] in names else Source((whole,), third)
+        yield f"{ours}.bias", Source((f"{theirs}in_proj_bias",), third)
+    yield "output_projection.weight", Source((f"{theirs}out_proj.weight",), _transposed)
+    yield "output_projection.bias", Source((f"{theirs}out_proj.bias",), _as_it_is)
+
+
+def _cell(layer: Layer, theirs: str, names: set[str], suffix: str = "") -> Iterator[Any]:
+    """A cell's weights, with its gates in our order, (gates * size, inputs) in torch."""
+    kind = type(layer).__name__
+
+    def turn(x: HostArray) -> HostArray:
+        if kind == "LSTMCell":
+            i, f, g, o = np.split(x, 4)
+            x = np.concatenate([i, f, o, g])
+        return x.T
+
+    def both(x: HostArray, h: HostArray) -> HostArray:
+        return turn(x + h)
+
+    def named(*parts: str) -> tuple[str, ...]:
+        return tuple(f"{theirs}{part}{suffix}" for part in parts)
+
+    yield "weight_x", Source(named("weight_ih"), turn)
+    yield "weight_h", Source(named("weight_hh"), turn)
+    if kind == "GRUCell":
+        yield "bias", Source(named("bias_ih"), turn)
+        yield "bias_h", Source(named("bias_hh"), turn)
+    else:
+        yield "bias", Source(named("bias_ih", "bias_hh"), both)
+    yield "projection", Source(named("weight_hr"), _transposed)
+
+
+def _stack(layer: Any, theirs: str, names: set[str]) -> Iterator[tuple[str, Source]]:
+    ends = ("", "_reverse") if layer.bidirectional else ("",)
+    for i, cell in enumerate(layer.cells):
+        suffix = f"_l{i // len(ends)}{ends[i % len(ends)]}"
+        for name, source in _cell(cell, theirs, names, suffix):
+            yield f"cells.{i}.{name}", source
+
+
+_WHOLE: dict[str, Callable[[Any, str, set[str]], Iterator[tuple[str, Source]]]] = {
+    "MultiHeadAttention": _attention,
+    **dict.fromkeys(("RNN", "GRU", "LSTM"), _stack),
+    **dict.fromkeys(("RNNCell", "GRUCell", "LSTMCell"), _cell),
+}
+"""Layers whose parameters torch has in one module, without those that are in fields of them."""
