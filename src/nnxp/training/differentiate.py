@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,14 @@ from nnxp.layers._layer import Layer, Rng, generator, reason_of
 from nnxp.program import traced
 from nnxp.program.gradient import gradient, pullback
 from nnxp.program.program import Program, trace
-from nnxp.program.recording import Recording, expanded
+from nnxp.program.recording import Bodied, Layout, Recording, bodied, expanded
 from nnxp.program.rewrite import merged, placed
 from nnxp.program.traced import Drawn, Untraceable, Value
 
 Loss = Callable[..., Any]
 """loss(model, x, target, ...) -> a single number, written with the library of its arrays."""
 
+NOISE_BYTES = 5  # of an element that is dropped or not: a float32 is drawn, a bool is made of it
 MOST_PROGRAMS = 32  # structures and batches that a function of gradients remembers
 
 
@@ -47,6 +50,20 @@ class LossProgram:
     learned: tuple[str, ...]
     told: tuple[str, ...]
     drawn: tuple[Drawn, ...]
+
+    @cached_property
+    def bodied(self) -> Bodied:
+        """The program as the CPU runs it."""
+        return bodied(merged(expanded(self.program)))
+
+    @cached_property
+    def working_set(self) -> int:
+        """Bytes that a run takes besides its inputs, its results, and Python's own objects."""
+        layout = Layout(self.bodied, 1)
+        given = {each for step in self.bodied.steps for each in step.values}
+        constants = [each.numbers.nbytes for each in given if each.numbers is not None]
+        noise = [prod(each.value.shape) * NOISE_BYTES for each in self.drawn]
+        return layout.anew + layout.scratch + sum([*layout.sizes, *constants, *noise])
 
 
 def write_out(
@@ -106,15 +123,13 @@ class LossRunner:
     def __init__(self, written: LossProgram, place: str) -> None:
         self.written, self.place = written, place
         self._home = home_of(place)
-        program = written.program
+        self._recording: Recording | None = None
         if place == "cpu":
-            self._program = merged(expanded(program))
-            kinds = [value.dtype for value in program.inputs]
-            self._recording: Recording | None = Recording(self._program, 1, kinds)
+            kinds = [value.dtype for value in written.program.inputs]
+            self._recording = Recording(written.bodied, 1, kinds)
         else:
             with self._home.current():
-                self._program = placed(program, lambda x: to_backend(x, self._home))
-            self._recording = None
+                self._program = placed(written.program, lambda x: to_backend(x, self._home))
 
     def draw(self, rng: np.random.Generator | None) -> list[HostArray]:
         """What this run draws at random."""
