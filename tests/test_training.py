@@ -502,6 +502,17 @@ def test_a_loss_that_is_no_number_stops_the_run_with_epoch_and_batch():
         fit(nnxp.Sequential(nnxp.Dense(5, 3, rng=0)), x, y)
 
 
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"memory_limit": 9000}])
+@pytest.mark.parametrize("scale", [1e30, 1e39, 1e300])
+def test_rows_beyond_the_type_end_in_that_error_and_not_in_warnings(scale, options):
+    x, _ = data(dtype="float64")
+    model = nnxp.Sequential(nnxp.Dense(5, 3, rng=0))
+    with pytest.raises(TrainingError, match=r"the loss is (inf|nan) in epoch 1, batch 1"):
+        fit(model, x * scale, x[:, :3], loss="mean_square", **options)
+    fitted = fit(model, x, x[:, :3], loss="mean_square", validation=(x * scale, x[:, :3]), epochs=1)
+    assert not np.isfinite(fitted.history[0]["validation"])
+
+
 def test_some_parameters_do_not_learn():
     x, y = data()
     model = deep()

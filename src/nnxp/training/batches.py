@@ -145,6 +145,7 @@ class _Source:
     def __len__(self) -> int:
         return int(self._source.shape[0])
 
+    @np.errstate(all="ignore")  # what the type does not hold is infinite, and so is the loss
     def at(self, ids: HostArray) -> Array:
         if self._device is not None:
             with home_of(place_of(self._device)).current():

@@ -139,6 +139,7 @@ class LossRunner:
             )
         return [drawn.draw(rng) for drawn in self.written.drawn if rng is not None]
 
+    @np.errstate(all="ignore")  # what is no number any more goes on to the loss, where it is seen
     def __call__(
         self,
         parameters: Sequence[Array],
@@ -201,6 +202,8 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
         NotDifferentiable: arithmetic has no gradient; the message has the layer or the line.
         DeviceMismatch: arrays are not where the model is.
     """
+    if not callable(loss):
+        raise OptionError(f"a loss is a function (model, x, target) -> number, not {loss!r:.60}")
     runners: dict[Any, tuple[Layer, LossRunner]] = {}
 
     def both(model: Layer, *arrays: Any, rng: Rng = None) -> tuple[Array, dict[str, Array]]:
@@ -292,7 +295,19 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
 
     Raises:
         NotDifferentiable: arithmetic has no gradient; the message has the layer or the line.
+        OptionError: what is no function, or no array.
     """
+    if not callable(function):
+        raise OptionError(
+            f"vjp differentiates a layer or a function of arrays, not {function!r:.60}"
+        )
+    for each in arrays:
+        if not is_array(each):
+            raise OptionError(
+                f"vjp takes arrays of NumPy or CuPy behind the function, not {each!r:.60}"
+            )
+    if not arrays:
+        raise OptionError("vjp takes the arrays that the function is called with, but none came")
     layers = {}
     if isinstance(function, Layer):
         layers = {id(layer): (path, layer) for path, layer in [*function.walk(), ("", function)]}
@@ -303,12 +318,16 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
     except (Untraceable, UnsupportedFunction) as error:
         raise NotDifferentiable(f"{function!r:.60}: {reason_of(error)}") from error
     made = pullback(program, program.inputs)
-    home = home_of(place_of(arrays[0])) if arrays else home_of("cpu")
+    home = home_of(place_of(arrays[0]))
     if xp_of(arrays[0]) is not np and home.device != "cpu":
         made = placed(made, lambda x: to_backend(x, home))
     count = len(program.outputs)
 
     def back(*worth: Array) -> Any:
+        if len(worth) != count or not all(map(is_array, worth)):
+            raise OptionError(
+                f"what a change is worth is {count} arrays, one for each result, not {worth!r:.60}"
+            )
         for dy, value in zip(worth, program.outputs, strict=True):
             if dy.shape != value.shape:
                 raise OptionError(f"a change of {list(value.shape)} has no worth {list(dy.shape)}")

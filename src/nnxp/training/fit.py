@@ -68,7 +68,7 @@ def fit(
     x: Any,
     y: Any,
     *,
-    loss: str | Callable[..., Any],
+    loss: str | Callable[..., Any] | None = None,
     optimizer: Optimizer | None = None,
     epochs: int = 10,
     batch: int = 128,
@@ -97,7 +97,8 @@ def fit(
         model: a layer with parameters.
         x: (n, ...), as rows for `nnxp.predict`; a tuple or a dict for a model of several inputs.
         y: (n, ...), as the loss takes them: labels (n,) for "cross_entropy", else like the output.
-        loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number.
+        loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number. It has
+            to be given.
         optimizer: `Adam(1e-3)` without one.
         epochs: times through all rows, in all, those of a checkpoint counted.
         batch: rows a step; the order of an epoch's rows follows from rng and the epoch alone.
@@ -135,6 +136,8 @@ def fit(
         OutOfMemory: the memory limit does not hold a step of one row.
         OptionError, ShapeError, DtypeMismatch: an argument does not fit.
     """
+    if not isinstance(model, Layer):
+        raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
     epochs, batch = whole("epochs", epochs, 0), whole("batch", batch)
     chosen = _loss(loss)
     optimizer = Adam() if optimizer is None else optimizer
@@ -175,6 +178,11 @@ def _loss(loss: Any) -> Callable[..., Any]:
         if loss not in LOSSES:
             raise OptionError(f"there is no loss {loss!r}; the names are {', '.join(LOSSES)}")
         return LOSSES[loss]
+    if loss is None:
+        raise OptionError(
+            'nnxp.fit makes a loss smaller, but none is given: loss="cross_entropy" is for labels, '
+            f'"mean_square" for numbers; the names are {", ".join(LOSSES)}'
+        )
     if not callable(loss):
         raise OptionError(f"loss is a name or a function (model, x, target), not {loss!r:.60}")
     return loss  # type: ignore[no-any-return]
@@ -203,8 +211,6 @@ class Trainer:
         workers: int | None = None,
         memory_limit: int | str | None = None,
     ) -> None:
-        if not isinstance(model, Layer):
-            raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
         if clip is not None and not clip > 0:
             raise OptionError(f"gradients are clipped to a norm above zero, not {clip!r}")
         self.model = model
