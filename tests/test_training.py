@@ -553,6 +553,8 @@ def test_the_order_of_rows_follows_from_seed_and_epoch():
     blocks = order_of(5000, 3, 0, in_memory=False)
     assert sorted(blocks) == list(range(5000))
     assert np.ptp(blocks[: 16 * 64]) > 64
+    assert len(np.unique(blocks[: 16 * 64] // 64)) <= 17  # blocks of 64 rows stay together,
+    assert (np.diff(blocks) == 1).mean() < 0.05  # and their rows are mixed
     assert [len(each) for each in batches_of(np.arange(10), 4)] == [4, 4, 2]
     assert [len(each) for each in batches_of(np.arange(9), 4)] == [4, 5]  # never a single row
 
@@ -565,6 +567,7 @@ def test_rows_come_from_a_file_and_of_any_type(tmp_path):
     model = nnxp.Sequential(
         nnxp.Standardize(np.full(5, 127.0), np.full(5, 74.0)), nnxp.Dense(5, 3, rng=0)
     )
+    assert Rows(model, x, y).in_memory > Rows(model, mapped, y).in_memory
     assert_same_bits(fit(model, mapped, y, epochs=2).model, fit(model, mapped, y, epochs=2).model)
     fitted = fit(model, list(x), y, epochs=1, weights=np.ones(300))
     assert_same_bits(fitted.model, fit(model, x, y, epochs=1, weights=np.ones(300)).model)

@@ -142,6 +142,7 @@ class Plateau:
 def rate_at(rate: Rate, step: int) -> float:
     """The rate after so many steps; OptionError unless it is 0 or more."""
     value: Any = rate(step) if callable(rate) else rate
-    if not (isinstance(value, Real) and value >= 0):
+    known = isinstance(value, Real)
+    if not (known and value >= 0):
         raise OptionError(f"a learning rate is 0 or more, not {value!r} at step {step}")
     return float(value)
