@@ -141,7 +141,8 @@ def main() -> None:
             found.append(entry)
             print(entry, flush=True)
         if args.output:
-            args.output.write_text(json.dumps(found, indent=1) + "\n")
+            text = json.dumps({"what": "mnist_1d", "networks": found}, indent=1)
+            args.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":
