@@ -169,6 +169,32 @@ def in_torch(task: Task, compiled: bool = False) -> Run:
                     + [d.bias.detach().numpy() for d in dense])  # fmt: skip
 
 
+def in_jax(task: Task) -> Run:
+    import jax
+    from jax import numpy as jnp
+
+    def loss(parameters: Any, x: Any, labels: Any) -> Any:
+        weights, biases = parameters
+        for w, b in zip(weights[:-1], biases[:-1], strict=True):
+            x = jax.nn.relu(x @ w + b)
+        logs = jax.nn.log_softmax(x @ weights[-1] + biases[-1])
+        return -jnp.take_along_axis(logs, labels[:, None], axis=1).mean()
+
+    def change(parameters: Any, x: Any, labels: Any) -> Any:
+        slopes = jax.grad(loss)(parameters, x, labels)
+        return jax.tree.map(lambda p, g: p - RATE * g, parameters, slopes)
+
+    stepped = jax.jit(change, donate_argnums=0)
+    now = jax.tree.map(jnp.array, (task.weights, task.biases))
+    x, labels = jnp.array(task.x), jnp.array(task.labels)
+
+    def step() -> None:
+        nonlocal now
+        now = jax.block_until_ready(stepped(now, x, labels))
+
+    return repeated(task, step, lambda: [*now[0], *now[1]])
+
+
 def in_sklearn(task: Task) -> Run:
     """One epoch of STEPS batches, so that what it checks at its door is shared by them."""
     from sklearn.neural_network import MLPClassifier
@@ -194,6 +220,7 @@ CONTENDERS: dict[str, Callable[[Task], Run]] = {
     FLOOR: bare_products,
     "torch": in_torch,
     "torch.compile": lambda task: in_torch(task, compiled=True),
+    "jax": in_jax,
     "sklearn": in_sklearn,
 }
 

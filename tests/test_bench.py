@@ -376,3 +376,11 @@ def test_networks_of_other_kinds_race_from_end_to_end():
     command = [sys.executable, BENCH / "models.py", "lstm", "--small", "--contenders", "nnxp"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert said.splitlines()[-1].startswith("lstm       nnxp ")
+
+
+def test_mnist_1d_is_learned_by_a_linear_network_as_published(monkeypatch):
+    pytest.importorskip("mnist1d", reason="the package that makes the rows")
+    monkeypatch.syspath_prepend(str(BENCH))
+    mnist_1d = importlib.import_module("mnist_1d")
+    score = mnist_1d.ours("linear", 0, mnist_1d.data(), steps=1000)
+    assert abs(score - mnist_1d.PUBLISHED["linear"]) < 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -17,7 +18,7 @@ import nnxp
 from conftest import draw
 from nnxp._errors import CheckpointError, NotDifferentiable, OptionError, ShapeError, TrainingError
 from nnxp.training import losses, optimizers, schedules
-from nnxp.training.batches import batches_of, order_of
+from nnxp.training.batches import Rows, batches_of, order_of
 from nnxp.training.fit import Trainer
 
 LABELS = np.array([0, 2, 1, 1, 0, 2, 2])
@@ -501,6 +502,17 @@ def test_a_loss_that_is_no_number_stops_the_run_with_epoch_and_batch():
         fit(nnxp.Sequential(nnxp.Dense(5, 3, rng=0)), x, y)
 
 
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"memory_limit": 9000}])
+@pytest.mark.parametrize("scale", [1e30, 1e39, 1e300])
+def test_rows_beyond_the_type_end_in_that_error_and_not_in_warnings(scale, options):
+    x, _ = data(dtype="float64")
+    model = nnxp.Sequential(nnxp.Dense(5, 3, rng=0))
+    with pytest.raises(TrainingError, match=r"the loss is (inf|nan) in epoch 1, batch 1"):
+        fit(model, x * scale, x[:, :3], loss="mean_square", **options)
+    fitted = fit(model, x, x[:, :3], loss="mean_square", validation=(x * scale, x[:, :3]), epochs=1)
+    assert not np.isfinite(fitted.history[0]["validation"])
+
+
 def test_some_parameters_do_not_learn():
     x, y = data()
     model = deep()
@@ -541,6 +553,8 @@ def test_the_order_of_rows_follows_from_seed_and_epoch():
     blocks = order_of(5000, 3, 0, in_memory=False)
     assert sorted(blocks) == list(range(5000))
     assert np.ptp(blocks[: 16 * 64]) > 64
+    assert len(np.unique(blocks[: 16 * 64] // 64)) <= 17  # blocks of 64 rows stay together,
+    assert (np.diff(blocks) == 1).mean() < 0.05  # and their rows are mixed
     assert [len(each) for each in batches_of(np.arange(10), 4)] == [4, 4, 2]
     assert [len(each) for each in batches_of(np.arange(9), 4)] == [4, 5]  # never a single row
 
@@ -553,6 +567,7 @@ def test_rows_come_from_a_file_and_of_any_type(tmp_path):
     model = nnxp.Sequential(
         nnxp.Standardize(np.full(5, 127.0), np.full(5, 74.0)), nnxp.Dense(5, 3, rng=0)
     )
+    assert Rows(model, x, y).in_memory > Rows(model, mapped, y).in_memory
     assert_same_bits(fit(model, mapped, y, epochs=2).model, fit(model, mapped, y, epochs=2).model)
     fitted = fit(model, list(x), y, epochs=1, weights=np.ones(300))
     assert_same_bits(fitted.model, fit(model, x, y, epochs=1, weights=np.ones(300)).model)
@@ -740,3 +755,95 @@ def test_workers_of_a_device_and_none_are_refused(sim):
     failing = Trainer(net(), losses.mean_square, nnxp.SGD(), workers=2)
     with pytest.raises(ShapeError):
         failing.step((rows(count=200), rows(count=200)[:, :2]), None)
+
+
+# a memory limit
+
+
+@pytest.mark.parametrize("weighted", [None, np.arange(300.0) ** 2, np.arange(300.0) // 299])
+@pytest.mark.parametrize("workers", [None, 2])
+def test_parts_that_a_limit_holds_come_to_the_gradients_of_the_whole_batch(weighted, workers):
+    x, y = data(300, "float64")
+    rows, ids = Rows(net(), x, y, weighted), np.arange(300)
+    loss = losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))
+    whole, parted = (
+        Trainer(net(), loss, nnxp.SGD(0.1), workers=workers, memory_limit=limit)
+        for limit in (None, "24 kB")
+    )
+    pair = [float(each.step_on(rows, ids, None)) for each in (whole, parted)]
+    assert 3 < len(parted._cut(rows, ids, True)) < 30
+    np.testing.assert_allclose(pair[1], pair[0], rtol=1e-12)
+    np.testing.assert_allclose(parted.slopes, whole.slopes, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(parted.vector, whole.vector, rtol=1e-9)
+    pair = [each.evaluate_on(rows, ids) for each in (whole, parted)]
+    np.testing.assert_allclose(pair[1], pair[0], rtol=1e-9)
+
+
+def test_a_limit_that_holds_no_row_is_refused_with_what_one_takes():
+    x, y = data()
+    model = nnxp.Sequential(nnxp.Dense(5, 3, rng=0))
+    with pytest.raises(nnxp.OutOfMemory, match="parameters and gradients aside") as refused:
+        fit(model, x, y, memory_limit=100)
+    needs = int(re.search(r"needs ([\d,]+)", str(refused.value))[1].replace(",", ""))
+    fit(model, x, y, epochs=1, memory_limit=needs)  # a row at a time
+    with pytest.raises(nnxp.OutOfMemory):
+        fit(model, x, y, epochs=1, memory_limit=needs - 1)
+
+
+def test_a_batch_is_not_cut_whose_statistics_are_learned():
+    x, y = data()
+    whole = fit(deep(), x, y, epochs=1)
+    assert_same_bits(fit(deep(), x, y, epochs=1, memory_limit="1 MB").model, whole.model)
+    with pytest.raises(OptionError, match=r"layers\.2\.mean, layers\.2\.var are learned"):
+        fit(deep(), x, y, memory_limit="4 kB")
+
+
+def test_the_same_limit_gives_the_same_bits_and_goes_on_to_them(tmp_path):
+    x, y = data()
+    model = nnxp.Sequential(
+        nnxp.Dense(5, 8, "tanh", rng=0), nnxp.Dropout(0.2), nnxp.Dense(8, 3, rng=1)
+    )
+    options = {"memory_limit": 4000, "validation": (x, y)}
+    whole = fit(model, x, y, epochs=3, **options)
+    options["checkpoint"] = tmp_path / "run.safetensors"
+    fit(model, x, y, epochs=1, **options)
+    assert_same_bits(fit(model, x, y, epochs=3, **options).model, whole.model)
+    with pytest.raises(CheckpointError, match="another batch: 32 within 4000 bytes, not 32"):
+        fit(model, x, y, epochs=4, **options | {"memory_limit": None})
+
+
+def test_a_limit_is_kept_on_a_device_and_by_16_bits(sim):
+    x, y = data()
+    model = net(dtype="float32")
+    wanted = fit(model, x, y, epochs=2)
+    there = fit(model.to("sim"), x, y, epochs=2, memory_limit=4000)
+    np.testing.assert_allclose(there.history[1]["loss"], wanted.history[1]["loss"], rtol=1e-4)
+    half = fit(model.astype("float16"), x, y, epochs=2, memory_limit=4000)
+    np.testing.assert_allclose(half.history[1]["loss"], wanted.history[1]["loss"], rtol=1e-2)
+
+
+def test_more_rows_than_a_limit_holds_train_within_it(tmp_path):
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", "float32", (20_000, 100))
+    x[:] = draw((100,))
+    y = np.arange(20_000) % 3
+    model = nnxp.Sequential(nnxp.Dense(100, 64, "relu", rng=0), nnxp.Dense(64, 3, rng=0))
+    tracemalloc.start()
+    try:
+        fit(model, x, y, epochs=1, batch=8192, memory_limit="2 MB", validation=(x[:5000], y[:5000]))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    aside = 20_000 * 16 + 5 * sum(p.nbytes for p in model.parameters().values())
+    assert peak < 2_000_000 + aside < 8192 * 400  # the bytes of a batch
+
+
+def test_a_device_holds_what_a_limit_allows(sim):
+    x, y = draw((2000, 100)), np.arange(2000) % 3
+    model = nnxp.Sequential(nnxp.Dense(100, 64, "relu", rng=0), nnxp.Dense(64, 3, rng=0)).to("sim")
+    peaks = []
+    for limit in (None, "300 kB"):
+        sim.peak = before = sim.used
+        fit(model, x, y, epochs=1, batch=1000, memory_limit=limit)
+        peaks.append(sim.peak - before)
+    aside = 6 * sum(p.nbytes for p in model.parameters().values())
+    assert peaks[1] < 300_000 + aside < peaks[0] / 2

@@ -84,6 +84,11 @@ class Graph(Layer):
 
     by_rows = False  # what fits is asked here, not of a program
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise OptionError(
+            'a Graph is made by nnxp.load_onnx("model.onnx"), and comes back by nnxp.load(...)'
+        )
+
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(str(self._retyped(each["dtype"])) for each in self.inputs)

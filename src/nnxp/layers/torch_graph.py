@@ -98,6 +98,11 @@ class TorchGraph(Layer):
     kinds: tuple[str, ...]
     names: tuple[str, ...]
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise OptionError(
+            "a TorchGraph is made by nnxp.from_torch(module), and comes back by nnxp.load(...)"
+        )
+
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.kinds

@@ -62,6 +62,24 @@ class Rows:
         if self._place != "cpu":
             home = home_of(self._place)
             given = [to_backend(each, home) for each in given]
+        return self._grouped(given)
+
+    def like(self, count: int) -> tuple[Any, ...]:
+        """What `at` gives for so many rows, in shapes and types: host arrays without memory."""
+        return self._grouped(
+            [
+                np.broadcast_to(np.zeros((), each.first.dtype), (count, *each.first.shape[1:]))
+                for each in self._sources
+            ]
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of a row as it is given, and at most twice as it is read."""
+        return sum(each.first.nbytes + each.read_bytes for each in self._sources)
+
+    def _grouped(self, given: list[Any]) -> tuple[Any, ...]:
+        """(x, target) or (x, target, weights), of the arrays of all sources."""
         mark = len(self._sources) - (1 if self._sources[-1].kind == "target" else 2)
         x: Any = tuple(given[:mark])
         if self.names is not None:
@@ -121,10 +139,13 @@ class _Source:
         if not len(self._source):
             raise ShapeError("there are no rows to train on")
         self.first = self.at(np.zeros(1, "int64"))
+        read = self._source[:1]
+        self.read_bytes = 2 * int(getattr(read, "nbytes", self.first.nbytes))
 
     def __len__(self) -> int:
         return int(self._source.shape[0])
 
+    @np.errstate(all="ignore")  # what the type does not hold is infinite, and so is the loss
     def at(self, ids: HostArray) -> Array:
         if self._device is not None:
             with home_of(place_of(self._device)).current():

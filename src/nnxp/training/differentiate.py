@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,14 @@ from nnxp.layers._layer import Layer, Rng, generator, reason_of
 from nnxp.program import traced
 from nnxp.program.gradient import gradient, pullback
 from nnxp.program.program import Program, expanded, trace
-from nnxp.program.recording import Recording
+from nnxp.program.recording import Bodied, Layout, Recording, bodied
 from nnxp.program.rewrite import merged, placed
 from nnxp.program.traced import Drawn, Untraceable, Value
 
 Loss = Callable[..., Any]
 """loss(model, x, target, ...) -> a single number, written with the library of its arrays."""
 
+NOISE_BYTES = 5  # of an element that is dropped or not: a float32 is drawn, a bool is made of it
 MOST_PROGRAMS = 32  # structures and batches that a function of gradients remembers
 
 
@@ -47,6 +50,20 @@ class LossProgram:
     learned: tuple[str, ...]
     told: tuple[str, ...]
     drawn: tuple[Drawn, ...]
+
+    @cached_property
+    def bodied(self) -> Bodied:
+        """The program as the CPU runs it."""
+        return bodied(merged(expanded(self.program)))
+
+    @cached_property
+    def working_set(self) -> int:
+        """Bytes that a run takes besides its inputs, its results, and Python's own objects."""
+        layout = Layout(self.bodied, 1)
+        given = {each for step in self.bodied.steps for each in step.values}
+        constants = [each.numbers.nbytes for each in given if each.numbers is not None]
+        noise = [prod(each.value.shape) * NOISE_BYTES for each in self.drawn]
+        return layout.anew + layout.scratch + sum([*layout.sizes, *constants, *noise])
 
 
 def write_out(
@@ -106,15 +123,13 @@ class LossRunner:
     def __init__(self, written: LossProgram, place: str) -> None:
         self.written, self.place = written, place
         self._home = home_of(place)
-        program = written.program
+        self._recording: Recording | None = None
         if place == "cpu":
-            self._program = merged(expanded(program))
-            kinds = [value.dtype for value in program.inputs]
-            self._recording: Recording | None = Recording(self._program, 1, kinds)
+            kinds = [value.dtype for value in written.program.inputs]
+            self._recording = Recording(written.bodied, 1, kinds)
         else:
             with self._home.current():
-                self._program = placed(program, lambda x: to_backend(x, self._home))
-            self._recording = None
+                self._program = placed(written.program, lambda x: to_backend(x, self._home))
 
     def draw(self, rng: np.random.Generator | None) -> list[HostArray]:
         """What this run draws at random."""
@@ -124,6 +139,7 @@ class LossRunner:
             )
         return [drawn.draw(rng) for drawn in self.written.drawn if rng is not None]
 
+    @np.errstate(all="ignore")  # what is no number any more goes on to the loss, where it is seen
     def __call__(
         self,
         parameters: Sequence[Array],
@@ -186,6 +202,8 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
         NotDifferentiable: arithmetic has no gradient; the message has the layer or the line.
         DeviceMismatch: arrays are not where the model is.
     """
+    if not callable(loss):
+        raise OptionError(f"a loss is a function (model, x, target) -> number, not {loss!r:.60}")
     runners: dict[Any, tuple[Layer, LossRunner]] = {}
 
     def both(model: Layer, *arrays: Any, rng: Rng = None) -> tuple[Array, dict[str, Array]]:
@@ -277,7 +295,19 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
 
     Raises:
         NotDifferentiable: arithmetic has no gradient; the message has the layer or the line.
+        OptionError: what is no function, or no array.
     """
+    if not callable(function):
+        raise OptionError(
+            f"vjp differentiates a layer or a function of arrays, not {function!r:.60}"
+        )
+    for each in arrays:
+        if not is_array(each):
+            raise OptionError(
+                f"vjp takes arrays of NumPy or CuPy behind the function, not {each!r:.60}"
+            )
+    if not arrays:
+        raise OptionError("vjp takes the arrays that the function is called with, but none came")
     layers = {}
     if isinstance(function, Layer):
         layers = {id(layer): (path, layer) for path, layer in [*function.walk(), ("", function)]}
@@ -288,12 +318,16 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
     except (Untraceable, UnsupportedFunction) as error:
         raise NotDifferentiable(f"{function!r:.60}: {reason_of(error)}") from error
     made = pullback(program, program.inputs)
-    home = home_of(place_of(arrays[0])) if arrays else home_of("cpu")
+    home = home_of(place_of(arrays[0]))
     if xp_of(arrays[0]) is not np and home.device != "cpu":
         made = placed(made, lambda x: to_backend(x, home))
     count = len(program.outputs)
 
     def back(*worth: Array) -> Any:
+        if len(worth) != count or not all(map(is_array, worth)):
+            raise OptionError(
+                f"what a change is worth is {count} arrays, one for each result, not {worth!r:.60}"
+            )
         for dy, value in zip(worth, program.outputs, strict=True):
             if dy.shape != value.shape:
                 raise OptionError(f"a change of {list(value.shape)} has no worth {list(dy.shape)}")

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, xp_of
-from nnxp._errors import CheckpointError, OptionError, TrainingError
+from nnxp._arrays import Array, HostArray, xp_of
+from nnxp._errors import CheckpointError, OptionError, OutOfMemory, TrainingError
 from nnxp._progress import Progress, told
 from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.backend._blas import one_blas_thread
 from nnxp.backend._threads import together
+from nnxp.engine import parse_bytes
 from nnxp.layers._layer import Layer, Rng, generator, whole
 from nnxp.layers.norm import rounding
 from nnxp.training.batches import Rows, batches_of, data_of, entrance_of, order_of
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
+    LossProgram,
     LossRunner,
     fixed_names,
     tell_idle,
@@ -66,7 +68,7 @@ def fit(
     x: Any,
     y: Any,
     *,
-    loss: str | Callable[..., Any],
+    loss: str | Callable[..., Any] | None = None,
     optimizer: Optimizer | None = None,
     epochs: int = 10,
     batch: int = 128,
@@ -76,6 +78,7 @@ def fit(
     clip: float | None = None,
     fixed: Sequence[str] = (),
     workers: int | None = None,
+    memory_limit: int | str | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     rng: Rng = None,
@@ -94,7 +97,8 @@ def fit(
         model: a layer with parameters.
         x: (n, ...), as rows for `nnxp.predict`; a tuple or a dict for a model of several inputs.
         y: (n, ...), as the loss takes them: labels (n,) for "cross_entropy", else like the output.
-        loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number.
+        loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number. It has
+            to be given.
         optimizer: `Adam(1e-3)` without one.
         epochs: times through all rows, in all, those of a checkpoint counted.
         batch: rows a step; the order of an epoch's rows follows from rng and the epoch alone.
@@ -108,6 +112,13 @@ def fit(
             64 rows or more, 16 at most, whatever their number: any number gives the same bits.
             What a layer draws or learns of a batch (BatchNorm) is then that of each piece; a loss
             of your own has to be a mean over rows. Without it BLAS alone has threads.
+        memory_limit: of the rows at work in one step, a number of bytes or a string such as
+            "256 MiB". Parameters, gradients and the optimiser's state are aside, as is the order of
+            an epoch's rows, 16 bytes each. A batch that does not fit is cut into equal parts that
+            do, read and computed one after the other; its gradient is their mean, each counting as
+            its rows do: the same limit gives the same bits, another one others by rounding, and
+            other noise. A loss of your own has to be a mean over rows, and a model that learns
+            statistics of a batch (BatchNorm) is refused where one has to be cut.
         checkpoint: a file that the run is written to every `checkpoint_seconds`, and after each
             epoch. If it is there, the run goes on from it, to the same bits.
         checkpoint_seconds: between two writes.
@@ -122,8 +133,11 @@ def fit(
         TrainingError: the loss is no number any more; with epoch and batch.
         NotDifferentiable: the model or loss has no gradient.
         CheckpointError: the checkpoint is of another run.
+        OutOfMemory: the memory limit does not hold a step of one row.
         OptionError, ShapeError, DtypeMismatch: an argument does not fit.
     """
+    if not isinstance(model, Layer):
+        raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
     epochs, batch = whole("epochs", epochs, 0), whole("batch", batch)
     chosen = _loss(loss)
     optimizer = Adam() if optimizer is None else optimizer
@@ -138,7 +152,7 @@ def fit(
         for each in (rows, seen):
             if each is not None and classes is not None:
                 each.labels_in(classes)
-    trainer = Trainer(model, chosen, optimizer, fixed, clip, workers)
+    trainer = Trainer(model, chosen, optimizer, fixed, clip, workers, memory_limit)
     run = _Run(trainer, rows, batch, None if checkpoint is None else Path(checkpoint))
     run.begin(rng)
     home = home_of(trainer.place)
@@ -164,6 +178,11 @@ def _loss(loss: Any) -> Callable[..., Any]:
         if loss not in LOSSES:
             raise OptionError(f"there is no loss {loss!r}; the names are {', '.join(LOSSES)}")
         return LOSSES[loss]
+    if loss is None:
+        raise OptionError(
+            'nnxp.fit makes a loss smaller, but none is given: loss="cross_entropy" is for labels, '
+            f'"mean_square" for numbers; the names are {", ".join(LOSSES)}'
+        )
     if not callable(loss):
         raise OptionError(f"loss is a name or a function (model, x, target), not {loss!r:.60}")
     return loss  # type: ignore[no-any-return]
@@ -190,9 +209,8 @@ class Trainer:
         fixed: Sequence[str] = (),
         clip: float | None = None,
         workers: int | None = None,
+        memory_limit: int | str | None = None,
     ) -> None:
-        if not isinstance(model, Layer):
-            raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
         if clip is not None and not clip > 0:
             raise OptionError(f"gradients are clipped to a norm above zero, not {clip!r}")
         self.model = model
@@ -204,6 +222,7 @@ class Trainer:
         self.workers = None if workers is None else whole("workers", workers)
         if workers is not None and self.place != "cpu":
             raise OptionError(f"workers are threads of the CPU, but the model is on {self.place}")
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         parameters = model.parameters()
         held = _held(parameters, fixed_names(model), fixed)
         first: dict[int, str] = {}
@@ -224,14 +243,47 @@ class Trainer:
                 first_scale = SCALE if self.vector.dtype == np.float16 else 1.0
                 self.state |= {"scale": np.array(first_scale), "unscathed": np.zeros((), "int64")}
         self._drawn: bool | None = None
+        self._told_idle = False
         self._of_pieces: list[tuple[Array, dict[str, Array]]] = []  # gradients as in slopes
-        self._runners: dict[Any, LossRunner] = {}
-        self._evaluators: dict[Any, LossRunner] = {}
+        self._parts: dict[tuple[int, bool], int] = {}  # of a batch of so many rows
+        self._room = 0  # bytes that the limit leaves to programs
+        self._written: dict[Any, LossProgram] = {}
+        self._runners: dict[Any, LossRunner] = {}  # the last used is the last
 
     @np.errstate(all="ignore")  # a loss that is no number any more is seen to where it is read
     def step(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """One step by the gradients of this batch; its loss before it."""
-        y, statistics = self._slope(given, rng)
+        return self._moved(*self._slope(given, rng))
+
+    @np.errstate(all="ignore")
+    def step_on(self, rows: Rows, ids: HostArray, rng: np.random.Generator | None) -> Array:
+        """One step by the gradients of these rows, in parts that the memory limit holds."""
+        parts = self._cut(rows, ids, True)
+        if len(parts) == 1:
+            return self.step(rows.at(ids), rng)
+        total = xp_of(self.master).zeros(self.master.shape, self.master.dtype)
+        loss: Any = np.float64(0)
+        worth = np.float64(0)
+
+        def add(part: HostArray) -> None:
+            nonlocal loss, worth
+            given = rows.at(part)
+            own = self._worth(given)
+            if own:
+                y, _ = self._slope(given, rng)
+                slopes = self.slopes.astype(total.dtype, copy=False)
+                slopes *= own
+                total[...] += slopes
+                loss, worth = loss + y * own, worth + own
+
+        for part in parts:
+            add(part)
+        total /= worth
+        self.slopes[...] = total
+        return self._moved(loss / worth, {})
+
+    def _moved(self, y: Array, statistics: Mapping[str, Array]) -> Array:
+        """The parameters changed by `slopes`; the loss y."""
         slopes = self._unscaled() if self.narrow else self.slopes
         if slopes is None:
             return y
@@ -255,13 +307,18 @@ class Trainer:
         if not bool(xp_of(slopes).isfinite(slopes).all()):
             scale[...] = max(float(scale) / 2, 1.0)
             unscathed[...] = 0
-            self._runners.clear()
+            self._forget()
             return None
         unscathed[...] += 1
         if self.vector.dtype == np.float16 and not int(unscathed) % GROWTH and scale < SCALE:
             scale[...] *= 2
-            self._runners.clear()
+            self._forget()
         return slopes
+
+    def _forget(self) -> None:
+        """Programs are of another scale of the gradients."""
+        self._written.clear()
+        self._runners.clear()
 
     @np.errstate(all="ignore")
     def slope(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
@@ -275,7 +332,7 @@ class Trainer:
     ) -> tuple[Array, dict[str, Array]]:
         if self.workers is not None:
             return self._slope_in_pieces(given, rng)
-        runner = self._runner(self._runners, self.form, given, True)
+        runner = self._runner(given, True)
         parameters = [self.arrays[n] for n in runner.written.inputs]
         into = [self.gradients[n] for n in runner.written.learned]
         y, statistics, _ = runner(parameters, data_of(given), rng, into)
@@ -289,18 +346,17 @@ class Trainer:
         Each piece counts as its rows do, and all are added up in one order.
         """
         leaves = data_of(given)
-        count = max(1, min(PIECES, len(leaves[0]) // PIECE_ROWS))
-        cuts = np.linspace(0, len(leaves[0]), count + 1).astype(int)
+        cuts = self._cuts(len(leaves[0]))
+        count = len(cuts) - 1
         pieces = [
             with_leaves(tuple(given), iter([each[a:b] for each in leaves]))
             for a, b in pairwise(cuts)
         ]
         worths = [self._worth(piece) for piece in pieces]
         shares = [worth / sum(worths) for worth in worths]
-        runners = [
-            self._runner(self._runners, self.form, piece, True, i) for i, piece in enumerate(pieces)
-        ]
-        draws = [None] * count if rng is None else rng.spawn(count)
+        runners = [self._runner(piece, True, i) for i, piece in enumerate(pieces)]
+        drawn = rng is not None and bool(runners[0].written.drawn)
+        draws = rng.spawn(count) if rng is not None and drawn else [None] * count
         while len(self._of_pieces) < count:
             self._of_pieces.append(_vector({n: self.arrays[n] for n in self.learned}, fill=False))
         made: dict[int, tuple[Array, dict[str, Array], list[Array]]] = {}
@@ -333,6 +389,11 @@ class Trainer:
                 told[name] = told.get(name, 0) + value * shares[i]
         return loss, told
 
+    def _cuts(self, size: int) -> HostArray:
+        """Where the pieces begin that workers cut so many rows into, and where the last ends."""
+        count = max(1, min(PIECES, size // PIECE_ROWS))
+        return np.linspace(0, size, count + 1).astype(int)
+
     def _worth(self, piece: Sequence[Any]) -> float:
         """How much a piece of a batch counts: its rows, or the sum of their weights."""
         _, target, *weights = piece
@@ -347,36 +408,108 @@ class Trainer:
 
     def evaluate(self, given: Sequence[Any]) -> Array:
         """The loss of a batch of the model as it is."""
-        runner = self._runner(self._evaluators, self.seen, given, False)
+        runner = self._runner(given, False)
         parameters = [self.arrays[n] for n in runner.written.inputs]
         return runner(parameters, data_of(given), None)[0]
+
+    def evaluate_on(self, rows: Rows, ids: HostArray) -> float:
+        """The loss of these rows of the model as it is, in parts that the memory limit holds."""
+        parts = self._cut(rows, ids, False)
+        if len(parts) == 1:
+            return float(asnumpy(self.evaluate(rows.at(ids))))
+
+        def worth_and_loss(part: HostArray) -> tuple[float, float]:
+            given = rows.at(part)
+            own = self._worth(given)
+            return own, own and own * float(asnumpy(self.evaluate(given)))
+
+        pairs = [worth_and_loss(part) for part in parts]
+        worth, loss = np.sum(pairs, axis=0)
+        return float(loss / worth)
 
     def draws(self, given: Sequence[Any]) -> bool:
         """Whether a step draws at random."""
         if self._drawn is None:
-            self._drawn = bool(self._runner(self._runners, self.form, given, True).written.drawn)
+            self._drawn = bool(self._program(given, True).drawn)
         return self._drawn
 
-    def _runner(
-        self,
-        known: dict[Any, LossRunner],
-        model: Layer,
-        given: Sequence[Any],
-        learns: bool,
-        piece: int = 0,
-    ) -> LossRunner:
-        kind = tuple((each.shape, each.dtype) for each in data_of(given))
-        key, first = (kind, piece), (kind, 0)
-        if key not in known and first in known:
-            known[key] = LossRunner(known[first].written, self.place)
-        if key not in known:
+    def _program(self, given: Sequence[Any], learns: bool) -> LossProgram:
+        """The loss of such a batch written out, with its gradients if the model `learns`."""
+        key = learns, _kind(given)
+        if key not in self._written:
             scale = float(self.state["scale"]) if self.narrow else 1.0
             learned = (lambda n: n in self.learned) if learns else None
-            written = write_out(self.loss, model, given, learned, scale)
-            if learns and not known:
+            model = self.form if learns else self.seen
+            self._written[key] = written = write_out(self.loss, model, given, learned, scale)
+            if learns and not self._told_idle:
+                self._told_idle = True
                 tell_idle(written, model)
-            known[key] = LossRunner(written, self.place)
-        return known[key]
+        return self._written[key]
+
+    def _runner(self, given: Sequence[Any], learns: bool, piece: int = 0) -> LossRunner:
+        """What runs the program of such a batch, with memory of its own for each piece."""
+        key = learns, _kind(given), piece
+        runner = self._runners.pop(key, None)
+        if runner is None:
+            written = self._program(given, learns)
+            if self.memory_limit is not None:
+                self._make_room(written.working_set)
+            runner = LossRunner(written, self.place)
+        self._runners[key] = runner
+        return runner
+
+    # a memory limit
+
+    def _cut(self, rows: Rows, ids: HostArray, learns: bool) -> list[HostArray]:
+        """The rows of a batch in parts of one size, as few as the memory limit holds."""
+        if self.memory_limit is None:
+            return [ids]
+        key = len(ids), learns
+        if key not in self._parts:
+            self._parts[key] = self._count_parts(rows, *key)
+        parts = np.array_split(ids, self._parts[key])
+        self._room = self.memory_limit - len(parts[0]) * rows.row_bytes
+        return parts
+
+    def _count_parts(self, rows: Rows, size: int, learns: bool) -> int:
+        """How many parts a batch of so many rows is cut into."""
+        limit, count, written = self.memory_limit or 0, 1, {*self._written}
+        while self._bytes(rows, {size // count, -(-size // count)}, learns) > limit:
+            most = -(-size // count)
+            needs = self._bytes(rows, {most}, learns)
+            if most == 1:
+                raise OutOfMemory(
+                    f"memory_limit={limit:,} bytes does not hold a step of one row, which needs "
+                    f"{needs:,}, parameters and gradients aside; raise the limit"
+                )
+            count = min(size, max(count + 1, count * needs // limit))
+        told = self._program(rows.like(size), learns).told if count > 1 and learns else ()
+        if told:
+            raise OptionError(
+                f"memory_limit={limit:,} bytes holds no step of {size:,} rows, and they cannot be "
+                f"cut: {', '.join(told):.200} are learned from a whole batch. A smaller batch, a "
+                "larger limit, or a norm of each row, such as LayerNorm, goes"
+            )
+        for key in self._written.keys() - written:  # of sizes that were tried
+            del self._written[key]
+        return count
+
+    def _bytes(self, rows: Rows, sizes: set[int], learns: bool) -> int:
+        """What parts of these sizes take: their rows, one part at a time, and memory for each."""
+        pieces = self.workers is not None and learns
+        computed = [
+            self._program(rows.like(int(each)), learns).working_set
+            for size in sizes
+            for each in (np.diff(self._cuts(size)) if pieces else (size,))
+        ]
+        return max(sizes) * rows.row_bytes + sum(computed)
+
+    def _make_room(self, size: int) -> None:
+        """Let go of the memory used longest ago, until the limit holds so much more."""
+        held = sum(runner.written.working_set for runner in self._runners.values())
+        while self._runners and held + size > self._room:
+            oldest = self._runners.pop(next(iter(self._runners)))
+            held -= oldest.written.working_set
 
     def model_now(self) -> Layer:
         """A model with the parameters as they are now, in arrays of its own."""
@@ -396,6 +529,11 @@ class Trainer:
         for name, p in self.arrays.items():
             if name not in self.learned:
                 p[...] = snapshot[f"held.{name}"]
+
+
+def _kind(given: Sequence[Any]) -> Any:
+    """The shapes and types of a batch."""
+    return tuple((each.shape, each.dtype) for each in data_of(given))
 
 
 def _rounding(model: Layer) -> Layer:
@@ -474,9 +612,9 @@ class _Run:
         for i, ids in enumerate(self._batches()):
             if i < self.at:
                 continue
-            given = self.rows.at(ids)
-            rng = np.random.default_rng([self.seed, self.epoch, i + 1])
-            y = trainer.step(given, rng if trainer.draws(given) else None)
+            y = trainer.step_on(
+                self.rows, ids, np.random.default_rng([self.seed, self.epoch, i + 1])
+            )
             self._unread.append((i, len(ids), y))
             self.at = i + 1
             if trainer.place == "cpu" or len(self._unread) >= UNREAD:
@@ -520,7 +658,7 @@ class _Run:
     def _validate(self, seen: Rows) -> float:
         total = 0.0
         for ids in np.split(np.arange(seen.count), range(self.batch, seen.count, self.batch)):
-            total += float(asnumpy(self.trainer.evaluate(seen.at(ids)))) * len(ids)
+            total += self.trainer.evaluate_on(seen, ids) * len(ids)
         return total / seen.count
 
     # to go on from
@@ -597,13 +735,16 @@ class _Run:
         start = hashlib.sha256()
         for p in trainer.model.parameters().values():
             start.update(np.ascontiguousarray(asnumpy(p)).view("uint8").tobytes())
+        batch = f"{self.batch}{'' if trainer.workers is None else ' in pieces'}"
+        if trainer.memory_limit is not None:
+            batch += f" within {trainer.memory_limit} bytes"
         return {
             "model": f"{trainer.model!r} {shapes}",
             "initial parameters": start.hexdigest(),
             "optimizer": f"{trainer.optimizer!r}, clip={trainer.clip}",
             "loss": getattr(trainer.loss, "__qualname__", repr(trainer.loss)),
             "learned": ", ".join(trainer.learned),
-            "batch": str(self.batch) if trainer.workers is None else f"{self.batch} in pieces",
+            "batch": batch,
             "data": f"{self.rows.count} rows, {data.hexdigest()}",
         }
 

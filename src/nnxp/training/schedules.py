@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import cos, inf, pi
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 from nnxp._errors import OptionError
 
@@ -140,7 +141,8 @@ class Plateau:
 
 def rate_at(rate: Rate, step: int) -> float:
     """The rate after so many steps; OptionError unless it is 0 or more."""
-    value = rate(step) if callable(rate) else rate
-    if not value >= 0:
+    value: Any = rate(step) if callable(rate) else rate
+    known = isinstance(value, Real)
+    if not (known and value >= 0):
         raise OptionError(f"a learning rate is 0 or more, not {value!r} at step {step}")
     return float(value)
