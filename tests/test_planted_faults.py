@@ -157,6 +157,21 @@ def test_of_a_layer_of_many_steps_the_kernel_that_is_wrong_is_named(monkeypatch)
     assert first.problem.startswith("lstm: ")
 
 
+def test_a_mask_of_booleans_is_judged_as_one_and_other_inputs_may_be_left_out(monkeypatch):
+    model, mask = nnxp.MultiHeadAttention(6, 3, rng=0), np.ones((4, 1, 1, 5), bool)
+    mask[:, :, :, 3:] = False
+    inputs = {"x": draw((4, 5, 6)), "mask": mask}
+    assert_parity(model, inputs, backends=["numpy", "sim"])
+
+    def open_to_all(q, k, v, mask, **options):
+        return kernels.attention.reference(q, k, v, None, **options)
+
+    monkeypatch.setitem(kernels.attention._fused, "sim", open_to_all)
+    monkeypatch.setattr(kernels.attention, "_body", {})
+    first = parity_report(model, inputs, backends=["numpy", "sim"]).first_failure
+    assert (first.what, first.backend) == ("attention", "sim:0")
+
+
 class Shifted:
     """Rows of which every block but the first begins one row too early."""
 

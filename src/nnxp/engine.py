@@ -310,13 +310,13 @@ class Engine:
             replica.remember(x, prepared)
         return made if prepared.program.several else made[0]
 
-    def plan(self, *shapes: Shape) -> Plan:
+    def plan(self, *shapes: Shape | None) -> Plan:
         """How an x of this shape would be cut: rows together, workers, and the working set.
 
         Several devices have the largest of their blocks, and all their workers and working sets.
 
         Args:
-            shapes: (rows, ...), one for each input.
+            shapes: (rows, ...), one for each input, and None for one that is left out.
 
         Returns:
             A Plan: `rows` that go together, `workers`, and `working_set`, the bytes of the rows at
@@ -326,17 +326,21 @@ class Engine:
             ShapeError: such an x does not fit.
             OutOfMemory: the limit holds not one row.
         """
-        for shape in shapes:
+        given = [shape for shape in shapes if shape is not None]
+        for shape in given:
             whole = isinstance(shape, tuple | list) and all(hasattr(n, "__index__") for n in shape)
             if not whole or not shape:
                 raise OptionError(
                     f"plan takes the shape of x, such as (1000, 784), not {shape!r:.60}"
                 )
-        if not shapes:
+        if not given or shapes[0] is None:
             raise OptionError("plan takes the shape of x, such as (1000, 784)")
         dtypes = map(np.dtype, self.model.input_dtypes(len(shapes)))
-        kinds = [Kind(tuple(s[1:]), d, d) for s, d in zip(shapes, dtypes, strict=True)]
-        plans = self._plans(shapes[0][0], tuple(kinds))[1]
+        kinds = [
+            None if shape is None else Kind(tuple(shape[1:]), dtype, dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        plans = self._plans(given[0][0], tuple(kinds))[1]
         return Plan(
             max(each.rows for each in plans),
             sum(each.workers for each in plans),

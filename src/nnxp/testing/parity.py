@@ -51,6 +51,7 @@ comparisons: Counter[str] = Counter()
 """How many comparisons this process has made, by the place where the result was computed."""
 
 Function = Callable[..., Any]
+Inputs = tuple[Any, ...]  # host arrays, and None for what is left out
 
 
 def finite_or_none(value: Any) -> Any:
@@ -534,15 +535,20 @@ def _judge_function(
 def _judge_model(model: Layer, inputs: Sequence[Any], backends: Sequence[Backend]) -> list[Check]:
     """Every part of a model, and then what the engine makes of it as a whole, on every backend."""
     host = model.to("numpy")
-    given = tuple(map(_numeric, inputs))
-    wanted = host.input_dtypes(len(given))
+    given = tuple(None if x is None else _numeric(x) for x in inputs)
+    takes = (*host.takes, *("float" for _ in given))
     rows = tuple(
-        x if host.dtype is None and is_floating(x.dtype) else x.astype(dtype)
-        for x, dtype in zip(given, wanted, strict=True)
-    )
+        x if x is None or kind == "any" or (host.dtype is None and is_floating(x.dtype))
+        else x.astype(dtype)
+        for x, kind, dtype in zip(given, takes, host.input_dtypes(len(given)), strict=False)
+    )  # fmt: skip
     checks = _judge_parts(host, rows, backends)
     exactly = tuple(  # in their own type, if the model sees the same numbers
-        x if np.array_equal(y.astype(x.dtype), x, equal_nan=x.dtype.kind == "f") else y
+        x
+        if x is None
+        or y is None
+        or np.array_equal(y.astype(x.dtype), x, equal_nan=x.dtype.kind == "f")
+        else y
         for x, y in zip(given, rows, strict=True)
     )
     expected = _expected(host, rows)
@@ -552,6 +558,14 @@ def _judge_model(model: Layer, inputs: Sequence[Any], backends: Sequence[Backend
     return checks
 
 
+def _present(inputs: Inputs) -> tuple[HostArray, ...]:
+    return tuple(x for x in inputs if x is not None)
+
+
+def _outline(x: HostArray | None) -> Any:
+    return None if x is None else (x.shape, x.dtype)
+
+
 def _numeric(x: Any) -> HostArray:
     rows = np.asarray(asnumpy(x if is_array(x) else source_of(x)))
     if not is_numeric(rows.dtype):
@@ -559,9 +573,7 @@ def _numeric(x: Any) -> HostArray:
     return rows
 
 
-def _judge_parts(
-    model: Layer, rows: tuple[HostArray, ...], backends: Sequence[Backend]
-) -> list[Check]:
+def _judge_parts(model: Layer, rows: Inputs, backends: Sequence[Backend]) -> list[Check]:
     """Each layer, and each step of a layer that is made of others, given the reference's arrays.
 
     So the first to diverge is the one that is named, by its path, and no bound has to be carried
@@ -569,17 +581,19 @@ def _judge_parts(
     cannot be written out is one part.
     """
     try:
-        program = model.program(*((x.shape, x.dtype) for x in rows))
-        wide = tuple(x.astype("float64") if is_floating(x.dtype) else x for x in rows)
-        exact = model.astype("float64").program(*((x.shape, x.dtype) for x in wide))
+        program = model.program(*map(_outline, rows))
+        wide = tuple(
+            x if x is None or not is_floating(x.dtype) else x.astype("float64") for x in rows
+        )
+        exact = model.astype("float64").program(*map(_outline, wide))
     except Untraceable:
         expected = _expected(model, rows)
         return [_run("output", repr(model), model, rows, each, expected) for each in backends]
     alike = [step.name for step in exact.steps] == [step.name for step in program.steps]
     ran, given = (exact, wide) if alike else (program, rows)  # types make other steps of some
     with np.errstate(all="ignore"):
-        made = ran.run(given, [value for step in ran.steps for value in step.outputs])
-    known: dict[Value, HostArray] = dict(zip(program.inputs, rows, strict=True))
+        made = ran.run(_present(given), [value for step in ran.steps for value in step.outputs])
+    known: dict[Value, HostArray] = dict(zip(program.inputs, _present(rows), strict=True))
     made_here = (value for step in program.steps for value in step.outputs)
     for value, array in zip(made_here, made, strict=True):
         known[value] = _as(np.asarray(array), value.dtype)
@@ -592,13 +606,13 @@ def _judge_parts(
     def narrowed(check: Check, part: Part, backend: Backend) -> Check:
         """The check of a layer that diverges, as that of the first of its steps that does."""
         for step in part.steps:
-            (inner,) = judged(_alone(step, len(rows[0])), [backend])
+            (inner,) = judged(_alone(step, len(_present(rows)[0])), [backend])
             if not inner.ok:
                 return replace(inner, what=part.what, problem=f"{step.name}: {inner.problem}")
         return check
 
     checks = []
-    for part in _parts(model, program, len(rows[0])):
+    for part in _parts(model, program, len(_present(rows)[0])):
         found = zip(judged(part, backends), backends, strict=True)
         checks.append([check if check.ok else narrowed(check, part, each) for check, each in found])
     return [check for one_backend in zip(*checks, strict=True) for check in one_backend]
@@ -652,8 +666,8 @@ def _alone(step: Step, rows: int) -> Part:
 
 def _judge_whole(
     model: Layer,
-    rows: tuple[HostArray, ...],
-    given: tuple[HostArray, ...],
+    rows: Inputs,
+    given: Inputs,
     backend: Backend,
     expected: Expected,
 ) -> Check:
@@ -676,23 +690,23 @@ def _judge_whole(
 
 def _ways(
     model: Layer,
-    rows: tuple[HostArray, ...],
-    given: tuple[HostArray, ...],
+    rows: Inputs,
+    given: Inputs,
     backend: Backend,
     expected: Expected,
 ) -> Iterator[tuple[str, slice, Any]]:
     """(way, which rows, what came of them)."""
-    count, every, one = len(rows[0]), slice(None), slice(0, 1)
+    count, every, one = len(_present(rows)[0]), slice(None), slice(0, 1)
 
     def handed(arrays: tuple[Any, ...]) -> Any:
         return arrays if len(arrays) > 1 else arrays[0]
 
-    def first(arrays: tuple[HostArray, ...]) -> tuple[HostArray, ...]:
-        return tuple(x[one] for x in arrays)
+    def each(change: Function, arrays: Inputs) -> Inputs:
+        return tuple(None if x is None else change(x) for x in arrays)
 
     there = model.to(backend)
     with backend.current():
-        made = there(*map(backend.put, rows))
+        made = there(*each(backend.put, rows))
     yield "the model called", every, _on_host(made, backend)
     with Engine(model, backend) as engine:
         outs = tuple(np.full(v.shape, np.nan, d) for v, _, d in expected.outputs)
@@ -703,15 +717,16 @@ def _ways(
         yield (
             "rows that lie the other way",
             every,
-            engine(handed(tuple(np.asfortranarray(x) for x in given))),
+            engine(handed(each(np.asfortranarray, given))),
         )
+        first = each(lambda x: x[one], given)
         for call in ("first", "second", "third"):
-            yield f"one row alone, {call} call", one, engine(handed(first(given)))
+            yield f"one row alone, {call} call", one, engine(handed(first))
         if backend.device != "cpu":
             for call in ("first", "second", "third"):
-                resident = engine(handed(tuple(map(backend.put, rows))))
+                resident = engine(handed(each(backend.put, rows)))
                 yield f"rows on the device, {call} call", every, _on_host(resident, backend)
-        plan = engine.plan(*(x.shape for x in rows))
+        plan = engine.plan(*(None if x is None else x.shape for x in rows))
     share = max(1, 2 * count // 5)  # so that there are three blocks, the last one a smaller one
     limit = plan.working_set * share // max(1, plan.rows * plan.workers)
     if count > 2:
