@@ -503,3 +503,121 @@ def test_without_onnx_it_says_what_brings_it(monkeypatch, tmp_path):
         load_onnx(b"")
     with pytest.raises(ConversionError, match=r"pip install \"nnxp\[onnx\]\""):
         nnxp.save_onnx(nnxp.Dense(2, 3, rng=0), tmp_path / "net.onnx")
+
+
+# Graphs within the graph, and sequences
+
+
+def body(nodes, inputs, outputs):
+    made = [helper.make_node(op, takes.split(" "), gives.split(" "), **dict(*rest))
+            for op, takes, gives, *rest in nodes]  # fmt: skip
+    return helper.make_graph(made, "body", [info(*x) for x in inputs], [info(*y) for y in outputs])
+
+
+def powers():
+    """x @ w, over and over; each of them is an output, too."""
+    return body(
+        [("Identity", "on", "still"), ("MatMul", "v w", "u"), ("Identity", "u", "each")],
+        [("i", [], INT), ("on", [], BOOL), ("v", ["n", 6])],
+        [("still", [], BOOL), ("u", ["n", 6]), ("each", ["n", 6])],
+    )  # fmt: skip
+
+
+def test_a_loop_of_a_known_number_of_steps_is_written_out(tmp_path):
+    arrays = {"w": draw((6, 6), seed=1), "times": np.array(3)}
+    nodes = [("Loop", "times  x", "last every", {"body": powers()}),
+             ("Transpose", "every", "y", {"perm": [1, 0, 2]})]  # fmt: skip
+    model, x = load_onnx(proto(nodes, [("x", ["n", 6])], ["y"], arrays)), draw((5, 6))
+    first = x @ arrays["w"]
+    wanted = np.stack([first, first @ arrays["w"], first @ arrays["w"] @ arrays["w"]], axis=1)
+    np.testing.assert_allclose(model(x), wanted, rtol=1e-5, atol=1e-5)
+    program = model.program((1, 6))
+    assert [step.name for step in program.steps].count("matmul") == 3
+    assert program.opaque == ()
+    np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-5, atol=1e-5)
+    nnxp.save(model, tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(nnxp.load(tmp_path / "net.safetensors")(x), model(x))
+    assert_parity(model, x)
+
+
+def test_a_loop_that_looks_at_numbers_runs_as_it_is_and_an_engine_names_it():
+    doubled = body(
+        [("Add", "v v", "u"), ("ReduceMax", "u", "top", {"keepdims": 0}),
+         ("Less", "top far", "still")],
+        [("i", [], INT), ("on", [], BOOL), ("v", ["n", 6])],
+        [("still", [], BOOL), ("u", ["n", 6])],
+    )  # fmt: skip
+    model = load_onnx(proto([("Loop", " yes x", "y", {"body": doubled})], [("x", ["n", 6])], ["y"],
+                            {"yes": np.array(True), "far": np.float32(100)}))  # fmt: skip
+    np.testing.assert_array_equal(model(np.full((2, 6), 3, "float32")), np.full((2, 6), 192))
+    with pytest.raises(ShapeError, match="Loop 'y'"):
+        nnxp.predict(model, draw((2, 6)))
+    with pytest.raises(ShapeError, match="loops make more than 131,072 steps"):
+        model(np.zeros((2, 6), "float32"))
+
+
+@pytest.mark.parametrize("backward", [0, 1])
+def test_a_scan_goes_along_an_axis_that_holds_no_rows(backward):
+    sums = body([("Add", "s x", "t"), ("Identity", "t", "each")],
+                [("s", ["n"]), ("x", ["n"])], [("t", ["n"]), ("each", ["n"])])  # fmt: skip
+    options = {"body": sums, "num_scan_inputs": 1, "scan_input_axes": [1], "scan_output_axes": [1],
+               "scan_input_directions": [backward]}  # fmt: skip
+    nodes = [("ReduceSum", "x one", "zero", {"keepdims": 0}), ("Sub", "zero zero", "start"),
+             ("Scan", "start x", "last y", options)]  # fmt: skip
+    model = load_onnx(proto(nodes, [("x", ["n", 6])], ["y"], {"one": np.array([1])}))
+    x = draw((5, 6))
+    wanted = np.cumsum(x[:, ::-1] if backward else x, axis=1)
+    np.testing.assert_allclose(model(x), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-5, atol=1e-6)
+    rows = {"body": sums, "num_scan_inputs": 1}
+    model = load_onnx(proto([("Scan", "s x", "last y", rows)], [("x", ["n", 6])], ["y"],
+                            {"s": np.zeros(6, "float32")}))  # fmt: skip
+    np.testing.assert_allclose(model(x), np.cumsum(x, axis=0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ShapeError, match="Scan 'last': it goes along axis 0"):
+        nnxp.predict(model, x)
+
+
+def test_a_sequence_is_as_long_as_when_it_was_written_out():
+    arrays = {"two": np.array(2), "first": np.array(0), "last": np.array(-1)}
+    nodes = [
+        ("SplitToSequence", "x two", "parts", {"axis": 1}), ("SequenceAt", "parts last", "end"),
+        ("SequenceErase", "parts first", "rest"), ("SequenceInsert", "rest end first", "turned"),
+        ("SequenceLength", "turned", "count"), ("Optional", "turned", "perhaps"),
+        ("OptionalGetElement", "perhaps", "there"),
+        ("ConcatFromSequence", "there", "joined", {"axis": 1}),
+        ("Cast", "count", "three", {"to": FLOAT}), ("Mul", "joined three", "y"),
+    ]  # fmt: skip
+    model, x = load_onnx(proto(nodes, [("x", ["n", 6])], ["y"], arrays, opset=18)), draw((5, 6))
+    wanted = 3 * x[:, [4, 5, 2, 3, 4, 5]]
+    np.testing.assert_array_equal(model(x), wanted)
+    assert model.program((1, 6)).opaque == ()
+    np.testing.assert_array_equal(nnxp.predict(model, x), wanted)
+    np.testing.assert_array_equal(nnxp.asnumpy(model.to("sim")(nnxp.to_backend(x, "sim"))), wanted)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [([("SplitToSequence", "x", "s"), ("SequenceAt", "s nine", "y")], "item 9 of a sequence of 5"),
+     ([("SplitToSequence", "x nines", "y")], r"of 5 into \[9\]"),
+     ([("Optional", "", "o", {"type": helper.make_tensor_type_proto(FLOAT, None)}),
+       ("OptionalGetElement", "o", "y")], "what is not there")],
+)  # fmt: skip
+def test_items_that_are_not_there_are_named(nodes, said):
+    model = load_onnx(proto(nodes, [("x", [5, 6])], ["y"],
+                            {"nine": np.array(9), "nines": np.array([9])}, opset=18))  # fmt: skip
+    with pytest.raises(ShapeError, match=said):
+        model(draw((5, 6)))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_a_body_takes_and_answers_is_checked(count):
+    nodes = [("Loop", "times  x", "y", {"body": powers()})]
+    source = proto(nodes, [("x", ["n", 6])], ["y"], {"w": W[:, :1], "times": np.array(count)})
+    del source.graph.node[0].attribute[0].g.input[2]
+    with pytest.raises(CheckpointError):
+        load_onnx(source)
+
+
+def test_a_scan_of_old_is_refused():
+    with pytest.raises(ConversionError, match="Scan of opset 8"):
+        load_onnx(proto([("Scan", "x", "y")], [("x", ["n", 6])], opset=8))
