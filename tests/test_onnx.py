@@ -621,3 +621,65 @@ def test_what_a_body_takes_and_answers_is_checked(count):
 def test_a_scan_of_old_is_refused():
     with pytest.raises(ConversionError, match="Scan of opset 8"):
         load_onnx(proto([("Scan", "x", "y")], [("x", ["n", 6])], opset=8))
+
+
+# Operators that are kernels
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize(
+    ("op", "gates", "options"),
+    [("RNN", 1, {}), ("RNN", 1, {"activations": ["Relu"]}), ("GRU", 3, {}),
+     ("GRU", 3, {"linear_before_reset": 1}), ("LSTM", 4, {}), ("LSTM", 4, {"clip": 0.5})],
+)  # fmt: skip
+def test_a_recurrent_network_is_a_kernel_and_agrees_with_onnx_runtime(
+    op, gates, options, direction
+):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    ways = 1 + (direction == "bidirectional")
+    if "activations" in options:
+        options = {"activations": options["activations"] * ways}
+    arrays = {"w": draw((ways, gates * 4, 5), seed=1), "r": draw((ways, gates * 4, 4), seed=2),
+              "b": draw((ways, 2 * gates * 4), seed=3), "l": np.array([7, 2, 4], "int32"),
+              "h": draw((ways, 3, 4), seed=4), "c": draw((ways, 3, 4), seed=5)}  # fmt: skip
+    outputs = ["y", "yh", "yc"][: 3 if op == "LSTM" else 2]
+    takes = "x w r b l h" + (" c" if op == "LSTM" else "")
+    options = {"hidden_size": 4, "direction": direction, **options}
+    source = proto([(op, takes, " ".join(outputs), options)], [("x", [7, 3, 5])], outputs, arrays)
+    x = draw((7, 3, 5))
+    wanted = runtime.InferenceSession(source.SerializeToString()).run(None, {"x": x})
+    made = load_onnx(source)(x)
+    for y, right in zip(made, wanted, strict=True):
+        assert y.shape == right.shape
+        np.testing.assert_allclose(y, right, rtol=1e-4, atol=1e-5)
+    nodes = [("Transpose", "x", "t", {"perm": [1, 0, 2]}),
+             (op, takes.replace("x", "t", 1).replace(" l h", "").replace(" c", ""), "y", options),
+             ("Transpose", "y", "z", {"perm": [2, 0, 1, 3]})]  # fmt: skip
+    program = load_onnx(proto(nodes, [("x", ["n", 7, 5])], ["z"], arrays)).program((1, 7, 5))
+    count = [step.name for step in program.steps].count(op.lower())
+    assert count == (0 if "clip" in options else ways)
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [({}, True), ({"is_causal": 1}, True), ({"is_causal": 1, "left_window_size": 2}, True),
+     ({"softcap": 2.0}, False)],
+)  # fmt: skip
+def test_attention_is_a_kernel(options, kernel):
+    ends = [("q", ["n", 4, 6, 8]), ("k", ["n", 2, 6, 8]), ("v", ["n", 2, 6, 8])]
+    nodes = [("Attention", "q k v", "y", options)]
+    version = 25 if "left_window_size" in options else 23
+    if version == 25 and onnx.defs.onnx_opset_version() < version:
+        pytest.skip("this onnx does not know the attribute")
+    model = load_onnx(proto(nodes, ends, ["y"], opset=version, ir=11))
+    q, k, v = draw((3, 4, 6, 8)), draw((3, 2, 6, 8), seed=1), draw((3, 2, 6, 8), seed=2)
+    program = model.program((1, 4, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8))
+    assert ("attention" in [step.name for step in program.steps]) == kernel
+    k, v = np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1)
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(8)
+    scores = 2 * np.tanh(scores / 2) if "softcap" in options else scores
+    far = np.subtract.outer(np.arange(6), np.arange(6))
+    hidden = (far < 0) & bool(options.get("is_causal")) | (far > options.get("left_window_size", 9))
+    weights = np.exp(np.where(hidden, -np.inf, scores))
+    wanted = weights / weights.sum(-1, keepdims=True) @ v
+    np.testing.assert_allclose(model(q, k[:, ::2], v[:, ::2]), wanted, rtol=1e-4, atol=1e-5)
