@@ -234,8 +234,9 @@ class Graph(Layer):
         }
         values.update(zip(self.input_names, inputs, strict=True))
         written = any(isinstance(x, traced.ndarray) for x in inputs)
-        with self._at_home(), _counted_steps(MOST_WRITTEN if written else MOST_STEPS):
-            self._compiled.run(values)
+        most = MOST_WRITTEN if written else MOST_STEPS
+        with self._at_home(), _counted_steps(most), np.errstate(all="ignore"):
+            self._compiled.run(values)  # infinity and NaN are answers here
             like = next((x for x in inputs if not isinstance(x, np.ndarray)), None)
             results = [values[name] for name in self.outputs]
             return results if like is None else [beside(y, like) for y in results]

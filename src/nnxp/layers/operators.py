@@ -71,8 +71,21 @@ class Operator:
         self, inputs: Sequence[Any], attributes: Mapping[str, Any], op: str, count: int
     ) -> tuple[Any, ...]:
         arrays: list[Any] = list(inputs)
-        for i in self.numbers.intersection(range(len(arrays))):
-            arrays[i] = None if arrays[i] is None else numbers(arrays[i])
+        for i in self.numbers:
+            if i < len(arrays) and arrays[i] is not None:
+                arrays[i] = numbers(arrays[i])
+        if not all(type(x) is np.ndarray or x is None for x in arrays):
+            self._bring_together(arrays)
+        options = dict(attributes)
+        options |= {k: v for k, v in (("op", op), ("count", count)) if k in self.options}
+        call = self.function if self.as_is else in_float32(self.function)
+        made = call(*arrays, **options)
+        several = isinstance(made, tuple | list) and not isinstance(made, Items)
+        results = tuple(made) if several else (made,)
+        return tuple(np.asarray(y) if isinstance(y, np.generic) else y for y in results)
+
+    def _bring_together(self, arrays: list[Any]) -> None:
+        """Bring the arrays that may not stay on the host to where the first of them is."""
         free = [
             i
             for i, x in enumerate(arrays)
@@ -82,14 +95,6 @@ class Operator:
         for i in free:
             if like is not None and i not in self.loose:
                 arrays[i] = beside(arrays[i], like)
-        options = dict(attributes)
-        options |= {k: v for k, v in (("op", op), ("count", count)) if k in self.options}
-        with np.errstate(all="ignore"):  # infinity and NaN are answers here
-            call = self.function if self.as_is else in_float32(self.function)
-            made = call(*arrays, **options)
-        several = isinstance(made, tuple | list) and not isinstance(made, Items)
-        results = tuple(made) if several else (made,)
-        return tuple(np.asarray(y) if isinstance(y, np.generic) else y for y in results)
 
 
 OPERATORS: dict[str, Operator] = {}
