@@ -376,3 +376,12 @@ def test_networks_of_other_kinds_race_from_end_to_end():
     command = [sys.executable, BENCH / "models.py", "lstm", "--small", "--contenders", "nnxp"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert said.splitlines()[-1].startswith("lstm       nnxp ")
+
+
+def test_a_real_model_is_compared_with_onnx_runtime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    words = ["squeezenet", "--no-race", "--rows", "1", "--folder", tmp_path]
+    command = [sys.executable, BENCH / "real.py", *map(str, words)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "squeezenet       loaded in " in said
+    assert "of the largest apart" in said
