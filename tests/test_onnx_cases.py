@@ -137,7 +137,7 @@ def with_shapes_known(case, model):
     return nnxp.load_onnx(source), free
 
 
-DEPENDS_ON_NUMBERS = ("_expanded", "test_if", "nonzero")
+DEPENDS_ON_NUMBERS = ("_expanded", "test_if", "nonzero", "test_loop")
 """Their shapes, or what they do, depend on numbers in the inputs."""
 
 
