@@ -384,3 +384,12 @@ def test_mnist_1d_is_learned_by_a_linear_network_as_published(monkeypatch):
     mnist_1d = importlib.import_module("mnist_1d")
     score = mnist_1d.ours("linear", 0, mnist_1d.data(), steps=1000)
     assert abs(score - mnist_1d.PUBLISHED["linear"]) < 4
+
+
+def test_a_real_model_is_compared_with_onnx_runtime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    words = ["squeezenet", "--no-race", "--rows", "1", "--folder", tmp_path]
+    command = [sys.executable, BENCH / "real.py", *map(str, words)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "squeezenet       loaded in " in said
+    assert "of the largest apart" in said

@@ -200,3 +200,34 @@ def test_assert_close_refuses_what_means_nothing():
     with pytest.raises(AssertionError, match="off"):
         assert_close(np.array([1]), np.array([1.5]), bound=1e-9)
     assert_close(ones, 1.0, bound=1e-9)
+
+
+@pytest.mark.parametrize("name", ["max", "min"])
+def test_what_cannot_be_the_extreme_has_no_part_in_its_bound(name):
+    sign = np.float32(1 if name == "max" else -1)
+    rows = sign * np.array([[1, 2, -3e38], [1, 1.0001, 0.9999]], "float32")
+    mask = np.array([[0.1, 0.1, 0.1], [0.1, 0.1, 0.1]], "float32")
+    _, unit = error_bound(lambda x, m: getattr(nnxp.get_array_module(x), name)(x * (1 + m), axis=1),
+                          rows, mask)  # fmt: skip
+    assert (unit < 1e-6).all()
+    wide = np.array([[1.0, 1.0, 1.0]], "float32")
+
+    def close(x):  # 1e6 + 1 - 1e6: as large as the others, within its error
+        xp = nnxp.get_array_module(x)
+        return getattr(xp, name)(x + (x * 1e6 - x * 1e6) * np.array([0, 0, 1], "float32"), axis=1)
+
+    _, unit = error_bound(close, wide)
+    assert (unit > 1e-2).all()
+
+
+def test_scores_that_are_masked_by_the_least_number_have_a_bound():
+    """As exporters write attention: (1 - mask) times the least number is added."""
+    least = float(np.finfo("float32").min)
+
+    def weights(scores, mask):
+        return kernels.softmax(scores + (1.0 - mask) * least)
+
+    mask = np.array([[1, 1, 0], [1, 1, 1]], "float32")
+    value, unit = error_bound(weights, draw((2, 3)), mask)
+    assert (unit < 1e-5).all()
+    assert_close(weights(draw((2, 3)), mask), value, bound=LIMIT * unit)

@@ -503,3 +503,183 @@ def test_without_onnx_it_says_what_brings_it(monkeypatch, tmp_path):
         load_onnx(b"")
     with pytest.raises(ConversionError, match=r"pip install \"nnxp\[onnx\]\""):
         nnxp.save_onnx(nnxp.Dense(2, 3, rng=0), tmp_path / "net.onnx")
+
+
+# Graphs within the graph, and sequences
+
+
+def body(nodes, inputs, outputs):
+    made = [helper.make_node(op, takes.split(" "), gives.split(" "), **dict(*rest))
+            for op, takes, gives, *rest in nodes]  # fmt: skip
+    return helper.make_graph(made, "body", [info(*x) for x in inputs], [info(*y) for y in outputs])
+
+
+def powers():
+    """x @ w, over and over; each of them is an output, too."""
+    return body(
+        [("Identity", "on", "still"), ("MatMul", "v w", "u"), ("Identity", "u", "each")],
+        [("i", [], INT), ("on", [], BOOL), ("v", ["n", 6])],
+        [("still", [], BOOL), ("u", ["n", 6]), ("each", ["n", 6])],
+    )  # fmt: skip
+
+
+def test_a_loop_of_a_known_number_of_steps_is_written_out(tmp_path):
+    arrays = {"w": draw((6, 6), seed=1), "times": np.array(3)}
+    nodes = [("Loop", "times  x", "last every", {"body": powers()}),
+             ("Transpose", "every", "y", {"perm": [1, 0, 2]})]  # fmt: skip
+    model, x = load_onnx(proto(nodes, [("x", ["n", 6])], ["y"], arrays)), draw((5, 6))
+    first = x @ arrays["w"]
+    wanted = np.stack([first, first @ arrays["w"], first @ arrays["w"] @ arrays["w"]], axis=1)
+    np.testing.assert_allclose(model(x), wanted, rtol=1e-5, atol=1e-5)
+    program = model.program((1, 6))
+    assert [step.name for step in program.steps].count("matmul") == 3
+    assert program.opaque == ()
+    np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-5, atol=1e-5)
+    nnxp.save(model, tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(nnxp.load(tmp_path / "net.safetensors")(x), model(x))
+    assert_parity(model, x)
+
+
+def test_a_loop_that_looks_at_numbers_runs_as_it_is_and_an_engine_names_it():
+    doubled = body(
+        [("Add", "v v", "u"), ("ReduceMax", "u", "top", {"keepdims": 0}),
+         ("Less", "top far", "still")],
+        [("i", [], INT), ("on", [], BOOL), ("v", ["n", 6])],
+        [("still", [], BOOL), ("u", ["n", 6])],
+    )  # fmt: skip
+    model = load_onnx(proto([("Loop", " yes x", "y", {"body": doubled})], [("x", ["n", 6])], ["y"],
+                            {"yes": np.array(True), "far": np.float32(100)}))  # fmt: skip
+    np.testing.assert_array_equal(model(np.full((2, 6), 3, "float32")), np.full((2, 6), 192))
+    with pytest.raises(ShapeError, match="Loop 'y'"):
+        nnxp.predict(model, draw((2, 6)))
+    with pytest.raises(ShapeError, match="loops make more than 131,072 steps"):
+        model(np.zeros((2, 6), "float32"))
+
+
+@pytest.mark.parametrize("backward", [0, 1])
+def test_a_scan_goes_along_an_axis_that_holds_no_rows(backward):
+    sums = body([("Add", "s x", "t"), ("Identity", "t", "each")],
+                [("s", ["n"]), ("x", ["n"])], [("t", ["n"]), ("each", ["n"])])  # fmt: skip
+    options = {"body": sums, "num_scan_inputs": 1, "scan_input_axes": [1], "scan_output_axes": [1],
+               "scan_input_directions": [backward]}  # fmt: skip
+    nodes = [("ReduceSum", "x one", "zero", {"keepdims": 0}), ("Sub", "zero zero", "start"),
+             ("Scan", "start x", "last y", options)]  # fmt: skip
+    model = load_onnx(proto(nodes, [("x", ["n", 6])], ["y"], {"one": np.array([1])}))
+    x = draw((5, 6))
+    wanted = np.cumsum(x[:, ::-1] if backward else x, axis=1)
+    np.testing.assert_allclose(model(x), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-5, atol=1e-6)
+    rows = {"body": sums, "num_scan_inputs": 1}
+    model = load_onnx(proto([("Scan", "s x", "last y", rows)], [("x", ["n", 6])], ["y"],
+                            {"s": np.zeros(6, "float32")}))  # fmt: skip
+    np.testing.assert_allclose(model(x), np.cumsum(x, axis=0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ShapeError, match="Scan 'last': it goes along axis 0"):
+        nnxp.predict(model, x)
+
+
+def test_a_sequence_is_as_long_as_when_it_was_written_out():
+    arrays = {"two": np.array(2), "first": np.array(0), "last": np.array(-1)}
+    nodes = [
+        ("SplitToSequence", "x two", "parts", {"axis": 1}), ("SequenceAt", "parts last", "end"),
+        ("SequenceErase", "parts first", "rest"), ("SequenceInsert", "rest end first", "turned"),
+        ("SequenceLength", "turned", "count"), ("Optional", "turned", "perhaps"),
+        ("OptionalGetElement", "perhaps", "there"),
+        ("ConcatFromSequence", "there", "joined", {"axis": 1}),
+        ("Cast", "count", "three", {"to": FLOAT}), ("Mul", "joined three", "y"),
+    ]  # fmt: skip
+    model, x = load_onnx(proto(nodes, [("x", ["n", 6])], ["y"], arrays, opset=18)), draw((5, 6))
+    wanted = 3 * x[:, [4, 5, 2, 3, 4, 5]]
+    np.testing.assert_array_equal(model(x), wanted)
+    assert model.program((1, 6)).opaque == ()
+    np.testing.assert_array_equal(nnxp.predict(model, x), wanted)
+    np.testing.assert_array_equal(nnxp.asnumpy(model.to("sim")(nnxp.to_backend(x, "sim"))), wanted)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [([("SplitToSequence", "x", "s"), ("SequenceAt", "s nine", "y")], "item 9 of a sequence of 5"),
+     ([("SplitToSequence", "x nines", "y")], r"of 5 into \[9\]"),
+     ([("Optional", "", "o", {"type": helper.make_tensor_type_proto(FLOAT, None)}),
+       ("OptionalGetElement", "o", "y")], "what is not there")],
+)  # fmt: skip
+def test_items_that_are_not_there_are_named(nodes, said):
+    model = load_onnx(proto(nodes, [("x", [5, 6])], ["y"],
+                            {"nine": np.array(9), "nines": np.array([9])}, opset=18))  # fmt: skip
+    with pytest.raises(ShapeError, match=said):
+        model(draw((5, 6)))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_a_body_takes_and_answers_is_checked(count):
+    nodes = [("Loop", "times  x", "y", {"body": powers()})]
+    source = proto(nodes, [("x", ["n", 6])], ["y"], {"w": W[:, :1], "times": np.array(count)})
+    del source.graph.node[0].attribute[0].g.input[2]
+    with pytest.raises(CheckpointError):
+        load_onnx(source)
+
+
+def test_a_scan_of_old_is_refused():
+    with pytest.raises(ConversionError, match="Scan of opset 8"):
+        load_onnx(proto([("Scan", "x", "y")], [("x", ["n", 6])], opset=8))
+
+
+# Operators that are kernels
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize(
+    ("op", "gates", "options"),
+    [("RNN", 1, {}), ("RNN", 1, {"activations": ["Relu"]}), ("GRU", 3, {}),
+     ("GRU", 3, {"linear_before_reset": 1}), ("LSTM", 4, {}), ("LSTM", 4, {"clip": 0.5})],
+)  # fmt: skip
+def test_a_recurrent_network_is_a_kernel_and_agrees_with_onnx_runtime(
+    op, gates, options, direction
+):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    ways = 1 + (direction == "bidirectional")
+    if "activations" in options:
+        options = {"activations": options["activations"] * ways}
+    arrays = {"w": draw((ways, gates * 4, 5), seed=1), "r": draw((ways, gates * 4, 4), seed=2),
+              "b": draw((ways, 2 * gates * 4), seed=3), "l": np.array([7, 2, 4], "int32"),
+              "h": draw((ways, 3, 4), seed=4), "c": draw((ways, 3, 4), seed=5)}  # fmt: skip
+    outputs = ["y", "yh", "yc"][: 3 if op == "LSTM" else 2]
+    takes = "x w r b l h" + (" c" if op == "LSTM" else "")
+    options = {"hidden_size": 4, "direction": direction, **options}
+    source = proto([(op, takes, " ".join(outputs), options)], [("x", [7, 3, 5])], outputs, arrays)
+    x = draw((7, 3, 5))
+    wanted = runtime.InferenceSession(source.SerializeToString()).run(None, {"x": x})
+    made = load_onnx(source)(x)
+    for y, right in zip(made, wanted, strict=True):
+        assert y.shape == right.shape
+        np.testing.assert_allclose(y, right, rtol=1e-4, atol=1e-5)
+    nodes = [("Transpose", "x", "t", {"perm": [1, 0, 2]}),
+             (op, takes.replace("x", "t", 1).replace(" l h", "").replace(" c", ""), "y", options),
+             ("Transpose", "y", "z", {"perm": [2, 0, 1, 3]})]  # fmt: skip
+    program = load_onnx(proto(nodes, [("x", ["n", 7, 5])], ["z"], arrays)).program((1, 7, 5))
+    count = [step.name for step in program.steps].count(op.lower())
+    assert count == (0 if "clip" in options else ways)
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [({}, True), ({"is_causal": 1}, True), ({"is_causal": 1, "left_window_size": 2}, True),
+     ({"softcap": 2.0}, False)],
+)  # fmt: skip
+def test_attention_is_a_kernel(options, kernel):
+    ends = [("q", ["n", 4, 6, 8]), ("k", ["n", 2, 6, 8]), ("v", ["n", 2, 6, 8])]
+    nodes = [("Attention", "q k v", "y", options)]
+    version = 25 if "left_window_size" in options else 23
+    if version == 25 and onnx.defs.onnx_opset_version() < version:
+        pytest.skip("this onnx does not know the attribute")
+    model = load_onnx(proto(nodes, ends, ["y"], opset=version, ir=11))
+    q, k, v = draw((3, 4, 6, 8)), draw((3, 2, 6, 8), seed=1), draw((3, 2, 6, 8), seed=2)
+    program = model.program((1, 4, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8))
+    assert ("attention" in [step.name for step in program.steps]) == kernel
+    k, v = np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1)
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(8)
+    scores = 2 * np.tanh(scores / 2) if "softcap" in options else scores
+    far = np.subtract.outer(np.arange(6), np.arange(6))
+    hidden = (far < 0) & bool(options.get("is_causal")) | (far > options.get("left_window_size", 9))
+    weights = np.exp(np.where(hidden, -np.inf, scores))
+    wanted = weights / weights.sum(-1, keepdims=True) @ v
+    np.testing.assert_allclose(model(q, k[:, ::2], v[:, ::2]), wanted, rtol=1e-4, atol=1e-5)

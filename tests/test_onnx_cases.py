@@ -44,9 +44,11 @@ class Case:
         self.inputs, self.outputs = [array(x) for x in inputs if x is not None], outputs
 
     def judge(self, made):
-        made = made if isinstance(made, tuple | list) else (made,)
-        assert len(made) == len(self.outputs)
-        for y, wanted in zip(map(nnxp.asnumpy, made), map(array, self.outputs), strict=True):
+        made, outputs = made if isinstance(made, tuple) else (made,), self.outputs
+        if len(outputs) == 1 and isinstance(outputs[0], list):  # a sequence
+            (outputs,) = outputs
+        assert len(made) == len(outputs)
+        for y, wanted in zip(map(nnxp.asnumpy, made), map(array, outputs), strict=True):
             wanted = wanted.astype(y.dtype) if wanted.dtype == object else wanted
             assert (y.dtype, y.shape) == (wanted.dtype, wanted.shape)
             if y.dtype.kind == "b":
@@ -100,7 +102,7 @@ def test_every_case_of_the_standard_is_answered_as_it_must_be():
     cases = node_cases()
     assert failures(cases, lambda case, model: case.judge(model(*case.inputs))) == {}
     if tuple(map(int, onnx.__version__.split(".")[:2])) >= (1, 23):
-        assert len(cases) >= 1384
+        assert len(cases) >= 1416
 
 
 def test_cases_run_on_a_device_without_a_way_back():
@@ -135,7 +137,7 @@ def with_shapes_known(case, model):
     return nnxp.load_onnx(source), free
 
 
-DEPENDS_ON_NUMBERS = ("_expanded", "test_if", "nonzero")
+DEPENDS_ON_NUMBERS = ("_expanded", "test_if", "nonzero", "test_loop")
 """Their shapes, or what they do, depend on numbers in the inputs."""
 
 

@@ -1,4 +1,4 @@
-"""The command line: `nnxp demo | train | predict | sweep | summary | doctor | verify | bench`.
+"""The command line: `nnxp demo | train | predict | sweep | convert | summary | verify | ...`.
 
 Results go to stdout, progress and errors to stderr. The exit code is 0 if all went well, 1 if
 something that was asked for failed, 2 for wrong usage, 130 after Ctrl-C.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nnxp.io.rows import Passing
     from nnxp.io.tables import Reading, Table
     from nnxp.layers._layer import Layer
+    from nnxp.program.program import Outline
 
 
 @contextmanager
@@ -189,6 +190,13 @@ Missing = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER", help='What missing values are: "nan", or a number. Default: an error.'
+    ),
+]
+RowShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SIZES",
+        help='The shape of one row, such as "784" or "28,28"; once for each input.',
     ),
 ]
 Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")]
@@ -376,11 +384,12 @@ def predict(
     OUTPUT is written beside its place and renamed at the end: it is whole, or it is not there. A
     table is read a batch of rows at a time, its columns in the order of the names that the model
     was trained with; what is written as a table has the names y0, y1, ..., or those of the model's
-    classes.
+    classes. A model of several inputs takes them by their names from a .npz file; several outputs
+    go to one.
     """
     from nnxp.engine import Engine
     from nnxp.io.onnx import load_model as load
-    from nnxp.io.rows import ending, open_rows
+    from nnxp.io.rows import ending, open_rows, read_inputs
     from nnxp.io.tables import Table
 
     ending(rows), ending(output)
@@ -397,8 +406,15 @@ def predict(
         precision=precision,
     )
     start = perf_counter()
-    x = open_rows(rows, key, _of_model(reading, net))
-    if isinstance(x, Table):
+    if net.required_inputs > 1:
+        x: Any = read_inputs(rows, net.input_names)
+    else:
+        x = open_rows(rows, key, _of_model(reading, net))
+    if isinstance(x, dict) or (not isinstance(x, Table) and len(_answers(net, x)) > 1):
+        if labels:
+            raise OptionError("--labels are those of a model of one input and one output")
+        shape, dtype = _arrays_through(engine, x, output)
+    elif isinstance(x, Table):
         shape, dtype = _table_through(engine, x, output, labels)
     elif labels:
         shape, dtype = _labels_through(engine, x, output)
@@ -416,13 +432,25 @@ def predict(
         _say(f"ran on {_names(engine)}: {where.why}")
 
 
+def _answers(model: Layer, x: Any) -> tuple[Outline, ...]:
+    """The shape and type of each output for these rows: an array, or a dict by name."""
+    from nnxp.engine import float_type, inputs_of
+
+    inputs = inputs_of(model, x)
+    outlines = [
+        None
+        if each is None
+        else (each.shape, float_type(each) if model.dtype is None and kind.kind == "f" else kind)
+        for each, kind in zip(inputs, model.input_dtypes(len(inputs)), strict=True)
+    ]
+    return model.program(*outlines).outline(len(inputs[0]))
+
+
 def _array_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, str]:
     """All rows of an array through the model, into a file; the shape and type of what is there."""
-    from nnxp.engine import float_type
     from nnxp.io.rows import Passing, written_rows
 
-    shape = engine.model.output_shape(x.shape)
-    dtype = engine.model.dtype or float_type(x)
+    ((shape, dtype),) = _answers(engine.model, x)
     with written_rows(output, shape, dtype, _output_names(engine.model, shape), _note) as out:
         dtype = out.dtype
         counting = _Counting(Passing(x, out))
@@ -430,6 +458,31 @@ def _array_through(engine: Engine, x: HostArray, output: Path) -> tuple[Shape, s
         nonfinite = counting.nonfinite
         del out, counting  # or Windows would not rename the file
     _note_nonfinite(nonfinite, shape[0])
+    return shape, str(dtype)
+
+
+def _arrays_through(engine: Engine, x: Any, output: Path) -> tuple[Shape, str]:
+    """Rows of several inputs, or with several outputs, into a file; the first output's outline."""
+    from nnxp._arrays import nonfinite_rows
+    from nnxp.io.rows import ending, write_arrays, written_rows
+
+    model, outlines = engine.model, _answers(engine.model, x)
+    shape, dtype = outlines[0]
+    names = getattr(model, "outputs", [f"y{i}" for i in range(len(outlines))])
+    if len(outlines) > 1 and ending(output) != ".npz":
+        raise OptionError(
+            f"{output}: the model has {len(outlines)} outputs ({', '.join(names)}): they go to a "
+            ".npz file, by their names"
+        )
+    made = engine(x, progress=True)
+    if len(outlines) > 1:
+        write_arrays(output, dict(zip(names, made, strict=True)), _note)
+    else:
+        with written_rows(output, shape, dtype, _output_names(model, shape), _note) as out:
+            out[...] = made
+            del out
+    inputs = x.values() if isinstance(x, dict) else [x]
+    _note_nonfinite(max(map(nonfinite_rows, inputs)), shape[0])
     return shape, str(dtype)
 
 
@@ -449,7 +502,6 @@ def _table_through(engine: Engine, table: Table, output: Path, labelled: bool) -
     """All rows of a table through the model, batch by batch, into a file."""
     from nnxp._arrays import nonfinite_rows
     from nnxp._errors import RowsError
-    from nnxp.engine import float_type
     from nnxp.io.labels import Labels
     from nnxp.io.rows import appended_rows
 
@@ -457,8 +509,12 @@ def _table_through(engine: Engine, table: Table, output: Path, labelled: bool) -
     first = next(batches, None)
     if first is None:
         raise RowsError("there are no rows to predict")
-    shape = engine.model.output_shape(first.shape)
-    dtype = engine.model.dtype or float_type(first)
+    (shape, dtype), *others = _answers(engine.model, first)
+    if others:
+        raise OptionError(
+            f"the model has {1 + len(others)} outputs, and a table's rows go to one: give them as "
+            "a .npy or .npz file, and a .npz file to write to"
+        )
     names = _output_names(engine.model, shape)
     labels = Labels(engine.model, first.shape) if labelled else None
     if labels is not None:
@@ -616,13 +672,52 @@ def _progress(table: Table) -> Iterator[Callable[[], None]]:
 
 
 @app.command()
+def convert(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUTPUT", help="The file to write, .safetensors or .onnx."),
+    ],
+    shape: RowShapes = None,
+    imports: Imports = None,
+    as_json: AsJson = False,
+) -> None:
+    """A model from ONNX to nnxp's own file, or the other way.
+
+    A .safetensors file is read without the package onnx. An .onnx file needs the shape of a row,
+    which is found out where the model takes only one.
+    """
+    from nnxp.io.checkpoint import save
+    from nnxp.io.onnx import load_model as load
+    from nnxp.io.onnx_export import save_onnx
+
+    kind = output.suffix.lower()
+    if kind not in (".safetensors", ".onnx"):
+        raise OptionError(f"{output}: a model is written to a .safetensors or an .onnx file")
+    if not output.parent.is_dir():
+        raise OptionError(f"{output.parent}: there is no such folder to write to")
+    if model.exists() and output.exists() and output.samefile(model):
+        raise OptionError(f"{output}: the output would replace the model, which is read")
+    if shape and kind != ".onnx":
+        raise OptionError(f"--shape is for an .onnx file; {output} holds a model for any rows")
+    net = load(model)
+    if kind == ".onnx":
+        save_onnx(net, output, _rows_of(net, shape))
+    else:
+        save(net, output)
+    parameters, size = sum(value.size for value in net.parameters().values()), output.stat().st_size
+    if as_json:
+        _print_json({"output": str(output), "parameters": parameters, "bytes": size})
+    else:
+        name = typer.format_filename(output)
+        _say(f"{name}: {net!r:.200}, {parameters:,} parameters, {size:,} bytes")
+
+
+@app.command()
 def summary(
     model: Model,
     rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows.")] = 1,
-    shape: Annotated[
-        str | None,
-        typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),
-    ] = None,
+    shape: RowShapes = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the model's steps: .svg, .png or .pdf."),
@@ -643,12 +738,12 @@ def summary(
 
     _check_picture(plot)
     engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
-    whole = (rows, *_row_of(engine.model, shape))
-    found, plan = engine.model.summary(whole), engine.plan(whole)
+    whole = [(rows, *row) for row in _rows_of(engine.model, shape)]
+    found, plan = engine.model.summary(*whole), engine.plan(*whole)
     if plot is not None:
         from nnxp.plots import program
 
-        program(engine.model.program(whole)).savefig(plot)
+        program(engine.model.program(*whole)).savefig(plot)
     if as_json:
         device = {"device": _names(engine), "working_set": plan.working_set}
         _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
@@ -739,13 +834,18 @@ def verify(
     """
     from nnxp import verify as verifying
     from nnxp.io.onnx import load_model as load
-    from nnxp.io.rows import read_rows
+    from nnxp.io.rows import read_inputs, read_rows
 
     net = load(model) if model else None
     reading = _of_model(_reading(header, delimiter, columns, missing), net)
+    x: Any = None
+    if rows and net and net.required_inputs > 1:
+        x = read_inputs(rows, net.input_names)
+    elif rows:
+        x = read_rows(rows, key, reading)
     found = verifying.verify(
         net,
-        read_rows(rows, key, reading) if rows else None,
+        x,
         [] if backend == "auto" else _listed(backend),
         _listed(require),
     )
@@ -774,10 +874,7 @@ def bench(
     rounds: Annotated[
         int, typer.Option(metavar="N", min=1, help="How many turns everybody has.")
     ] = 15,
-    shape: Annotated[
-        str | None,
-        typer.Option(metavar="SIZES", help='The shape of one row, such as "784" or "28,28".'),
-    ] = None,
+    shape: RowShapes = None,
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
@@ -793,7 +890,11 @@ def bench(
 
     path = _HERE / "digits.safetensors" if model is None else model
     net = load(path)
-    row = _row_of(net, shape)
+    row, *others = _rows_of(net, shape)
+    if others:
+        raise OptionError(
+            f"bench is for models of one input, but {path.name} takes {1 + len(others)}"
+        )
     with _status() as say:
         found = against_floor(net, row, title=path.name, rows=rows, rounds=rounds, say=say)
     _print(found, as_json)
@@ -832,21 +933,23 @@ def _parse_shape(text: str) -> Shape:
     return tuple(map(int, sizes))
 
 
-def _row_of(model: Layer, shape: str | None) -> Shape:
-    """The shape of a row that was given, or that the model takes, if its parameters tell."""
-    if shape is not None:
-        row = _parse_shape(shape)
+def _rows_of(model: Layer, shapes: list[str] | None) -> list[Shape]:
+    """The shape of a row of each input: those given, or that of the only one, if it is known."""
+    if not shapes:
         try:
-            model.output_shape((1, *row))
-        except ShapeError as error:
-            raise OptionError(f"--shape {shape}: {error}") from None
-        return row
+            return [model.row_shape()]
+        except OptionError:
+            names, several = model.input_names, model.required_inputs > 1
+            each = f" of each of {', '.join(names)}, in this order" if several else ""
+            raise OptionError(
+                f"the model does not tell the shape of its rows{each}: give it with --shape"
+            ) from None
+    rows = [_parse_shape(shape) for shape in shapes]
     try:
-        return model.row_shape()
-    except OptionError:
-        raise OptionError(
-            "the model does not tell the shape of its rows: give it with --shape"
-        ) from None
+        model.output_shape(*((1, *row) for row in rows))
+    except ShapeError as error:
+        raise OptionError(f"--shape {' --shape '.join(shapes)}: {error}") from None
+    return rows
 
 
 def _print(result: Any, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from nnxp._errors import BackendUnavailable, DtypeMismatch, OptionError
 from nnxp._exchange import host_rows, source_of
 from nnxp._printed import Printed
 from nnxp.backend import Backend, available_backends, get_backend
+from nnxp.engine import inputs_of
 from nnxp.io._atomic import written_beside
 from nnxp.layers._layer import Layer
 from nnxp.testing.goldens import layer_examples, provenance, record
@@ -38,6 +39,9 @@ from nnxp.testing.parity import (
 TF32 = 20.0
 """Units of the bound: a float32 product of zero-mean numbers stays below 3, TF32 is above 200."""
 MOST_ROWS = 1000
+
+Rows: TypeAlias = tuple[HostArray | None, ...]
+"""Those of each input; None for one that is left out."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,13 @@ def _said(found: Found) -> str:
 
 def verify(
     model: Layer | None = None,
-    rows: HostArray | None = None,
+    rows: Any = None,
     backends: str | Sequence[str] = (),
     required: str | Sequence[str] = (),
 ) -> Verification:
     """Judge a model on rows (rows, ...), or the library's layers and the demo's network.
+
+    A model of several inputs takes a tuple of rows, or a dict by their names.
 
     On these backends, or on all that are usable; `required` ones are always among them. Of many
     rows a thousand are judged. Raises BackendUnavailable for one of `backends` that cannot be used.
@@ -145,13 +151,19 @@ def verify(
     if model is None or rows is None:
         cases, what = list(_own_cases()), "every layer, in every type, and the demo's network"
     else:
-        rows = source_of(rows)
-        if len(rows) == 0:
+        given = inputs_of(model, rows)
+        sources = [None if each is None else source_of(each) for each in given]
+        count = len(source_of(given[0]))
+        if count == 0:
             raise OptionError("there are no rows: nothing would be verified")
-        some = host_rows(rows[:: max(1, -(-len(rows) // MOST_ROWS))])
-        cases, what = [(model, some)], f"{model!r} on {len(some):,} of {len(rows):,} rows"
-        if count := nonfinite_rows(some):
-            what += f", {count:,} of which hold NaN or infinity"
+        every = slice(None, None, max(1, -(-count // MOST_ROWS)))
+        some: Rows = tuple(None if each is None else host_rows(each[every]) for each in sources)
+        cases, what = (
+            [(model, some)],
+            f"{model!r} on {len(range(count)[every]):,} of {count:,} rows",
+        )
+        if odd := max(nonfinite_rows(each) for each in some if each is not None):
+            what += f", {odd:,} of which hold NaN or infinity"
     found, failures = [], []
     names = [get_backend(name).device for name in asked] or list(available_backends())
     for name in dict.fromkeys([*names, *needed]):
@@ -170,7 +182,7 @@ def verify(
     return Verification(what, tuple(found), tuple(failures), wanted)
 
 
-def _own_cases() -> Iterator[tuple[Layer, HostArray]]:
+def _own_cases() -> Iterator[tuple[Layer, Rows]]:
     from nnxp.demo import load_digits
 
     rng = np.random.default_rng(0)
@@ -181,18 +193,19 @@ def _own_cases() -> Iterator[tuple[Layer, HostArray]]:
             continue
         for layer, shape in layer_examples():
             made = layer.astype(dtype)
-            yield made, rng.normal(size=shape).astype(made.dtype or float_dtype(dtype))
+            yield made, (rng.normal(size=shape).astype(made.dtype or float_dtype(dtype)),)
     digits, pixels, *_ = load_digits()
-    yield digits, pixels[::7]
+    yield digits, (pixels[::7],)
 
 
-def _judge(backend: Backend, cases: Sequence[tuple[Layer, HostArray]]) -> tuple[Found, list[Check]]:
+def _judge(backend: Backend, cases: Sequence[tuple[Layer, Rows]]) -> tuple[Found, list[Check]]:
     start = perf_counter()
     products = product_checks(backend)
     checks = list(products)
     for layer, rows in cases:
-        made = parity_report(layer, rows, backends=[backend]).checks
-        named = f"{layer!r:.60} {rows.dtype}: " if len(cases) > 1 else ""
+        kind = ", ".join(str(each.dtype) for each in rows if each is not None)
+        made = parity_report(layer, *rows, backends=[backend]).checks
+        named = f"{layer!r:.60} {kind}: " if len(cases) > 1 else ""
         checks += [replace(each, name=named + each.name) for each in made]
     failed = [each for each in checks if not each.ok]
     return Found(

@@ -22,6 +22,7 @@ from nnxp._errors import CheckpointError, ConversionError, NnxpError
 from nnxp.io.checkpoint import load
 from nnxp.layers._layer import Layer
 from nnxp.layers.graph import (
+    BODIES,
     DTYPE_ATTRIBUTES,
     DTYPES,
     Graph,
@@ -134,7 +135,7 @@ class _Reading:
         self._refuse_foreign_data()
         if model.functions:
             self.model = model = self.onnx.inliner.inline_local_functions(model)
-        self._refuse_unknown()
+        self._refuse_unknown(version)
         self._put_aside()
         if 3 <= model.ir_version < 4:  # initialisers had to be inputs, too, and are not always
             model.ir_version = 4
@@ -194,12 +195,16 @@ class _Reading:
             raise CheckpointError(f"{who}: {name!r:.80} ends early")
         return data
 
-    def _refuse_unknown(self) -> None:
+    def _refuse_unknown(self, version: int) -> None:
         """Refuse operators that are not known, all of them at once."""
         unknown = []
         for each in _nodes(self.model.graph):
             name = _operator_name(each)
-            if name not in OPERATORS and name not in ("If", *_UPGRADED):
+            if name == "Scan" and version < 9:
+                raise ConversionError(
+                    f"Scan of opset {version} goes along axis 1; from 9 on it is read"
+                )
+            if name not in OPERATORS and name not in (*BODIES, *_UPGRADED):
                 unknown.append(
                     {"op": name, "name": each.name, "outputs": list(each.output) or [""]}
                 )
@@ -376,7 +381,9 @@ class _Reading:
         if isinstance(value, self.onnx.TensorProto):
             return packed(self._array(value))
         if isinstance(value, self.onnx.GraphProto):
-            return self._branch(value)
+            return self._body(value)
+        if isinstance(value, self.onnx.TypeProto):  # what an Optional holds says itself
+            return None
         if isinstance(value, bytes):
             return value.decode()
         if isinstance(value, float):
@@ -393,17 +400,18 @@ class _Reading:
             )
         return items
 
-    def _branch(self, graph: Any) -> dict[str, Any]:
+    def _body(self, graph: Any) -> dict[str, Any]:
         """A graph within a graph; its constants become nodes."""
-        if graph.input or graph.sparse_initializer:
-            raise ConversionError("a graph within the graph has inputs of its own")
+        if graph.sparse_initializer:
+            raise ConversionError("a graph within the graph has sparse initialisers")
         nodes = [
             {"op": "Constant", "name": "", "inputs": (), "outputs": (tensor.name,),
              "attributes": {"value": packed(self._array(tensor))}}
             for tensor in graph.initializer
         ]  # fmt: skip
         nodes += [self._node(each) for each in graph.node]
-        return {"nodes": tuple(nodes), "outputs": tuple(each.name for each in graph.output)}
+        made = {"nodes": tuple(nodes), "outputs": tuple(each.name for each in graph.output)}
+        return made | ({"inputs": tuple(each.name for each in graph.input)} if graph.input else {})
 
 
 _UPGRADED = ("Upsample", "Scatter")

@@ -15,7 +15,8 @@ from nnxp._library import KINDS
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import written_beside
 from nnxp.kernels import Kernel
-from nnxp.kernels._windows import windows
+from nnxp.kernels._windows import per_axis, windows
+from nnxp.kernels.conv import transposed_ways
 from nnxp.kernels.functions import einsum_terms
 from nnxp.layers._layer import Layer
 from nnxp.program.program import Program
@@ -258,6 +259,8 @@ class _Writing:
             made = self._linear(step)
         elif kernel.__name__ == "conv" and _one_type(step):
             made = self._conv(step)
+        elif kernel.__name__ == "conv_transpose" and _one_type(step) and _cut_off(step) is not None:
+            made = self._conv_transpose(step)
         elif kernel.__name__ == "layer_norm" and _one_type(step):
             _, gain, bias = (*step.inputs, None, None)[:3]
             gain = self.name(gain) if gain is not None else self.constant(
@@ -310,6 +313,33 @@ class _Writing:
         y = self.node("Transpose", [y], perm=[0, *range(2, n + 2), 1])
         return self._activated(step, y)
 
+    def _conv_transpose(self, step: Step) -> str:
+        """ONNX has channels first, and weights (channels, outputs / groups, *window)."""
+        x, weight, bias = (*step.inputs, None)[:3]
+        *window, c, o = weight.shape
+        n, options, groups = len(window), step.options, step.options.get("groups", 1)
+        pads = _cut_off(step)
+        assert pads is not None
+        first = self.node("Transpose", [self.name(x)], perm=[0, n + 1, *range(1, n + 1)])
+        parts = self.node(
+            "Reshape", [self.name(weight), self.ints(*window, c, groups, o // groups)]
+        )
+        parts = self.node("Transpose", [parts], perm=[n + 1, n, n + 2, *range(n)])
+        turned = self.node("Reshape", [parts, self.ints(c * groups, o // groups, *window)])
+        names = [first, turned] + ([] if bias is None else [self.name(bias)])
+        more = per_axis("output_padding", options.get("output_padding", 0), n, 0)
+        y = self.node(
+            "ConvTranspose",
+            names,
+            strides=list(per_axis("stride", options.get("stride", 1), n)),
+            dilations=list(per_axis("dilation", options.get("dilation", 1), n)),
+            pads=[before for before, _ in pads] + [max(0, after) for _, after in pads],
+            output_padding=[m - min(0, after) for m, (_, after) in zip(more, pads, strict=True)],
+            group=groups,
+        )
+        y = self.node("Transpose", [y], perm=[0, *range(2, n + 2), 1])
+        return self._activated(step, y)
+
     def _activated(self, step: Step, y: str) -> str:
         """The activation of a step's options, of what it has made."""
         x = step.values[0]
@@ -334,6 +364,16 @@ class _Writing:
 
 
 _WINDOW_OPTIONS = ("stride", "padding", "dilation")
+
+
+def _cut_off(step: Step) -> list[tuple[int, int]] | None:
+    """What a transposed convolution cuts off around each axis; None if it adds something before."""
+    x, weight = step.values[:2]
+    names = "stride", "padding", "output_padding", "dilation"
+    plain = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+    options = [step.options.get(name, plain[name]) for name in names]
+    pads = [way.pads for way in transposed_ways(x.shape[1:-1], weight.shape[:-2], *options)]
+    return None if min(before for before, _ in pads) < 0 else pads
 
 
 def _one_type(step: Step) -> bool:

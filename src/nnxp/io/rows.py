@@ -9,7 +9,8 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -75,12 +76,38 @@ def open_rows(
             f"{path}: only a table ({', '.join(TABLES)}) has a header, a delimiter, columns with "
             "names, and missing values"
         )
-    try:
+    with _whole(path, kind):
         rows = open_memmap(path, mode="r") if kind == ".npy" else _read_npz(path, key)
+    return _checked(rows, path)
+
+
+def read_inputs(path: Name, names: Sequence[str]) -> dict[str, HostArray]:
+    """The arrays of a .npz file by their names: the inputs of a model that takes these.
+
+    Raises as `read_rows`, and OptionError for a file of another kind.
+    """
+    if ending(path) != ".npz":
+        raise OptionError(
+            f"{path}: the model takes {', '.join(names)}: give them in a .npz file, as arrays of "
+            "these names"
+        )
+    with _whole(path, ".npz"), _opened_npz(path) as file:
+        found = {name: _array_in(file, name, path) for name in file.files}
+    return {name: _checked(rows, path) for name, rows in found.items()}
+
+
+@contextmanager
+def _whole(path: Name, kind: str) -> Iterator[None]:
+    """RowsError for whatever NumPy says of a damaged file."""
+    try:
+        yield
     except (OSError, MemoryError, NnxpError):
         raise
     except Exception as error:  # NumPy meets a hostile file with ten types of error
         raise RowsError(f"{path} is not a whole {kind} file of numbers: {error}") from error
+
+
+def _checked(rows: HostArray, path: Name) -> HostArray:
     if not is_numeric(rows.dtype):
         raise RowsError(f"{path} holds {rows.dtype}, but rows are real numbers")
     if rows.ndim == 0:
@@ -88,24 +115,51 @@ def open_rows(
     return rows
 
 
-def _read_npz(path: Name, key: str | None) -> HostArray:
+@contextmanager
+def _opened_npz(path: Name) -> Iterator[Any]:
     with open(path, "rb") as stream:  # NumPy leaves a file open that it opened and refused
         file = np.load(stream, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise RowsError(f"{path} is a .npy file by its content; name it so")
-        names = ", ".join(file.files)
         if not file.files:
             raise RowsError(f"{path} holds no arrays")
+        yield file
+
+
+def _read_npz(path: Name, key: str | None) -> HostArray:
+    with _opened_npz(path) as file:
+        names = ", ".join(file.files)
         if key is None and len(file.files) > 1:
             raise OptionError(
                 f"{path} holds {len(file.files)} arrays ({names}): name one by its key"
             )
         if key is not None and key not in file.files:
             raise OptionError(f"{path} has no {key!r}; it holds {names}")
-        rows = file[file.files[0] if key is None else key]
-        if not isinstance(rows, np.ndarray):  # the bytes of a member of the archive
-            raise RowsError(f"{path}: {key or names} is no array")
-        return rows
+        return _array_in(file, file.files[0] if key is None else key, path)
+
+
+def _array_in(file: Any, name: str, path: Name) -> HostArray:
+    rows = file[name]
+    if not isinstance(rows, np.ndarray):  # the bytes of a member of the archive
+        raise RowsError(f"{path}: {name} is no array")
+    return rows
+
+
+def write_arrays(
+    path: Name,
+    arrays: Mapping[str, HostArray],
+    say: Callable[[str], object] = warn_of_leftover,
+) -> None:
+    """Write arrays to a .npz file by their names; it is whole, or it is not there."""
+    with (
+        written_beside(path, say) as beside,
+        _room(path),
+        zipfile.ZipFile(beside, "w") as archive,
+    ):
+        for name, array in arrays.items():  # np.savez has names of its own
+            wide = array.astype("float32") if array.dtype.name == "bfloat16" else array
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, wide, allow_pickle=False)
 
 
 @contextmanager

@@ -202,7 +202,9 @@ def conv_transpose(
     """
     _fitting("conv_transpose", x, weight, groups)
     xp, outputs = xp_of(x), weight.shape[-1]
-    ways = _ways(x.shape[1:-1], weight.shape[:-2], stride, padding, output_padding, dilation)
+    ways = transposed_ways(
+        x.shape[1:-1], weight.shape[:-2], stride, padding, output_padding, dilation
+    )
     phases = list(product(*(way.phases for way in ways)))
 
     def part(phase: tuple[Phase | None, ...]) -> Any:
@@ -242,14 +244,16 @@ class Phase:
 @dataclass(frozen=True)
 class Way:
     """What a transposed convolution makes along one axis: `length` outputs, in phases that make
-    `count` each. A phase is None if no tap of the window reaches it."""
+    `count` each; `pads` are cut off around them. A phase is None if no tap of the window reaches
+    it."""
 
     phases: tuple[Phase | None, ...]
     count: int
     length: int
+    pads: tuple[int, int]
 
 
-def _ways(
+def transposed_ways(
     space: Shape, window: Shape, stride: Any, padding: Any, output_padding: Any, dilation: Any
 ) -> list[Way]:
     who, axes = "conv_transpose", len(window)
@@ -271,7 +275,7 @@ def _ways(
         phases = tuple(
             _phase(r + before, n, k, s, d, count) if r < length else None for r in range(s)
         )
-        ways.append(Way(phases, count, length))
+        ways.append(Way(phases, count, length, (before, behind)))
     return ways
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,12 +26,22 @@ from nnxp._errors import (
 )
 from nnxp.backend import home_of
 from nnxp.layers import (  # noqa: F401  (these make their operators known)
+    item_operators,
     quantized_operators,
     sequence_operators,
     window_operators,
 )
 from nnxp.layers._layer import Example, Layer
-from nnxp.layers.operators import OPERATORS, Operator, beside, dtype_of, home, numbers, row_by_row
+from nnxp.layers.operators import (
+    OPERATORS,
+    Items,
+    Operator,
+    beside,
+    dtype_of,
+    home,
+    numbers,
+    row_by_row,
+)
 from nnxp.program import traced
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Program
@@ -43,6 +55,13 @@ DTYPES = frozenset(
 DTYPE_ATTRIBUTES = frozenset(["to", "dtype", "output_dtype"])
 DEEPEST = 20
 """Graphs within graphs, as the branches of `If`."""
+BODIES = {
+    "If": ("then_branch", "else_branch"),
+    "Loop": ("body",),
+    "Scan": ("body",),
+    "SequenceMap": ("body",),
+}
+"""Nodes that hold graphs, by the names of their attributes."""
 
 
 class Weight(Layer):
@@ -154,7 +173,7 @@ class Graph(Layer):
 
     @cached_property
     def _compiled(self) -> _Nodes:
-        return _Nodes.of(self.nodes, self.outputs, self._retyped)
+        return _Nodes.of({"nodes": self.nodes, "outputs": self.outputs}, self._retyped)
 
     @cached_property
     def _numbers(self) -> dict[str, Any]:
@@ -219,8 +238,10 @@ class Graph(Layer):
             **dict(zip(self.names, (w.value for w in self.weights), strict=True)),
         }
         values.update(zip(self.input_names, inputs, strict=True))
-        with self._at_home():
-            self._compiled.run(values)
+        written = any(isinstance(x, traced.ndarray) for x in inputs)
+        most = MOST_WRITTEN if written else MOST_STEPS
+        with self._at_home(), _counted_steps(most), np.errstate(all="ignore"):
+            self._compiled.run(values)  # infinity and NaN are answers here
             like = next((x for x in inputs if not isinstance(x, np.ndarray)), None)
             results = [values[name] for name in self.outputs]
             return results if like is None else [beside(y, like) for y in results]
@@ -365,47 +386,154 @@ class _Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
-    branches: tuple[_Nodes, _Nodes] | None
+    bodies: tuple[_Nodes, ...]
     ended: tuple[str, ...]
 
     def run(self, values: dict[str, Any]) -> None:
         given = [values[name] if name else None for name in self.inputs]
-        if self.branches is not None:
-            (condition,) = given
-            chosen = self.branches[0 if bool(numbers(condition).all()) else 1]
-            inner = dict(values)
-            chosen.run(inner, keep=True)
-            made = tuple(inner[name] for name in chosen.outputs)
+        if self.bodies:
+            run = {"If": _branch, "Loop": _loop, "Scan": _scan, "SequenceMap": _map}[self.op]
+            made = run(self, [partial(body, values) for body in self.bodies], given)
         else:
             assert self.operator is not None
             made = self.operator(given, self.attributes, self.op, len(self.outputs))
         values.update((name, y) for name, y in zip(self.outputs, made, strict=False) if name)
 
 
+Body: TypeAlias = Callable[..., tuple[Any, ...]]
+"""A graph within the graph, as a function of its inputs."""
+
+
+def _branch(each: _Node, branches: list[Body], given: list[Any]) -> tuple[Any, ...]:
+    """If: one of two graphs."""
+    (condition,) = given
+    return branches[0 if bool(numbers(condition).all()) else 1]()
+
+
+def _loop(each: _Node, bodies: list[Body], given: list[Any]) -> tuple[Any, ...]:
+    """Loop: a graph of the number of the step, and of what it made itself in the step before.
+
+    At most so many times, and while it says so itself. What it makes besides is stacked.
+    """
+    (body,), (most, on, *state) = bodies, given
+    count, step, stacks = len(state), 0, []
+    limit = None if most is None else int(numbers(most).item())
+    while (limit is None or step < limit) and (on is None or bool(numbers(on).all())):
+        _count_step()
+        on, *made = body(np.array(step), np.array(True), *state)
+        state = made[:count]
+        stacks.append(made[count:])
+        step += 1
+    return (*state, *_stacked(each, stacks, len(each.outputs) - count))
+
+
+def _scan(each: _Node, bodies: list[Body], given: list[Any]) -> tuple[Any, ...]:
+    """Scan: a graph of what it made itself in the step before, and of slices of arrays."""
+    (body,), options = bodies, each.attributes
+    count = len(given) - options["num_scan_inputs"]
+    state, arrays = given[:count], given[count:]
+    axes = options.get("scan_input_axes") or [0] * len(arrays)
+    backward = options.get("scan_input_directions") or [0] * len(arrays)
+    arrays = [xp_of(x).moveaxis(x, axis, 0) for x, axis in zip(arrays, axes, strict=True)]
+    lengths = {len(x) for x in arrays}
+    if len(lengths) != 1:
+        raise ShapeError(f"it goes along axes of {sorted(lengths)}, not of one length")
+    (length,) = lengths
+    if traced.counts_rows(length):
+        raise Untraceable("it goes along axis 0, which does not hold rows")
+    stacks = []
+    for step in range(length):
+        _count_step()
+        slices = [
+            x[length - 1 - step if b else step] for x, b in zip(arrays, backward, strict=True)
+        ]
+        made = body(*state, *slices)
+        state = list(made[:count])
+        stacks.append(made[count:])
+    results = _stacked(each, stacks, len(each.outputs) - count)
+    axes = options.get("scan_output_axes") or [0] * len(results)
+    backward = options.get("scan_output_directions") or [0] * len(results)
+    results = [xp_of(y).flip(y, 0) if b else y for y, b in zip(results, backward, strict=True)]
+    moved = [xp_of(y).moveaxis(y, 0, axis) for y, axis in zip(results, axes, strict=True)]
+    return (*state, *moved)
+
+
+def _map(each: _Node, bodies: list[Body], given: list[Any]) -> tuple[Any, ...]:
+    """SequenceMap: a graph of each item of a sequence, and of arrays or other sequences' items."""
+    (body,), (items, *others) = bodies, given
+    made = []
+    for i, x in enumerate(items):
+        _count_step()
+        made.append(body(x, *(other[i] if isinstance(other, Items) else other for other in others)))
+    return tuple(map(Items, zip(*made, strict=True))) if made else (Items(),) * len(each.outputs)
+
+
+def _stacked(each: _Node, steps: list[Any], count: int) -> list[Any]:
+    """What so many outputs are in every step, each along a new axis 0."""
+    if count and not steps:
+        raise ShapeError("no step is made, so the shapes of what is stacked are not known")
+    like = next((x for x in chain(*steps) if not isinstance(x, np.ndarray)), None)
+    columns = list(zip(*steps, strict=True))[:count]
+    if like is not None:
+        columns = [tuple(beside(x, like) for x in column) for column in columns]
+    return [xp_of(column[0]).stack(list(column)) for column in columns]
+
+
+@contextmanager
+def _counted_steps(most: int) -> Iterator[None]:
+    token = _steps_left.set([most])
+    try:
+        yield
+    finally:
+        _steps_left.reset(token)
+
+
+def _count_step() -> None:
+    """Refuse to go on where bodies of loops have run too often in one call."""
+    left = _steps_left.get()
+    left[0] -= 1
+    if left[0] < 0:
+        raise ShapeError(
+            f"loops make more than {MOST_STEPS:,} steps, or {MOST_WRITTEN:,} that are written out"
+        )
+
+
+MOST_STEPS, MOST_WRITTEN = 1 << 17, 1 << 12
+"""Steps of the loops in one call, and of those that are written out."""
+_steps_left: ContextVar[list[int]] = ContextVar("nnxp_steps_left")
+
+
 @dataclass(frozen=True)
 class _Nodes:
     nodes: tuple[_Node, ...]
     outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, nodes: Sequence[Mapping[str, Any]], outputs: Sequence[str], retyped: Any) -> _Nodes:
+    def of(cls, graph: Mapping[str, Any], retyped: Any) -> _Nodes:
         """The nodes as they are run, each with the names that nobody asks for after it."""
-        wanted, made = set(outputs), []
-        for each in reversed(nodes):
+        wanted, made = set(graph["outputs"]), []
+        for each in reversed(graph["nodes"]):
             uses = set(_uses(each))
             ended = tuple({*uses, *each["outputs"]} - wanted)
             wanted |= uses
             attributes = {
                 name: _attribute(name, v, retyped) for name, v in each["attributes"].items()
             }
-            branches = None
-            if each["op"] == "If":
-                parts = (attributes.pop("then_branch"), attributes.pop("else_branch"))
-                branches = tuple(cls.of(part["nodes"], part["outputs"], retyped) for part in parts)
+            names = BODIES.get(each["op"], ())
+            bodies = tuple(cls.of(attributes.pop(name), retyped) for name in names)
             label = f"{each['op']} {each['name'] or each['outputs'][0]!r}"
-            made.append(_Node(OPERATORS.get(each["op"]), each["op"].rpartition(".")[2], label,
-                              each["inputs"], each["outputs"], attributes, branches, ended))  # type: ignore[arg-type]  # fmt: skip
-        return cls(tuple(reversed(made)), tuple(outputs))
+            formula, short = OPERATORS.get(each["op"]), each["op"].rpartition(".")[2]
+            ends = each["inputs"], each["outputs"]
+            made.append(_Node(formula, short, label, *ends, attributes, bodies, ended))
+        return cls(tuple(reversed(made)), tuple(graph["outputs"]), tuple(graph.get("inputs", ())))
+
+    def __call__(self, values: Mapping[str, Any], *inputs: Any) -> tuple[Any, ...]:
+        """The outputs of a graph that is within another, which has these values."""
+        inner = dict(values)
+        inner.update(zip(self.inputs, inputs, strict=True))
+        self.run(inner, keep=True)
+        return tuple(inner[name] for name in self.outputs)
 
     def run(self, values: dict[str, Any], keep: bool = False) -> None:
         for each in self.nodes:
@@ -514,14 +642,12 @@ def _check_nodes(nodes: Any, outputs: Any, known: set[str], depth: int = 0) -> N
         if missing:
             raise OptionError(f"{label} takes {missing[0]!r}, which nothing before it makes")
         attributes = each["attributes"]
-        if each["op"] == "If":
-            parts = [attributes.get(name) for name in ("then_branch", "else_branch")]
-            if len(attributes) != 2 or not all(map(_is_graph, parts)) or len(each["inputs"]) != 1:
-                raise OptionError(f"{label} has one input and two branches")
-            for part in parts:
-                if len(part["outputs"]) != len(each["outputs"]):
-                    raise OptionError(f"{label}: its branches answer otherwise than it does")
-                _check_nodes(part["nodes"], part["outputs"], set(known), depth + 1)
+        if each["op"] in BODIES:
+            _check_bodies(each, label)
+            for name in BODIES[each["op"]]:
+                part = attributes[name]
+                inner = {*known, *part.get("inputs", ())}
+                _check_nodes(part["nodes"], part["outputs"], inner, depth + 1)
         else:
             OPERATORS[each["op"]].check(label, each["inputs"], attributes)
             for name, value in attributes.items():
@@ -540,11 +666,59 @@ def _check_nodes(nodes: Any, outputs: Any, known: set[str], depth: int = 0) -> N
             raise OptionError(f"the output {name!r} is made by no node")
 
 
+def _check_bodies(each: Mapping[str, Any], label: str) -> None:
+    """Refuse graphs within the graph that do not take or answer what their node does."""
+    op, names, attributes = each["op"], BODIES[each["op"]], each["attributes"]
+    options = set(attributes) - set(names)
+    if not all(_is_graph(attributes.get(name)) for name in names) or options - _OPTIONS[op]:
+        raise OptionError(f"{label} has {', '.join(names)} and no other attributes that are known")
+    inputs, outputs = len(each["inputs"]), len(each["outputs"])
+    for name in names:
+        takes = len(attributes[name].get("inputs", ()))
+        answers = len(attributes[name]["outputs"]) - (op == "Loop")
+        fits = answers >= outputs if op == "Loop" else answers == outputs
+        wanted = 0 if op == "If" else inputs
+        if (
+            not fits
+            or takes != wanted
+            or (op == "If" and inputs != 1)
+            or (op == "Loop" and inputs < 2)
+        ):
+            raise OptionError(
+                f"{label}: {name} takes {takes} and answers {answers}, not {wanted} and {outputs}"
+            )
+    if op == "Scan":
+        scanned = attributes.get("num_scan_inputs")
+        if type(scanned) is not int or not 0 < scanned <= inputs:
+            raise OptionError(f"{label} scans {scanned!r:.40} of {inputs} inputs")
+        for name in _OPTIONS[op] - {"num_scan_inputs"} & options:
+            if not all(type(n) is int for n in attributes[name]):
+                raise OptionError(f"{label}: {name} are whole numbers")
+
+
+_OPTIONS = {
+    "If": frozenset[str](),
+    "Loop": frozenset[str](),
+    "SequenceMap": frozenset[str](),
+    "Scan": frozenset(
+        [
+            "num_scan_inputs",
+            "scan_input_axes",
+            "scan_input_directions",
+            "scan_output_axes",
+            "scan_output_directions",
+        ]
+    ),
+}
+"""What nodes that hold graphs have besides."""
+
+
 def _is_graph(each: Any) -> bool:
     return (
         isinstance(each, dict)
-        and each.keys() == {"nodes", "outputs"}
-        and all(isinstance(each[name], tuple) for name in each)
+        and each.keys() - {"inputs"} == {"nodes", "outputs"}
+        and all(isinstance(part, tuple) for part in each.values())
+        and all(isinstance(name, str) for name in (*each["outputs"], *each.get("inputs", ())))
     )
 
 
@@ -565,7 +739,7 @@ def _check_known(nodes: Any) -> None:
         )  # fmt: skip
         if not sound or not each["outputs"]:
             raise OptionError(f"no node of a graph: {each!r:.80}")
-    unknown = [each for each in nodes if each["op"] not in OPERATORS and each["op"] != "If"]
+    unknown = [each for each in nodes if each["op"] not in {*OPERATORS, *BODIES}]
     if unknown:
         raise ConversionError(unknown_operators(unknown))
 

@@ -35,8 +35,14 @@ row_by_row: ContextVar[int] = ContextVar("nnxp_row_by_row", default=0)
 """How many rows go through a graph that was made for a single one: what it says of axis 0, it says
 of each of them. 0 for graphs that say it of all."""
 
-MOST_NUMBERS = 1 << 28
-"""What one operator may make out of a few numbers that name a shape."""
+MOST_NUMBERS = 1 << 26
+"""What one operator may make of a row, or at all, out of a few numbers that name a shape."""
+
+
+class Items(tuple[Any, ...]):
+    """A sequence: one value of a graph that is several arrays."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -65,20 +71,30 @@ class Operator:
         self, inputs: Sequence[Any], attributes: Mapping[str, Any], op: str, count: int
     ) -> tuple[Any, ...]:
         arrays: list[Any] = list(inputs)
-        for i in self.numbers.intersection(range(len(arrays))):
-            arrays[i] = None if arrays[i] is None else numbers(arrays[i])
-        free = [i for i, x in enumerate(arrays) if x is not None and i not in self.numbers]
+        for i in self.numbers:
+            if i < len(arrays) and arrays[i] is not None:
+                arrays[i] = numbers(arrays[i])
+        if not all(type(x) is np.ndarray or x is None for x in arrays):
+            self._bring_together(arrays)
+        options = dict(attributes)
+        options |= {k: v for k, v in (("op", op), ("count", count)) if k in self.options}
+        call = self.function if self.as_is else in_float32(self.function)
+        made = call(*arrays, **options)
+        several = isinstance(made, tuple | list) and not isinstance(made, Items)
+        results = tuple(made) if several else (made,)
+        return tuple(np.asarray(y) if isinstance(y, np.generic) else y for y in results)
+
+    def _bring_together(self, arrays: list[Any]) -> None:
+        """Bring the arrays that may not stay on the host to where the first of them is."""
+        free = [
+            i
+            for i, x in enumerate(arrays)
+            if x is not None and i not in self.numbers and not isinstance(x, Items)
+        ]
         like = next((arrays[i] for i in free if not isinstance(arrays[i], np.ndarray)), None)
         for i in free:
             if like is not None and i not in self.loose:
                 arrays[i] = beside(arrays[i], like)
-        options = dict(attributes)
-        options |= {k: v for k, v in (("op", op), ("count", count)) if k in self.options}
-        with np.errstate(all="ignore"):  # infinity and NaN are answers here
-            call = self.function if self.as_is else in_float32(self.function)
-            made = call(*arrays, **options)
-        results = tuple(made) if isinstance(made, tuple | list) else (made,)
-        return tuple(np.asarray(y) if isinstance(y, np.generic) else y for y in results)
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -141,8 +157,10 @@ def ints(x: HostArray | None) -> list[int] | None:
     return None if x is None else [int(n) for n in x.ravel()]
 
 
-def beside(x: Array, like: Array) -> Array:
-    """x in the library of `like`, if it is a host array."""
+def beside(x: Any, like: Array) -> Any:
+    """x in the library of `like`, if it is a host array; a sequence's arrays each."""
+    if isinstance(x, Items):
+        return Items(beside(each, like) for each in x)
     if not isinstance(x, np.ndarray):
         return x
     if not isinstance(like, traced.ndarray):
@@ -177,11 +195,12 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def library_of_shape(shape: Sequence[int]) -> Any:
     """NumPy for what is made out of a shape, unless it counts rows that are not there yet."""
-    if any(map(traced.counts_rows, shape)):
-        return traced
-    if prod(map(int, shape)) > MOST_NUMBERS:
-        raise ShapeError(f"an array of shape {tuple(shape)} out of a constant: it is too large")
-    return np
+    counted = [traced.counts_rows(n) for n in shape]
+    row = [n // traced.ROWS if of_rows else n for n, of_rows in zip(shape, counted, strict=True)]
+    if prod(map(int, row)) > MOST_NUMBERS:
+        said = tuple("rows" if of_rows else n for n, of_rows in zip(shape, counted, strict=True))
+        raise ShapeError(f"{said} out of a few numbers is more than {MOST_NUMBERS:,} to a row")
+    return traced if any(counted) else np
 
 
 def _axes(axes: HostArray | Sequence[int] | None, ndim: int) -> list[int] | None:
@@ -735,6 +754,7 @@ def center_crop_pad(x: Array, shape: HostArray, *, axes: Sequence[int] | None = 
         range(x.ndim) if along is None else along, ints(shape) or [], strict=True
     ):
         n = x.shape[axis]
+        library_of_shape((*x.shape[:axis], wanted, *x.shape[axis + 1 :]))
         if n > wanted:
             x = _cut(x, axis, (n - wanted) // 2, (n - wanted) // 2 + wanted)
         elif n < wanted:

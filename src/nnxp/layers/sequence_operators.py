@@ -64,6 +64,53 @@ def _recurrent(
     return (y, *last)
 
 
+def _by_kernel(
+    run: Callable[..., tuple[Array, ...]],
+    order: Sequence[int],
+    states: Sequence[Array | None],
+    x: Array,
+    w: Array,
+    r: Array,
+    b: Array | None,
+    direction: str,
+    layout: int,
+) -> tuple[Array, ...]:
+    """As `_recurrent`, by a kernel, whose gates are those of ONNX in this order.
+
+    run(x (n, time, inputs), weight, recurrent weight, bias, recurrent bias, reverse, *states)
+    answers y (n, time, hidden) and the last states.
+    """
+    xp, n = xp_of(x), r.shape[-1]
+    if traced.counts_rows(x.shape[layout]):
+        raise traced.Untraceable("it goes along axis 0, which does not hold rows")
+    x = x if layout else x.swapaxes(0, 1)
+    ends = []
+
+    def ordered(y: Array) -> Array:
+        parts = [y[..., k * n : (k + 1) * n] for k in order]
+        return xp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+    for way in range(w.shape[0]):
+        own = [None if s is None else (s[:, way] if layout else s[way]) for s in states]
+        half = len(order) * n
+        biases = (None, None) if b is None else (ordered(b[way][:half]), ordered(b[way][half:]))
+        weights = ordered(w[way].T), ordered(r[way].T)
+        ends.append(run(x, *weights, *biases, direction == "reverse" or way == 1, *own))
+    outputs, *last = (
+        xp.stack(list(each), axis=at)
+        for each, at in zip(zip(*ends, strict=True), (2, *[layout] * len(states)), strict=True)
+    )
+    return (outputs if layout else outputs.transpose(1, 2, 0, 3), *last)
+
+
+def _plain(
+    activations: Sequence[str] | None, defaults: Sequence[str], ways: int, *others: Any
+) -> bool:
+    """Whether a network has the activations of the kernels, and nothing that they have not."""
+    usual = activations is None or list(activations) == list(defaults) * ways
+    return usual and not any(each is not None and each != 0 for each in others)
+
+
 def _gates(
     names: Sequence[str] | None, defaults: Sequence[str], way: int, alpha: Any, beta: Any
 ) -> list[Callable[[Array], Array]]:
@@ -107,7 +154,17 @@ def rnn(
     activation_beta: Any = None,
     clip: float | None = None,
 ) -> tuple[Array, ...]:
-    n, xp = r.shape[-1], xp_of(x)
+    n, xp, more = r.shape[-1], xp_of(x), (activation_alpha, activation_beta, clip)
+    known = ("Tanh", kernels.tanh), ("Relu", kernels.relu)
+    names = activations or ["Tanh"] * w.shape[0]
+    activation = next((k for name, k in known if _plain(names, [name], w.shape[0], *more)), None)
+    if activation is not None:
+
+        def run(x: Array, w: Array, r: Array, b: Any, c: Any, back: bool, h: Any) -> Any:
+            given = kernels.linear(x, w, None if b is None else b + c)
+            return kernels.rnn(given, r, h, lengths, activation=activation, reverse=back)
+
+        return _by_kernel(run, [0], [h], x, w, r, b, direction, layout)
 
     def one(way: int) -> Step:
         (act,) = _gates(activations, ["Tanh"], way, activation_alpha, activation_beta)
@@ -139,7 +196,15 @@ def gru(
     activation_beta: Any = None,
     clip: float | None = None,
 ) -> tuple[Array, ...]:
-    n, xp = r.shape[-1], xp_of(x)
+    n, xp, more = r.shape[-1], xp_of(x), (activation_alpha, activation_beta, clip)
+    if _plain(activations, ["Sigmoid", "Tanh"], w.shape[0], *more):
+
+        def run(x: Array, w: Array, r: Array, b: Any, c: Any, back: bool, h: Any) -> Any:
+            after = bool(linear_before_reset)
+            given = kernels.linear(x, w, b)
+            return kernels.gru(given, r, c, h, lengths, reset_after=after, reverse=back)
+
+        return _by_kernel(run, [1, 0, 2], [h], x, w, r, b, direction, layout)
 
     def one(way: int) -> Step:
         f, g = _gates(activations, ["Sigmoid", "Tanh"], way, activation_alpha, activation_beta)
@@ -183,6 +248,14 @@ def lstm(
     input_forget: int = 0,
 ) -> tuple[Array, ...]:
     n, xp = r.shape[-1], xp_of(x)
+    more = activation_alpha, activation_beta, clip, input_forget
+    if p is None and _plain(activations, ["Sigmoid", "Tanh", "Tanh"], w.shape[0], *more):
+
+        def run(x: Array, w: Array, r: Array, b: Any, d: Any, back: bool, h: Any, c: Any) -> Any:
+            given = kernels.linear(x, w, None if b is None else b + d)
+            return kernels.lstm(given, r, None, h, c, lengths, reverse=back)
+
+        return _by_kernel(run, [0, 2, 1, 3], [h, c], x, w, r, b, direction, layout)
 
     def one(way: int) -> Step:
         f, g, out = _gates(
@@ -238,6 +311,31 @@ def attention(
         key = xp.concatenate([past_key, key], axis=2)
         value = xp.concatenate([past_value, value], axis=2)
     present = key, value
+    rows, columns = q.shape[-2], key.shape[-2]
+    by_kernel = not softcap and count < 4
+    plain = by_kernel and left_window_size < 0 and past_key is None and nonpad is None
+    seen = None
+    if not (plain and is_causal):
+        seen = _in_sight(
+            rows, columns, is_causal, left_window_size, right_window_size, past_key, nonpad, q
+        )
+    if nonpad is not None:
+        within = beside(np.arange(columns).reshape(1, 1, 1, -1), q) < nonpad.reshape(-1, 1, 1, 1)
+        seen = within if seen is None else seen & within
+    missing = 0 if mask is None else columns - mask.shape[-1]
+    if mask is not None and missing > 0:
+        none = False if mask.dtype == np.bool_ else -np.inf
+        widths = ((0, 0),) * (mask.ndim - 1) + ((0, missing),)
+        mask = xp.pad(mask, widths, mode="constant", constant_values=none)
+    if mask is None or (seen is not None and mask.dtype == np.bool_):
+        mask = seen if mask is None else mask & seen
+    elif seen is not None:
+        mask = xp.where(seen, mask, xp.full_like(mask, -np.inf))
+    if by_kernel:
+        causal = bool(plain and is_causal)
+        y = kernels.attention(q, key, value, mask, causal=causal, scale=scale)
+        y = _joined(y) if flat else y
+        return (y, *present) if count > 1 else y
     share = q.shape[1] // key.shape[1]
     if share > 1:
         key, value = xp.repeat(key, share, axis=1), xp.repeat(value, share, axis=1)
@@ -246,32 +344,16 @@ def attention(
     if softcap:
         scores = softcap * xp.tanh(scores / softcap)
     capped = scores
-    rows, columns = scores.shape[-2:]
-    seen = _in_sight(
-        rows, columns, is_causal, left_window_size, right_window_size, past_key, nonpad, q
-    )
-    if seen is not None:
-        scores = xp.where(seen, scores, xp.full_like(scores, -np.inf))
-    if mask is not None:
-        missing = columns - mask.shape[-1]
-        if missing > 0:
-            none = False if mask.dtype == np.bool_ else -np.inf
-            widths = ((0, 0),) * (mask.ndim - 1) + ((0, missing),)
-            mask = xp.pad(mask, widths, mode="constant", constant_values=none)
-        if mask.dtype == np.bool_:
-            scores = xp.where(mask, scores, xp.full_like(scores, -np.inf))
-        else:
-            scores = scores + mask
-    if nonpad is not None:
-        seen = beside(np.arange(columns).reshape(1, 1, 1, -1), q) < nonpad.reshape(-1, 1, 1, 1)
-        scores = xp.where(seen, scores, xp.full_like(scores, -np.inf))
+    if mask is not None and mask.dtype == np.bool_:
+        scores = xp.where(mask, scores, xp.full_like(scores, -np.inf))
+    elif mask is not None:
+        scores = scores + mask
     biased = scores
     blind = xp.all(xp.isinf(scores) & (scores < 0), axis=-1, keepdims=True)
     safe = xp.where(blind, xp.zeros_like(scores), scores)
     weights = xp.where(blind, xp.zeros_like(scores), kernels.softmax(safe))
     y = xp.matmul(weights, value)
-    if flat:
-        y = y.transpose(0, 2, 1, 3).reshape(y.shape[0], y.shape[2], y.shape[1] * y.shape[3])
+    y = _joined(y) if flat else y
     return (y, *present, (raw, capped, biased, weights)[qk_matmul_output_mode]) if count > 1 else y
 
 
@@ -306,6 +388,12 @@ def _in_sight(
 def _heads(x: Array, heads: int) -> Array:
     n, time, width = x.shape
     return x.reshape(n, time, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def _joined(x: Array) -> Array:
+    """The heads side by side: x (n, heads, time, c) -> (n, time, heads c)"""
+    n, heads, time, width = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(n, time, heads * width)
 
 
 @operator("RotaryEmbedding", loose="ids")

@@ -231,6 +231,10 @@ def local_response_norm(
     return channels_last(norm, x)
 
 
+LONGEST = 1 << 22
+"""Places along an axis that is resized: each is computed on its own beforehand."""
+
+
 @operator("Resize", numbers="roi scales sizes", as_is=True)
 def resize(
     x: Array,
@@ -272,6 +276,8 @@ def resize(
         if corners:
             region[axis] = corners[i], corners[i + len(along)]
     library_of_shape(tuple(max(0, w) for w in size))
+    if max(wanted) > LONGEST:
+        raise ShapeError(f"Resize to an axis of {max(wanted):,}: it makes up to {LONGEST:,}")
     options: dict[str, Any] = {
         "method": mode, "nearest": nearest_mode, "cubic": cubic_coeff_a,
         "exclude_outside": bool(exclude_outside), "antialias": bool(antialias),

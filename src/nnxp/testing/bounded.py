@@ -979,8 +979,13 @@ def _norm(x: ndarray, ord: Any = None, axis: Any = None, keepdims: bool = False)
 
 @_rules("max min")
 def _extreme(name: str, x: ndarray, axis: Any = None, keepdims: bool = False) -> ndarray:
+    """No further off than any that may be the extreme: what is masked by -1e38 is not."""
     value = np.asarray(getattr(np, name)(x.value, axis=axis, keepdims=keepdims))
-    return x._like(value, np.asarray(np.max(x.error, axis=axis, keepdims=keepdims)))
+    up, reach = x.value * (1.0 if name == "max" else -1.0), limit() * x.error
+    with np.errstate(invalid="ignore"):
+        beaten = up + reach < np.max(up - reach, axis=axis, keepdims=True)
+    error = np.where(beaten, 0.0, x.error)
+    return x._like(value, np.asarray(np.max(error, axis=axis, keepdims=keepdims)))
 
 
 @_rule
