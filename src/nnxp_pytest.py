@@ -131,7 +131,7 @@ class Run:
     def pytest_pycollect_makeitem(self, collector: Any) -> None:
         """From the first module on that imports nnxp, tests are guarded."""
         manager = self.config.pluginmanager
-        if "nnxp.backend" in sys.modules and not manager.hasplugin("nnxp_guard"):
+        if "nnxp" in sys.modules and not manager.hasplugin("nnxp_guard"):
             manager.register(Guard(), "nnxp_guard")
 
     @pytest.hookimpl(optionalhook=True)
