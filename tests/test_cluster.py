@@ -211,7 +211,7 @@ def started(*options):
     return subprocess.Popen(
         [sys.executable, "-m", "nnxp", "sweep", "net.safetensors", "x.npy", "-o", "y",
          "--block-rows", str(BLOCK), "--import", "slow_disk", *options],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
@@ -268,12 +268,16 @@ def test_a_new_start_does_not_meet_workers_of_the_old_one(room):
     assert cluster.verify("y").ok
 
 
-def test_a_request_to_end_leaves_what_can_go_on(room):
-    run = started()
+@pytest.mark.parametrize(
+    ("number", "options"), [(signal.SIGTERM, []), (signal.SIGINT, ["--processes", "2"])]
+)
+def test_a_request_to_end_leaves_what_can_go_on(room, number, options):
+    run = started(*options)
     wait_for(lambda: finished() >= 2)
-    run.terminate()
+    os.killpg(run.pid, number)  # as Ctrl-C and batch systems do: to all of its processes
     with run.stderr:
-        assert run.wait(60) == 128 + signal.SIGTERM
+        assert run.wait(60) == 128 + number
+        assert b"Traceback" not in run.stderr.read()
     before = finished()
     assert before < 11
     assert not list(Path("y").rglob("*.part"))

@@ -33,16 +33,20 @@ LOGGED = """
 import os, time
 from nnxp.cluster import blocks
 
-do = blocks._done
+do, write = blocks._done, blocks.write
+
+def in_two(path, results, plan):  # most kills come between
+    write(path, results[: len(results) // 2], plan)
+    time.sleep(0.05)
+    write(path, results, plan)
 
 def logged(plan, block, setting):
-    time.sleep(0.05)
     record = do(plan, block, setting)
     with open(plan.folder + ".log", "a") as file:
         file.write(f"{block}\\n")
     return record
 
-blocks._done = logged
+blocks._done, blocks.write = logged, in_two
 """
 
 
@@ -65,10 +69,18 @@ class Sweeps:
         return f"y{self.count}"
 
     def start(self, *options):
+        """Begin, or go on, with these options, unless that is under way."""
+        if self.run is not None and self.run.poll() is None:
+            if self.options == options:
+                return
+            self.kill()
+        elif self.run is not None and self.run.returncode == 0:
+            self.ends()
+            self.count += 1
         self.options = options
         self.run = subprocess.Popen(
             [sys.executable, "-m", "nnxp", "sweep", "net.safetensors", "x.npy", "-o", self.folder,
-             "--block-rows", str(BLOCK), "--import", "logged_block", *options],
+             "--block-rows", str(BLOCK), "--devices", "cpu", "--import", "logged_block", *options],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -79,21 +91,30 @@ class Sweeps:
         while self.recorded() == before:
             assert time.monotonic() < end, "it took too long"
             if self.run.poll() is not None:
-                self.ends()
-                self.count += 1
+                assert self.run.returncode == 0, self.run.communicate()[1]
                 before = 0
                 self.start(*self.options)
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def ends(self):
         said = self.run.communicate(timeout=60)[1]
         assert self.run.returncode == 0, said
         results = np.asarray(cluster.open(self.folder))
         assert results.tobytes() == self.expected.tobytes()
+        self.is_whole()
         times = Counter(Path(self.folder + ".log").read_text().split())
         assert max(times.values()) == 1, f"blocks were done again: {times}"
         assert not list(Path(self.folder).rglob("*.part"))
         assert not list(Path(self.folder, "workers").iterdir())
+
+    def is_whole(self):
+        """Whatever has its name is whole, at any moment; and what has a record has its part."""
+        records = {path.stem for path in Path(self.folder, "records").glob("*.json")}
+        parts = {path.stem: path for path in Path(self.folder, "parts").glob("*.npy")}
+        assert records <= parts.keys()
+        for block, path in parts.items():
+            first = int(block) * BLOCK
+            assert np.array_equal(np.load(path), self.expected[first : first + BLOCK]), path
 
     def recorded(self):
         return len(list(Path(self.folder, "records").glob("*.json")))
@@ -101,17 +122,19 @@ class Sweeps:
     def kill_a_worker(self, draw):
         pids = self.workers()
         while not pids and self.run.poll() is None:
-            time.sleep(0.002)
+            time.sleep(0.02)
             pids = self.workers()
         if pids:
             kill(draw.choice(pids))
+            self.is_whole()
 
     def kill(self):
         children = children_of(self.run.pid)
         self.run.kill()
-        self.run.communicate()
+        self.is_whole()
+        self.run.stderr.close()  # not read to its end: orphans would hold it open
+        self.run.wait()
         wait_for(lambda: not any(map(alive, children)), "orphans go on")
-        wait_for(lambda: not cluster.status(self.folder).at_work, "workers go on")
         assert cluster.status(self.folder).running is False
 
     def workers(self):
@@ -147,6 +170,8 @@ def children_of(pid):
 @pytest.fixture
 def room(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Many processes start here: what one of them has compiled the others take as it is.
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     Path("logged_block.py").write_text(LOGGED)
     search = [str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, search)))
@@ -176,16 +201,12 @@ def test_whoever_is_killed_at_whatever_moment_the_bits_are_the_same(room):
         pool, address = ("--processes", "3"), ("--dask", workers.scheduler_address)
         victims = ("worker", pool), ("command", pool), ("worker", address), ("client", address)
         for victim, by in islice(cycle(victims), KILLS):
-            if sweeps.run is None or sweeps.run.poll() is not None or sweeps.options != by:
-                if sweeps.run is not None and sweeps.run.poll() is None:
-                    sweeps.kill()
-                sweeps.start(*by)
+            sweeps.start(*by)
             sweeps.goes_on()
             time.sleep(draw.uniform(0, 0.3))
             if victim == "worker":
                 sweeps.kill_a_worker(draw)
             else:
                 sweeps.kill()
-        if sweeps.run.poll() is not None:
-            sweeps.start(*address)
+        sweeps.start(*address)
         sweeps.ends()

@@ -32,7 +32,7 @@ def run(name, folder, after=""):
     code = re.search(rf"```python {name}\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)[1]
     (folder / "recipe.py").write_text(code + after)
     ran = subprocess.run(
-        [sys.executable, "recipe.py"], cwd=folder, capture_output=True, text=True, timeout=100,
+        [sys.executable, "recipe.py"], cwd=folder, capture_output=True, text=True, timeout=300,
         env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYSPARK_PYTHON": sys.executable},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -1,6 +1,6 @@
 """nnxp: one neural network, written once, on NumPy or on CuPy."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from typing import TYPE_CHECKING
 

@@ -97,6 +97,12 @@ def conv_transpose(
 # Pools
 
 
+def _over(kernel_shape: Any, ceil_mode: int, *how: Any) -> dict[str, Any]:
+    """The windows of a pool, and how they move, as options of a kernel."""
+    size = tuple(kernel_shape)
+    return {"window": size, "ceil_mode": bool(ceil_mode), **_moved(len(size), *how)}
+
+
 def _pooled(kernel: Kernel, x: Array, **options: Any) -> Array:
     """What a pool makes of x; of whole numbers as of floats that hold them."""
     if is_floating(x.dtype):
@@ -117,13 +123,12 @@ def max_pool(
     storage_order: int = 0,
     count: int,
 ) -> Any:
-    size = tuple(kernel_shape)
-    options = _moved(len(size), strides, dilations, pads, auto_pad) | {"ceil_mode": bool(ceil_mode)}
-    y = _pooled(kernels.max_pool, x, window=size, **options)
+    options = _over(kernel_shape, ceil_mode, strides, dilations, pads, auto_pad)
+    y = _pooled(kernels.max_pool, x, **options)
     if count == 1:
         return y
     last = xp_of(x).moveaxis(x if is_floating(x.dtype) else x.astype("float64"), 1, -1)
-    over = windows("MaxPool", last, size, **options)
+    over = windows("MaxPool", last, options.pop("window"), **options)
     return y, xp_of(x).moveaxis(_largest(last, over, storage_order), -1, 1)
 
 
@@ -158,10 +163,9 @@ def average_pool(
     ceil_mode: int = 0,
     count_include_pad: int = 0,
 ) -> Array:
-    size = tuple(kernel_shape)
-    options = _moved(len(size), strides, dilations, pads, auto_pad) | {"ceil_mode": bool(ceil_mode)}
-    options |= {"window": size, "count_include_pad": bool(count_include_pad)}
-    return _pooled(kernels.average_pool, x, **options)
+    options = _over(kernel_shape, ceil_mode, strides, dilations, pads, auto_pad)
+    counted = bool(count_include_pad)
+    return _pooled(kernels.average_pool, x, count_include_pad=counted, **options)
 
 
 @operator("LpPool", as_is=True)
@@ -176,9 +180,8 @@ def lp_pool(
     ceil_mode: int = 0,
     p: int = 2,
 ) -> Array:
-    size = tuple(kernel_shape)
-    options = _moved(len(size), strides, dilations, pads, auto_pad) | {"ceil_mode": bool(ceil_mode)}
-    return _pooled(kernels.lp_pool, x, window=size, p=p, **options)
+    options = _over(kernel_shape, ceil_mode, strides, dilations, pads, auto_pad)
+    return _pooled(kernels.lp_pool, x, p=p, **options)
 
 
 @operator("GlobalAveragePool GlobalMaxPool", as_is=True)
