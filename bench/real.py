@@ -88,7 +88,7 @@ class Model:
     inputs: Callable[[int], Inputs]
     rows: int = 8
     swept: bool = True
-    """Whether rows go through an engine; others are called."""
+    """Whether rows go through an engine; others are taken as a whole."""
 
 
 _SILERO = "silero-vad", "silero_vad/data/"
@@ -219,10 +219,10 @@ def built(contender: str, name: str, path: Path, rows: int, threads: int) -> Any
 
     graph = nnxp.load_onnx(path)
     arrays = tuple(inputs[each] for each in graph.input_names)
+    engine = nnxp.Engine(graph, "numpy", workers=threads)
     if not model.swept:
         threadpool_limits(1)  # products this small are slower on two threads
-        return lambda: first(graph(*arrays))
-    engine = nnxp.Engine(graph, "numpy", workers=threads)
+        return lambda: first(engine.whole(*arrays))
     x = arrays if len(arrays) > 1 else arrays[0]
     return lambda: first(engine(x))
 

@@ -127,3 +127,77 @@ def test_every_layer_of_several_inputs_goes_through_an_engine(layer, shapes, bac
         pairs = zip(made, expected, strict=True) if isinstance(made, tuple) else [(made, expected)]
         for y, wanted in pairs:
             np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-5)
+
+
+# inputs taken as a whole
+
+
+class Mixes(nnxp.Layer):
+    def __call__(self, x):
+        return x - x.mean(axis=0), x.sum()
+
+
+class Looks(nnxp.Layer):
+    def __call__(self, x):
+        return x * 2 if float(x.max()) > 1 else x
+
+
+WHOLE = {
+    "mixes rows": (Mixes(), (5, 3)),
+    "looks at numbers": (Looks(), (5, 3)),
+    "a body in place": (nnxp.LSTM(3, 4, rng=0), (2, 5, 3)),
+    "a network": (nnxp.Sequential(nnxp.Dense(3, 4, "relu", rng=0), nnxp.Dense(4, 2)), (5, 3)),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "sim"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_inputs_taken_as_a_whole_need_no_rows(name, backend):
+    model, shape = WHOLE[name]
+    with nnxp.Engine(model, backend) as engine:
+        for i in range(3):
+            for rows in (shape[0], shape[0] + 1):
+                x = draw((rows, *shape[1:]), seed=i)
+                given, wanted = engine.whole(x), model(x)
+                several = isinstance(wanted, tuple)
+                assert isinstance(given, tuple) == several
+                for y, z in zip(
+                    *((given, wanted) if several else ([given], [wanted])), strict=True
+                ):
+                    assert type(y) is np.ndarray
+                    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "sim"])
+def test_what_is_taken_as_a_whole_may_be_named_and_left_out(backend):
+    model, x, mask = (
+        nnxp.MultiHeadAttention(6, 3, rng=0),
+        draw((4, 5, 6)),
+        np.ones((4, 1, 1, 5), bool),
+    )
+    mask[..., 3:] = False
+    y = nnxp.Engine(model, backend).whole({"x": x, "mask": mask})
+    np.testing.assert_allclose(y, model(x, mask=mask), rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_fit_as_a_whole_is_refused():
+    engine = nnxp.Engine(nnxp.Dense(3, 2, rng=0), "cpu")
+    with pytest.raises(nnxp.ShapeError, match=r"takes \(rows, 3\) but got \(5, 4\)"):
+        engine.whole(draw((5, 4)))
+    with pytest.raises(nnxp.ShapeError, match="takes one input, not 2"):
+        engine.whole(draw((5, 3)), draw((5, 3)))
+    with pytest.raises(nnxp.OptionError, match="got no input"):
+        engine.whole()
+
+
+class Folded(nnxp.Layer):
+    """Pools over pictures of which each row has five."""
+
+    def __call__(self, x):
+        y = nnxp.kernels.max_pool(x.reshape(-1, 6, 7, 3), window=(3, 3), stride=1, padding=1)
+        return y.reshape(x.shape)
+
+
+def test_rows_of_several_pictures_have_room_for_all_of_them():
+    x = draw((11, 5, 6, 7, 3))
+    np.testing.assert_array_equal(nnxp.Engine(Folded(), "cpu")(x), Folded()(x))

@@ -24,9 +24,9 @@ from nnxp._arrays import (
     place_of,
 )
 from nnxp._errors import CheckpointError, DeviceMismatch, DtypeMismatch, OptionError, ShapeError
-from nnxp._exchange import in_order, shares_memory, source_of
+from nnxp._exchange import host_rows, in_order, shares_memory, source_of
 from nnxp._progress import Progress, told
-from nnxp.backend import Backend, Budget, Plan, Sweep, get_backend, to_backend
+from nnxp.backend import Backend, Budget, Plan, Sweep, asnumpy, get_backend, to_backend
 from nnxp.backend._base import Cursor, Source
 from nnxp.backend._device import BLOCK_ROWS, DeviceBackend, fits
 from nnxp.backend._lanes import LanePool
@@ -198,6 +198,35 @@ class Engine:
         if rows and out is None and len(sources) == 1 and type(sources[0]) is np.ndarray:
             self._remember(sources[0], prepared)
         return results if prepared.program.several else results[0]
+
+    def whole(self, *inputs: Any) -> Any:
+        """The model's output for these inputs as they are: no axis of theirs need be rows.
+
+        For what is no sweep of rows: a recurrent model with its state, a batch axis elsewhere, a
+        formula that mixes rows. The program for inputs of these shapes is kept for the next call.
+        A model that looks at numbers runs as it is.
+
+            y = engine.whole(x[:3])
+
+        Args:
+            inputs: one array for each input of the model, in their order, or a dict by their names;
+                all of them together go through at once, in the model's types.
+
+        Returns:
+            A host array, or a tuple of them where the model answers several.
+
+        Raises:
+            ShapeError, DtypeMismatch: the inputs do not fit.
+        """
+        replica = self._first()
+        if len(inputs) > 1 == replica.model.most_inputs:
+            raise ShapeError(f"{replica.model!r:.200} takes one input, not {len(inputs)}")
+        given = inputs_of(replica.model, inputs if len(inputs) != 1 else inputs[0])
+        arrays = [host_rows(x) for x in given if x is not None]
+        kinds = _kinds(replica.model, given, arrays)
+        shapes = iter(arrays)
+        outlines = tuple(kind and Outline(next(shapes).shape, kind.dtype) for kind in kinds)
+        return replica.whole(outlines)(arrays)
 
     def _sweep(
         self,
@@ -465,6 +494,7 @@ class Replica:
         self.lanes = LanePool()
         self.ready: dict[tuple[np.dtype[Any], Shape], Ready] = {}
         self._prepared: dict[tuple[Kind | None, ...], Prepared] = {}
+        self._wholes: dict[tuple[Outline | None, ...], Whole] = {}
         self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
@@ -494,9 +524,22 @@ class Replica:
         first = next(filter(None, kinds))
         if len(program.inputs) == 1:
             program = in_their_own_type(program, first.travels)
+        return self._rewritten(program)
+
+    def _rewritten(self, program: Program) -> Program:
         if self.precision is not None and isinstance(self.backend, DeviceBackend):
             program = with_precision(program, self.precision)
         return optimized(program) if self.rewrite else program
+
+    def whole(self, outlines: tuple[Outline | None, ...]) -> Whole:
+        """What answers inputs of these outlines as they are."""
+        made = self._wholes.get(outlines)
+        if made is None:
+            made = Whole(self.model, outlines, self.backend, self._rewritten)
+            if len(self._wholes) >= MOST_RECORDED:
+                self._wholes.clear()
+            self._wholes[outlines] = made
+        return made
 
     def remember(self, x: Array, prepared: Prepared) -> None:
         """Have a recording ready for the next call with such rows.
@@ -537,8 +580,8 @@ class Replica:
         self._forget()
 
     def _forget(self) -> None:
-        self.ready.clear()
-        self._prepared.clear()
+        for kept in (self.ready, self._prepared, self._wholes):
+            kept.clear()
 
 
 class Prepared:
@@ -567,6 +610,50 @@ class Prepared:
         at_work = self.program if backend.device == "cpu" else written_out
         self.costs = _costs(at_work, kinds, self.outputs, backend)
         self.most_rows: int | None = None
+
+
+class Whole:
+    """A model's program for inputs of these outlines, none of whose axes counts rows.
+
+    Without a program, because the formula looks at numbers, the model runs as it is.
+    """
+
+    def __init__(
+        self,
+        model: Layer,
+        outlines: tuple[Outline | None, ...],
+        backend: Backend,
+        rewritten: Callable[[Program], Program],
+    ) -> None:
+        self._model, self._backend, self._outlines = model, backend, outlines
+        self._recordings: Recordings | None = None
+        self._program: Program | None = None
+        try:
+            program = model.program(*outlines, whole=True)
+        except (Untraceable, ShapeError):
+            return  # what does not fit, the model says itself
+        program = rewritten(program)
+        if backend.device == "cpu":
+            self._recordings = Recordings(bodied(program))
+        else:
+            self._program = placed(program, partial(to_backend, backend=backend))
+
+    def __call__(self, arrays: Sequence[HostArray]) -> Any:
+        if self._recordings is not None:
+            results = [np.empty(*outline) for outline in self._recordings.outputs]
+            self._recordings.fill(1, arrays, results)
+            return tuple(results) if self._recordings.several else results[0]
+        given = iter(arrays)
+        there = [
+            each and to_backend(next(given).astype(each.dtype, copy=False), self._backend)
+            for each in self._outlines
+        ]
+        with self._backend.current(), np.errstate(all="ignore"):
+            if self._program is None:
+                made = self._model(*there)
+            else:
+                made = self._program(*(x for x in there if x is not None))
+        return tuple(map(asnumpy, made)) if isinstance(made, tuple) else asnumpy(made)
 
 
 def _run(program: Program, arrays: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -418,10 +418,11 @@ class Layer(metaclass=_Assembly):
 
     # what it does
 
-    def program(self, *outlines: Any) -> Program:
+    def program(self, *outlines: Any, whole: bool = False) -> Program:
         """The formula written out, for inputs of these shapes, such as `net.program((1, 784))`.
 
-        Axis 0 is any number of rows. An outline is a shape, in the model's own type, a pair
+        Axis 0 is any number of rows, unless the inputs are taken as a `whole`: then it is as long
+        as the shapes say. An outline is a shape, in the model's own type, a pair
         (shape, dtype), or None for an input that is left out. Layers that look at numbers are one
         step each, run as Python. Raises ShapeError, with the layer's path, for shapes that do not
         fit, and DtypeMismatch.
@@ -433,6 +434,10 @@ class Layer(metaclass=_Assembly):
         """
         if not outlines:
             raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
+        if whole:
+            return _written(
+                self, tuple(self._outline(each, None) for each in outlines), None, whole
+            )
         return self._program(tuple(map(self._outline, outlines)), _rows_said(outlines[0]))
 
     def _program(self, kinds: tuple[Outline | None, ...], rows: int | None) -> Program:
@@ -451,20 +456,20 @@ class Layer(metaclass=_Assembly):
             raise made
         return made  # type: ignore[return-value]
 
-    def _outline(self, outline: Any) -> Outline | None:
+    def _outline(self, outline: Any, rows: int | None = ROWS) -> Outline | None:
         if outline is None:
             return None
         shape, dtype = outline, None
         outline = outline if isinstance(outline, tuple | list) else (outline,)
         if len(outline) == 2 and isinstance(outline[0], tuple | list):
             shape, dtype = outline
-        shape = self._shape(shape)
+        shape = tuple(map(operator.index, shape)) if rows is None else self._shape(shape)
         try:
             kind = np.dtype(dtype or self.dtype or "float32")
         except TypeError:
             said = f"the type of an input is one of NumPy's, not {dtype!r:.60}"
             raise DtypeMismatch(said) from None
-        return Outline((ROWS, *shape[1:]), kind)
+        return Outline(shape if rows is None else (rows, *shape[1:]), kind)
 
     def _shape(self, shape: Any) -> Shape:
         """The shape of an input as whole numbers; ShapeError for anything else."""
@@ -669,7 +674,9 @@ def _outline_of(x: Any) -> Any:
     return (x.shape, x.dtype) if is_array(x) else None
 
 
-def _written(model: Layer, outlines: tuple[Outline | None, ...], rows: int | None) -> Program:
+def _written(
+    model: Layer, outlines: tuple[Outline | None, ...], rows: int | None, whole: bool = False
+) -> Program:
     """The program of a model, for inputs of these outlines; None is passed on as it is."""
     lift = _once(lambda value, name: traced.lifted(value, name), named=True)
     lifted = model.map_arrays(lift)
@@ -680,7 +687,11 @@ def _written(model: Layer, outlines: tuple[Outline | None, ...], rows: int | Non
 
     def written(times: int) -> Program:
         values = [
-            traced.Value((times * each.shape[0], *each.shape[1:]), each.dtype, name=name)
+            traced.Value(
+                each.shape if whole else (times * each.shape[0], *each.shape[1:]),
+                each.dtype,
+                name=name,
+            )
             for each, name in zip(outlines, names, strict=True)
             if each is not None
         ]
@@ -694,7 +705,8 @@ def _written(model: Layer, outlines: tuple[Outline | None, ...], rows: int | Non
     place = model.place  # what follows from parameters alone is computed where they are
     with nullcontext() if place in (None, "cpu") else home_of(place).current():
         program = written(1)
-        same_for_any_rows(program, written(2))
+        if not whole:
+            same_for_any_rows(program, written(2))
     return program
 
 

@@ -126,14 +126,17 @@ class Graph(Layer):
         """How many inputs must be given: all."""
         return len(self.inputs)
 
-    def program(self, *outlines: Any) -> Program:
+    def program(self, *outlines: Any, whole: bool = False) -> Program:
         """The graph written out, for inputs of these shapes, in the types that it says."""
         plain = [not (len(each) == 2 and isinstance(each[0], tuple | list)) for each in outlines]
         kinds = self.input_dtypes(len(outlines))
-        return super().program(*(
+        pairs = [
             (each, kind) if bare else each
             for each, kind, bare in zip(outlines, kinds, plain, strict=True)
-        ))  # fmt: skip
+        ]
+        if whole and self.fixed_rows not in (None, *(shape[0] for shape, _ in pairs[:1])):
+            raise Untraceable(f"the graph is made for {self.fixed_rows} rows at a time")
+        return super().program(*pairs, whole=whole)
 
     def input_dtypes(self, count: int) -> list[Any]:
         if count != len(self.inputs):

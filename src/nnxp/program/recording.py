@@ -58,6 +58,7 @@ def bodied(program: Program) -> Bodied:
         if plain and values[0] is not None and values[0].numbers is None:
             given = (None if v is None else Given(v.shape, v.dtype, v.numbers) for v in values)
             body = kernel.in_place_for(*given, **options)
+            body = body and _counting(body, values[0].shape[:1])
         if body is None and kernel.on_library("numpy") is None:
             return kernel.widened(*arrays, **options)
         made = record(kernel, arrays, options)
@@ -68,6 +69,11 @@ def bodied(program: Program) -> Bodied:
 
     made = expanded(program, body_or_reference)
     return Bodied(made.inputs, made.outputs, made.steps, (), program.several, bodies)
+
+
+def _counting(body: InPlace, length: Shape) -> InPlace:
+    """The body, whose room is that for the length of its axis 0, not for the program's rows."""
+    return body._replace(room=lambda rows: body.room(*sized(length, rows)))
 
 
 class Layout:

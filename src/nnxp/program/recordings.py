@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,17 @@ class Recordings:
             else np.empty(array.shape, dtype)
             for array, (_, dtype) in zip(out, self.outputs, strict=True)
         )  # fmt: skip
-        idle, recording = self.take((len(rows[0]), *(each.dtype for each in rows)))
-        with np.errstate(all="ignore"):
-            recording(rows, into)
-            for array, result in zip(out, into, strict=True):
-                if result is not array:
+        self.fill(len(rows[0]), rows, into)
+        for array, result in zip(out, into, strict=True):
+            if result is not array:
+                with np.errstate(all="ignore"):
                     np.copyto(array, result, casting="same_kind")
+
+    def fill(self, rows: int, inputs: Sequence[HostArray], results: Sequence[HostArray]) -> None:
+        """The results, new arrays of the program's types, for so many rows."""
+        idle, recording = self.take((rows, *(each.dtype for each in inputs)))
+        with np.errstate(all="ignore"):
+            recording(inputs, results)
         idle.append(recording)
 
     def take(self, key: tuple[Any, ...]) -> tuple[list[Recording], Recording]:
