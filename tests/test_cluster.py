@@ -31,12 +31,12 @@ from nnxp.cluster.sources import Source, _of_columns
 ROWS, BLOCK = 1050, 100
 
 SLOW = """
-import time
+import os, time
 from nnxp.cluster import blocks
 write = blocks.write
 
 def slow(*args):
-    time.sleep(0.2)
+    time.sleep(float(os.environ.get("SECONDS_A_BLOCK", 0.2)))
     write(*args)
 
 blocks.write = slow
@@ -212,6 +212,7 @@ def started(*options):
         [sys.executable, "-m", "nnxp", "sweep", "net.safetensors", "x.npy", "-o", "y",
          "--block-rows", str(BLOCK), "--import", "slow_disk", *options],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        env=os.environ | {"SECONDS_A_BLOCK": "1"},  # the signal comes before the end
     )  # fmt: skip
 
 
