@@ -208,12 +208,16 @@ def wait_for(condition, seconds=60):
 
 
 def started(*options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "nnxp", "sweep", "net.safetensors", "x.npy", "-o", "y",
-         "--block-rows", str(BLOCK), "--import", "slow_disk", *options],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-        env=os.environ | {"SECONDS_A_BLOCK": "1"},  # the signal comes before the end
-    )  # fmt: skip
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:  # what runs in the background of a shell ignores Ctrl-C, and so would its children
+        return subprocess.Popen(
+            [sys.executable, "-m", "nnxp", "sweep", "net.safetensors", "x.npy", "-o", "y",
+             "--block-rows", str(BLOCK), "--import", "slow_disk", *options],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+            env=os.environ | {"SECONDS_A_BLOCK": "1"},  # the signal comes before the end
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def workers(folder="y"):
