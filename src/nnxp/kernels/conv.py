@@ -73,11 +73,7 @@ def conv_max_pool(
     bias: Array | None = None,
     *,
     window: tuple[int, ...],
-    stride: PerAxis = 1,
-    padding: Padding = 0,
-    dilation: PerAxis = 1,
-    groups: int = 1,
-    activation: Kernel = identity,
+    **options: Any,
 ) -> Array:
     """y = max_pool(conv(x, weight, bias, ...), window=window)
 
@@ -85,9 +81,7 @@ def conv_max_pool(
     behind it, windows one next to another, for bodies that never write out what is between. All
     other options are those of `conv`.
     """
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    made = conv(x, weight, bias, **options, activation=activation)
-    return max_pool(made, window=window)
+    return max_pool(conv(x, weight, bias, **options), window=window)
 
 
 def _finished(y: Array, bias: Array | None, activation: Kernel) -> Array:
