@@ -180,6 +180,21 @@ def test_what_is_taken_as_a_whole_may_be_named_and_left_out(backend):
     np.testing.assert_allclose(y, model(x, mask=mask), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("limit", [None, "1 MiB"])
+def test_what_is_kept_of_a_whole_is_little(limit):
+    engine = nnxp.Engine(WHOLE["a network"][0], "cpu", memory_limit=limit)
+    for rows in (3, 200_000):
+        engine.whole(draw((rows, 3)))
+    kept = [
+        recording.nbytes
+        for whole in engine._replicas[0]._wholes.values()
+        for idle in whole._recordings._idle.values()
+        for recording in idle
+    ]
+    assert len(kept) == (1 if limit is None else 0)
+    assert sum(kept) < 1 << 20
+
+
 def test_what_does_not_fit_as_a_whole_is_refused():
     engine = nnxp.Engine(nnxp.Dense(3, 2, rng=0), "cpu")
     with pytest.raises(nnxp.ShapeError, match=r"takes \(rows, 3\) but got \(5, 4\)"):

@@ -36,7 +36,7 @@ from nnxp.layers._layer import Layer, whole
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
-from nnxp.program.recordings import HostRecording, Recordings
+from nnxp.program.recordings import IDLE_BYTES, HostRecording, Recordings
 from nnxp.program.rewrite import in_their_own_type, optimized, placed, with_precision
 from nnxp.program.traced import Untraceable
 
@@ -204,7 +204,8 @@ class Engine:
 
         For what is no sweep of rows: a recurrent model with its state, a batch axis elsewhere, a
         formula that mixes rows. The program for inputs of these shapes is kept for the next call.
-        A model that looks at numbers runs as it is.
+        A model that looks at numbers runs as it is. All goes through at once, on the first device:
+        a memory limit bounds what is kept for the next call, not what this one takes.
 
             y = engine.whole(x[:3])
 
@@ -535,7 +536,8 @@ class Replica:
         """What answers inputs of these outlines as they are."""
         made = self._wholes.get(outlines)
         if made is None:
-            made = Whole(self.model, outlines, self.backend, self._rewritten)
+            most = 0 if self.sparing else IDLE_BYTES // MOST_RECORDED
+            made = Whole(self.model, outlines, self.backend, self._rewritten, most)
             if len(self._wholes) >= MOST_RECORDED:
                 self._wholes.clear()
             self._wholes[outlines] = made
@@ -624,7 +626,9 @@ class Whole:
         outlines: tuple[Outline | None, ...],
         backend: Backend,
         rewritten: Callable[[Program], Program],
+        most_idle: int,
     ) -> None:
+        self._most_idle = most_idle  # bytes of buffers that wait for the next call
         self._model, self._backend, self._outlines = model, backend, outlines
         self._recordings: Recordings | None = None
         self._program: Program | None = None
@@ -642,6 +646,7 @@ class Whole:
         if self._recordings is not None:
             results = [np.empty(*outline) for outline in self._recordings.outputs]
             self._recordings.fill(1, arrays, results)
+            self._recordings.spare(self._most_idle)
             return tuple(results) if self._recordings.several else results[0]
         given = iter(arrays)
         there = [

@@ -126,16 +126,17 @@ class CudaBackend(DeviceBackend):
         mode in which CUDA allows that.
         """
         fn()
-        stream.begin_capture()
         try:
-            y = fn()
-        except BaseException as error:
-            with suppress(Exception):  # it says that the capture failed, not why
-                stream.end_capture()
-            if isinstance(error, Exception):
-                raise Unrecordable(str(error)) from error
-            raise
-        graph = stream.end_capture()
+            stream.begin_capture()
+            try:
+                y = fn()
+            except BaseException:
+                with suppress(Exception):  # it says that the capture failed, not why
+                    stream.end_capture()
+                raise
+            graph = stream.end_capture()
+        except Exception as error:
+            raise Unrecordable(str(error)) from error
 
         def replay() -> tuple[Array, ...]:
             graph.launch()

@@ -47,6 +47,11 @@ class Recordings:
             recording(inputs, results)
         idle.append(recording)
 
+    def spare(self, most: int) -> None:
+        """Keep no recordings that hold more bytes than so many."""
+        for kept in list(self._idle.values()):
+            kept[:] = [each for each in kept if each.nbytes <= most]
+
     def take(self, key: tuple[Any, ...]) -> tuple[list[Recording], Recording]:
         """A recording for this caller alone, and the list to put it into afterwards.
 
