@@ -66,9 +66,9 @@ class Budget:
 
     `row_bytes` is what a row takes on the device at the widest point, `fixed_bytes` what each
     worker takes besides, `row_work` about how many multiply-adds a row is, and `row_lines` how many
-    lines of a product it makes. `limit` bounds the bytes
-    in use, `workers` the threads on the CPU, and `most_rows` the rows that go together, where a
-    device was found to hold no more. `held` is what is set aside on the device already, unused.
+    lines of a product it makes. `limit` bounds the bytes in use, `workers` the threads on the CPU,
+    and `most_rows` the rows that go together, where a device was found to hold no more. `held` is
+    what is set aside on the device already, unused.
     """
 
     row_bytes: int
@@ -120,10 +120,10 @@ class Sweep:
     """One sweep of rows through a model: what an engine asks of a backend.
 
     `run` takes the inputs on the device and answers the outputs there; on the CPU it fills
-    `run(inputs, outputs)`. `rows` are what the inputs
-    are read from, `out` the host arrays to fill, `dtypes` what the inputs become, and `done` hears
-    how many rows were finished. Several backends may share the `cursor` of one sweep. `lanes` are
-    what an engine keeps on its device between sweeps.
+    `run(inputs, outputs)`. `rows` are what the inputs are read from, `out` the host arrays to fill,
+    `dtypes` what the inputs become, and `done` hears how many rows were finished. Several backends
+    may share the `cursor` of one sweep. `lanes` are what an engine keeps on its device between
+    sweeps.
     """
 
     run: Callable[..., Any]

@@ -12,6 +12,7 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import HostArray, is_array, is_floating
 from nnxp._library import KINDS
+from nnxp.kernels._windows import windows
 from nnxp.program.program import Program, expanded, multiply_adds, replay, trace
 from nnxp.program.traced import (
     Step,
@@ -48,17 +49,25 @@ def with_precision(program: Program, precision: str) -> Program:
         if step.name == "matmul" and isinstance(step.function, str):
             x, weight = arrays
             if x.dtype == weight.dtype == np.float32 and x.ndim > 1 and weight.ndim == 2:
-                return record(kernels.matmul, arrays, {"precision": precision})
+                return record(kernels.matmul, arrays, step.options | {"precision": precision})
         return again(step, arrays)
 
     return rewritten(expanded(program, noted), change, program.inputs)
 
 
-def rewritten(program: Program, change: Callable[..., Any], inputs: Sequence[Value]) -> Program:
-    """The program with `change(step, arrays)` for each of its steps, for inputs like these."""
+def rewritten(
+    program: Program,
+    change: Callable[..., Any],
+    inputs: Sequence[Value],
+    answered: Callable[[Any], Any] = tuple,
+) -> Program:
+    """The program with `change(step, arrays)` for each of its steps, for inputs like these.
+
+    The outputs are what `answered` makes of them. Which layers were at work is not known of it.
+    """
     values = [Value(v.shape, v.dtype, name=v.name) for v in inputs]
-    made = trace(lambda *given: tuple(replay(program, given, change)), *values)
-    return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)
+    new = trace(lambda *arrays: answered(replay(program, arrays, change)), *values)
+    return Program(new.inputs, new.outputs, new.steps, (), program.several)
 
 
 def optimized(program: Program) -> Program:
@@ -237,15 +246,10 @@ def _norm(product: Product, step: Step, *others: Any) -> Any:
 @rule(kernels.max_pool)
 def _pool(product: Product, step: Step) -> Any:
     """If its windows lie one next to another."""
-    options, window = step.options, step.options["window"]
-    axes = len(window)
-    plain = {
-        "stride": (None, window),
-        "padding": (0, "valid", ((0, 0),) * axes),
-        "dilation": (1, (1,) * axes),
-        "ceil_mode": (False,),
-    }
-    if any(name in options and options[name] not in values for name, values in plain.items()):
+    options = {name: option for name, option in step.options.items() if option is not None}
+    window = tuple(options.pop("window"))
+    over = windows("max_pool", lifted(step.inputs[0]), window, **{"stride": window} | options)
+    if over.stride != window or any(map(any, over.pads)) or any(each > 1 for each in over.dilation):
         return None
     if product.function is not kernels.conv or product.x.dtype.itemsize == 2:
         return None  # what bodies do with 16 bits themselves is not to be widened
@@ -340,6 +344,4 @@ def placed(program: Program, move: Callable[[HostArray], Any]) -> Program:
         options = {name: at(option) for name, option in step.options.items()}
         return again(replace(step, options=options), at(arrays))
 
-    values = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
-    made = trace(lambda *given: at(tuple(replay(program, given, change))), *values)
-    return Program(made.inputs, made.outputs, made.steps, program.calls, program.several)
+    return rewritten(program, change, program.inputs, at)
