@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from contextvars import ContextVar
 from itertools import pairwise
 
 import numpy as np
@@ -36,6 +37,23 @@ def test_a_reshape_of_what_does_not_lie_in_order_is_computed_at_every_call():
         x, y = draw((4, 5), seed=seed), np.empty((4, 2), "float32")
         recording([x], [y])
         np.testing.assert_allclose(y, net(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_that_runs_as_python_sees_the_context_of_its_caller():
+    said = ContextVar("said", default=0)
+
+    class Telling(nnxp.Layer):
+        """y = x + what the caller said"""
+
+        def __call__(self, x):
+            return x + said.get() if float(x.sum()) > 0 else x
+
+    engine = nnxp.Engine(nnxp.Sequential(nnxp.Dense(3, 3, rng=0), Telling()), "numpy")
+    dense = engine.model.layers[0]
+    x = np.sign(dense(np.ones((1, 3), "float32")).sum()) * np.ones((1, 3), "float32")
+    for number in (0, 1, 2):  # the first call makes the recording that the others take
+        said.set(number)
+        np.testing.assert_allclose(engine(x), dense(x) + number, rtol=1e-6)
 
 
 def test_only_a_reshape_that_must_copy_is_noted_as_one():

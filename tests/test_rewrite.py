@@ -112,7 +112,7 @@ def test_what_is_computed_twice_is_computed_once(rng):
         ({"ceil_mode": True}, False),
         ({"stride": 1}, False),
         ({"padding": 1}, False),
-    ],  # fmt: skip
+    ],
 )
 def test_a_pool_goes_into_the_convolution_if_its_windows_lie_one_next_to_another(options, joined):
     net = nnxp.Sequential(

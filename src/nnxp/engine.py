@@ -645,7 +645,7 @@ class Whole:
     def __call__(self, arrays: Sequence[HostArray]) -> Any:
         if self._recordings is not None:
             results = [np.empty(*outline) for outline in self._recordings.outputs]
-            self._recordings.fill(1, arrays, results)
+            self._recordings.fill((1, *(x.dtype for x in arrays)), arrays, results)
             self._recordings.spare(self._most_idle)
             return tuple(results) if self._recordings.several else results[0]
         given = iter(arrays)

@@ -34,17 +34,21 @@ class Recordings:
             else np.empty(array.shape, dtype)
             for array, (_, dtype) in zip(out, self.outputs, strict=True)
         )  # fmt: skip
-        self.fill(len(rows[0]), rows, into)
+        self.fill((len(rows[0]), *(each.dtype for each in rows)), rows, into)
         for array, result in zip(out, into, strict=True):
             if result is not array:
                 with np.errstate(all="ignore"):
                     np.copyto(array, result, casting="same_kind")
 
-    def fill(self, rows: int, inputs: Sequence[HostArray], results: Sequence[HostArray]) -> None:
-        """The results, new arrays of the program's types, for so many rows."""
-        idle, recording = self.take((rows, *(each.dtype for each in inputs)))
-        with np.errstate(all="ignore"):
-            recording(inputs, results)
+    def fill(
+        self, key: tuple[Any, ...], inputs: Sequence[HostArray], results: Sequence[HostArray]
+    ) -> None:
+        """The results, new arrays of the program's types, by a recording for this key.
+
+        The key is the number of rows, and the types of the inputs.
+        """
+        idle, recording = self._take(key)
+        recording(inputs, results)
         idle.append(recording)
 
     def spare(self, most: int) -> None:
@@ -52,11 +56,8 @@ class Recordings:
         for kept in list(self._idle.values()):
             kept[:] = [each for each in kept if each.nbytes <= most]
 
-    def take(self, key: tuple[Any, ...]) -> tuple[list[Recording], Recording]:
-        """A recording for this caller alone, and the list to put it into afterwards.
-
-        The key is the number of rows, and the types of the inputs.
-        """
+    def _take(self, key: tuple[Any, ...]) -> tuple[list[Recording], Recording]:
+        """A recording for this caller alone, and the list to put it into afterwards."""
         idle = self._idle.setdefault(key, [])
         try:
             return idle, idle.pop()
@@ -80,9 +81,6 @@ class HostRecording:
 
     def host(self, x: HostArray) -> Any:
         """The answer, a new array, or a tuple of several."""
-        idle, recording = self._recordings.take(self._key)
         results = [np.empty(*outline) for outline in self._outlines]
-        with np.errstate(all="ignore"):
-            recording((x,), results)
-        idle.append(recording)
+        self._recordings.fill(self._key, (x,), results)
         return tuple(results) if self._recordings.several else results[0]

@@ -23,6 +23,14 @@ for _each in _ZEROS.values():
     _each.flags.writeable = False
 
 
+def zeros(shape: Shape, dtype: Any) -> HostArray | None:
+    """Zeros that everybody shares, or None of so many: with as many on both sides, maximum takes a
+    quarter of what it takes with one number."""
+    shared = _ZEROS.get(np.dtype(dtype).name)
+    size = prod(shape)
+    return None if shared is None or size > shared.size else shared[:size].reshape(shape)
+
+
 def plain(*given: Given | None) -> bool:
     """Whether all are of one type, of 32 or 64 bits, as bodies in place take them."""
     types = {each.dtype for each in given if each is not None}
@@ -50,7 +58,7 @@ class Finish:
     """
 
     def __init__(self, bias: HostArray | None, activation: Kernel, dtype: Any) -> None:
-        self.activation, self.zeros = activation, _ZEROS[np.dtype(dtype).name]
+        self.activation = activation
         self.repeats = 1 if bias is None else max(1, 2048 // max(1, bias.size))
         self.bias = None if bias is None else np.tile(bias, self.repeats)
         self.single = bias
@@ -77,9 +85,10 @@ class Finish:
             if whole < len(y):
                 y[whole:] += self.single
         if self.activation is relu:
-            if y.size <= self.zeros.size:
-                np.maximum(y, self.zeros[: y.size].reshape(y.shape), out=y)
-            else:
+            least = zeros(y.shape, y.dtype)
+            if least is None:
                 np.clip(y, 0, np.inf, out=y)
+            else:
+                np.maximum(y, least, out=y)
         elif self.activation is not identity:
             self.activation.reference(y, out=y)
