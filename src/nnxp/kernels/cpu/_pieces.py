@@ -18,23 +18,22 @@ PIECE = 256 << 10
 PASSES = 3
 """Pieces that an activation may hold at once besides its own, as its reference body makes them."""
 
-_ZEROS = {name: np.zeros(PIECE // 4, name) for name in ("float32", "float64")}
+_ZEROS = {np.dtype(name): np.zeros(PIECE // 4, name) for name in ("float32", "float64")}
 for _each in _ZEROS.values():
     _each.flags.writeable = False
 
 
-def zeros(shape: Shape, dtype: Any) -> HostArray | None:
+def zeros(shape: Shape, dtype: np.dtype[Any]) -> HostArray | None:
     """Zeros that everybody shares, or None of so many: with as many on both sides, maximum takes a
     quarter of what it takes with one number."""
-    shared = _ZEROS.get(np.dtype(dtype).name)
-    size = prod(shape)
+    shared, size = _ZEROS.get(dtype), prod(shape)
     return None if shared is None or size > shared.size else shared[:size].reshape(shape)
 
 
 def plain(*given: Given | None) -> bool:
     """Whether all are of one type, of 32 or 64 bits, as bodies in place take them."""
     types = {each.dtype for each in given if each is not None}
-    return len(types) == 1 and next(iter(types)).name in _ZEROS
+    return len(types) == 1 and next(iter(types)) in _ZEROS
 
 
 def carved(scratch: HostArray, dtype: Any, *shapes: Shape) -> Iterator[HostArray]:

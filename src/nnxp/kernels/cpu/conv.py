@@ -18,7 +18,7 @@ from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest
 
 PATCHES = 1 << 20  # bytes of patches that are laid out for a product
-TILES = 128  # of Winograd's at once, at least, for each of his products has one line for each
+TILES = 256  # of Winograd's at once, at least, for each of his products has one line for each
 LEAST_TILES = 48  # with fewer the products are too small to gain
 ALONE = 1 / 16  # of the squares that an output sees, squared: one element that outweighs all others
 LEAST_CHANNELS = 96  # with fewer the transforms take longer than what they save
