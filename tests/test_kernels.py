@@ -290,6 +290,31 @@ def test_arrays_that_do_not_fit_each_other_are_named_with_their_shapes(words, li
     assert raised.value.__cause__ is not None
 
 
+MISSHAPEN = {
+    r"linear takes a weight of two axes.*got \(4,\)": lambda o: kernels.linear(o(3, 4), o(4)),
+    r"matmul takes a weight of two axes.*got \(2, 4, 5\)": lambda o: kernels.matmul(
+        o(3, 4), o(2, 4, 5)
+    ),
+    r"embedding takes a weight \(count, channels\), but got \(4,\)": lambda o: kernels.embedding(
+        o(3).astype("int64"), o(4)
+    ),
+    r"half of the 4 channels of x, but got \(2, 3\)": lambda o: kernels.rotary(
+        o(2, 4), o(2, 3), o(2, 3)
+    ),
+    r"but got \(2, 2\) and \(2, 1\)": lambda o: kernels.rotary(o(2, 4), o(2, 2), o(2, 1)),
+}
+
+
+@pytest.mark.parametrize("library", ["numpy", "sim"])
+@pytest.mark.parametrize("words", MISSHAPEN)
+def test_what_would_answer_something_else_than_it_says_is_refused(words, library):
+    def ones(*shape):
+        return nnxp.to_backend(np.ones(shape, "float32"), library)
+
+    with pytest.raises(nnxp.ShapeError, match=words):
+        MISSHAPEN[words](ones)
+
+
 def test_an_error_of_a_kernel_of_one_s_own_stays_what_it_is():
     @kernels.kernel
     def halved(x):

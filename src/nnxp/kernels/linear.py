@@ -21,9 +21,17 @@ def matmul(x: Array, weight: Array, *, precision: str | None = None) -> Array:
     With precision="tf32" CUDA may round the factors of float32 products to TF32 first, 11
     significant bits instead of 24, with sums in float32 as before. Others take no notice.
     """
+    _is_matrix("matmul", weight)
     if x.ndim == 2:
         return xp_of(x).matmul(x, weight)
     return xp_of(x).matmul(_rows(x), weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def _is_matrix(who: str, weight: Array) -> None:
+    if weight.ndim != 2:
+        raise ShapeError(
+            f"{who} takes a weight of two axes, (inputs, outputs), but got {weight.shape}"
+        )
 
 
 @matmul.vjp
@@ -51,6 +59,7 @@ def linear(
     x (..., i), weight (i, o), bias (o,) -> y (..., o), dtype of x. Bias and activation are
     applied where the product lies, while it is still in cache. `precision` is as for matmul.
     """
+    _is_matrix("linear", weight)
     y = xp_of(x).matmul(_rows(x), weight)
     if bias is not None:
         y += bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nnxp._arrays import Array, xp_of
-from nnxp._errors import IdError
+from nnxp._errors import IdError, ShapeError
 from nnxp.kernels._dispatch import kernel
 
 
@@ -17,7 +17,7 @@ def embedding(ids: Array, weight: Array) -> Array:
     id outside of 0 to count - 1 never becomes the vector of another: on the CPU it raises IdError;
     on a device, where looking would be a wait, its vector is NaN.
     """
-    xp, count = xp_of(ids), weight.shape[0]
+    xp, count = xp_of(ids), _count(weight)
     y = xp.take(weight, xp.clip(ids, 0, count - 1), axis=0)
     y = xp.where(((ids >= 0) & (ids < count))[..., None], y, np.nan)
     return y.astype(weight.dtype, copy=False)  # bfloat16 and a number of Python's are float64
@@ -26,13 +26,19 @@ def embedding(ids: Array, weight: Array) -> Array:
 @embedding.on("numpy")
 def embedding_on_the_cpu(ids: Array, weight: Array) -> Array:
     """The rows of weight; the ids are looked at first."""
-    count = weight.shape[0]
+    count = _count(weight)
     if ids.size and not (ids.min() >= 0 and ids.max() < count):
         wrong = ids[(ids < 0) | (ids >= count)]
         raise IdError(
             f"ids are 0 to {count - 1}, but {wrong.size} of {ids.size} are not, such as {wrong[0]}"
         )
     return weight.take(ids, axis=0)
+
+
+def _count(weight: Array) -> int:
+    if weight.ndim != 2:
+        raise ShapeError(f"embedding takes a weight (count, channels), but got {weight.shape}")
+    return int(weight.shape[0])
 
 
 @kernel
@@ -53,6 +59,11 @@ def rotary(x: Array, cos: Array, sin: Array, *, interleaved: bool = False) -> Ar
     `interleaved`, as in the paper. Channels beyond those that cos and sin are for stay as they are.
     """
     xp, half = xp_of(x), cos.shape[-1]
+    if sin.shape != cos.shape or 2 * half > x.shape[-1]:
+        raise ShapeError(
+            f"rotary takes cos and sin for at most half of the {x.shape[-1]} channels of x, but "
+            f"got {cos.shape} and {sin.shape}"
+        )
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:
         a, b = turned[..., ::2], turned[..., 1::2]
