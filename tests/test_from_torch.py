@@ -300,7 +300,7 @@ def test_encoders(norm, tmp_path):
 DECODERS = [{}, {"norm_first": True, "activation": "gelu"}, {"bias": False, "activation": F.silu}]
 
 
-@pytest.mark.parametrize("options", DECODERS, ids=str)
+@pytest.mark.parametrize("options", DECODERS, ids=["", "norm first", "without a bias"])
 def test_decoder_layers(options, tmp_path):
     module = nn.TransformerDecoderLayer(6, 2, 9, batch_first=True, **options)
     agrees(drawn(module), x_of(3, 5, 6), x_of(3, 4, 6, seed=2), tmp_path=tmp_path)
