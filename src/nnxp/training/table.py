@@ -11,6 +11,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray
 from nnxp._errors import OptionError, RowsError
+from nnxp._printed import Printed
 from nnxp._progress import Progress
 from nnxp.backend import Backend
 from nnxp.engine import predict
@@ -35,7 +36,7 @@ DROPOUT, PATIENCE, BATCH, RATE = 0.1, 10, 128, 2e-3
 
 
 @dataclass(frozen=True)
-class TableReport:
+class TableReport(Printed):
     """What a network that was trained on a table is, and how well it does on rows held out.
 
     `score` is the accuracy for classes and R² for numbers, on `held_out` rows that were not trained
