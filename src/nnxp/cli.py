@@ -311,10 +311,11 @@ def train(
     missing: Missing = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a network that predicts a column of a table from the others.
+    """Train a network that predicts a column of a table.
 
-    It standardises its columns, knows their names and those of its classes, and is judged on a
-    fifth of the rows, which it was not trained on. "nnxp predict MODEL TABLE" uses it.
+    It predicts from the other columns, standardises them, knows their names and those of its
+    classes, and is judged on a fifth of the rows, which it was not trained on. "nnxp predict
+    MODEL TABLE" uses it.
     """
     from nnxp.backend import get_backend
     from nnxp.io.checkpoint import save
