@@ -104,7 +104,8 @@ def train_on_table(
         raise OptionError(f"hidden layers have at least one unit, not {list(hidden)}")
     x, values, names, title = _read(path, target, reading or Reading())
     if len(x) < FEWEST:
-        raise OptionError(f"{path} has {len(x)} rows: too few to train on and to hold some out")
+        rows = "1 row" if len(x) == 1 else f"{len(x)} rows"
+        raise OptionError(f"{path} has {rows}: training, and holding some out, takes {FEWEST}")
     classes = _classes(values, task, title)
     unseen, valid, seen = _split(values, seed)
     mean, scale = x[seen].mean(axis=0), x[seen].std(axis=0)
