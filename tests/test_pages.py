@@ -77,3 +77,4 @@ def test_every_error_has_its_place_among_the_troubles():
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     told = set(re.findall(r"\w+", "".join(re.findall(r"^## .*$", text, re.MULTILINE))))
     assert {*nnxp._errors.__all__} - {"NnxpError"} <= told
+    assert {*nnxp._errors.__all__} <= {*re.findall(r"\w+", nnxp._errors.__doc__)}
