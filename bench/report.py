@@ -287,9 +287,10 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "bench/README.md")
     parser.add_argument("--plots", type=Path, default=ROOT / "bench/results", metavar="FOLDER")
     args = parser.parse_args()
+    # Other results lie there, too; those of bench/training.py are a list.
     paths = args.results or sorted((ROOT / "bench/results").glob("*.json"))
     files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    files = [found for found in files if found.get("what") == "races"]  # others lie there too
+    files = [each for each in files if isinstance(each, dict) and each.get("what") == "races"]
     if not files:
         parser.error("there are no results of races; bench/run.py makes some")
     files.sort(key=lambda found: len(found["place"]["settings"]))  # those as they are come first

@@ -361,6 +361,14 @@ def test_a_part_of_the_races_makes_a_part_of_the_report(tmp_path):
     assert "Memory" not in done.stdout
 
 
+def test_results_of_other_benchmarks_are_passed_over(small, tmp_path):
+    (tmp_path / "training.json").write_text(json.dumps([{"title": "5 steps", "results": []}]))
+    (tmp_path / "other.json").write_text(json.dumps({"what": "damaged files"}))
+    files = (tmp_path / "training.json", tmp_path / "other.json", small.output)
+    done = program("report.py", *files, *nowhere(tmp_path))
+    assert "| 20-16-4 sigmoid (600) |" in done.stdout
+
+
 def test_a_contender_that_is_not_there_is_named_in_the_report(small, tmp_path):
     found = small.found
     for each in found["throughput"]:

@@ -377,13 +377,15 @@ def test_a_signal_while_predicting_leaves_nothing_behind(room, name, code):
     assert set(room.iterdir()) == before
 
 
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}  # as for most people: not for many containers
+
+
 @pytest.mark.parametrize("args", [["doctor"], ["doctor", "--json"], ["summary", "net.safetensors"]])
 def test_whoever_stops_reading_is_not_complained_to(room, args):
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-m", "nnxp", *args], stdout=writing, stderr=subprocess.PIPE, timeout=60
-    )
+    command = [sys.executable, "-m", "nnxp", *args]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60, env=BUFFERED)
     os.close(writing)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
@@ -395,7 +397,7 @@ def test_a_full_disk_under_stdout_is_one_clear_line(room, args):
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "nnxp", *args]
         done = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=BUFFERED
         )
     assert (done.returncode, done.stderr) == (1, "nnxp: error: No space left on device\n")
 
@@ -421,6 +423,7 @@ def test_summary_finds_out_the_shape_of_a_row(room, name):
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{make().summary((4, inputs))}\n")
     assert "4 rows on cpu: 4 at a time on 1 workers" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_summary_as_json_is_the_summary(room):

@@ -17,13 +17,9 @@ import nnxp
 from test_readme import run_page
 
 DOCS = Path(__file__).parents[1] / "docs"
-if not DOCS.exists():
-    pytest.skip("the pages are not part of an installation", allow_module_level=True)
 NO_PYTHON = {"api.md", "compatibility.md", "index.md", "limits.md"}
 PAGES = sorted(p for p in DOCS.glob("*.md") if p.name not in {"parity.md", *NO_PYTHON})
-LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
-
-
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 PICTURE = re.compile(r"\]\(pictures/([^)]+)\)")
 
 
@@ -48,12 +44,24 @@ def keep_pictures(page, room):
 
 @pytest.mark.parametrize("page", [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")], ids=str)
 def test_links_of_a_page_lead_somewhere(page):
-    missing = [
-        link
-        for link in LINK.findall(page.read_text(encoding="utf-8"))
-        if not (page.parent / link).exists()
-    ]
-    assert not missing
+    for link, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+def anchors(page):
+    """What GitHub and the site call the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_what_newcomers_ask_is_two_clicks_away():
+    assert "](docs/index.md)" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    _, _, questions = (DOCS / "index.md").read_text(encoding="utf-8").partition("## Questions")
+    answers = [row.split("|")[2] for row in questions.splitlines() if "?" in row]
+    assert len(answers) >= 10
+    assert [each for each in answers if not (LINK.search(each) or "`nnxp " in each)] == []
 
 
 def test_the_lists_are_those_of_the_library(tmp_path):
@@ -69,3 +77,4 @@ def test_every_error_has_its_place_among_the_troubles():
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     told = set(re.findall(r"\w+", "".join(re.findall(r"^## .*$", text, re.MULTILINE))))
     assert {*nnxp._errors.__all__} - {"NnxpError"} <= told
+    assert {*nnxp._errors.__all__} <= {*re.findall(r"\w+", nnxp._errors.__doc__)}

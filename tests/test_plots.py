@@ -115,15 +115,3 @@ def test_without_matplotlib_it_is_said_what_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(nnxp.OptionError, match=r"pip install \"nnxp\[plots\]\""):
         plots.program(NET.program((1, 6)))
-
-
-@pytest.mark.parametrize(
-    "report",
-    [NET.summary(), NET.program((1, 6)), nnxp.testing.parity_report(NET, X, backends=["numpy"])],
-    ids=lambda report: type(report).__name__,
-)
-def test_a_notebook_shows_what_a_terminal_prints(report):
-    from html import unescape
-
-    assert unescape(report._repr_html_()) == f"<pre>{report}</pre>"
-    assert "<" not in report._repr_html_()[5:-6]

@@ -25,13 +25,28 @@ def test_the_citation_is_of_the_last_release_that_the_changelog_names():
 
 
 def test_containers_install_extras_that_there_are():
-    folder = ROOT / "containers"
-    if not folder.exists():
-        pytest.skip("no part of a source distribution")
-    asked = re.findall(r"\[([^\]]+)\]\" &&", "".join(p.read_text() for p in folder.iterdir()))
+    files = (ROOT / "containers").iterdir()
+    asked = re.findall(r"\[([^\]]+)\]\" &&", "".join(each.read_text() for each in files))
     names = {name for each in asked for name in each.split(",")} - {"${CUDA}"}
     assert asked
     assert names | {"cuda12", "cuda13"} <= PROJECT["optional-dependencies"].keys()
+
+
+def test_the_page_of_versions_asks_for_what_the_extras_ask_for():
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| ([\w-]+) \(extra `(\w+)`\) \| ([\d.]+) \|", page, re.MULTILINE)
+    assert len(told) == 5
+    for package, extra, version in told:
+        assert f"{package}>={version}" in PROJECT["optional-dependencies"][extra]
+
+
+def test_the_actions_of_the_workflow_are_those_that_were_read():
+    workflow = ROOT / ".github/workflows/check.yml"
+    if not workflow.exists():
+        pytest.skip("no part of a source distribution")
+    used = re.findall(r"uses: (.*)", workflow.read_text(encoding="utf-8"))
+    assert used
+    assert [each for each in used if not re.search(r"@[0-9a-f]{40} # v[\d.]+$", each)] == []
 
 
 def test_no_address_is_invented():

@@ -9,6 +9,7 @@ NnxpError
 ├── OptionError (ValueError)           an argument has a value that means nothing here
 │   └── FrozenLayer (AttributeError)   a field of a layer cannot be assigned once it is made
 ├── ConversionError (ValueError)       another library's model has no counterpart here
+├── RowsError (ValueError)             a file does not hold rows of numbers
 ├── SweepError (RuntimeError)          a sweep of many blocks did not end well; it can go on
 ├── IdError (IndexError)               an id names nothing in its table
 ├── NotDifferentiable (TypeError)     a formula has no gradient

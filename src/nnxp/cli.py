@@ -220,8 +220,20 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup, for one, ignores SIGHUP
             signal.signal(number, _end)
-    app(prog_name="nnxp")
+    try:
+        app(prog_name="nnxp")
+    finally:
+        _forget_the_unsaid()
     raise AssertionError("typer ends the process")
+
+
+def _forget_the_unsaid() -> None:
+    """Python tries once more to write what could not be written, and would end with a code of its
+    own and a traceback: it has nowhere to write then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _version(wanted: bool) -> None:
@@ -311,10 +323,11 @@ def train(
     missing: Missing = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a network that predicts a column of a table from the others.
+    """Train a network that predicts a column of a table.
 
-    It standardises its columns, knows their names and those of its classes, and is judged on a
-    fifth of the rows, which it was not trained on. "nnxp predict MODEL TABLE" uses it.
+    It predicts from the other columns, standardises them, knows their names and those of its
+    classes, and is judged on a fifth of the rows, which it was not trained on. "nnxp predict
+    MODEL TABLE" uses it.
     """
     from nnxp.backend import get_backend
     from nnxp.io.checkpoint import save
@@ -749,10 +762,9 @@ def summary(
         _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
     else:
         _say(str(found))
-        _say(
-            f"{rows:,} rows on {_names(engine)}: {plan.rows:,} at a time on {plan.workers} "
-            f"workers, {plan.working_set:,} bytes of rows at work"
-        )
+        cut = f"{plan.rows:,} at a time on {plan.workers} workers"
+        _say(f"{rows:,} rows on {_names(engine)}: {cut}")
+        _say(f"{plan.working_set:,} bytes of rows at work")
 
 
 def _check_picture(path: Path | None) -> None:

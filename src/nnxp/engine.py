@@ -91,6 +91,9 @@ class Engine:
         rewrite: False runs the model's steps as it has them, without a batch norm in the weights
             before it and the like: to find a difference.
 
+    Attributes:
+        backend: where it runs, of several devices on the first; printed, it says why there.
+
     Raises:
         BackendUnavailable: the backend cannot be used here.
         OptionError: an option means nothing here, or the model is no model.

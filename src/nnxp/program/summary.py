@@ -67,7 +67,7 @@ class Summary(Printed):
                 *table,
                 f"{self.input_shape} -> {self.output_shape}, {self.dtype} on {self.place}",
                 f"{self.parameters:,} parameters ({self.parameter_bytes:,} bytes), "
-                f"{self.multiply_adds:,} multiply-adds, "
+                f"{self.multiply_adds:,} multiply-adds",
                 f"{self.row_bytes:,} bytes a row at the widest point",
             ]
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from nnxp._arrays import Array, HostArray, xp_of
 from nnxp._errors import CheckpointError, OptionError, OutOfMemory, TrainingError
+from nnxp._printed import Printed
 from nnxp._progress import Progress, told
 from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.backend._blas import one_blas_thread
@@ -46,11 +47,12 @@ ALIGNED = 16  # numbers: parameters lie in one vector, each on the border of a c
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A trained model, and its history: for each epoch what it came to.
+class Fitted(Printed):
+    """A trained model, and its history: for each epoch what it came to; print it.
 
         fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=2)
         fitted.model(x), fitted.history[-1]["loss"]
+        print(fitted)
 
     Attributes:
         model: the trained model.
@@ -61,6 +63,24 @@ class Fitted:
 
     model: Layer
     history: list[dict[str, float]]
+
+    def __str__(self) -> str:
+        if not self.history:
+            return "epochs      0"
+        first, last = self.history[0], self.history[-1]
+        seconds = sum(epoch["seconds"] for epoch in self.history)
+        lines = [
+            f"epochs      {len(self.history):,} in {seconds:.3g} s; "
+            f"{last['rows_per_second']:,.0f} rows/s in the last",
+            f"loss        {first['loss']:.4g} in the first epoch, {last['loss']:.4g} in the last",
+        ]
+        if "validation" in last:
+            least = min(self.history, key=lambda epoch: epoch["validation"])
+            lines.append(
+                f"validation  {last['validation']:.4g} after the last epoch; the least was "
+                f"{least['validation']:.4g}, after epoch {least['epoch']:.0f}"
+            )
+        return "\n".join(lines)
 
 
 def fit(

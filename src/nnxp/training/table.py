@@ -11,6 +11,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray
 from nnxp._errors import OptionError, RowsError
+from nnxp._printed import Printed
 from nnxp._progress import Progress
 from nnxp.backend import Backend
 from nnxp.engine import predict
@@ -35,7 +36,7 @@ DROPOUT, PATIENCE, BATCH, RATE = 0.1, 10, 128, 2e-3
 
 
 @dataclass(frozen=True)
-class TableReport:
+class TableReport(Printed):
     """What a network that was trained on a table is, and how well it does on rows held out.
 
     `score` is the accuracy for classes and R² for numbers, on `held_out` rows that were not trained
@@ -103,7 +104,8 @@ def train_on_table(
         raise OptionError(f"hidden layers have at least one unit, not {list(hidden)}")
     x, values, names, title = _read(path, target, reading or Reading())
     if len(x) < FEWEST:
-        raise OptionError(f"{path} has {len(x)} rows: too few to train on and to hold some out")
+        rows = "1 row" if len(x) == 1 else f"{len(x)} rows"
+        raise OptionError(f"{path} has {rows}: training, and holding some out, takes {FEWEST}")
     classes = _classes(values, task, title)
     unseen, valid, seen = _split(values, seed)
     mean, scale = x[seen].mean(axis=0), x[seen].std(axis=0)
