@@ -1,0 +1,1 @@
+"""A formula written out as steps: traced, rewritten, differentiated, counted, recorded."""
