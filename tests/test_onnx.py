@@ -272,6 +272,20 @@ def test_slopes_before_opset_9_are_for_channels(opset):
     np.testing.assert_allclose(model(x), np.where(x < 0, x * slope.reshape(3, 1, 1), x), rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize(("op", "opset"), [("Upsample", 7), ("Upsample", 9), ("Resize", 10)])
+def test_places_before_opset_11_are_at_multiples(op, opset, mode):
+    x, ort = draw((2, 3, 10, 7)), pytest.importorskip("onnxruntime")
+    for scales in [(1.5, 2.6), (0.6, 0.45)][: 1 + (op == "Resize")]:
+        scales = np.array([1, 1, *scales], "float32")
+        more = {"scales": scales.tolist()} if opset < 9 else {}
+        takes, arrays = ("x", {}) if more else ("x s", {"s": scales})
+        source = proto([(op, takes, "y", {"mode": mode, **more})], [("x", ["n", 3, 10, 7])],
+                       arrays=arrays, opset=opset, ir=4)  # fmt: skip
+        (wanted,) = ort.InferenceSession(source.SerializeToString()).run(None, {"x": x})
+        np.testing.assert_allclose(load_onnx(source)(x), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_whole_numbers_divide_towards_zero():
     a, b = np.array([7, -7, 7, -7]), np.array([2, 2, -2, -2])
     model = load_onnx(proto([("Div", "a b", "y")], [("a", [4], INT), ("b", [4], INT)]))

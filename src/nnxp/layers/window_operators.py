@@ -278,6 +278,10 @@ def resize(
         size[axis], scale[axis] = w, factor
         if corners:
             region[axis] = corners[i], corners[i + len(along)]
+    if nearest_mode == "simple":  # that of the time before opset 11
+        if min(factors) < 1 < max(factors) and mode == "nearest":
+            raise OptionError(f"Resize of before opset 11 by {factors}, both larger and smaller")
+        nearest_mode = "ceil" if min(factors) < 1 else "floor"
     library_of_shape(tuple(max(0, w) for w in size))
     if max(wanted) > LONGEST:
         raise ShapeError(f"Resize to an axis of {max(wanted):,}: it makes up to {LONGEST:,}")
