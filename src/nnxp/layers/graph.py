@@ -26,6 +26,7 @@ from nnxp._errors import (
 )
 from nnxp.backend import home_of
 from nnxp.layers import (  # noqa: F401  (these make their operators known)
+    contrib_operators,
     item_operators,
     quantized_operators,
     sequence_operators,
