@@ -452,4 +452,5 @@ def _shared(box: HostArray, others: HostArray) -> HostArray:
     both = np.maximum(np.minimum(box[2:], others[:, 2:]) - low, 0).prod(axis=1)
     area = (others[:, 2:] - others[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
     together = area - both
-    return np.divide(both, together, out=np.zeros_like(both), where=together > 0)
+    share: HostArray = np.divide(both, together, out=np.zeros_like(both), where=together > 0)
+    return share
