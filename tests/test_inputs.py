@@ -216,16 +216,14 @@ def test_a_rate_that_decides_is_written_out_when_it_comes_again(backend):
 @pytest.mark.parametrize("limit", [None, "1 MiB"])
 def test_what_is_kept_of_a_whole_is_little(limit):
     engine = nnxp.Engine(WHOLE["a network"][0], "cpu", memory_limit=limit)
-    for rows in (3, 200_000):
-        engine.whole(draw((rows, 3)))
-    kept = [
-        recording.nbytes
-        for whole in engine._replicas[0]._wholes.values()
-        for idle in whole._recordings._idle.values()
-        for recording in idle
-    ]
-    assert len(kept) == (1 if limit is None else 0)
-    assert sum(kept) < 1 << 20
+    for rows in (3, 1_000_000, 2_000_000, 5_000_000):
+        engine.whole(np.zeros((rows, 3), "float32"))
+    kept = [each.idle for each in engine._replicas[0]._wholes.values()]
+    assert [size > 0 for size in kept] == [limit is None] * 3 + [False]  # the last is too large
+    assert sum(kept) < 64 << 20
+    engine.whole(np.zeros((3_000_000, 3), "float32"))
+    engine.whole(np.zeros((4, 3), "float32"))  # these are more in all: what was kept is let go
+    assert len(engine._replicas[0]._wholes) == (1 if limit is None else 6)
 
 
 def test_what_does_not_fit_as_a_whole_is_refused():

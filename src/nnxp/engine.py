@@ -557,9 +557,10 @@ class Replica:
     def _whole(self, key: Any, outlines: tuple[Any, ...]) -> Whole:
         made = self._wholes.get(key)
         if made is None:
-            most = 0 if self.sparing else IDLE_BYTES // MOST_RECORDED
+            most = 0 if self.sparing else IDLE_BYTES
             made = Whole(self.model, outlines, self.backend, self._rewritten, most)
-            if len(self._wholes) >= MOST_RECORDED:
+            others = list(self._wholes.values())
+            if len(others) >= MOST_RECORDED or sum(each.idle for each in others) > IDLE_BYTES:
                 self._wholes.clear()
             self._wholes[key] = made
         return made
@@ -667,6 +668,11 @@ class Whole:
             self._recordings = Recordings(bodied(program))
         else:
             self._program = placed(program, partial(to_backend, backend=backend))
+
+    @property
+    def idle(self) -> int:
+        """Bytes of buffers that wait for the next call."""
+        return 0 if self._recordings is None else self._recordings.idle
 
     @property
     def written(self) -> bool:
