@@ -145,7 +145,7 @@ class Layout:
 
 
 MANY = 1 << 14  # elements: of fewer, calling np.clip takes longer than what it saves
-_WRITES = WITH_OUT | {"astype", "copy", "concatenate", "pad", "where"}
+_WRITES = WITH_OUT | {"astype", "copy", "concatenate", "where"}
 
 
 def costs(program: Program, given: Sequence[np.dtype[Any]] | None = None) -> Costs:
@@ -361,8 +361,6 @@ class Recording:
                 join(parts, axis, out=into)
 
             return [self._bound(joined, (out, *inputs), {})]
-        if name == "pad":
-            return [self._bound(_padding(inputs[0].shape, options), (out, inputs[0]), {})]
         if KINDS[name] == "reduction" and name in _REDUCES:
             return self._reduced(step, out)
         if name == "clip":
@@ -419,28 +417,6 @@ _REDUCES: dict[str, Any] = {
 
 def _into(fn: Callable[..., Any], options: dict[str, Any], out: HostArray, *inputs: Any) -> None:
     fn(*inputs, out=out, **options)
-
-
-def _padding(shape: Shape, options: Mapping[str, Any]) -> Callable[[HostArray, HostArray], None]:
-    """What pads an array of this shape into another: np.pad takes long to start."""
-    pairs = np.broadcast_to(options["pad_width"], (len(shape), 2)).tolist()
-    mode, value = options.get("mode", "constant"), options.get("constant_values", 0)
-    along = [axis for axis, pair in enumerate(pairs) if any(pair)]
-
-    def around(into: HostArray, x: HostArray) -> None:
-        into[...] = value
-        into[inner] = x
-
-    def again(into: HostArray, x: HostArray) -> None:
-        np.take(x, places, axis=along[0], out=into, mode="clip")
-
-    if mode == "constant" and np.ndim(value) == 0:
-        inner = tuple(slice(a, a + n) for (a, _), n in zip(pairs, shape, strict=True))
-        return around
-    if mode != "constant" and len(along) == 1:
-        places = np.pad(np.arange(shape[along[0]]), pairs[along[0]], mode=mode)
-        return again
-    return lambda into, x: np.copyto(into, np.pad(x, **options))
 
 
 def _flat(inputs: tuple[Any, ...]) -> bool:
