@@ -23,16 +23,16 @@ def _named(pairs):
     ]
 
 
+def _swept(layer, shape):
+    """Whether an engine takes it: one array of floats, and one answered."""
+    floats = not isinstance(shape, list) and layer.takes[:1] != ("int",)
+    return floats and type(layer.output_shape(shape)[0]) is int
+
+
+OTHERS = [pair for pair in PAIRS if not _swept(*pair)]
 every_layer = pytest.mark.parametrize(("layer", "shape"), _named(PAIRS))
-# The engine takes one array of floats, and answers one.
 every_swept_layer = pytest.mark.parametrize(
-    ("layer", "shape"),
-    _named(
-        (layer, shape)
-        for layer, shape in PAIRS
-        if not isinstance(shape, list) and layer.takes[:1] != ("int",)
-        if type(layer.output_shape(shape)[0]) is int
-    ),
+    ("layer", "shape"), _named(pair for pair in PAIRS if _swept(*pair))
 )
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # the plugin's fixture
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,7 @@ import pytest
 
 import nnxp
 from conftest import PAIRS, draw, every_backend
+from nnxp.layers.graph import Graph, node, packed
 from nnxp.testing import assert_parity
 
 
@@ -180,19 +181,49 @@ def test_what_is_taken_as_a_whole_may_be_named_and_left_out(backend):
     np.testing.assert_allclose(y, model(x, mask=mask), rtol=1e-5, atol=1e-6)
 
 
+def rated():
+    """x * 2 at a rate of 16,000, x + 2 at any other."""
+    branches = {
+        f"{name}_branch": {"nodes": (node(op, ["x", "two"], [name]),), "outputs": (name,)}
+        for name, op in (("then", "Mul"), ("else", "Add"))
+    }
+    return Graph.of(
+        nodes=(node("Equal", ["rate", "usual"], ["is"]), node("If", ["is"], ["y"], **branches)),
+        inputs=({"name": "x", "dtype": "float32", "shape": None},
+                {"name": "rate", "dtype": "int64", "shape": ()}),
+        outputs=("y",), names=(), weights=(), kind="float32",
+        constants={"usual": packed(np.array(16_000)), "two": packed(np.float32(2))},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpu", "sim"])
+def test_a_rate_that_decides_is_written_out_when_it_comes_again(backend):
+    model, written = rated(), []
+    with nnxp.Engine(model, backend) as engine:
+        for i in range(3):
+            for rate in (16_000, 8_000):
+                x = draw((3, 8), seed=i)
+                y = engine.whole(x, np.array(rate))
+                np.testing.assert_array_equal(y, model(x, np.array(rate)))
+            written.append(sum(each.written for each in engine._replicas[0]._wholes.values()))
+        assert written == [0, 2, 2]
+        for rate in range(100):  # one that never comes again is not written out, nor kept
+            engine.whole(draw((3, 8)), np.array(rate))
+        assert len(engine._replicas[0]._wholes) == 3
+        assert len(engine._replicas[0]._came) <= 32
+
+
 @pytest.mark.parametrize("limit", [None, "1 MiB"])
 def test_what_is_kept_of_a_whole_is_little(limit):
     engine = nnxp.Engine(WHOLE["a network"][0], "cpu", memory_limit=limit)
-    for rows in (3, 200_000):
-        engine.whole(draw((rows, 3)))
-    kept = [
-        recording.nbytes
-        for whole in engine._replicas[0]._wholes.values()
-        for idle in whole._recordings._idle.values()
-        for recording in idle
-    ]
-    assert len(kept) == (1 if limit is None else 0)
-    assert sum(kept) < 1 << 20
+    for rows in (3, 1_000_000, 2_000_000, 5_000_000):
+        engine.whole(np.zeros((rows, 3), "float32"))
+    kept = [each.idle for each in engine._replicas[0]._wholes.values()]
+    assert [size > 0 for size in kept] == [limit is None] * 3 + [False]  # the last is too large
+    assert sum(kept) < 64 << 20
+    engine.whole(np.zeros((3_000_000, 3), "float32"))
+    engine.whole(np.zeros((4, 3), "float32"))  # these are more in all: what was kept is let go
+    assert len(engine._replicas[0]._wholes) == (1 if limit is None else 6)
 
 
 def test_what_does_not_fit_as_a_whole_is_refused():

@@ -272,6 +272,51 @@ def test_slopes_before_opset_9_are_for_channels(opset):
     np.testing.assert_allclose(model(x), np.where(x < 0, x * slope.reshape(3, 1, 1), x), rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize(("op", "opset"), [("Upsample", 7), ("Upsample", 9), ("Resize", 10)])
+def test_places_before_opset_11_are_at_multiples(op, opset, mode):
+    x, ort = draw((2, 3, 10, 7)), pytest.importorskip("onnxruntime")
+    for scales in [(1.5, 2.6), (0.6, 0.45)][: 1 + (op == "Resize")]:
+        scales = np.array([1, 1, *scales], "float32")
+        more = {"scales": scales.tolist()} if opset < 9 else {}
+        takes, arrays = ("x", {}) if more else ("x s", {"s": scales})
+        source = proto([(op, takes, "y", {"mode": mode, **more})], [("x", ["n", 3, 10, 7])],
+                       arrays=arrays, opset=opset, ir=4)  # fmt: skip
+        (wanted,) = ort.InferenceSession(source.SerializeToString()).run(None, {"x": x})
+        np.testing.assert_allclose(load_onnx(source)(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest", "cubic"])
+def test_points_are_looked_up_in_a_picture_row_by_row(mode):
+    x, grid, ort = draw((3, 2, 5, 6)), draw((3, 4, 7, 2)) * 1.2, pytest.importorskip("onnxruntime")
+    nodes = [("GridSample", "x g", f"y{i}", {"mode": mode, "padding_mode": pad, "align_corners": i})
+             for i, pad in enumerate(["border", "reflection"])]  # fmt: skip
+    nodes.append(("GridSample", "x g", "y2", {"mode": mode}))
+    shapes = [("x", ["n", 2, 5, 6]), ("g", ["n", 4, 7, 2])]
+    source = proto(nodes, shapes, ["y0", "y1", "y2"], opset=20, ir=9)
+    session = ort.InferenceSession(source.SerializeToString())
+    wanted = session.run(None, {"x": x, "g": grid})
+    model = load_onnx(source)
+    for made in (model(x, grid), nnxp.predict(model, (x, grid), memory_limit="1MB")):
+        for y, right in zip(made, wanted, strict=True):
+            np.testing.assert_allclose(y, right, rtol=1e-4, atol=1e-5)
+
+
+def test_boxes_that_share_too_much_are_left_out():
+    ort, rng = pytest.importorskip("onnxruntime"), np.random.default_rng(0)
+    scores = rng.random((2, 3, 40), "float32")
+    boxes = rng.random((2, 40, 4), "float32") * np.array([9, 9, 4, 4], "float32")
+    limits = {"k": np.array([6]), "o": np.float32(0.2), "t": np.float32(0.4)}
+    for centre in (0, 1):
+        nodes = [("NonMaxSuppression", "b s k o t", "y", {"center_point_box": centre})]
+        source = proto(
+            nodes, [("b", [2, 40, 4]), ("s", [2, 3, 40])], [info("y", None, INT)], limits
+        )
+        session = ort.InferenceSession(source.SerializeToString())
+        (wanted,) = session.run(None, {"b": boxes, "s": scores})
+        np.testing.assert_array_equal(load_onnx(source)(boxes, scores), wanted)
+
+
 def test_whole_numbers_divide_towards_zero():
     a, b = np.array([7, -7, 7, -7]), np.array([2, 2, -2, -2])
     model = load_onnx(proto([("Div", "a b", "y")], [("a", [4], INT), ("b", [4], INT)]))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import nnxp
-from conftest import draw, every_swept_layer
+from conftest import OTHERS, draw, draw_inputs, every_swept_layer, results
 from nnxp import ConversionError, ShapeError
 from nnxp._arrays import xp_of
 from nnxp.program.mixing import mixing
-from nnxp.testing import LIMIT, assert_close, error_bound
+from nnxp.testing import LIMIT, assert_close, bounded, error_bound
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: it writes the files")
 
@@ -33,6 +33,22 @@ def test_every_swept_layer_goes_out_and_comes_back(layer, shape, tmp_path):
     assert mixing(back.program(shape)) == ""
     (y,) = run(path, x)
     assert_close(y, value, bound=LIMIT * unit)
+
+
+@pytest.mark.parametrize("number", range(len(OTHERS)))
+def test_every_other_layer_goes_out_and_comes_back(number, tmp_path):
+    """Those that take ids, a mask, a state or several arrays, or answer several."""
+    (layer, shape), path = OTHERS[number], tmp_path / "net.onnx"
+    inputs = draw_inputs(layer, shape)
+    rows = [None if x is None else (x.shape[1:], x.dtype) for x in inputs]
+    nnxp.save_onnx(layer, path, row=rows)
+    given = [x for x in inputs if x is not None]
+    back, theirs = results(nnxp.load_onnx(path)(*given)), run(path, *given)
+    lifted = layer.map_arrays(lambda name, value: bounded.asarray(value))
+    for i, pair in enumerate(zip(back, theirs, strict=True)):
+        value, unit = error_bound(lambda *xs, i=i: results(lifted(*xs))[i], *inputs)
+        for y in pair:
+            assert_close(y, value, bound=LIMIT * unit)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -136,6 +136,28 @@ def test_orders_that_do_not_cancel_become_one(rng):
     np.testing.assert_array_equal(program(x), formula(x))
 
 
+def test_steps_that_look_alike_are_told_apart():
+    def formula(x):
+        return x * 2, x * 2.0, x * 2, x[:, 0:1], x[:, 0:2], x.sum(axis=0), x.sum(axis=0, keepdims=1)
+
+    x = np.arange(6).reshape(2, 3)
+    program = trace(formula, (x.shape, x.dtype))
+    said = [(value.shape, value.dtype) for value in program.outputs]
+    assert said == [(y.shape, y.dtype) for y in formula(x)]
+    assert said == [(v.shape, v.dtype) for v in optimized(program).outputs]
+
+
+def test_orders_stay_before_what_works_along_an_axis(rng):
+    x = rng.normal(size=(2, 3, 4)).astype("float32")
+    for name, activation in nnxp.kernels.ACTIVATIONS.items():
+
+        def formula(x, activation=activation):
+            return activation(x.transpose(0, 2, 1)) * np.float32(2)
+
+        program = optimized(trace(formula, (x.shape, x.dtype)))
+        np.testing.assert_array_equal(program(x), formula(x), err_msg=name)
+
+
 def test_an_engine_leaves_the_model_as_it_is_where_it_is_told_so(rng):
     graph = residual(rng)
     x = rng.normal(size=(5, 3, 8, 8)).astype("float32")

@@ -45,6 +45,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 MOST_ENGINES = 4  # that a process keeps for tasks that bring their model: mostly it is one
 MOST_KINDS = 256  # kinds of rows that an engine remembers
 MOST_RECORDED = 32  # on a device, where each holds buffers
+FEW_NUMBERS = 16  # in an input that decides what a model does
 FEW_ROWS = 512  # at most, to be recorded on a device: with more, starting the work is little of it
 
 
@@ -207,8 +208,10 @@ class Engine:
 
         For what is no sweep of rows: a recurrent model with its state, a batch axis elsewhere, a
         formula that mixes rows. The program for inputs of these shapes is kept for the next call.
-        A model that looks at numbers runs as it is. All goes through at once, on the first device:
-        a memory limit bounds what is kept for the next call, not what this one takes.
+        A model that looks at numbers runs as it is; where those are a few whole numbers that are an
+        input, such as a rate, it is written out for them when they come again. All goes through at
+        once, on the first device: a memory limit bounds what is kept for the next call, not what
+        this one takes.
 
             y = engine.whole(x[:3])
 
@@ -230,7 +233,7 @@ class Engine:
         kinds = _kinds(replica.model, given, arrays)
         shapes = iter(arrays)
         outlines = tuple(kind and Outline(next(shapes).shape, kind.dtype) for kind in kinds)
-        return replica.whole(outlines)(arrays)
+        return replica.whole(outlines, arrays)(arrays)
 
     def _sweep(
         self,
@@ -498,7 +501,8 @@ class Replica:
         self.lanes = LanePool()
         self.ready: dict[tuple[np.dtype[Any], Shape], Ready] = {}
         self._prepared: dict[tuple[Kind | None, ...], Prepared] = {}
-        self._wholes: dict[tuple[Outline | None, ...], Whole] = {}
+        self._wholes: dict[Any, Whole] = {}
+        self._came: set[Any] = set()  # few whole numbers that a model without a program was given
         self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
@@ -535,15 +539,33 @@ class Replica:
             program = with_precision(program, self.precision)
         return optimized(program) if self.rewrite else program
 
-    def whole(self, outlines: tuple[Outline | None, ...]) -> Whole:
-        """What answers inputs of these outlines as they are."""
-        made = self._wholes.get(outlines)
+    def whole(self, outlines: tuple[Outline | None, ...], arrays: Sequence[HostArray]) -> Whole:
+        """What answers inputs of these outlines, and of these few numbers, as they are."""
+        made = self._whole(outlines, outlines)
+        if made.written:
+            return made
+        rest = iter(arrays)
+        few = [None if each is None else _few(next(rest), each.dtype) for each in outlines]
+        if not any(x is not None for x in few):
+            return made
+        key = outlines, tuple(None if x is None else x.tobytes() for x in few)
+        if key not in self._came:  # what is another number every time is not written out for it
+            if len(self._came) >= MOST_RECORDED:
+                self._came.clear()
+            self._came.add(key)
+            return made
+        known = (one if x is None else x for one, x in zip(outlines, few, strict=True))
+        return self._whole(key, tuple(known))
+
+    def _whole(self, key: Any, outlines: tuple[Any, ...]) -> Whole:
+        made = self._wholes.get(key)
         if made is None:
-            most = 0 if self.sparing else IDLE_BYTES // MOST_RECORDED
+            most = 0 if self.sparing else IDLE_BYTES
             made = Whole(self.model, outlines, self.backend, self._rewritten, most)
-            if len(self._wholes) >= MOST_RECORDED:
+            others = list(self._wholes.values())
+            if len(others) >= MOST_RECORDED or sum(each.idle for each in others) > IDLE_BYTES:
                 self._wholes.clear()
-            self._wholes[outlines] = made
+            self._wholes[key] = made
         return made
 
     def remember(self, x: Array, prepared: Prepared) -> None:
@@ -585,7 +607,7 @@ class Replica:
         self._forget()
 
     def _forget(self) -> None:
-        for kept in (self.ready, self._prepared, self._wholes):
+        for kept in (self.ready, self._prepared, self._wholes, self._came):
             kept.clear()
 
 
@@ -617,6 +639,11 @@ class Prepared:
         self.most_rows: int | None = None
 
 
+def _few(x: HostArray, dtype: np.dtype[Any]) -> HostArray | None:
+    """An input of a few whole numbers, which may decide what a model does; None for any other."""
+    return x.astype(dtype) if dtype.kind in "iub" and x.size <= FEW_NUMBERS else None
+
+
 class Whole:
     """A model's program for inputs of these outlines, none of whose axes counts rows.
 
@@ -626,7 +653,7 @@ class Whole:
     def __init__(
         self,
         model: Layer,
-        outlines: tuple[Outline | None, ...],
+        outlines: tuple[Outline | HostArray | None, ...],
         backend: Backend,
         rewritten: Callable[[Program], Program],
         most_idle: int,
@@ -645,6 +672,16 @@ class Whole:
         else:
             self._program = placed(program, partial(to_backend, backend=backend))
 
+    @property
+    def idle(self) -> int:
+        """Bytes of buffers that wait for the next call."""
+        return 0 if self._recordings is None else self._recordings.idle
+
+    @property
+    def written(self) -> bool:
+        """Whether there is a program."""
+        return self._recordings is not None or self._program is not None
+
     def __call__(self, arrays: Sequence[HostArray]) -> Any:
         if self._recordings is not None:
             results = [np.empty(*outline) for outline in self._recordings.outputs]
@@ -653,7 +690,9 @@ class Whole:
             return tuple(results) if self._recordings.several else results[0]
         given = iter(arrays)
         there = [
-            each and to_backend(next(given).astype(each.dtype, copy=False), self._backend)
+            None
+            if each is None
+            else to_backend(next(given).astype(each.dtype, copy=False), self._backend)
             for each in self._outlines
         ]
         with self._backend.current(), np.errstate(all="ignore"):

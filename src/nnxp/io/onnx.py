@@ -282,6 +282,17 @@ class _Reading:
         if version < 7:
             self._reshape_slopes()
         self.model = self.onnx.version_converter.convert_version(self.model, OPSET)
+        if version < 11:
+            self._place_as_before()
+
+    def _place_as_before(self) -> None:
+        """Before opset 11 a resized array had its places at multiples, not between pixels."""
+        for each in _nodes(self.model.graph):
+            if each.op_type == "Resize" and not each.domain:
+                each.attribute.extend(
+                    self.onnx.helper.make_attribute(name, value)
+                    for name, value in RESIZED_BEFORE.items()
+                )
 
     def _reshape_slopes(self) -> None:
         """A slope for each channel was (c,) before PRelu broadcast as all others do."""
@@ -413,6 +424,9 @@ class _Reading:
         made = {"nodes": tuple(nodes), "outputs": tuple(each.name for each in graph.output)}
         return made | ({"inputs": tuple(each.name for each in graph.input)} if graph.input else {})
 
+
+RESIZED_BEFORE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "simple"}
+"""What Resize was before opset 11, and Upsample; "simple" is a word of ONNX Runtime's."""
 
 _UPGRADED = ("Upsample", "Scatter")
 """Operators of old versions that others have taken the place of."""

@@ -49,8 +49,9 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
     Args:
         model: any layer whose formula can be written out.
         path: of the file.
-        row: the shape of one row, such as (784,); a list of shapes for several inputs; None where
-            the parameters tell.
+        row: the shape of one row, such as (784,); a list of shapes for several inputs, a pair
+            (shape, dtype) for one that is not of the type the model says, as a mask of booleans,
+            and None for one that is left out; None where the parameters tell.
 
     Raises:
         ConversionError: a layer looks at numbers, or does what ONNX has not, by the layer's path.
@@ -68,8 +69,8 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
         raise OptionError(f"save_onnx takes a model made of nnxp layers, not {model!r:.60}")
     rows = [model.row_shape()] if row is None else row if isinstance(row, list) else [row]
     outlines = [
-        ((1, *shape), dtype)
-        for shape, dtype in zip(rows, model.input_dtypes(len(rows)), strict=True)
+        _outline(each, dtype)
+        for each, dtype in zip(rows, model.input_dtypes(len(rows)), strict=True)
     ]
     program = model.to("numpy").program(*outlines)
     proto = _Writing(onnx, program).model()
@@ -80,6 +81,15 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
         return
     with written_beside(path) as beside, open(beside, "wb") as file:
         file.write(proto.SerializeToString())
+
+
+def _outline(row: Any, dtype: Any) -> Any:
+    """Of an input, whose rows are of this shape, or (shape, dtype), or that is left out."""
+    if row is None:
+        return None
+    if len(row) == 2 and isinstance(row[0], tuple | list):
+        row, dtype = row
+    return (1, *row), dtype
 
 
 # What has a name in ONNX
@@ -99,6 +109,8 @@ SAME = {
     "isinf": "IsInf",
 }  # fmt: skip
 """Functions of the dialect that are one operator."""
+OF_TRUTHS = {"bitwise_and": "And", "bitwise_or": "Or", "bitwise_xor": "Xor", "invert": "Not"}
+"""Those that have another name in ONNX where they are of booleans."""
 
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}), "sigmoid": ("Sigmoid", {}), "tanh": ("Tanh", {}),
@@ -227,7 +239,9 @@ class _Writing:
         if special is not None:
             made = special(self, step)
         elif step.name in SAME:
-            made = self.node(SAME[step.name], self._alike(step))
+            truths = step.outputs[0].dtype == np.bool_
+            name = OF_TRUTHS.get(step.name) if truths else None
+            made = self.node(name or SAME[step.name], self._alike(step))
         else:
             raise ConversionError(
                 f"{step.path or 'the model'} cannot be written: ONNX has no {step.name}"

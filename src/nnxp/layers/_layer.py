@@ -423,8 +423,9 @@ class Layer(metaclass=_Assembly):
 
         Axis 0 is any number of rows, unless the inputs are taken as a `whole`: then it is as long
         as the shapes say. An outline is a shape, in the model's own type, a pair
-        (shape, dtype), or None for an input that is left out. Layers that look at numbers are one
-        step each, run as Python. Raises ShapeError, with the layer's path, for shapes that do not
+        (shape, dtype), or None for an input that is left out; that of a whole may be an array, and
+        the program is then right for its numbers only. Layers that look at numbers are one step
+        each, run as Python. Raises ShapeError, with the layer's path, for shapes that do not
         fit, and DtypeMismatch.
 
             >>> print(nnxp.Dense(784, 10, "relu", rng=0).program((1, 784)))
@@ -435,9 +436,9 @@ class Layer(metaclass=_Assembly):
         if not outlines:
             raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
         if whole:
-            return _written(
-                self, tuple(self._outline(each, None) for each in outlines), None, whole
-            )
+            known = tuple(each if is_array(each) else None for each in outlines)
+            kinds = tuple(self._outline(each, None) for each in outlines)
+            return _written(self, kinds, None, known)
         return self._program(tuple(map(self._outline, outlines)), _rows_said(outlines[0]))
 
     def _program(self, kinds: tuple[Outline | None, ...], rows: int | None) -> Program:
@@ -459,6 +460,8 @@ class Layer(metaclass=_Assembly):
     def _outline(self, outline: Any, rows: int | None = ROWS) -> Outline | None:
         if outline is None:
             return None
+        if is_array(outline):
+            return Outline(outline.shape, outline.dtype)
         shape, dtype = outline, None
         outline = outline if isinstance(outline, tuple | list) else (outline,)
         if len(outline) == 2 and isinstance(outline[0], tuple | list):
@@ -675,9 +678,15 @@ def _outline_of(x: Any) -> Any:
 
 
 def _written(
-    model: Layer, outlines: tuple[Outline | None, ...], rows: int | None, whole: bool = False
+    model: Layer,
+    outlines: tuple[Outline | None, ...],
+    rows: int | None,
+    whole: tuple[Array | None, ...] | None = None,
 ) -> Program:
-    """The program of a model, for inputs of these outlines; None is passed on as it is."""
+    """The program of a model, for inputs of these outlines; None is passed on as it is.
+
+    Of inputs taken as a `whole`, it has what is known of each, its numbers or nothing.
+    """
     lift = _once(lambda value, name: traced.lifted(value, name), named=True)
     lifted = model.map_arrays(lift)
     pairs = zip([*model.walk(), ("", model)], [*lifted.walk(), ("", lifted)], strict=True)
@@ -688,7 +697,7 @@ def _written(
     def written(times: int) -> Program:
         values = [
             traced.Value(
-                each.shape if whole else (times * each.shape[0], *each.shape[1:]),
+                (times * each.shape[0], *each.shape[1:]) if whole is None else each.shape,
                 each.dtype,
                 name=name,
             )
@@ -698,14 +707,17 @@ def _written(
 
         def named(*inputs: Any) -> Any:
             arrays = iter(inputs)
-            return formula(lifted, *(None if each is None else next(arrays) for each in outlines))
+            given = [None if each is None else next(arrays) for each in outlines]
+            for i, numbers in enumerate(whole or ()):
+                given[i] = given[i] if numbers is None else traced.lifted(numbers)
+            return formula(lifted, *given)
 
         return trace(named, *values, layers=layers, rows=rows)
 
     place = model.place  # what follows from parameters alone is computed where they are
     with nullcontext() if place in (None, "cpu") else home_of(place).current():
         program = written(1)
-        if not whole:
+        if whole is None:
             same_for_any_rows(program, written(2))
     return program
 

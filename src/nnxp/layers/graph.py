@@ -26,6 +26,7 @@ from nnxp._errors import (
 )
 from nnxp.backend import home_of
 from nnxp.layers import (  # noqa: F401  (these make their operators known)
+    contrib_operators,
     item_operators,
     quantized_operators,
     sequence_operators,
@@ -108,7 +109,7 @@ class Graph(Layer):
             'a Graph is made by nnxp.load_onnx("model.onnx"), and comes back by nnxp.load(...)'
         )
 
-    @property
+    @cached_property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(str(self._retyped(each["dtype"])) for each in self.inputs)
 
@@ -128,13 +129,13 @@ class Graph(Layer):
 
     def program(self, *outlines: Any, whole: bool = False) -> Program:
         """The graph written out, for inputs of these shapes, in the types that it says."""
-        plain = [not (len(each) == 2 and isinstance(each[0], tuple | list)) for each in outlines]
         kinds = self.input_dtypes(len(outlines))
-        pairs = [
-            (each, kind) if bare else each
-            for each, kind, bare in zip(outlines, kinds, plain, strict=True)
+        pairs: list[Any] = [
+            each if is_array(each) or _is_pair(each) else (each, kind)
+            for each, kind in zip(outlines, kinds, strict=True)
         ]
-        if whole and self.fixed_rows not in (None, *(shape[0] for shape, _ in pairs[:1])):
+        shapes = [each.shape if is_array(each) else each[0] for each in pairs[:1]]
+        if whole and self.fixed_rows not in (None, *(shape[0] for shape in shapes if shape)):
             raise Untraceable(f"the graph is made for {self.fixed_rows} rows at a time")
         return super().program(*pairs, whole=whole)
 
@@ -347,6 +348,10 @@ def node(
     """A node of a Graph."""
     return {"op": op, "name": "", "inputs": tuple(inputs), "outputs": tuple(outputs),
             "attributes": attributes}  # fmt: skip
+
+
+def _is_pair(outline: Any) -> bool:
+    return len(outline) == 2 and isinstance(outline[0], tuple | list)
 
 
 class Groups:

@@ -404,6 +404,11 @@ def swish(x: Array, *, alpha: float = 1.0) -> Array:
     return kernels.silu(x) if alpha == 1 else x * kernels.sigmoid(x * alpha)
 
 
+@operator("SwiGLU")
+def swiglu(gate: Array, x: Array, *, alpha: float = 1.0) -> Array:
+    return swish(gate, alpha=alpha) * x
+
+
 @operator("Gelu", as_is=True)
 def gelu(x: Array, *, approximate: str = "none") -> Array:
     kernel = kernels.gelu_tanh if approximate == "tanh" else kernels.gelu

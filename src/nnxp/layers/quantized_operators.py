@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import ShapeError
 from nnxp.layers.operators import beside, dtype_of, operator, xp_of
@@ -27,7 +28,8 @@ def _along(scale: Array, x: Array, axis: int, block: int) -> Array:
     return scale.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
 
 
-def _saturated(y: Array, dtype: np.dtype[Any]) -> Array:
+def saturated(y: Array, dtype: np.dtype[Any]) -> Array:
+    """y in a type of whole numbers, at its ends where y is beyond them."""
     limits, xp = np.iinfo(dtype), xp_of(y)
     return xp.minimum(xp.maximum(y, float(limits.min)), float(limits.max)).astype(dtype)
 
@@ -48,7 +50,7 @@ def quantize(
     y = xp_of(x).rint(x / _along(scale, x, axis, block_size).astype(x.dtype))
     if zero is not None:
         y = y + _along(zero, x, axis, block_size).astype(y.dtype)
-    return _saturated(y, dtype)
+    return saturated(y, dtype)
 
 
 @operator("DequantizeLinear")
@@ -76,12 +78,13 @@ def dynamic_quantize(x: Array) -> tuple[Array, Array, Array]:
     high = xp.maximum(xp.max(flat, axis=0, keepdims=True), 0)
     scale = (high - low) / 255
     scale = xp.where(scale == 0, xp.ones_like(scale), scale).astype(x.dtype)
-    zero = _saturated(xp.rint(-low / scale), np.dtype("uint8"))
-    y = _saturated(xp.rint(x / scale) + zero.astype(x.dtype), np.dtype("uint8"))
+    zero = saturated(xp.rint(-low / scale), np.dtype("uint8"))
+    y = saturated(xp.rint(x / scale) + zero.astype(x.dtype), np.dtype("uint8"))
     return y, scale.reshape(()), zero.reshape(())
 
 
-def _exact(x: Array, zero: Array | None, axis: int) -> Array:
+def exact(x: Array, zero: Array | None, axis: int) -> Array:
+    """x without its zero, which is one for all or for each place along an axis, in float64."""
     y = x.astype("float64")
     if zero is None:
         return y
@@ -96,7 +99,7 @@ def _exact(x: Array, zero: Array | None, axis: int) -> Array:
 def matmul_integer(
     a: Array, b: Array, a_zero: Array | None = None, b_zero: Array | None = None
 ) -> Array:
-    y = xp_of(a).matmul(_exact(a, a_zero, -2), _exact(b, b_zero, -1))
+    y = xp_of(a).matmul(exact(a, a_zero, -2), exact(b, b_zero, -1))
     return y.astype("int32")
 
 
@@ -111,9 +114,9 @@ def qlinear_matmul(
     y_scale: Array,
     y_zero: Array,
 ) -> Array:
-    y = xp_of(a).matmul(_exact(a, a_zero, -2), _exact(b, b_zero, -1))
+    y = xp_of(a).matmul(exact(a, a_zero, -2), exact(b, b_zero, -1))
     y = y * (_matrix(a_scale, a, -2) * _matrix(b_scale, b, -1)) / _matrix(y_scale, y, -2)
-    return _saturated(xp_of(y).rint(y) + _matrix(y_zero, y, -2).astype("float64"), y_zero.dtype)
+    return saturated(xp_of(y).rint(y) + _matrix(y_zero, y, -2).astype("float64"), y_zero.dtype)
 
 
 def _matrix(scale: Array, x: Array, axis: int) -> Array:
@@ -136,8 +139,8 @@ def conv_integer(
     auto_pad: str = "NOTSET",
 ) -> Array:
     y = conv(
-        _exact(x, x_zero, 1),
-        _exact(weight, w_zero, 0),
+        exact(x, x_zero, 1),
+        exact(weight, w_zero, 0),
         None,
         strides=strides,
         dilations=dilations,
@@ -168,8 +171,8 @@ def qlinear_conv(
     auto_pad: str = "NOTSET",
 ) -> Array:
     y = conv(
-        _exact(x, x_zero, 1),
-        _exact(weight, w_zero, 0),
+        exact(x, x_zero, 1),
+        exact(weight, w_zero, 0),
         None if bias is None else bias.astype("float64"),
         strides=strides,
         dilations=dilations,
@@ -179,7 +182,7 @@ def qlinear_conv(
     )
     scale = x_scale.astype("float64").reshape(()) / y_scale.astype("float64").reshape(())
     y = y * (scale * _along(w_scale.astype("float64"), y, 1, 0))
-    return _saturated(xp_of(y).rint(y) + y_zero.reshape(()).astype("float64"), y_zero.dtype)
+    return saturated(xp_of(y).rint(y) + y_zero.reshape(()).astype("float64"), y_zero.dtype)
 
 
 # ai.onnx.ml
@@ -261,3 +264,70 @@ def linear_regressor(
     weight = np.asarray(coefficients, "float32").reshape(targets, -1).T
     y = xp_of(x).matmul(x.astype("float32", copy=False), beside(np.ascontiguousarray(weight), x))
     return y + beside(np.asarray(intercepts, "float32"), x) if len(intercepts) else y
+
+
+@operator("ai.onnx.ml.LinearClassifier")
+def linear_classifier(
+    x: Array,
+    *,
+    coefficients: Sequence[float],
+    intercepts: Sequence[float] = (),
+    classlabels_ints: Sequence[int],
+    multi_class: int = 0,
+    post_transform: str = "NONE",
+) -> tuple[Array, Array]:
+    """The label of the largest score, and the scores; of two classes one may be left out."""
+    xp, labels = xp_of(x), np.asarray(classlabels_ints, "int64")
+    width = x.shape[-1]
+    outputs = len(coefficients) // width if width else 0
+    weight = np.asarray(coefficients, "float32").reshape(outputs, width).T
+    y = xp.matmul(x.astype("float32", copy=False), beside(np.ascontiguousarray(weight), x))
+    y = y + beside(np.asarray(intercepts, "float32"), x) if len(intercepts) else y
+    if outputs == 1 and len(labels) == 2:
+        y = xp.concatenate([-y, y], axis=-1)
+    if post_transform == "LOGISTIC":
+        y = kernels.sigmoid(y)
+    elif post_transform == "SOFTMAX":
+        y = kernels.softmax(y)
+    elif post_transform != "NONE":
+        raise ShapeError(f"LinearClassifier with post_transform {post_transform}")
+    return xp.take(beside(labels, x), y.argmax(axis=-1), axis=0), y
+
+
+@operator("ai.onnx.ml.ZipMap", as_is=True)
+def zip_map(
+    x: Array, *, classlabels_int64s: Sequence[int] = (), classlabels_strings: Sequence[str] = ()
+) -> Array:
+    """A map from labels to numbers for each row: here an array, a label a column."""
+    return x
+
+
+@operator("ai.onnx.ml.Imputer")
+def imputer(
+    x: Array,
+    *,
+    imputed_value_floats: Sequence[float] = (),
+    imputed_value_int64s: Sequence[int] = (),
+    replaced_value_float: float = 0.0,
+    replaced_value_int64: int = 0,
+) -> Array:
+    if x.dtype.kind == "f":
+        values, old = imputed_value_floats, replaced_value_float
+    else:
+        values, old = imputed_value_int64s, replaced_value_int64
+    xp, new = xp_of(x), beside(np.asarray(values, x.dtype), x)
+    missing = xp.isnan(x) if old != old else x == old
+    return xp.where(missing, new, x)
+
+
+@operator("ai.onnx.ml.OneHotEncoder")
+def one_hot_encoder(x: Array, *, cats_int64s: Sequence[int], zeros: int = 1) -> Array:
+    """A column for each number; one that is none of them has none, whatever `zeros` says."""
+    each = beside(np.asarray(cats_int64s, "int64"), x)
+    return (xp_of(x).expand_dims(x.astype("int64"), -1) == each).astype("float32")
+
+
+@operator("ai.onnx.ml.FeatureVectorizer")
+def feature_vectorizer(*arrays: Array, inputdimensions: Any = None) -> Array:
+    flat = [x.reshape(x.shape[0], -1).astype("float32") for x in arrays]
+    return xp_of(flat[0]).concatenate(flat, axis=-1)

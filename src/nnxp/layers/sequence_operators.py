@@ -16,7 +16,7 @@ from nnxp.program import traced
 Step = Callable[[Array, list[Array], Array, Array, Any], list[Array]]
 
 
-def _recurrent(
+def recurrent(
     step: Callable[[int], Step],
     states: Sequence[Array | None],
     x: Array,
@@ -75,7 +75,7 @@ def _by_kernel(
     direction: str,
     layout: int,
 ) -> tuple[Array, ...]:
-    """As `_recurrent`, by a kernel, whose gates are those of ONNX in this order.
+    """As `recurrent`, by a kernel, whose gates are those of ONNX in this order.
 
     run(x (n, time, inputs), weight, recurrent weight, bias, recurrent bias, reverse, *states)
     answers y (n, time, hidden) and the last states.
@@ -175,7 +175,7 @@ def rnn(
 
         return step
 
-    return _recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
+    return recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
 
 
 @operator("GRU")
@@ -224,7 +224,7 @@ def gru(
 
         return step
 
-    return _recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
+    return recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
 
 
 @operator("LSTM")
@@ -247,7 +247,6 @@ def lstm(
     clip: float | None = None,
     input_forget: int = 0,
 ) -> tuple[Array, ...]:
-    n, xp = r.shape[-1], xp_of(x)
     more = activation_alpha, activation_beta, clip, input_forget
     if p is None and _plain(activations, ["Sigmoid", "Tanh", "Tanh"], w.shape[0], *more):
 
@@ -256,16 +255,30 @@ def lstm(
             return kernels.lstm(given, r, None, h, c, lengths, reverse=back)
 
         return _by_kernel(run, [0, 2, 1, 3], [h, c], x, w, r, b, direction, layout)
+    step = lstm_step(r.shape[-1], p, activations, *more)
+    return recurrent(step, [h, c], x, w, r, b, lengths, direction, layout, r.shape[-1])
+
+
+def lstm_step(
+    n: int,
+    p: Array | None = None,
+    activations: Any = None,
+    alpha: Any = None,
+    beta: Any = None,
+    clip: float | None = None,
+    input_forget: int = 0,
+    seen: Callable[[Array], Array] = lambda h: h,
+) -> Callable[[int], Step]:
+    """The step of each direction of an LSTM, which multiplies what `seen` makes of its state."""
 
     def one(way: int) -> Step:
-        f, g, out = _gates(
-            activations, ["Sigmoid", "Tanh", "Tanh"], way, activation_alpha, activation_beta
-        )
+        f, g, out = _gates(activations, ["Sigmoid", "Tanh", "Tanh"], way, alpha, beta)
         peep = None if p is None else p[way]
 
         def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
             h, cell = state
-            z = xp.matmul(x, w) + xp.matmul(h, r)
+            xp = xp_of(x)
+            z = xp.matmul(x, w) + xp.matmul(seen(h), r)
             z = z if b is None else z + (b[: 4 * n] + b[4 * n :])
             i, o, forget, new = (z[:, k * n : (k + 1) * n] for k in range(4))
             if peep is not None:
@@ -278,7 +291,7 @@ def lstm(
 
         return step
 
-    return _recurrent(one, [h, c], x, w, r, b, lengths, direction, layout, n)
+    return one
 
 
 @operator("Attention")

@@ -7,6 +7,7 @@ on as a view.
 from __future__ import annotations
 
 from functools import reduce
+from itertools import product
 from math import floor, inf, prod
 from typing import Any
 
@@ -278,6 +279,10 @@ def resize(
         size[axis], scale[axis] = w, factor
         if corners:
             region[axis] = corners[i], corners[i + len(along)]
+    if nearest_mode == "simple":  # that of the time before opset 11
+        if min(factors) < 1 < max(factors) and mode == "nearest":
+            raise OptionError(f"Resize of before opset 11 by {factors}, both larger and smaller")
+        nearest_mode = "ceil" if min(factors) < 1 else "floor"
     library_of_shape(tuple(max(0, w) for w in size))
     if max(wanted) > LONGEST:
         raise ShapeError(f"Resize to an axis of {max(wanted):,}: it makes up to {LONGEST:,}")
@@ -308,3 +313,144 @@ def resize(
         y = resized(x.reshape((1, *x.shape, 1)), slice(None))
         y = y.reshape(y.shape[1:-1])
     return (xp_of(y).rint(y) if rounds else y).astype(dtype, copy=False)
+
+
+@operator("AffineGrid", numbers="size")
+def affine_grid(theta: Array, size: HostArray, *, align_corners: int = 0) -> Array:
+    """theta (n, axes, axes + 1), of points from -1 to 1 -> (n, *space, axes), the last axis first
+
+    [Jaderberg et al. 2015, arXiv:1506.02025]
+    """
+    space = (ints(size) or [])[2:]
+    library_of_shape(space)
+    places = []
+    for n in space:
+        at = np.arange(n)
+        ends = 2 * at / max(n - 1, 1) - 1 if n > 1 else np.zeros(1)
+        places.append(ends if align_corners else (2 * at + 1) / n - 1)
+    around = np.meshgrid(*places, indexing="ij")[::-1]
+    points = np.stack([*around, np.ones(space)], axis=-1).reshape(-1, len(space) + 1)
+    y = xp_of(theta).matmul(beside(points.astype(theta.dtype), theta), theta.swapaxes(1, 2))
+    return y.reshape((theta.shape[0], *space, len(space)))
+
+
+@operator("GridSample")
+def grid_sample(
+    x: Array,
+    grid: Array,
+    *,
+    align_corners: int = 0,
+    mode: str = "linear",
+    padding_mode: str = "zeros",
+) -> Array:
+    """x (n, c, *space) at grid (n, *out, axes), -1 to 1, the last axis first -> (n, c, *out)"""
+    xp, (n, c, *space) = xp_of(x), x.shape
+    flat, taps = x.reshape((n, c, prod(space))), []
+    for i, size in enumerate(space):
+        at = (grid[..., len(space) - 1 - i] + 1) / 2
+        at = at * (size - 1) if align_corners else at * size - 0.5
+        low, high = (0.0, size - 1.0) if align_corners else (-0.5, size - 0.5)
+        taps.append(_taps(at, size, low, high, mode.removeprefix("bi"), padding_mode))
+    y = xp.zeros((), dtype=x.dtype)
+    for each in product(*taps):
+        place, weight, _ = reduce(_next, each)
+        seen = place.reshape((n, 1, -1))
+        values = xp.take_along_axis(flat, xp.broadcast_to(seen, (n, c, seen.shape[-1])), axis=2)
+        y = values * weight.reshape(seen.shape) + y
+    return y.reshape((n, c, *grid.shape[1:-1]))
+
+
+def _next(one: tuple[Any, Any, int], two: tuple[Any, Any, int]) -> tuple[Any, Any, int]:
+    """A place along two axes of so many places, and its weight."""
+    return one[0] * two[2] + two[0], one[1] * two[1], one[2] * two[2]
+
+
+def _taps(
+    at: Array, size: int, low: float, high: float, mode: str, padding: str
+) -> list[tuple[Array, Array, int]]:
+    """The places along an axis that a point sees, with their weights; 0 for those outside."""
+    xp = xp_of(at)
+    if mode == "nearest":
+        at = xp.rint(at)
+    if padding == "border" and mode != "cubic":  # of which each place seen is moved inside
+        at = xp.clip(at, 0, size - 1)
+    elif padding == "reflection":
+        at = _reflected(at, low, high)
+    first = xp.floor(at)
+    apart = at - first
+    if mode == "nearest":
+        weights = {0: xp.ones_like(at)}
+    elif mode == "linear":
+        weights = {0: 1 - apart, 1: apart}
+    else:  # of cubic convolution, by a = -0.75   [Keys 1981, doi:10.1109/TASSP.1981.1163711]
+        weights = {k: _cubic(xp.absolute(apart - k), abs(k - 0.5) < 1) for k in (-1, 0, 1, 2)}
+    taps = []
+    for k, weight in weights.items():
+        place = first + k
+        if padding == "zeros":
+            weight = xp.where((place >= 0) & (place <= size - 1), weight, xp.zeros_like(weight))
+        elif padding == "reflection":
+            place = _reflected(place, low, high)
+        taps.append((xp.clip(place, 0, size - 1).astype("int64"), weight, size))
+    return taps
+
+
+def _cubic(d: Array, near: bool, a: float = -0.75) -> Array:
+    if near:
+        return ((a + 2) * d - (a + 3)) * d * d + 1
+    return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+
+
+def _reflected(at: Array, low: float, high: float) -> Array:
+    """A place beyond the ends, as far on this side of them."""
+    xp, span = xp_of(at), high - low
+    if span == 0:
+        return xp.full_like(at, low)
+    way = xp.remainder(at - low, 2 * span)
+    return xp.minimum(way, 2 * span - way) + low
+
+
+@operator("NonMaxSuppression", numbers="boxes scores most overlap least")
+def non_max_suppression(
+    boxes: HostArray,
+    scores: HostArray,
+    most: HostArray | None = None,
+    overlap: HostArray | None = None,
+    least: HostArray | None = None,
+    *,
+    center_point_box: int = 0,
+) -> HostArray:
+    """boxes (n, k, 4), scores (n, classes, k) -> (kept, 3) of row, class and box, on the host"""
+    limit = 0 if most is None else int(most.item())
+    shared = 0.0 if overlap is None else float(overlap.item())
+    kept: list[tuple[int, int, int]] = []
+    for row, corners in enumerate(_corners(boxes, center_point_box)):
+        for kind, each in enumerate(scores[row]):
+            order = np.argsort(-each, kind="stable")
+            left = order if least is None else order[each[order] > least.item()]
+            for _ in range(limit):
+                if not left.size:
+                    break
+                kept.append((row, kind, int(left[0])))
+                left = left[1:][_shared(corners[left[0]], corners[left[1:]]) <= shared]
+    return np.array(kept, "int64").reshape(-1, 3)
+
+
+def _corners(boxes: HostArray, by_centre: int) -> HostArray:
+    """Boxes as (y, x) of the lower and of the upper corner."""
+    if by_centre:
+        x, y, width, height = np.moveaxis(boxes, -1, 0)
+        sides = (y - height / 2, x - width / 2, y + height / 2, x + width / 2)
+        return np.stack(sides, axis=-1)
+    one, two = boxes[..., :2], boxes[..., 2:]
+    return np.concatenate([np.minimum(one, two), np.maximum(one, two)], axis=-1)
+
+
+def _shared(box: HostArray, others: HostArray) -> HostArray:
+    """What a box and each of others share, of what they cover together."""
+    low = np.maximum(box[:2], others[:, :2])
+    both = np.maximum(np.minimum(box[2:], others[:, 2:]) - low, 0).prod(axis=1)
+    area = (others[:, 2:] - others[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod()
+    together = area - both
+    share: HostArray = np.divide(both, together, out=np.zeros_like(both), where=together > 0)
+    return share

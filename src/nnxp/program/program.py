@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -217,7 +219,8 @@ def trace(
         each if isinstance(each, Value) else Value(tuple(each[0]), np.dtype(each[1]))
         for each in outlines
     )
-    with writing(Tape(layers={} if layers is None else layers, rows=rows, expands=expands)) as tape:
+    tape = Tape(layers={} if layers is None else layers, rows=rows, expands=expands)
+    with _uncollected(), writing(tape):
         made = function(*map(lifted, inputs))
         several = isinstance(made, tuple | list)
         outputs = tuple(map(value_of, made if several else (made,)))
@@ -225,6 +228,18 @@ def trace(
         if not isinstance(value, Value):
             raise ShapeError(f"a formula answers arrays, not {value!r:.60}")
     return Program(inputs, outputs, _needed(tape.steps, outputs), tuple(_calls(tape)), several)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A block without garbage collections: of the many steps of a long program none is garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _calls(tape: Tape) -> Iterator[Call]:

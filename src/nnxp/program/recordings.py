@@ -51,6 +51,11 @@ class Recordings:
         recording(inputs, results)
         idle.append(recording)
 
+    @property
+    def idle(self) -> int:
+        """The bytes that recordings hold which wait for the next call."""
+        return sum(each.nbytes for kept in list(self._idle.values()) for each in list(kept))
+
     def spare(self, most: int) -> None:
         """Keep no recordings that hold more bytes than so many."""
         for kept in list(self._idle.values()):

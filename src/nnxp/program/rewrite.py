@@ -114,6 +114,8 @@ def optimized(program: Program) -> Program:
 
 ORDERS = ("transpose", "moveaxis", "swapaxes")
 """Functions that order axes otherwise."""
+OVER_LAST_AXIS = (kernels.softmax, kernels.softmin, kernels.log_softmax)
+"""Activations that are not of each element on its own."""
 PRODUCTS = (kernels.linear, kernels.conv, kernels.conv_transpose)
 """Kernels with outputs last, weights (..., outputs), a bias and an activation."""
 
@@ -130,7 +132,8 @@ def _order(x: Any) -> tuple[Any, tuple[int, ...]] | None:
 def _commutes(step: Step) -> bool:
     """Whether a step does the same to each element, wherever it is, or only joins arrays."""
     if isinstance(step.function, kernels.Kernel):
-        return step.name in kernels.ACTIVATIONS and len(step.inputs) == 1
+        elementwise = step.name in kernels.ACTIVATIONS and step.function not in OVER_LAST_AXIS
+        return elementwise and len(step.inputs) == 1
     if KINDS.get(step.name) not in ("elementwise", "comparison"):
         return step.name == "concatenate"
     return step.name not in ("assign", "tril", "triu")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -87,17 +87,16 @@ class Step:
     outputs: tuple[Value, ...] = ()
     several: bool = False  # whether the function answers a sequence
     reason: str = ""  # why a layer is run as Python
+    values: tuple[Value, ...] = field(init=False)  # the inputs that are values
+
+    def __post_init__(self) -> None:
+        self.values = tuple([each for each in self.inputs if isinstance(each, Value)])
 
     @property
     def name(self) -> str:
         if isinstance(self.function, str):
             return self.function
         return str(getattr(self.function, "__name__", type(self.function).__name__))
-
-    @property
-    def values(self) -> tuple[Value, ...]:
-        """The inputs that are values."""
-        return tuple(each for each in self.inputs if isinstance(each, Value))
 
 
 class Drawn(NamedTuple):
@@ -115,7 +114,7 @@ class Tape:
     many there are, for what is said to people. `expands` says whether kernels are written out as
     what their reference bodies do, or is a function of (kernel, arrays, options) that notes one.
     `drawn` are inputs that are drawn at random before each run, `told` what layers tell besides
-    their result, by name.
+    their result, by name, `outlines` what steps like those that are noted make.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -126,6 +125,7 @@ class Tape:
     expands: bool | Callable[..., Any] = False
     drawn: list[Drawn] = field(default_factory=list)
     told: dict[str, Value] = field(default_factory=dict)
+    outlines: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
 
 _tape: ContextVar[Tape | None] = ContextVar("nnxp_tape", default=None)
@@ -159,11 +159,13 @@ class ndarray(_library.ndarray):
     __hash__ = object.__hash__
 
     def __init__(self, value: Value, base: ndarray | None = None) -> None:
-        self.value = value  # _sharing: the arrays that look at the same memory
-        self._sharing: weakref.WeakSet[ndarray] = (
-            weakref.WeakSet() if base is None else base._sharing
-        )
-        self._sharing.add(self)
+        self.value = value
+        self._sharing: weakref.WeakSet[ndarray] | None = None  # that look at the same memory
+        if base is not None:
+            if base._sharing is None:
+                base._sharing = weakref.WeakSet([base])
+            self._sharing = base._sharing
+            self._sharing.add(self)
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]
@@ -205,7 +207,7 @@ class ndarray(_library.ndarray):
 
     def _become(self, other: ndarray) -> None:
         """Stand for another value: what is left of writing in place."""
-        if len(self._sharing) > 1:
+        if self._sharing is not None and len(self._sharing) > 1:
             raise Untraceable("an array is written into while another one looks at its memory")
         root = self.value.root
         if root.name or (root.step is None and root.numbers is None):
@@ -287,22 +289,20 @@ def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, A
     """The result of a function of traced arrays, and a note of it; of constants, the numbers."""
     if function == "reshape" and not _in_place(value_of(arrays[0]), options["shape"]):
         arrays = (record("copy", arrays, {}),)
-    inputs = tuple(map(value_of, arrays))
+    inputs = tuple([x.value if type(x) is ndarray else value_of(x) for x in arrays])
     options = {name: _plain(value) for name, value in options.items()}
     step = Step(function, inputs, options, "")
     values = step.values
-    if all(each.numbers is not None for each in values) and not _counts_rows(options):
+    known = all([each.numbers is not None for each in values])  # noqa: C419 (half of the time)
+    if known and not _counts_rows(options):
         xp = xp_of(values[0].numbers) if values else np
         with _where(values):
             return constants(perform(xp, step, [numbers(each) for each in inputs]))
-    made = outline(step)
-    step.several = isinstance(made, list)
-    outlines = made if isinstance(made, list) else [made]
+    outlines, step.several = _outlined(step)
     views = isinstance(function, str) and function in VIEWS
-    memory = inputs[0] if views and _is_view(step, outlines) else None
+    memory = inputs[0] if views and _is_view(step) else None
     step.outputs = tuple(
-        Value(_sound(shape, step), np.dtype(dtype), maker=weakref.ref(step), memory=memory)
-        for shape, dtype in outlines
+        [Value(*each, maker=weakref.ref(step), memory=memory) for each in outlines]
     )
     tape = current_tape()
     step.path = tape.path
@@ -352,6 +352,7 @@ def again(step: Step, arrays: tuple[Any, ...]) -> Any:
     if isinstance(step.function, str):
         return record(step.function, arrays, step.options)
     if isinstance(step.function, Kernel):
+        _remember(step)
         return ndarray.kernel(step.function, arrays, step.options)
     outlines = [(value.shape, value.dtype) for value in step.outputs]
     return opaque(step.function, arrays, outlines, step.reason)
@@ -406,7 +407,7 @@ def _sound(shape: Iterable[Any], step: Step) -> Shape:
     return sizes
 
 
-def _is_view(step: Step, outlines: list[Any]) -> bool:
+def _is_view(step: Step) -> bool:
     if step.name == "getitem":
         key = step.options["key"]
         keys = key if isinstance(key, tuple) else (key,)
@@ -436,6 +437,59 @@ def _lying(x: Value) -> Any:
 
 
 # The shapes and types of results
+
+
+Outlines: TypeAlias = "tuple[list[tuple[Shape, np.dtype[Any]]], bool]"
+"""The shapes and types of what a step makes, and whether it answers a sequence."""
+
+
+def _outlined(step: Step) -> Outlines:
+    """The outlines of a step; without computing them where one like it is on the same tape."""
+    known, key = current_tape().outlines, _like(step)
+    if key is None:
+        return _computed(step)
+    if key not in known:  # constants live on with the tape: an id is not used again
+        known[key] = _computed(step), step.values
+    found: Outlines = known[key][0]
+    return found
+
+
+def _remember(step: Step) -> None:
+    """Have the outlines of a step of another tape for those like it on this one."""
+    outlines = [(value.shape, value.dtype) for value in step.outputs]
+    if (key := _like(step)) is not None:
+        current_tape().outlines.setdefault(key, ((outlines, step.several), step.values))
+
+
+def _like(step: Step) -> Any:
+    """What the outlines of a step follow from; None if that has an array or what has no hash."""
+    looks = not isinstance(step.function, str)  # a kernel may, at a constant's numbers
+    key = (
+        step.function,
+        *((each.shape, each.dtype, looks and id(each.numbers)) if isinstance(each, Value)
+          else (type(each), each) for each in step.inputs),
+        *((name, _key(option)) for name, option in step.options.items()),
+    )  # fmt: skip
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _computed(step: Step) -> Outlines:
+    made = outline(step)
+    outlines = made if isinstance(made, list) else [made]
+    return [(_sound(shape, step), np.dtype(dtype)) for shape, dtype in outlines], made is outlines
+
+
+def _key(option: Any) -> Any:
+    """An option to be looked up: 1, 1.0 and True are three."""
+    if isinstance(option, tuple | list):
+        return (type(option), *map(_key, option))
+    if isinstance(option, slice):
+        return slice, option.start, option.stop, option.step
+    return type(option), option
 
 
 def outline(step: Step) -> Any:

@@ -40,9 +40,8 @@ def carved(scratch: HostArray, dtype: Any, *shapes: Shape) -> Iterator[HostArray
     """Arrays of these shapes, one behind the other in memory of bytes."""
     start, size = 0, np.dtype(dtype).itemsize
     for shape in shapes:
-        stop = start + prod(shape) * size
-        yield scratch[start:stop].view(dtype).reshape(shape)
-        start = -(-stop // 64) * 64
+        yield np.ndarray(shape, dtype, scratch, start)
+        start += -(-prod(shape) * size // 64) * 64
 
 
 def room(dtype: Any, *shapes: Shape) -> int:
@@ -70,6 +69,9 @@ class Finish:
     def __call__(self, y: HostArray) -> None:
         if self.bias is None and self.activation is identity:
             return
+        if y.nbytes <= PIECE:
+            self._piece(y)
+            return
         lines, outputs = y.shape
         step = max(1, PIECE // (outputs * y.itemsize))
         step = step // self.repeats * self.repeats or step
@@ -77,12 +79,14 @@ class Finish:
             self._piece(y[start : start + step])
 
     def _piece(self, y: HostArray) -> None:
-        if self.bias is not None:
+        if self.bias is not None and self.single is not None:
             whole = len(y) // self.repeats * self.repeats
-            long = y[:whole].reshape(-1, self.bias.size)
-            np.add(long, self.bias, out=long)
+            if whole:
+                long = y[:whole].reshape(-1, self.bias.size)
+                np.add(long, self.bias, out=long)
             if whole < len(y):
-                y[whole:] += self.single
+                rest = y[whole:] if whole else y
+                np.add(rest, self.single, out=rest)
         if self.activation is relu:
             least = zeros(y.shape, y.dtype)
             if least is None:

@@ -165,11 +165,17 @@ def _padded(x: HostArray, own: HostArray, over: Windows, fill: float = 0.0) -> H
         return x
     (top, _), (left, _) = over.pads
     _, height, width, _ = x.shape
-    own[:, :top] = fill
-    own[:, top + height :] = fill
-    own[:, top : top + height, :left] = fill
-    own[:, top : top + height, left + width :] = fill
-    np.copyto(own[:, top : top + height, left : left + width], x)
+    _, tall, wide, _ = own.shape
+    if top:
+        own[:, :top] = fill
+    if tall > top + height:
+        own[:, top + height :] = fill
+    inner = own[:, top : top + height] if tall > height else own
+    if left:
+        inner[:, :, :left] = fill
+    if wide > left + width:
+        inner[:, :, left + width :] = fill
+    inner[:, :, left : left + width] = x
     return own
 
 
@@ -207,6 +213,7 @@ def _by_patches(
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
         own, laid, products = carved(scratch, dtype, *shapes(len(x)))
+        laid = laid.reshape(-1)
         apart, beside = over.dilation
         for start in range(0, len(x), pictures):
             part = x[start : start + pictures]
@@ -218,7 +225,7 @@ def _by_patches(
             for top in range(0, height, high):
                 block = seen[:, :, :, top : top + high]
                 y = out[start : start + pictures, top : top + high].reshape(-1, outputs)
-                flat = laid.reshape(-1)[: block.size]
+                flat = laid[: block.size]
                 if columns:
                     block = block.transpose(5, 6, 7, 0, 1, 2, 3, 4)
                     lines = flat.reshape(long, -1).T
