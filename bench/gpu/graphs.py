@@ -60,8 +60,7 @@ def _why_not_recorded(engine: Any, x: Array) -> str:
 
     try:
         prepared = engine._replicas[0].prepared((Kind(x.shape[1:], x.dtype, x.dtype),))
-        pools = engine.backend.pool(), engine.backend.pool()
-        DeviceRecording(engine.backend, prepared.run, x.shape, x.dtype, *pools)
+        DeviceRecording(engine.backend, prepared.run, x.shape, x.dtype, engine.backend.pool())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "though it can be"
