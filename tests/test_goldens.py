@@ -42,6 +42,17 @@ def test_a_golden_says_where_it_was_made_and_covers_every_layer(golden):
     assert {each.backend for each in report.checks} == {"recorded sim:0", "cpu", "sim:0"}
 
 
+@pytest.mark.parametrize("name", ["a.py", "kernels/a.cu", "kernels/a.cuh"])
+def test_the_hash_of_the_sources_is_another_when_one_of_them_is(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(goldens, "PACKAGE", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    hashes = {goldens.source_hash()}
+    for text in ("1", "2"):
+        (tmp_path / name).write_text(text)
+        hashes.add(goldens.source_hash())
+    assert len(hashes) == 3
+
+
 def changed(path, change):
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118

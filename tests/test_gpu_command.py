@@ -48,7 +48,9 @@ if name == "hang":
 def bench(monkeypatch):
     """The modules in bench/."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    steps = "where verify parity goldens products network host nan fused graphs memory blocks"
+    steps = (
+        "where verify parity goldens replays nan products network host fused graphs memory blocks"
+    )
     return SimpleNamespace(
         gpu=importlib.import_module("gpu.__main__"),
         report=importlib.import_module("gpu.report"),
@@ -223,6 +225,23 @@ def test_goals_are_read_off_the_figures(bench):
     assert "| nnxp | 100 | 0.9 | – |" in text
 
 
+def test_the_first_line_says_that_products_do_not_go_through_cublaslt(bench):
+    figures = {"products": {"not through cuBLASLt, because": "nvmath-python is not installed"}}
+    step = bench.report.Step("where", figures=figures)
+    text = bench.report.markdown(bench.report.report([step], {"backend": "cupy"}))
+    due = "**PRODUCTS DO NOT GO THROUGH cuBLASLt: nvmath-python is not installed**"
+    assert text.splitlines()[0] == due
+    figures["products"] = {"not through cuBLASLt, because": None}
+    text = bench.report.markdown(bench.report.report([step], {"backend": "cupy"}))
+    assert text.splitlines()[0] == "# nnxp on a GPU"
+
+
+def test_what_is_right_is_asked_before_what_is_fast(bench):
+    steps = list(bench.gpu.STEPS)
+    right, fast = "verify parity goldens replays nan", "products network host fused graphs blocks"
+    assert max(map(steps.index, right.split())) < min(map(steps.index, fast.split()))
+
+
 def test_numbers_are_rounded_and_infinity_is_none(bench):
     made = bench.report.plain({"a": [1.23456789, float("nan")], "b": {"c": float("inf"), "d": 7}})
     assert made == {"a": [1.2346, None], "b": {"c": None, "d": 7}}
@@ -235,7 +254,8 @@ def test_numbers_are_rounded_and_infinity_is_none(bench):
 def tried(tmp_path_factory):
     """What all steps but the slowest make of a simulated device."""
     out = tmp_path_factory.mktemp("gpu")
-    steps = """where verify goldens products network host nan fused graphs memory blocks""".split()
+    steps = "where verify goldens replays nan products network host fused graphs memory blocks"
+    steps = steps.split()
     done = ci_gpu("--backend", "sim", "--out", out, "--steps", *steps)
     found = json.loads((out / "report.json").read_text())
     figures = {each["name"]: each["figures"] for each in found["steps"]}
@@ -273,7 +293,7 @@ def test_the_figures_are_those_that_are_wanted(tried):
     for dtype in ("float32", "float16", "bfloat16"):
         assert figures["nan"][dtype]["checked"] == 3 * len(kernels.ACTIVATIONS) + 4
         assert figures["fused"][dtype]["softmax"]["GB/s"] > 0
-        replayed = figures["graphs"][f"replayed, {dtype}"]
+        replayed = figures["replays"][dtype]
         assert (replayed["calls"], replayed["recorded"]) == (24, 2)
     assert figures["graphs"]["1 row"]["nnxp"]["µs"] > 0
     assert figures["memory"]["stream"]["rows sent"] == 20_000
@@ -376,7 +396,7 @@ def test_a_replay_of_old_rows_is_found(bench, here, monkeypatch):
         return right(self, np.zeros_like(rows))
 
     monkeypatch.setattr(DeviceRecording, "host", stale)
-    found = bench.graphs._replayed(here, "float32")
+    found = bench.replays.replayed(here, "float32")
     assert found["problem"] == "what is replayed is wrong"
     assert found["same bits as anew"] < found["calls"]
 

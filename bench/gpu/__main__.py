@@ -19,25 +19,27 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu.report import Step, plain, problems, written
+from gpu.report import Step, plain, problems, without_lt, written
 from process import end, start
 
 ROOT = Path(__file__).parents[2]
 PROCESS = ("-P", "-m", "gpu.step")
 
-# In the order in which they run, with the most seconds that each may take. Together that is more
-# than there is: where an early one needs all of it, a late one does without.
+# In the order in which they run, what is right before what is fast, with the most seconds that each
+# may take. Together that is more than there is: where an early one needs all of it, a late one does
+# without.
 STEPS = {
     "where": 40,
     "verify": 90,
     "parity": 170,
     "goldens": 30,
+    "replays": 30,
+    "nan": 70,
     "products": 60,
     "network": 300,
     "host": 120,
-    "nan": 70,
     "fused": 40,
-    "graphs": 150,
+    "graphs": 120,
     "memory": 45,
     "blocks": 60,
     "autotune": 150,
@@ -171,6 +173,8 @@ def main() -> int:
             steps.append(run(name, out, args.backend, seconds))
         print(f"{steps[-1].state}, {steps[-1].seconds:.0f} s {steps[-1].problem[:300]}", flush=True)
         written(steps, about, out)
+        if said := without_lt(steps[-1:]):
+            print(said, flush=True)
     print(f"\n{out / 'report.md'}\n{out / 'report.json'}")
     if args.backend == "cupy":
         print(HOW_TO_KEEP.format(out=out))

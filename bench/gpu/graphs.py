@@ -1,67 +1,18 @@
-"""Few rows: what is replayed gives what is computed anew, and how long it takes."""
+"""How long few rows take, replayed and computed anew."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
-import nnxp
-from gpu.here import DTYPES, Array, Figures, Here, Values
+from gpu.here import Figures, Here
 from gpu.races import races
 from networks import Task
-from nnxp.testing import LIMIT, error_bound
-from nnxp.testing.parity import compare
 
 LATENCY = (1, 16, 64, 512)
 
 
 def figures(here: Here) -> Figures:
-    for dtype in DTYPES:
-        yield f"replayed, {dtype}", _replayed(here, dtype)
     names = ("nnxp", "nnxp-host", "nnxp-eager", "torch", "torch-host", "torch-graph", "jax")
     tasks = {
         f"{rows} row{'s' * (rows > 1)}": Task(here.narrow.of(rows), "fp32", "each", here.backend)
         for rows in here.sized(LATENCY, (1, 16))
     }
     yield from races(here, names, tasks)
-
-
-def _replayed(here: Here, dtype: str) -> Values:
-    model = Task(here.narrow).model().astype(dtype)
-    engine = nnxp.Engine(model, here.backend)
-    calls = same = 0
-    largest = 0.0
-    for rows in (1, 64):
-        for seed in range(6):
-            x = here.draw(rows, here.narrow.sizes[0], dtype=dtype, seed=seed)
-            there = here.device.put(x)
-            anew = nnxp.asnumpy(engine.model(there))
-            value, bound = error_bound(model, x)
-            for y in (engine(x), nnxp.asnumpy(engine(there))):
-                calls += 1
-                same += np.array_equal(y, anew)
-                largest = max(largest, compare("", "", "", y, value, bound).ratio)
-    values: Values = {"calls": calls, "same bits as anew": same}
-    values["error in units of the bound"] = largest
-    if largest > LIMIT:
-        values["problem"] = "what is replayed is wrong"
-    replica = engine._replicas[0]
-    values["recorded"] = len(replica.ready)
-    if here.on_gpu and not replica.ready:
-        values["problem"] = f"nothing was recorded: {_why_not_recorded(engine, there)}"
-    return values
-
-
-def _why_not_recorded(engine: Any, x: Array) -> str:
-    """The engine goes on without a recording; this is what kept it from making one."""
-    from nnxp.backend._recording import DeviceRecording
-    from nnxp.engine import Kind
-
-    try:
-        prepared = engine._replicas[0].prepared((Kind(x.shape[1:], x.dtype, x.dtype),))
-        pools = engine.backend.pool(), engine.backend.pool()
-        DeviceRecording(engine.backend, prepared.run, x.shape, x.dtype, *pools)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "though it can be"

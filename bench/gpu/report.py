@@ -46,6 +46,13 @@ def problems(figures: Values) -> Iterator[str]:
                 yield f"{' '.join(filter(None, [title, row]))}: {found['problem']}"
 
 
+def without_lt(steps: Sequence[Step]) -> str:
+    """What is to be read before any figure, where products do not go through cuBLASLt."""
+    found = {step.name: step.figures for step in steps}
+    why = found.get("where", {}).get("products", {}).get("not through cuBLASLt, because")
+    return f"PRODUCTS DO NOT GO THROUGH cuBLASLt: {why}" if why else ""
+
+
 def goals(steps: Sequence[Step]) -> Iterator[tuple[str, Any, Any, bool]]:
     """What the CUDA engine is to show: (what, at least or at most, found, whether it is met)."""
     found = {step.name: step.figures for step in steps}
@@ -96,12 +103,20 @@ def report(steps: Sequence[Step], about: Values) -> Values:
         {"what": what, "wanted": wanted, "found": plain(value), "met": ok}
         for what, wanted, value, ok in goals(steps)
     ]
-    return {"what": "gpu", **about, "goals": met, "steps": [vars(each) for each in steps]}
+    return {
+        "what": "gpu",
+        **about,
+        "without cuBLASLt": without_lt(steps),
+        "goals": met,
+        "steps": [vars(each) for each in steps],
+    }
 
 
 def markdown(found: Values) -> str:
     """The report, to be read."""
     lines = ["# nnxp on a GPU", ""]
+    if found["without cuBLASLt"]:
+        lines = [f"**{found['without cuBLASLt']}**", "", *lines]
     if found["backend"] != "cupy":
         lines += [f"**A try on {found['backend']}, with tiny arrays: it measures nothing.**", ""]
     lines += ["| step | | seconds | |", "|---|---|---:|---|"]

@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import nnxp
-from gpu.here import Figures, Here
+from gpu.here import Figures, Here, why_no_lt
 from nnxp.doctor import diagnose
 from nnxp.testing import goldens
 
@@ -33,6 +33,8 @@ def figures(here: Here) -> Figures:
             "sources": goldens.source_hash(),
         },
     )
+    if here.on_gpu:
+        yield "products", {"not through cuBLASLt, because": why_no_lt()}
     names = """numpy cupy-cuda13x cupy-cuda12x nvmath-python cuda-bindings nvidia-cublas torch
         triton jax jaxlib ml_dtypes safetensors pytest""".split()
     yield "versions", {name: there for name in names if (there := _version(name))}

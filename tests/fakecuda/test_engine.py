@@ -12,7 +12,8 @@ from cupy.cuda import Device, Stream
 
 import nnxp
 from conftest import draw
-from nnxp.backend import _device
+from nnxp.backend import _device, cuda
+from nnxp.backend._lanes import Lane
 from nnxp.testing.parity import compare, error_bound
 from test_lt import CublasLtError
 
@@ -328,6 +329,7 @@ def test_each_stream_has_one_workspace_of_its_own(gpu):
     spaces.clear()
     engine(x)  # through a lane, and then recorded: tried on a stream, and then for good
     assert [len(each) for each in spaces.values()] == [1, 2]
+    assert not cuda._leaving  # the pool of the trial was empty when it was given up
 
 
 def test_a_recording_is_tried_after_what_the_caller_s_stream_has_yet_to_do(gpu, monkeypatch):
@@ -350,23 +352,59 @@ def test_a_recording_is_tried_after_what_the_caller_s_stream_has_yet_to_do(gpu, 
     assert ("yet to do", False) not in order[order.index(("product", True)) :]
 
 
-def test_an_attempt_to_record_that_fails_leaves_nothing(gpu):
+@pytest.mark.parametrize("product", [6, 9, 13], ids=["tried", "run once more", "captured"])
+def test_an_attempt_to_record_that_fails_leaves_nothing(gpu, product):
+    """Of four products a run: the first four are those of the answer itself."""
     engine, x = nnxp.Engine(network(), "cuda"), draw((5, 16))
     expected, mine = engine(x), cupy.get_default_memory_pool()
     gc.collect()
     mine.free_all_blocks()
-    room = gpu.free
+    room, told = gpu.free, []
 
     def refuse(stream, at):
-        if cupy.cuda.get_current_stream().is_capturing():
+        told.append(cupy.cuda.get_current_stream().is_capturing())
+        if len(told) == product:
             raise MemoryError
 
     gpu.lt.told = refuse
     np.testing.assert_array_equal(engine(x), expected)
+    assert told == [False] * min(product, 12) + [True] * (product == 13)
     assert not engine._replicas[0].ready
     gc.collect()
     mine.free_all_blocks()
     assert gpu.free == room
+
+
+def test_a_graph_finds_its_memory_in_the_pool_when_it_is_captured(gpu, monkeypatch):
+    """CUDA allows more to be taken meanwhile, and a full device could not be emptied for it."""
+    engine, x = nnxp.Engine(network(), "cuda"), draw((5, 16))
+    engine(x)
+    take, captured = gpu.malloc, []
+
+    def taken(size):
+        captured.append(any(each.captured is not None for each in gpu.streams.values()))
+        return take(size)
+
+    monkeypatch.setattr(gpu, "malloc", taken)
+    engine(x)
+    assert len(engine._replicas[0].ready) == 1
+    assert len(captured) > 1
+    assert not any(captured)
+
+
+def test_a_lane_that_was_given_its_rows_is_not_waited_for(gpu, monkeypatch):
+    """The next block is read while it works: its results travel when it comes to that."""
+    engine, x = nnxp.Engine(network(), "cuda"), draw((220, 16))
+    engine(x)
+    start, waiting = Lane.start, []
+
+    def started(lane, *block):
+        start(lane, *block)
+        waiting.append("get" in [kind for kind, _ in gpu.stream(lane.stream.ptr).queue])
+
+    monkeypatch.setattr(Lane, "start", started)
+    engine(x)
+    assert waiting == [True] * 4
 
 
 def test_no_memory_for_the_answer_of_a_recording_is_an_error_of_ours(gpu):

@@ -21,7 +21,8 @@ class DeviceRecording:
 
     Work goes to the caller's current stream. Calls may come from any thread and stream; they follow
     each other. All it has on the device is in `pool`, which is only ever used while recording:
-    afterwards what it holds belongs to what was recorded. What is tried before is made in `trial`.
+    afterwards what it holds belongs to what was recorded. What is tried before is made in a pool
+    that is given up then.
     `run` keeps alive the parameters that it reads where they lie.
     """
 
@@ -31,7 +32,6 @@ class DeviceRecording:
         run: Callable[[tuple[Array, ...]], tuple[Array, ...]],
         shape: Shape,
         dtype: np.dtype[Any],
-        trial: Pool,
         pool: Pool,
     ) -> None:
         self._backend, self._lock, self._run = backend, threading.Lock(), run
@@ -48,7 +48,7 @@ class DeviceRecording:
                     outputs = run((x,))
                     return tuple(y if y.flags.c_contiguous else y.copy() for y in outputs)
 
-                with trial.use():  # what is compiled and tried out need not be kept
+                with backend.pool().use():  # what is compiled and tried out need not be kept
                     outlines = [(y.shape, y.dtype) for y in answer()]
                 with pool.use():
                     self._on_device += x, backend.record(answer, stream)
@@ -99,19 +99,18 @@ def recorded(
     """A recording for such rows; None if none can be made: there was no memory just now, or the
     work cannot be recorded.
 
-    The pools are emptied when nothing of the attempt is left, its exception neither.
+    The pool is emptied when nothing of the attempt is left, its exception neither.
     """
-    trial, pool = backend.pool(), backend.pool()
+    pool = backend.pool()
     made: list[DeviceRecording] = []
 
     def make() -> None:
         with suppress(Unrecordable):
-            made.append(DeviceRecording(backend, run, shape, dtype, trial, pool))
+            made.append(DeviceRecording(backend, run, shape, dtype, pool))
 
     try:
         fits(make)
     finally:
-        trial.release()
         if not made:
             pool.release()
     return made[0] if made else None

@@ -162,7 +162,7 @@ class _Pool:
     def __init__(self, cupy: Any, device: Any) -> None:
         self._cupy, self._pool, self._device = cupy, cupy.cuda.MemoryPool(), device
         self._workspaces: dict[int, Any] = {}
-        weakref.finalize(self, _emptied, self._pool, device).atexit = False
+        weakref.finalize(self, _emptied, self._pool, self._workspaces, device).atexit = False
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -189,7 +189,7 @@ class _Pool:
 _leaving: deque[tuple[Any, Any]] = deque()
 
 
-def _emptied(pool: Any, device: Any) -> None:
+def _emptied(pool: Any, workspaces: dict[int, Any], device: Any) -> None:
     """Empty a pool that nobody has any more, now or when the last array in it is gone.
 
     CuPy's pools lose the memory that they hold unused when they are dropped, and an exception may
@@ -197,6 +197,7 @@ def _emptied(pool: Any, device: Any) -> None:
     """
     if guard.inherited():
         return
+    workspaces.clear()
     _leaving.append((pool, device))
     for _ in range(len(_leaving)):
         with suppress(IndexError):  # another thread had it
