@@ -460,7 +460,7 @@ class Layer(metaclass=_Assembly):
     def _outline(self, outline: Any, rows: int | None = ROWS) -> Outline | None:
         if outline is None:
             return None
-        if is_array(outline):
+        if rows is None and is_array(outline):
             return Outline(outline.shape, outline.dtype)
         shape, dtype = outline, None
         outline = outline if isinstance(outline, tuple | list) else (outline,)
