@@ -100,10 +100,12 @@ FEATURES = np.random.default_rng(0).normal(size=(9, 4)).astype("float32")
 WEIGHTS = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
 
 
+@pytest.mark.parametrize("classes", [1, 2, 3])  # of two classes one may be left out
 @pytest.mark.parametrize("transform", ["NONE", "LOGISTIC", "SOFTMAX"])
-def test_linear_classifiers(transform):
-    options = {"intercepts": [0.1, -0.2, 0.3], "classlabels_ints": [7, 3, 5],
-               "coefficients": WEIGHTS.ravel().tolist(), "post_transform": transform,
+def test_linear_classifiers(transform, classes):
+    options = {"intercepts": [0.1, -0.2, 0.3][:classes],
+               "classlabels_ints": [7, 3, 5][: max(2, classes)],
+               "coefficients": WEIGHTS[:classes].ravel().tolist(), "post_transform": transform,
                "multi_class": 1}  # fmt: skip
     judge("LinearClassifier", [FEATURES], 2, "ai.onnx.ml", **options)
 

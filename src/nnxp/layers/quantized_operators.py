@@ -261,7 +261,14 @@ def linear_regressor(
 ) -> Array:
     if post_transform != "NONE":
         raise ShapeError(f"LinearRegressor with post_transform {post_transform}")
-    weight = np.asarray(coefficients, "float32").reshape(targets, -1).T
+    return _scores(x, coefficients, intercepts, targets)
+
+
+def _scores(
+    x: Array, coefficients: Sequence[float], intercepts: Sequence[float], outputs: int
+) -> Array:
+    """x @ weight + bias in float32, of coefficients (outputs, inputs) in one row."""
+    weight = np.asarray(coefficients, "float32").reshape(outputs, -1).T
     y = xp_of(x).matmul(x.astype("float32", copy=False), beside(np.ascontiguousarray(weight), x))
     return y + beside(np.asarray(intercepts, "float32"), x) if len(intercepts) else y
 
@@ -276,22 +283,22 @@ def linear_classifier(
     multi_class: int = 0,
     post_transform: str = "NONE",
 ) -> tuple[Array, Array]:
-    """The label of the largest score, and the scores; of two classes one may be left out."""
-    xp, labels = xp_of(x), np.asarray(classlabels_ints, "int64")
-    width = x.shape[-1]
-    outputs = len(coefficients) // width if width else 0
-    weight = np.asarray(coefficients, "float32").reshape(outputs, width).T
-    y = xp.matmul(x.astype("float32", copy=False), beside(np.ascontiguousarray(weight), x))
-    y = y + beside(np.asarray(intercepts, "float32"), x) if len(intercepts) else y
-    if outputs == 1 and len(labels) == 2:
-        y = xp.concatenate([-y, y], axis=-1)
+    """The label of the largest score, and the scores.
+
+    Of two classes one may be left out, whose score is what the other's is to 1.
+    """
+    xp, labels = xp_of(x), beside(np.asarray(classlabels_ints, "int64"), x)
+    y = _scores(x, coefficients, intercepts, len(coefficients) // max(1, x.shape[-1]))
+    alone = y.shape[-1] == 1 and len(classlabels_ints) == 2
+    best = (y[..., 0] > 0).astype("int64") if alone else y.argmax(axis=-1)
     if post_transform == "LOGISTIC":
         y = kernels.sigmoid(y)
     elif post_transform == "SOFTMAX":
-        y = kernels.softmax(y)
+        y = y if alone else kernels.softmax(y)
     elif post_transform != "NONE":
         raise ShapeError(f"LinearClassifier with post_transform {post_transform}")
-    return xp.take(beside(labels, x), y.argmax(axis=-1), axis=0), y
+    y = xp.concatenate([1 - y, y], axis=-1) if alone else y
+    return xp.take(labels, best, axis=0), y
 
 
 @operator("ai.onnx.ml.ZipMap", as_is=True)

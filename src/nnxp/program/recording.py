@@ -303,8 +303,8 @@ class Recording:
     def _spread(self, x: Any, out: Value) -> Any:
         """A small constant, such as a bias, once for each row: to start a broadcast takes long."""
         shape = sized(out.shape, self.rows)
-        if isinstance(x, np.ndarray) and x.ndim == 0 and x == 0:
-            whole = zeros(shape, out.dtype)
+        if isinstance(x, np.ndarray) and x.ndim == 0 and x == 0 and not np.signbit(x):
+            whole = zeros(shape, x.dtype)
             return x if whole is None else whole
         if not isinstance(x, Value) or x.numbers is None or x in self._places:
             return x
