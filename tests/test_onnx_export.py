@@ -68,6 +68,10 @@ def test_the_shape_of_a_row_is_found_where_the_parameters_tell(tmp_path):
     assert nnxp.load_onnx(path).row_shape() == (4,)
     with pytest.raises(ShapeError, match=r"takes \(rows, 4\)"):
         nnxp.save_onnx(net, path, row=(5,))
+    with pytest.raises(ShapeError, match=r"such as \(784,\), not 3"):
+        nnxp.save_onnx(net, tmp_path / "net.onnx", row=3)
+    with pytest.raises(ShapeError, match="takes x, which cannot be left out"):
+        nnxp.save_onnx(net, tmp_path / "net.onnx", row=[None])
     with pytest.raises(nnxp.OptionError, match="made of nnxp layers"):
         nnxp.save_onnx(abs, path)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import Shape, is_array
-from nnxp._errors import ConversionError, OptionError
+from nnxp._errors import ConversionError, OptionError, ShapeError
 from nnxp._library import KINDS
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import written_beside
@@ -87,6 +87,8 @@ def _outline(row: Any, dtype: Any) -> Any:
     """Of an input, whose rows are of this shape, or (shape, dtype), or that is left out."""
     if row is None:
         return None
+    if not isinstance(row, tuple | list):
+        raise ShapeError(f"row is the shape of one row, such as (784,), not {row!r:.60}")
     if len(row) == 2 and isinstance(row[0], tuple | list):
         row, dtype = row
     return (1, *row), dtype

@@ -435,6 +435,8 @@ class Layer(metaclass=_Assembly):
         """
         if not outlines:
             raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
+        if outlines[0] is None:
+            raise ShapeError(f"{self} takes {self.input_names[0]}, which cannot be left out")
         if whole:
             known = tuple(each if is_array(each) else None for each in outlines)
             kinds = tuple(self._outline(each, None) for each in outlines)
@@ -466,7 +468,7 @@ class Layer(metaclass=_Assembly):
         outline = outline if isinstance(outline, tuple | list) else (outline,)
         if len(outline) == 2 and isinstance(outline[0], tuple | list):
             shape, dtype = outline
-        shape = tuple(map(operator.index, shape)) if rows is None else self._shape(shape)
+        shape = _sizes(shape) if rows is None else self._shape(shape)
         try:
             kind = np.dtype(dtype or self.dtype or "float32")
         except TypeError:
@@ -476,16 +478,9 @@ class Layer(metaclass=_Assembly):
 
     def _shape(self, shape: Any) -> Shape:
         """The shape of an input as whole numbers; ShapeError for anything else."""
-        try:
-            sizes = tuple(map(operator.index, shape))
-        except TypeError:
-            sizes = (-1,)
+        sizes = _sizes(shape)
         if not sizes:
             raise ShapeError(f"{self} takes (rows, ...) but got a single number")
-        if min(sizes) < 0:
-            raise ShapeError(
-                f"the shape of an input is whole numbers, (rows, ...), not {shape!r:.60}"
-            )
         return sizes
 
     def output_shape(self, *shapes: Any) -> Any:
@@ -665,6 +660,17 @@ def _locate(error: Exception, layer: Layer) -> None:
 
 
 # tracing
+
+
+def _sizes(shape: Any) -> Shape:
+    """A shape as whole numbers; ShapeError for anything else."""
+    try:
+        sizes = tuple(map(operator.index, shape))
+    except TypeError:
+        sizes = (-1,)
+    if min(sizes, default=0) < 0:
+        raise ShapeError(f"the shape of an input is whole numbers, (rows, ...), not {shape!r:.60}")
+    return sizes
 
 
 def _rows_said(outline: Any) -> int:
