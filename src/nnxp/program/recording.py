@@ -1,7 +1,7 @@
-"""A program bound to NumPy and a number of rows: memory set aside, operands bound, calls in order.
+"""A program bound to NumPy and a number of rows: memory set aside, and a function that runs it.
 
 Kernels are written out as what their reference bodies do, so that every pass over a tile is one
-call of a NumPy function that writes where it should: `for call in calls: call()`.
+call of a NumPy function that writes where it should: one line of Python each.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from math import inf, prod
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ from nnxp.program.program import (
 )
 from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record, value_of
 
-Call = Callable[[], object]
-
 SPREAD = 4096  # elements: the broadcast of so few costs more to start than to do
+
+_METHODS = frozenset("astype copy reshape swapaxes transpose".split())
+"""Of an array, that take the options of the dialect's function, in their order."""
 
 _SAME_ORDER = frozenset("reshape expand_dims squeeze".split())
 """Views of all of their input, in the order of its memory."""
@@ -183,122 +185,134 @@ def _lines(step: Step) -> float:
 class Recording:
     """A program for so many rows on NumPy, with its memory: `recording(inputs, results)`.
 
-    The inputs are host arrays of the types `given`; the results are C-contiguous arrays to fill.
-    One caller at a time.
+    The inputs are host arrays of the types `given`; the results are C-contiguous arrays to fill, or
+    new ones from `answer`. One caller at a time. `text` is what runs: a function of inputs and
+    results, a line for each call of NumPy or of a kernel's body. `nbytes` are those of its buffers.
     """
 
     def __init__(self, program: Program, rows: int, given: Sequence[np.dtype[Any]]) -> None:
         program = bodied(program)
-        layout = Layout(program, rows)
+        lines = _Lines(program, rows, given)
+        self.text, self.nbytes = lines.text, lines.nbytes
+        exec(_compiled(self.text), lines.names)
+        self.answer: Callable[..., Any] = lines.names.pop("run")
+        """The result of these inputs, or a tuple of several."""
+        if all(isinstance(s.function, str) or s in program.bodies for s in program.steps):
+            self.answer = partial(_without_warnings().run, self.answer)
+
+    def __call__(self, inputs: Sequence[HostArray], results: Sequence[HostArray]) -> None:
+        self.answer(*inputs, *results)
+
+
+class _Lines:
+    """What a recording runs, while it is written: `text`, and the `names` that it reads."""
+
+    def __init__(self, program: Bodied, rows: int, given: Sequence[np.dtype[Any]]) -> None:
         self.rows = rows
-        ours = all(isinstance(s.function, str) or s in program.bodies for s in program.steps)
-        self._quiet = _without_warnings() if ours else None  # others may read their own context
-        self._slots: list[Any] = [None] * (len(program.inputs) + len(program.outputs))
-        self._places: dict[Value, tuple[bool, Any]] = {}  # (in a slot?, its number or the array)
-        self._calls: list[Call] = []
+        self.names: dict[str, Any] = {}
+        self._known: dict[int, str] = {}  # what is in `names`, by its id
+        self._places: dict[Value, Any] = {}  # where a value lies: an array, or the name of a local
+        self._lines: list[str] = []
+        self._paths: list[str] = []  # of the layer that each line belongs to
+        self._path = ""
+        inputs = [Local(f"x{i}") for i in range(len(program.inputs))]
+        results = [Local(f"y{i}") for i in range(len(program.outputs))]
+        layout = Layout(program, rows)
         buffers = [np.empty(size, "uint8") for size in layout.sizes]
         scratch = np.empty(layout.scratch, "uint8")
         self.nbytes = sum(layout.sizes) + scratch.nbytes
-        for i, (value, dtype) in enumerate(zip(program.inputs, given, strict=True)):
-            self._places[value] = True, i
+        for value, dtype, name in zip(program.inputs, given, inputs, strict=True):
+            self._places[value] = name
             if dtype != value.dtype:
                 own = np.empty(sized(value.shape, rows), value.dtype)
-                self._calls.append(self._bound(np.copyto, (own, value), {"casting": "unsafe"}))
-                self._places[value] = False, own
+                self._line(np.copyto, own, value, casting="unsafe")
+                self._places[value] = own
                 self.nbytes += own.nbytes
-        first_result = len(program.inputs)
-        for step in program.steps:
-            now = scaled(step, rows)
+        for step, ended in zip(program.steps, program.lives.ended, strict=True):
+            now, self._path = scaled(step, rows), step.path
             if any(value not in layout.of for value in step.outputs):
-                self._compute(now)
-                continue
-            for value in step.outputs:
-                shape, held = sized(value.shape, rows), layout.of[value]
-                if held < 0:
-                    number = first_result - 1 - held
-                    target = self._result(program.outputs[-1 - held], value, number, shape)
+                self._computed(now)
+            else:
+                for value in step.outputs:
+                    shape, held = sized(value.shape, rows), layout.of[value]
+                    if held < 0:
+                        output, name = program.outputs[-1 - held], results[-1 - held]
+                        self._places[value] = self._result(output, value, name, shape)
+                    else:
+                        whole = buffers[held][: prod(shape) * value.dtype.itemsize]
+                        self._places[value] = whole.view(value.dtype).reshape(shape)
+                if step in program.bodies:
+                    self._line(program.bodies[step].run, *step.outputs, scratch, *step.inputs)
                 else:
-                    whole = buffers[held][: prod(shape) * value.dtype.itemsize]
-                    target = False, whole.view(value.dtype).reshape(shape)
-                self._places[value] = target
-            if step in program.bodies:
-                operands = (*step.outputs, scratch, *step.inputs)
-                self._calls.append(self._bound(program.bodies[step].run, operands, {}))
-            else:
-                self._calls += self._written(now, step.outputs[0])
-        for i, value in enumerate(program.outputs):
+                    self._written(now, step.outputs[0])
+            self._end(ended)
+        self._path = ""
+        for i, (value, name) in enumerate(zip(program.outputs, results, strict=True)):
             if layout.of.get(_in_order(value)) != -1 - i:
-                self._places[value] = self._place(value)
-                number = first_result + i
-                self._places[mark := Value(value.shape, value.dtype)] = True, number
-                self._calls.append(self._bound(np.copyto, (mark, value), {"casting": "unsafe"}))
+                self._line(np.copyto, name, value, casting="unsafe")
+        self.text = self._function(inputs, results, program)
 
-    def __call__(self, inputs: Sequence[HostArray], results: Sequence[HostArray]) -> None:
-        slots = self._slots
-        slots[: len(inputs)] = inputs
-        slots[len(inputs) : len(inputs) + len(results)] = results
-        try:
-            if self._quiet is None:
-                with np.errstate(all="ignore"):
-                    self._run()
-            else:
-                self._quiet.run(self._run)
-        finally:
-            slots[:] = [None] * len(slots)  # the caller's arrays are not held
+    def _function(self, inputs: list[Local], results: list[Local], program: Program) -> str:
+        """The text of the function: results that are not given are made, errors say where."""
+        arguments = [*inputs, *(f"{name}=None" for name in results)]
+        made = [
+            f"{name} = {self._told(np.empty)}({self._told(shape)}, {self._told(value.dtype)})"
+            for name, value in zip(results, program.outputs, strict=True)
+            for shape in [sized(value.shape, self.rows)]
+        ]
+        head = [f"def run({', '.join(arguments)}):", f" if {results[0]} is None:"]
+        head += [f"  {line}" for line in made] + [" try:"]
+        located = self._told(partial(_located, len(head), self._paths))
+        answer = f"({', '.join(results)},)" if program.several else results[0]
+        tail = [f" except Exception as error:\n  {located}(error)\n  raise\n return {answer}\n"]
+        return "\n".join([*head, *(f"  {line}" for line in [*self._lines, "pass"]), *tail])
 
-    def _run(self) -> None:
-        for call in self._calls:
-            call()
+    def _line(self, fn: Callable[..., Any], *operands: Any, **options: Any) -> None:
+        """A line that calls fn, with values and what else is given."""
+        given = [*map(self._told, operands)]
+        given += [f"{name}={self._told(each)}" for name, each in options.items()]
+        self._add(f"{self._told(fn)}({', '.join(given)})")
 
-    # binding
+    def _add(self, line: str) -> None:
+        self._lines.append(line)
+        self._paths.append(self._path)
 
-    def _place(self, x: Any) -> tuple[bool, Any]:
-        """Where an operand is: in a slot, or an array or scalar that stays."""
+    def _told(self, x: Any) -> str:
+        """What a line says for a value, or for anything else."""
+        x = self._place(x)
+        if isinstance(x, Local):
+            return x
+        if isinstance(x, tuple) and any(isinstance(each, Value) for each in x):
+            return f"({', '.join(map(self._told, x))},)"
+        name = self._known.setdefault(id(x), f"c{len(self._known)}")
+        self.names[name] = x
+        return name
+
+    def _place(self, x: Any) -> Any:
+        """Where a value lies; anything else as it is."""
         if not isinstance(x, Value):
-            return False, x
-        if x in self._places:
-            return self._places[x]
-        return False, x.numbers
+            return x
+        return self._places.get(x, x.numbers)
 
-    def _slot(self, value: Value) -> int:
-        """A new slot for a value that is another array at each call."""
-        self._slots.append(None)
-        self._places[value] = True, len(self._slots) - 1
-        return len(self._slots) - 1
+    def _local(self, value: Value) -> Local:
+        """A new name for a value that is another array at each call."""
+        self._places[value] = name = Local(f"v{len(self._places)}")
+        return name
 
-    def _bound(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
-    ) -> Call:
-        """fn of these operands, as a call without arguments."""
-        if options:
-            fn = partial(fn, **options)
-        places = [self._place(each) for each in args]
-        operands = [each for _, each in places]
-        moving = [i for i, (moves, _) in enumerate(places) if moves]
-        if not moving:
-            return partial(fn, *operands)
-        slots = self._slots
-        if moving == [0]:  # what follows would do for all; these take half as long for few rows
-            slot, *behind = operands
-            return lambda: fn(slots[slot], *behind)
-        if moving == [len(operands) - 1]:
-            *before, slot = operands
-            begun = partial(fn, *before)
-            return lambda: begun(slots[slot])
-        if moving == [0, 2] and len(operands) == 3:
-            first, between, last = operands
-            return lambda: fn(slots[first], between, slots[last])
-        return lambda: fn(*[slots[each] if moves else each for moves, each in places])
+    def _end(self, values: Sequence[Value]) -> None:
+        """Let go of what was made anew, and is needed no more."""
+        names = [self._places.get(value) for value in values if value.step is not None]
+        ended = [name for name in names if isinstance(name, Local) and name[0] == "v"]
+        if ended:
+            self._add(f"del {', '.join(ended)}")
 
-    def _bound_ufunc(self, fn: np.ufunc, inputs: tuple[Any, ...], out: Value) -> Call:
+    def _ufunc(self, fn: np.ufunc, inputs: tuple[Any, ...], out: Value) -> None:
         """A ufunc that writes into `out`: by that name where NumPy takes no third argument."""
         spread = inputs if fn.signature else [self._spread(each, out) for each in inputs]
-        if fn not in (np.maximum, np.minimum):
-            return self._bound(fn, (*spread, out), {})
-        moves, into = self._place(out)
-        if moves:
-            return self._bound(partial(_into, fn, {}), (out, *spread), {})
-        return self._bound(fn, tuple(spread), {"out": into})
+        if fn in (np.maximum, np.minimum):
+            self._line(fn, *spread, out=out)
+        else:
+            self._line(fn, *spread, out)
 
     def _spread(self, x: Any, out: Value) -> Any:
         """A small constant, such as a bias, once for each row: to start a broadcast takes long."""
@@ -314,88 +328,60 @@ class Recording:
         self.nbytes += whole.nbytes
         return whole
 
-    def _result(self, output: Value, value: Value, number: int, shape: Shape) -> tuple[bool, Any]:
+    def _result(self, output: Value, value: Value, name: Local, shape: Shape) -> Local:
         """Where a value is that lies in the caller's array for `output`."""
         if output is value or sized(output.shape, self.rows) == shape:
-            return True, number
-        slot = self._slot(value)
-        slots = self._slots
+            return name
+        local = self._local(value)
+        self._add(f"{local} = {name}.reshape({self._told(shape)})")
+        return local
 
-        def reshaped() -> None:
-            slots[slot] = slots[number].reshape(shape)
-
-        self._calls.append(reshaped)
-        return True, slot
-
-    def _compute(self, step: Step) -> None:
+    def _computed(self, step: Step) -> None:
         """A step whose result is a view, or made anew at each call."""
         places = [self._place(each) for each in step.inputs]
         view = step.outputs[0].root is not step.outputs[0]
-        if view and not any(moves for moves, _ in places):
-            made = perform(np, step, [each for _, each in places])
+        if view and not any(isinstance(each, Local) for each in places):
+            made = perform(np, step, places)
             results = made if step.several else (made,)
-            for value, array in zip(step.outputs, results, strict=True):
-                self._places[value] = False, array
+            self._places.update(zip(step.outputs, results, strict=True))
             return
-        numbers = [self._slot(value) for value in step.outputs]
-        slots, rows = self._slots, self.rows
-        opaque = not isinstance(step.function, str)
+        given = [*map(self._told, step.inputs)]
+        if step.name in _METHODS:
+            first, *rest = (*given, *map(self._told, step.options.values()))
+            call = f"{first}.{step.name}({', '.join(rest)})"
+        else:
+            run = partial(_performed, step, self.rows)
+            call = f"{self._told(run)}({', '.join(given)})"
+        targets = "".join(f"{self._local(value)}, " for value in step.outputs)
+        self._add(f"{targets if step.several else targets[:-2]} = {call}")
 
-        def call() -> None:
-            try:
-                made = perform(np, step, [slots[each] if moves else each for moves, each in places])
-                results = made if step.several else (made,)
-                if opaque:
-                    as_said(step, made, rows)
-            except Exception as error:
-                located(error, step.path)
-                raise
-            for number, array in zip(numbers, results, strict=True):
-                slots[number] = array
-
-        self._calls.append(call)
-
-    def _written(self, step: Step, out: Value) -> list[Call]:
-        """The calls that write a step's result where it lies."""
+    def _written(self, step: Step, out: Value) -> None:
+        """The lines that write a step's result where it lies."""
         name, inputs, options = step.name, step.inputs, step.options
+        fn: Any = getattr(np, name, None)
         if name in ("astype", "copy"):
-            return [self._bound(np.copyto, (out, inputs[0]), {"casting": "unsafe"})]
-        if name == "where":
+            self._line(np.copyto, out, inputs[0], casting="unsafe")
+        elif name == "where":
             condition, x, y = inputs
-            places = [self._place(each) for each in (out, condition, x, y)]
-            slots = self._slots
-
-            def choose() -> None:
-                into, test, a, b = (slots[each] if moves else each for moves, each in places)
-                np.copyto(into, b, casting="unsafe")
-                np.copyto(into, a, casting="unsafe", where=test)
-
-            return [choose]
-        if name in ("concatenate", "stack"):
-            join: Any = getattr(np, name)
-            axis = options.get("axis", 0)
-
-            def joined(into: HostArray, *parts: HostArray) -> None:
-                join(parts, axis, out=into)
-
-            return [self._bound(joined, (out, *inputs), {})]
-        if KINDS[name] == "reduction" and name in _REDUCES:
-            return self._reduced(step, out)
-        if name == "clip":
+            self._line(np.copyto, out, y, casting="unsafe")
+            self._line(np.copyto, out, x, casting="unsafe", where=condition)
+        elif name in ("concatenate", "stack"):
+            self._line(fn, inputs, options.get("axis", 0), out=out)
+        elif KINDS[name] == "reduction" and name in _REDUCES:
+            self._reduced(step, out)
+        elif name == "clip":
             x, low, high = (*inputs, None, None)[:3]
-            return [self._clipped(x, low, high, out)]
-        if name in ("maximum", "minimum") and prod(sized(out.shape, self.rows)) >= MANY:
+            self._clipped(x, low, high, out)
+        elif _bounds_many(name, inputs, sized(out.shape, self.rows), out.dtype):
             x, bound = inputs
-            if isinstance(x, Value) and out.dtype.kind == "f" and isinstance(bound, int | float):
-                low, high = (bound, None) if name == "maximum" else (None, bound)
-                return [self._clipped(x, low, high, out)]
-        if name == "matmul" and _flat(inputs):
-            return [self._bound(np.dot, (*inputs, out), {})]
-        fn: Any = getattr(np, name)
-        if isinstance(fn, np.ufunc) and not options:
-            scalars = tuple(self._scalar(each, inputs[0]) for each in inputs)
-            return [self._bound_ufunc(fn, scalars, out)]
-        return [self._bound(partial(_into, fn, options), (out, *inputs), {})]
+            low, high = (bound, None) if name == "maximum" else (None, bound)
+            self._clipped(x, low, high, out)
+        elif name == "matmul" and _flat(inputs):
+            self._line(np.dot, *inputs, out)
+        elif isinstance(fn, np.ufunc) and not options:
+            self._ufunc(fn, tuple(self._scalar(each, inputs[0]) for each in inputs), out)
+        else:
+            self._line(fn, *inputs, out=out, **options)
 
     def _scalar(self, x: Any, like: Any) -> Any:
         """A Python scalar as an array of the type that it would be given."""
@@ -403,27 +389,62 @@ class Recording:
             return np.asarray(x, like.dtype)
         return x
 
-    def _clipped(self, x: Any, low: Any, high: Any, out: Value) -> Call:
+    def _clipped(self, x: Any, low: Any, high: Any, out: Value) -> None:
         """x between limits, by a ufunc that takes a third of what maximum takes with a scalar."""
         if out.dtype.kind == "f":
             low, high = -inf if low is None else low, inf if high is None else high
-        limits = [self._scalar(each, out) for each in (low, high)]
-        return self._bound(partial(_into, np.clip, {}), (out, x, *limits), {})
+        self._line(np.clip, x, *(self._scalar(each, out) for each in (low, high)), out=out)
 
-    def _reduced(self, step: Step, out: Value) -> list[Call]:
+    def _reduced(self, step: Step, out: Value) -> None:
         (x,) = step.inputs
         axes = axes_of(step.options.get("axis"), len(x.shape))
         options = {"axis": axes, "keepdims": step.options.get("keepdims", False)}
-        if step.name == "mean":
-            if x.dtype.kind != "f" or x.dtype.itemsize < 4 or "dtype" in step.options:
-                return [self._bound(partial(_into, np.mean, step.options), (out, x), {})]
+        if "dtype" in step.options:
+            self._line(getattr(np, step.name), x, out=out, **step.options)
+        elif step.name != "mean":
+            self._line(_REDUCES[step.name], x, out=out, **options)
+        elif x.dtype.kind != "f" or x.dtype.itemsize < 4:
+            self._line(np.mean, x, out=out, **step.options)
+        else:
             shape = sized(x.shape, self.rows)
             count = np.asarray(max(1, prod(shape[axis] for axis in axes)), x.dtype)
-            into = self._bound(partial(_into, np.add.reduce, options), (out, x), {})
-            return [into, self._bound(np.true_divide, (out, count, out), {})]
-        if "dtype" in step.options:
-            return [self._bound(partial(_into, getattr(np, step.name), step.options), (out, x), {})]
-        return [self._bound(partial(_into, _REDUCES[step.name], options), (out, x), {})]
+            self._line(np.add.reduce, x, out=out, **options)
+            self._line(np.true_divide, out, count, out)
+
+
+class Local(str):
+    """The name of what is another array at each call."""
+
+    __slots__ = ()
+
+
+@lru_cache(maxsize=64)
+def _compiled(text: str) -> CodeType:
+    """The code of a text; recordings for other numbers of rows mostly have the same one."""
+    return compile(text, "<recording>", "exec")
+
+
+def _located(first: int, paths: Sequence[str], error: Exception) -> None:
+    """Say in an error of a recording's line which layer's it is; the first has this number."""
+    assert error.__traceback__ is not None
+    number = error.__traceback__.tb_lineno - first - 1
+    if number < len(paths):
+        located(error, paths[number])
+
+
+def _performed(step: Step, rows: int, *arrays: Any) -> Any:
+    """A step on NumPy; a layer that runs as Python must answer as it said."""
+    made = perform(np, step, arrays)
+    if not isinstance(step.function, str):
+        as_said(step, made, rows)
+    return made
+
+
+def _bounds_many(name: str, inputs: tuple[Any, ...], shape: Shape, dtype: np.dtype[Any]) -> bool:
+    """Whether a step is maximum or minimum of many floats and one number."""
+    if name not in ("maximum", "minimum") or prod(shape) < MANY or dtype.kind != "f":
+        return False
+    return isinstance(inputs[0], Value) and isinstance(inputs[1], int | float)
 
 
 def _without_warnings() -> Context:
@@ -438,10 +459,6 @@ _REDUCES: dict[str, Any] = {
     "prod": np.multiply.reduce, "any": np.logical_or.reduce, "all": np.logical_and.reduce,
     "mean": np.add.reduce,
 }  # fmt: skip
-
-
-def _into(fn: Callable[..., Any], options: dict[str, Any], out: HostArray, *inputs: Any) -> None:
-    fn(*inputs, out=out, **options)
 
 
 def _flat(inputs: tuple[Any, ...]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from nnxp.program.program import Program
 from nnxp.program.recording import Recording
 
 MOST_IDLE = 32  # numbers of rows that recordings wait for
+MOST_KEYS = 256  # that are remembered
 IDLE_BYTES = 64 << 20  # of their buffers; beyond, those of other numbers are let go
 
 
@@ -34,22 +34,25 @@ class Recordings:
             else np.empty(array.shape, dtype)
             for array, (_, dtype) in zip(out, self.outputs, strict=True)
         )  # fmt: skip
-        self.fill((len(rows[0]), *(each.dtype for each in rows)), rows, into)
+        self.answer((len(rows[0]), *(each.dtype for each in rows)), *rows, *into)
         for array, result in zip(out, into, strict=True):
             if result is not array:
                 with np.errstate(all="ignore"):
                     np.copyto(array, result, casting="same_kind")
 
-    def fill(
-        self, key: tuple[Any, ...], inputs: Sequence[HostArray], results: Sequence[HostArray]
-    ) -> None:
-        """The results, new arrays of the program's types, by a recording for this key.
+    def answer(self, key: tuple[Any, ...], *arrays: HostArray) -> Any:
+        """The results for these inputs, in the arrays behind them, or in new ones.
 
         The key is the number of rows, and the types of the inputs.
         """
-        idle, recording = self._take(key)
-        recording(inputs, results)
+        idle = self.waiting(key)
+        try:
+            recording = idle.pop()
+        except IndexError:
+            recording = self.new(key)
+        made = recording.answer(*arrays)
         idle.append(recording)
+        return made
 
     @property
     def idle(self) -> int:
@@ -61,20 +64,20 @@ class Recordings:
         for kept in list(self._idle.values()):
             kept[:] = [each for each in kept if each.nbytes <= most]
 
-    def _take(self, key: tuple[Any, ...]) -> tuple[list[Recording], Recording]:
-        """A recording for this caller alone, and the list to put it into afterwards."""
-        idle = self._idle.setdefault(key, [])
-        try:
-            return idle, idle.pop()
-        except IndexError:
-            pass
-        others = [kept for other, kept in list(self._idle.items()) if other != key]
+    def waiting(self, key: tuple[Any, ...]) -> list[Recording]:
+        """The recordings for this key that nobody runs; who takes one out puts it back."""
+        return self._idle.setdefault(key, [])
+
+    def new(self, key: tuple[Any, ...]) -> Recording:
+        """A recording for this caller alone; if many wait for other keys, these are let go."""
+        others = [kept for other, kept in list(self._idle.items()) if kept and other != key]
         held = sum(each.nbytes for kept in others for each in list(kept))
         if self._sparing or held > IDLE_BYTES or len(others) >= MOST_IDLE:
-            self._idle = {key: idle}
             for kept in others:
                 kept.clear()
-        return idle, Recording(self._program, key[0], key[1:])
+        if len(self._idle) > MOST_KEYS:
+            self._idle = {key: self.waiting(key)}
+        return Recording(self._program, key[0], key[1:])
 
 
 class HostRecording:
@@ -82,10 +85,16 @@ class HostRecording:
 
     def __init__(self, recordings: Recordings, like: HostArray) -> None:
         self._recordings, self._key = recordings, (len(like), like.dtype)
-        self._outlines = [((len(like), *shape[1:]), dtype) for shape, dtype in recordings.outputs]
+        self._idle: list[Recording] = []
 
     def host(self, x: HostArray) -> Any:
         """The answer, a new array, or a tuple of several."""
-        results = [np.empty(*outline) for outline in self._outlines]
-        self._recordings.fill(self._key, (x,), results)
-        return tuple(results) if self._recordings.several else results[0]
+        idle = self._idle
+        try:
+            recording = idle.pop()
+        except IndexError:
+            self._idle = idle = self._recordings.waiting(self._key)
+            recording = self._recordings.new(self._key)
+        y = recording.answer(x)
+        idle.append(recording)
+        return y
