@@ -13,6 +13,7 @@ import nnxp
 from conftest import draw
 from nnxp import Activation, BatchNorm, Dense, LayerNorm, Residual, Sequential
 from nnxp._arrays import Array, xp_of
+from nnxp.program import recordings
 from nnxp.program.recording import Recording, bodied, costs
 
 
@@ -186,3 +187,30 @@ def test_what_is_made_anew_is_let_go_where_it_ends():
     finally:
         tracemalloc.stop()
     assert peak < 3.5 * x.nbytes  # with the result
+
+
+def test_a_second_call_runs_what_the_first_one_recorded(monkeypatch):
+    made = []
+
+    class Counted(Recording):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(recordings, "Recording", Counted)
+    engine, x = nnxp.Engine(dense(5, 4, 3), "numpy"), draw((2, 5))
+    first = engine(x)
+    for _ in range(3):
+        np.testing.assert_array_equal(engine(x), first)
+    assert len(made) == 1
+
+
+def test_recordings_for_many_numbers_of_rows_are_not_all_kept():
+    engine = nnxp.Engine(dense(5, 4, 3), "numpy")
+    for rows in range(1, recordings.MOST_KEYS + 40):
+        for _ in range(2):
+            engine(draw((rows, 5)))
+    (prepared,) = engine._replicas[0]._prepared.values()
+    kept = prepared.run._idle
+    assert sum(map(bool, kept.values())) <= recordings.MOST_IDLE + 1
+    assert len(kept) <= recordings.MOST_KEYS + 1

@@ -46,10 +46,7 @@ class Recordings:
         The key is the number of rows, and the types of the inputs.
         """
         idle = self.waiting(key)
-        try:
-            recording = idle.pop()
-        except IndexError:
-            recording = self.new(key)
+        recording = self.take(idle, key)
         made = recording.answer(*arrays)
         idle.append(recording)
         return made
@@ -68,15 +65,19 @@ class Recordings:
         """The recordings for this key that nobody runs; who takes one out puts it back."""
         return self._idle.setdefault(key, [])
 
-    def new(self, key: tuple[Any, ...]) -> Recording:
-        """A recording for this caller alone; if many wait for other keys, these are let go."""
+    def take(self, idle: list[Recording], key: tuple[Any, ...]) -> Recording:
+        """A recording for this caller alone; if it is new, those for other keys may be let go."""
+        try:
+            return idle.pop()
+        except IndexError:
+            pass
         others = [kept for other, kept in list(self._idle.items()) if kept and other != key]
         held = sum(each.nbytes for kept in others for each in list(kept))
         if self._sparing or held > IDLE_BYTES or len(others) >= MOST_IDLE:
             for kept in others:
                 kept.clear()
         if len(self._idle) > MOST_KEYS:
-            self._idle = {key: self.waiting(key)}
+            self._idle = {key: idle}
         return Recording(self._program, key[0], key[1:])
 
 
@@ -94,7 +95,7 @@ class HostRecording:
             recording = idle.pop()
         except IndexError:
             self._idle = idle = self._recordings.waiting(self._key)
-            recording = self._recordings.new(self._key)
+            recording = self._recordings.take(idle, self._key)
         y = recording.answer(x)
         idle.append(recording)
         return y
