@@ -3,6 +3,7 @@
 from nnxp.kernels._dispatch import KERNELS as KERNELS
 from nnxp.kernels._dispatch import Kernel as Kernel
 from nnxp.kernels._dispatch import kernel as kernel
+from nnxp.kernels._erf import erf as erf
 from nnxp.kernels.activations import ACTIVATIONS as ACTIVATIONS
 from nnxp.kernels.activations import ActivationName as ActivationName
 from nnxp.kernels.activations import celu as celu

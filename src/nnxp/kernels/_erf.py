@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nnxp._arrays import Array, xp_of
+from nnxp.kernels._dispatch import kernel
 
 # All coefficients by ascending powers; bench/fit_erf.py found them.
 FLOAT32 = (  # c, a, P, Q
@@ -61,6 +62,7 @@ FLOAT64 = (
 )
 
 
+@kernel
 def erf(x: Array) -> Array:
     """erf(x) = 2/sqrt(pi) * integral of exp(-t^2) from 0 to x; a new array like x
 

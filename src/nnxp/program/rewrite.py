@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from nnxp import kernels
 from nnxp._arrays import HostArray, is_array, is_floating
 from nnxp._library import KINDS
 from nnxp.kernels._windows import windows
+from nnxp.program.patterns import kernel_for
 from nnxp.program.program import Program, expanded, multiply_adds, replay, trace
 from nnxp.program.traced import (
     Step,
@@ -89,13 +91,19 @@ def optimized(program: Program) -> Program:
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         made = _reordered(step, arrays)
-        if made is None and step.function in RULES and lone(step.values[0]):
-            product = _product(arrays[0])
-            made = product and RULES[step.function](product, step, *arrays[1:])
+        if made is None and step.function in RULES:
+            for i in (0, 1) if step.function == "add" else (0,):
+                x = step.inputs[i]
+                product = _product(arrays[i]) if isinstance(x, Value) and lone(x) else None
+                if product is not None and made is None:
+                    others = arrays[:i] + arrays[i + 1 :]
+                    made = RULES[step.function](product, step, *others)
         return again(step, arrays) if made is None else made
 
     def moved(step: Step, arrays: tuple[Any, ...]) -> Any:
         """The step on arrays whose axes are in the order of what they were made of."""
+        if step.name == "copy":
+            return arrays[0]  # a reshape that needs one notes it
         axes = next((order[1] for order in map(_order, arrays) if order), None)
         if axes is None or not _commutes(step):
             return change(step, arrays)
@@ -187,11 +195,19 @@ class Product(NamedTuple):
 def _product(x: Any) -> Product | None:
     """The product whose outputs x is; None for what is something else."""
     step = x.value.step if isinstance(x, ndarray) else None
-    if step is None or step.function not in (*PRODUCTS, kernels.matmul):
+    if step is None or step.function not in (*PRODUCTS, kernels.matmul, "matmul"):
         return None
-    function = kernels.linear if step.function is kernels.matmul else step.function
     x, weight, bias = (*map(lifted, step.inputs), None)[:3]
-    return Product(function, x, weight, bias, step.options)
+    if step.function == "matmul" and not _of_a_layer(x, weight):
+        return None
+    plain = step.function in (kernels.matmul, "matmul")
+    return Product(kernels.linear if plain else step.function, x, weight, bias, step.options)
+
+
+def _of_a_layer(x: Any, weight: Any) -> bool:
+    """Whether x @ weight, in a formula, is what `linear` does."""
+    shapes = x.ndim > 1 and weight.ndim == 2 and is_constant(weight)
+    return shapes and x.dtype == weight.dtype and is_floating(x.dtype)
 
 
 RULES: dict[Any, Callable[..., Any]] = {}
@@ -225,10 +241,13 @@ def _activation(product: Product, step: Step, *others: Any) -> Any:
 def _bias(product: Product, step: Step, added: Any) -> Any:
     weight, bias = product.weight, product.bias
     narrow = step.outputs[0].dtype.itemsize <= 2
-    if narrow or not is_constant(added) or added.shape != weight.shape[-1:]:
+    if narrow or not is_constant(added) or added.dtype != weight.dtype:
         return None
-    if added.dtype != weight.dtype:
+    if added.shape[-1:] != weight.shape[-1:] or prod(added.shape) != weight.shape[-1]:
         return None
+    if len(step.outputs[0].shape) > product.x.ndim:
+        return None  # with axes more than the product has
+    added = added.reshape(weight.shape[-1:])
     return product.having(weight, added if bias is None else bias + added)
 
 
@@ -285,7 +304,8 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
 
 
 def merged(program: Program) -> Program:
-    """The program with what is computed twice computed once."""
+    """The program with what is computed twice computed once, and kernels where they are written
+    out."""
     made: dict[Any, Any] = {}
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
@@ -296,7 +316,9 @@ def merged(program: Program) -> Program:
         if key is None:
             return again(step, arrays)
         if key not in made:
-            made[key] = arrays, again(step, arrays)  # arrays live on: an id is not used again
+            seen = kernel_for(step, arrays)
+            found = again(step, arrays) if seen is None else seen
+            made[key] = arrays, found  # arrays live on: an id is not used again
         return made[key][1]
 
     return rewritten(program, change, program.inputs)
