@@ -439,12 +439,10 @@ ORACLES = {
     ),
     "erf": Oracle(
         torch=lambda x: torch.erf(x),
-        correct=lambda x: (1 - erfc(x)).astype(x.dtype),
+        correct=lambda x: np.array(list(map(math.erf, x.ravel().tolist())), x.dtype).reshape(
+            x.shape
+        ),
         wrong=(kernels.tanh, lambda x: kernels.erf(x * 0.7071067811865476)),
-        exact=mp.erf,
-        ulp=4,
-        limits=(-1, 1),
-        published={0.5: 0.5204999, 1.0: 0.8427008},
     ),
     # Over rows
     "softmax": Oracle(
