@@ -214,3 +214,21 @@ def test_recordings_for_many_numbers_of_rows_are_not_all_kept():
     kept = prepared.run._idle
     assert sum(map(bool, kept.values())) <= recordings.MOST_IDLE + 1
     assert len(kept) <= recordings.MOST_KEYS + 1
+
+
+@pytest.mark.parametrize("mode", ["constant", "edge", "reflect", "wrap", "symmetric"])
+def test_what_is_padded_in_a_recording_is_what_numpy_pads(mode):
+    around = ((0, 0), (2, 1), (0, 3), (4, 4))
+    options = {"constant_values": 7} if mode == "constant" else {}
+
+    class Pads(nnxp.Layer):
+        def __call__(self, x):
+            y = xp_of(x).pad(x + 1, around, mode=mode, **options)
+            return y * 2
+
+    x = draw((3, 3, 4, 5))
+    expected = np.pad(x + 1, around, mode, **options) * 2
+    recording = Recording(Pads().program((1, 3, 4, 5)), 3, [x.dtype])
+    for _ in range(2):
+        np.testing.assert_array_equal(recording.answer(x), expected)
+    assert (" = " in recording.text.partition("try:")[2]) == (mode == "symmetric")  # made anew
