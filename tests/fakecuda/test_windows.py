@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import cupy
 import numpy as np
 import pytest
 
+import nnxp
 from conftest import draw
-from fakecuda.test_engine import every_type, put
+from fakecuda.test_engine import check, every_type, put
 from nnxp import kernels
 from nnxp.kernels.cuda import conv
 from nnxp.testing.parity import compare, error_bound
@@ -83,3 +85,100 @@ def test_transposed_convolutions(gpu, monkeypatch, bias, dtype):
     bias = draw((4,), dtype, 2) if bias else None
     for stride, padding in ((1, 0), (2, 1), ((3, 2), ((0, 1), (1, 2)))):
         agrees(kernels.conv_transpose, x, weight, bias, stride=stride, padding=padding)
+
+
+def network(dtype="float32"):
+    """Of every way to look through windows."""
+    net = nnxp.Sequential(
+        nnxp.Conv(3, 8, (3, 3), "relu", padding=1, rng=0),
+        nnxp.MaxPool((2, 2)),
+        nnxp.Conv(8, 8, (3, 3), "silu", groups=8, padding=1, rng=1),
+        nnxp.Conv(8, 16, (1, 1), rng=2),
+        nnxp.BatchNorm(16),
+        nnxp.Conv(16, 12, (2, 3), "tanh", groups=2, stride=2, rng=3),
+        nnxp.AveragePool((2, 1), padding=(1, 0)),
+        nnxp.ConvTranspose(12, 4, (2, 2), "relu", stride=2, rng=4),
+        nnxp.Flatten(),
+        nnxp.Dense(32, 5, "softmax", rng=5),
+    )
+    noisy = {name: x + draw(x.shape, seed=len(name)) / 8 for name, x in net.parameters().items()}
+    noisy["layers.4.var"] = np.abs(noisy["layers.4.var"]) + 1
+    return net.with_parameters(noisy).astype(dtype)
+
+
+@every_type
+def test_an_engine_answers_few_rows_and_many(gpu, dtype):
+    """Few are replayed as a graph, by which nothing of CuPy's is asked that cannot be captured."""
+    net, x = network(dtype), draw((150, 10, 8, 3), dtype)
+    engine = nnxp.Engine(net, "cuda")
+    check(engine(x), net, x)
+    check(engine(put(x)), net, x)
+    for _ in range(4):
+        few = engine(x[:5])
+    check(few, net, x[:5])
+    assert len(engine._replicas[0].ready) == 1
+    gpu.done.clear()
+    np.testing.assert_array_equal(engine(x[:5]), few)
+    kinds = {kind for kind, _ in gpu.done}
+    assert {"graph's product", "graph's kernel"} <= kinds
+    assert not kinds & {"product", "kernel", "cuBLAS"}
+
+
+def test_every_product_of_an_engine_has_its_precision(gpu):
+    net, x = network(), draw((20, 10, 8, 3))
+    for precision, compute in (("tf32", 77), (None, 68)):
+        engine = nnxp.Engine(net, "cuda", precision=precision)
+        gpu.lt.calls.clear()
+        check(engine(x), net, x)
+        gpu.finish()
+        assert {call.compute for call in gpu.lt.calls} == {compute}
+        (prepared,) = engine._replicas[0]._prepared.values()
+        names = [step.name for step in prepared.program.steps]
+        assert names.count("conv") + names.count("conv_max_pool") == 4
+        assert names.count("conv_transpose") == 1
+
+
+class Peak(cupy.cuda.memory_hook.MemoryHook):
+    """The most bytes that were in use at once."""
+
+    name = "peak"
+
+    def __init__(self):
+        self.sizes, self.most = {}, 0
+
+    def malloc_postprocess(self, *, device_id, size, mem_size, mem_ptr, pmem_id):
+        self.sizes[mem_ptr] = size
+        self.most = max(self.most, sum(self.sizes.values()))
+
+    def free_postprocess(self, *, device_id, mem_size, mem_ptr, pmem_id):
+        self.sizes.pop(mem_ptr, None)
+
+
+COUNTED = [
+    nnxp.Conv(3, 4, (3, 3), padding=1),
+    nnxp.Conv(3, 64, (3, 3), "relu", stride=2),
+    nnxp.Conv(3, 8, (1, 1)),
+    nnxp.Conv(3, 3, (3, 3), "silu", groups=3, padding=1),
+    nnxp.Conv(3, 12, (3, 1), groups=3, padding=1),
+    nnxp.Sequential(nnxp.Conv(3, 4, (1, 1)), nnxp.Conv(4, 6, (3, 3), groups=2)),
+    nnxp.ConvTranspose(3, 4, (4, 4), stride=2, padding=1),
+    nnxp.MaxPool((3, 3), stride=2, padding=1),
+    nnxp.AveragePool((2, 2)),
+    network(),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layer", COUNTED, ids=lambda layer: repr(layer)[:50])
+def test_no_more_memory_is_taken_than_is_counted(gpu, layer, dtype):
+    """Beside what cuBLASLt works in; a block of rows is cut by this count."""
+    gpu.lt.algorithms = [(1, 0)]
+    net, x = layer.astype(dtype), draw((40, 10, 8, 3), dtype)
+    engine = nnxp.Engine(net, "cuda")
+    there = put(x)
+    engine(there)
+    (prepared,) = engine._replicas[0]._prepared.values()
+    with Peak() as peak:
+        prepared.run((there,))
+    costs = prepared.costs
+    assert x.nbytes + peak.most <= costs.row_bytes * len(x) + costs.fixed_bytes

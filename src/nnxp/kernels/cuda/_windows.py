@@ -13,7 +13,7 @@ from nnxp.kernels._windows import Windows
 from nnxp.kernels.cuda._compiled import launch, next_power, type_name
 
 AXES = 3  # of space, at most
-MOST = (1 << 31) - 1  # elements of a row of x, and lines of a launch: they are counted in 32 bits
+MOST = (1 << 31) - 1  # elements of a row, and lines of a launch: they are counted in 32 bits
 THREADS = 256  # a block
 IN_FLIGHT = 4  # lines that a thread of `patches` asks for at once
 STRUCT = np.dtype((np.void, 4 * (2 + 9 * AXES)))  # CuPy passes one such thing by value
@@ -57,16 +57,22 @@ class Seen:
         return bool(one and lines and x.strides[-1] == x.itemsize)
 
 
-def fits(x: Array, over: Windows) -> bool:
-    """Whether the kernels can look through these windows over x."""
+def fits(x: Array, over: Windows, outputs: int = 1) -> bool:
+    """Whether the kernels can look through these windows over x, for so many outputs."""
     if type_name(x.dtype) is None or x.size == 0 or len(over.window) > AXES:
         return False
     if any(step % x.itemsize for step in x.strides) or any(a < 0 for a, _ in over.pads):
         return False
+    rows, *space, channels = x.shape
     steps = zip(x.shape[1:], x.strides[1:], strict=True)
-    reach = sum((n - 1) * abs(step) // x.itemsize for n, step in steps)
-    whole = sum(n + a + b for n, (a, b) in zip(x.shape[1:-1], over.pads, strict=True))
-    return int(max(reach, whole)) < MOST
+    counts = (
+        sum((n - 1) * abs(step) // x.itemsize for n, step in steps),
+        sum(n + a + b for n, (a, b) in zip(space, over.pads, strict=True)),
+        prod(over.window) * channels,
+        prod(over.positions) * max(outputs, channels),
+        rows * prod(over.positions[:-1]),
+    )
+    return max(counts) < MOST
 
 
 def laid_out(seen: Seen, first: int, lines: int) -> Array:

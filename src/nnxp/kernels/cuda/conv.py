@@ -46,8 +46,9 @@ def conv(
     alike = all(
         each is None or (each.dtype == x.dtype and each.size > 0) for each in (weight, bias)
     )
+    outputs = weight.shape[-1]
     apart = groups > 1 and activation not in _ELEMENTWISE
-    if not alike or not fits(x, over) or (apart and x.itemsize == 2):
+    if not alike or not fits(x, over, outputs) or (apart and x.itemsize == 2):
         options |= {"groups": groups, "activation": activation, "precision": precision}
         return unfused(kernels.conv, x, weight, bias, **options)
     if apart:  # the activation sees all groups at once
@@ -58,11 +59,11 @@ def conv(
         return _by_patches(Seen(x, over), weight, bias, activation, precision)
     if weight.shape[-2] == 1:
         return _by_channel(Seen(x, over), weight, bias, activation)
-    y = cupy.empty((x.shape[0], *over.positions, weight.shape[-1]), x.dtype)
-    inner, outputs = weight.shape[-2], weight.shape[-1] // groups
+    y = cupy.empty((x.shape[0], *over.positions, outputs), x.dtype)
+    inner, each = weight.shape[-2], outputs // groups
     options |= {"activation": activation, "precision": precision}
     for group in range(groups):
-        own = slice(group * outputs, (group + 1) * outputs)
+        own = slice(group * each, (group + 1) * each)
         part = x[..., group * inner : (group + 1) * inner]
         y[..., own] = conv(part, weight[..., own], None if bias is None else bias[own], **options)
     return y
