@@ -72,7 +72,7 @@ def fits(x: Array, over: Windows, outputs: int = 1) -> bool:
         prod(over.positions) * max(outputs, channels),
         rows * prod(over.positions[:-1]),
     )
-    return max(counts) < MOST
+    return bool(max(counts) < MOST)
 
 
 def laid_out(seen: Seen, first: int, lines: int) -> Array:
