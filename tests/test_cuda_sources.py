@@ -188,7 +188,7 @@ def instances():
         for dtype, shift in product(TYPES, (0, 1)):
             x = nowhere(2 * 25, 16, dtype, shift).reshape(2, 5, 5, 16)
             weight = nowhere(9, 16, dtype).reshape(3, 3, 1, 16)
-            laid_out(Seen(x, windows("conv", x, (3, 3))), 0, 18)
+            laid_out(Seen(x, windows("conv", x, (3, 3))), 0, 18, 144)
             for each in BY_CHANNEL:
                 kernels.conv(x, weight, groups=16, activation=kernels.ACTIVATIONS[each])
             for each in POOLS:
@@ -543,10 +543,14 @@ def test_nan_and_infinity_in_a_row_are_what_they_are_on_numpy(name, case, cols, 
 
 # rows, space, channels: packs, and what is too odd for them; then options
 CONVOLUTIONS = [
-    ((2, 6, 5, 8), (3, 3), {}),
+    ((2, 6, 5, 8), (3, 3), {"dilation": 2, "padding": (0, 1)}),
     ((3, 7, 6, 3), (3, 2), {"stride": (2, 1), "padding": ((1, 2), (0, 1))}),
     ((2, 9, 8), (3,), {"stride": 2, "padding": "same", "dilation": 2}),
-    ((1, 4, 5, 3, 16), (2, 3, 2), {"stride": (1, 2, 1), "padding": (1, 0, 1)}),
+    (
+        (1, 4, 5, 3, 16),
+        (2, 3, 2),
+        {"stride": (1, 2, 1), "dilation": (2, 1, 1), "padding": (1, 0, 1)},
+    ),
     ((2, 5, 5, 8), (1, 1), {"stride": 2}),
     ((2, 1, 1, 8), (3, 3), {"padding": 1}),
 ]
@@ -584,9 +588,13 @@ def test_patches_are_what_windows_see_and_zeros(shape, window, options, way, dty
     wide = padded(x.astype("float32"), over.pads)
     expected = patches(wide, over).reshape(-1, np.prod(window) * shape[-1]).astype(x.dtype)
     seen = Seen(lain(x, way), over)
-    for first, lines in ((0, len(expected)), (1, len(expected) - 1), (len(expected) - 1, 1)):
-        y = on_host(laid_out(seen, first, lines))
+    count, columns = expected.shape
+    for first, lines in ((0, count), (1, count - 1), (count - 1, 1)):
+        y = on_host(laid_out(seen, first, lines, columns))
         np.testing.assert_array_equal(y, expected[first : first + lines])
+    more = -(-columns // 8) * 8
+    y = on_host(laid_out(seen, 0, count, more))
+    np.testing.assert_array_equal(y, np.pad(expected, ((0, 0), (0, more - columns))))
 
 
 @every_type
@@ -608,7 +616,11 @@ POOLING = [
     ((2, 6, 4, 8), (2, 2), {}),
     ((3, 7, 6, 3), (3, 2), {"stride": (2, 1), "padding": ((1, 2), (0, 1))}),
     ((2, 9, 8), (3,), {"stride": 2, "padding": "same"}),
-    ((1, 5, 5, 4, 16), (2, 3, 2), {"stride": (1, 2, 3), "padding": (1, 0, 1)}),
+    (
+        (1, 5, 5, 4, 16),
+        (2, 3, 2),
+        {"stride": (1, 2, 3), "dilation": (2, 1, 1), "padding": (1, 0, 1)},
+    ),
     ((2, 8, 7, 8), (3, 2), {"stride": 2, "padding": 1, "ceil_mode": True}),
     ((2, 9, 9, 5), (2, 3), {"stride": 1, "dilation": (3, 2), "padding": (2, 1)}),
 ]
@@ -657,7 +669,7 @@ def test_a_grid_shorter_than_the_lines_goes_on_through_windows(gpu):
     gpu.most_blocks = 2
     x = drawn((40, 30, 3, 1), "float32")
     over = windows("conv", x, (2, 2))
-    y = on_host(laid_out(Seen(on_device(x), over), 0, 40 * 29 * 2))
+    y = on_host(laid_out(Seen(on_device(x), over), 0, 40 * 29 * 2, 4))
     np.testing.assert_array_equal(y, patches(x, over).reshape(y.shape))
     y = kernels.max_pool(on_device(x), window=(1, 2), stride=1)
     np.testing.assert_array_equal(on_host(y), kernels.max_pool(x, window=(1, 2), stride=1))

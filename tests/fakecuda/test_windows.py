@@ -67,7 +67,7 @@ def test_patches_are_laid_out_in_pieces(gpu, monkeypatch, activation, dtype):
     options = {"padding": 1, "activation": activation}
     given = [put(each) for each in (x, weight, bias)]
     whole = kernels.conv(*given, **options).get()
-    monkeypatch.setattr(conv, "PATCHES", 600 * 27 * x.itemsize)
+    monkeypatch.setattr(conv, "PATCHES", 600 * 32 * x.itemsize)
     kernels.conv(*given, **options)  # and cuBLASLt's algorithms are timed
     gpu.finish()
     gpu.lt.calls.clear()
@@ -76,6 +76,23 @@ def test_patches_are_laid_out_in_pieces(gpu, monkeypatch, activation, dtype):
     assert [call.rows for call in gpu.lt.calls] == [512, 512, 512, 489]
     np.testing.assert_array_equal(y.get(), whole)
     agrees(kernels.conv, x, weight, bias, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "inner"),
+    [("float32", None, 27), ("float32", "tf32", 28), ("float16", None, 32), ("bfloat16", None, 32)],
+)
+def test_lines_for_tensor_cores_are_of_16_bytes(gpu, dtype, precision, inner):
+    """Zeros fill them up; not of few lines, for which it would be one more thing to start."""
+    x, weight = draw((25, 9, 9, 3), dtype), draw((3, 3, 3, 8), dtype, 1)
+    there = put(x), put(weight)
+    for rows, wanted in ((25, inner), (10, 27)):
+        gpu.lt.calls.clear()
+        one = partial(kernels.conv, padding=1)
+        y = one(there[0][:rows], there[1], precision=precision).get()
+        assert {call.lds[1] for call in gpu.lt.calls} == {wanted}
+        found = compare("conv", "", "cuda:0", y, *error_bound(one, x[:rows], weight))
+        assert found.ok, found.problem
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -155,6 +172,7 @@ class Peak(cupy.cuda.memory_hook.MemoryHook):
 
 
 COUNTED = [
+    nnxp.Conv(3, 64, (3, 3)),
     nnxp.Conv(3, 4, (3, 3), padding=1),
     nnxp.Conv(3, 64, (3, 3), "relu", stride=2),
     nnxp.Conv(3, 8, (1, 1)),

@@ -75,13 +75,13 @@ def fits(x: Array, over: Windows, outputs: int = 1) -> bool:
     return bool(max(counts) < MOST)
 
 
-def laid_out(seen: Seen, first: int, lines: int) -> Array:
-    """What the windows see from the position `first` of the rows on: (lines, window * channels).
+def laid_out(seen: Seen, first: int, lines: int, columns: int) -> Array:
+    """What the windows see from the position `first` of the rows on: (lines, columns).
 
-    The elements of a window come in the order of its axes, each with its channels.
+    The elements of a window come in the order of its axes, each with its channels; zeros fill
+    what columns there are beyond them.
     """
-    x, over = seen.x, seen.over
-    columns = prod(over.window) * x.shape[-1]
+    x = seen.x
     y = cupy.empty((lines, columns), x.dtype)
     row, within = divmod(first, seen.positions)
     across = min(THREADS, next_power(columns // seen.v))
@@ -91,7 +91,7 @@ def laid_out(seen: Seen, first: int, lines: int) -> Array:
         (-(-columns // (seen.v * across)), min(MOST_BLOCKS, -(-lines // (IN_FLIGHT * down)))),
         (across, down),
         (x[row:], y),
-        *(seen.row_step, within, lines, seen.numbers),
+        *(seen.row_step, within, lines, columns, seen.numbers),
     )
     return y
 

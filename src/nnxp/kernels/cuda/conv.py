@@ -20,6 +20,7 @@ from nnxp.kernels.cuda.activations import DEFAULTS, option_numbers
 from nnxp.kernels.cuda.lt import product
 
 PATCHES = 64 << 20  # bytes that are laid out at once
+PAD_FROM_LINES = 1024
 LINES = 256  # lines of a piece are a multiple: so every piece of y is aligned as y is
 
 _ELEMENTWISE = frozenset(kernels.ACTIVATIONS[name] for name in DEFAULTS.keys() - {*OPS})
@@ -72,20 +73,31 @@ def conv(
 def _by_patches(
     seen: Seen, weight: Array, bias: Array | None, activation: Kernel, precision: str | None
 ) -> Array:
+    """Products of pieces of patches, no larger than those that the reference body lays out at once,
+    in float32, and an engine counts."""
     x, over, outputs = seen.x, seen.over, weight.shape[-1]
     matrix = weight.reshape(-1, outputs)
-    lines = x.shape[0] * seen.positions
-    together = max(LINES, PATCHES // (len(matrix) * x.itemsize) // LINES * LINES)
+    lines, inner, size = x.shape[0] * seen.positions, len(matrix), x.itemsize
     if seen.whole:
-        y = product(x.reshape(lines, x.shape[-1]), matrix, bias, activation, precision)
-    elif lines <= together:
-        y = product(laid_out(seen, 0, lines), matrix, bias, activation, precision)
+        y = product(x.reshape(lines, inner), matrix, bias, activation, precision)
+        return y.reshape(x.shape[0], *over.positions, outputs)
+    columns = inner
+    if lines >= PAD_FROM_LINES and (size == 2 or precision == "tf32"):
+        columns = -(-inner * size // 16) * 16 // size  # tensor cores want rows of 16 bytes
+    if columns > inner:
+        matrix = cupy.zeros((columns, outputs), x.dtype)
+        cupy.copyto(matrix[:inner], weight.reshape(-1, outputs))
+    most = min(PATCHES, 4 * lines * inner) // (columns * size)
+    together = max(LINES, most // LINES * LINES)
+    if lines <= most:
+        patches = laid_out(seen, 0, lines, columns)
+        y = product(patches, matrix, bias, activation, precision)
     else:
         y = cupy.empty((lines, outputs), x.dtype)
         step = ceil(ceil(lines / ceil(lines / together)) / LINES) * LINES
         for first in range(0, lines, step):
             part = y[first : first + step]
-            patches = laid_out(seen, first, len(part))
+            patches = laid_out(seen, first, len(part), columns)
             product(patches, matrix, bias, activation, precision, out=part)
     return y.reshape(x.shape[0], *over.positions, outputs)
 

@@ -48,20 +48,23 @@ INLINE void over_window(const Windows& at, const T* x, int pd, int ph, int pw, F
         }
 }
 
-// y (lines, window * channels): what the windows see from the position `first` on, counted through
-// all rows. A thread keeps to its V columns, and asks for four lines before it waits for the first.
+// y (lines, columns): what the windows see from the position `first` on, counted through all rows;
+// columns beyond window * channels are zeros. A thread keeps to its V columns, and asks for four lines
+// before it waits for the first.
 template <class T, int V>
 __global__ void __launch_bounds__(256, 4)
 patches(const T* __restrict__ x, T* __restrict__ y, Index row_step, Index first, Index lines,
-        Windows at) {
+        Index columns, Windows at) {
     constexpr int U = 4;
-    const unsigned columns = unsigned(at.channels) * at.d.window * at.h.window * at.w.window;
     const unsigned c = (blockIdx.x * blockDim.x + threadIdx.x) * V;
     if (c >= columns) return;
     unsigned k = c / at.channels;
     const int right = int(k % at.w.window) * at.w.dilation;
     k /= at.w.window;
-    const int down = int(k % at.h.window) * at.h.dilation, deep = int(k / at.h.window) * at.d.dilation;
+    const int down = int(k % at.h.window) * at.h.dilation;
+    k /= at.h.window;
+    const int deep = int(k) * at.d.dilation;
+    const bool filled = k < at.d.window;
     x += int(c % at.channels) * at.channel_step;
     const unsigned step = blockDim.y, end = lines;
     for (unsigned line = blockIdx.y * step * U + threadIdx.y; line < end;
@@ -77,12 +80,12 @@ patches(const T* __restrict__ x, T* __restrict__ y, Index row_step, Index first,
             p /= at.h.positions;
             const int i = start(p % at.d.positions, at.d) + deep;
             const Index row = p / at.d.positions;
-            if (within(i, at.d) && within(j, at.h) && within(l, at.w))
+            if (filled && within(i, at.d) && within(j, at.h) && within(l, at.w))
                 held[u] = load<V>(x + row * row_step + (i * at.d.step + j * at.h.step + l * at.w.step));
         }
         #pragma unroll
         for (int u = 0; u < U; ++u)
-            if (line + u * step < end) store(y + Index(line + u * step) * columns + c, held[u]);
+            if (line + u * step < end) store(y + (line + u * step) * columns + c, held[u]);
     }
 }
 
