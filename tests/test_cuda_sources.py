@@ -45,7 +45,7 @@ SOFTMAXES = "softmax", "softmin", "log_softmax"
 NORMS = "layer_norm", "rms_norm"
 ELEMENTWISE = sorted(set(kernels.ACTIVATIONS) - set(SOFTMAXES))
 POOLS = "max_pool", "average_pool"
-BY_CHANNEL = "identity", "relu", "silu"  # the others are compiled with activations.cu
+BY_CHANNEL = "identity", "relu", "hard_swish"  # the others are compiled with activations.cu
 
 FUSED = [name for name, each in kernels.KERNELS.items() if "cupy" in each._fused]
 OURS = [*ELEMENTWISE, *SOFTMAXES, *NORMS]
@@ -607,7 +607,7 @@ def test_channels_by_themselves(shape, window, options, way, each, dtype, gpu):
     options = options | {"groups": shape[-1]}
     y = kernels.conv(lain(x, way), on_device(weight), **options)
     near(on_host(y), partial(kernels.conv, **options), x, weight, dtype=dtype)
-    options["activation"] = kernels.silu
+    options["activation"] = kernels.hard_swish
     y = kernels.conv(lain(x, way), on_device(weight), on_device(bias), **options)
     near(on_host(y), partial(kernels.conv, **options), x, weight, bias, dtype=dtype)
 

@@ -31,7 +31,7 @@ OPTIONS = [
     {},
     {"padding": 1, "activation": kernels.relu},
     {"stride": (2, 1), "padding": "same", "activation": kernels.softmax},
-    {"dilation": 2, "padding": ((0, 3), (2, 1)), "activation": kernels.silu},
+    {"dilation": 2, "padding": ((0, 3), (2, 1)), "activation": kernels.hard_swish},
 ]
 
 
@@ -109,7 +109,7 @@ def network(dtype="float32"):
     net = nnxp.Sequential(
         nnxp.Conv(3, 8, (3, 3), "relu", padding=1, rng=0),
         nnxp.MaxPool((2, 2)),
-        nnxp.Conv(8, 8, (3, 3), "silu", groups=8, padding=1, rng=1),
+        nnxp.Conv(8, 8, (3, 3), "hard_swish", groups=8, padding=1, rng=1),
         nnxp.Conv(8, 16, (1, 1), rng=2),
         nnxp.BatchNorm(16),
         nnxp.Conv(16, 12, (2, 3), "tanh", groups=2, stride=2, rng=3),
@@ -176,7 +176,7 @@ COUNTED = [
     nnxp.Conv(3, 4, (3, 3), padding=1),
     nnxp.Conv(3, 64, (3, 3), "relu", stride=2),
     nnxp.Conv(3, 8, (1, 1)),
-    nnxp.Conv(3, 3, (3, 3), "silu", groups=3, padding=1),
+    nnxp.Conv(3, 3, (3, 3), "hard_swish", groups=3, padding=1),
     nnxp.Conv(3, 12, (3, 1), groups=3, padding=1),
     nnxp.Sequential(nnxp.Conv(3, 4, (1, 1)), nnxp.Conv(4, 6, (3, 3), groups=2)),
     nnxp.ConvTranspose(3, 4, (4, 4), stride=2, padding=1),
