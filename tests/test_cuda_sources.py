@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -33,15 +33,19 @@ from oracles import ORACLES, Draw, two_u
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches the CUDA kernels")
 
+from nnxp.kernels._windows import padded, patches, windows  # noqa: E402
 from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy)
 from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa: E402
 from nnxp.kernels.cuda._rows import over_rows  # noqa: E402
+from nnxp.kernels.cuda._windows import Seen, laid_out  # noqa: E402
 from nnxp.kernels.cuda.activations import bias_act  # noqa: E402
 
-SOURCES = "activations.cu", "rows.cu"
+SOURCES = "activations.cu", "rows.cu", "windows.cu"
 SOFTMAXES = "softmax", "softmin", "log_softmax"
 NORMS = "layer_norm", "rms_norm"
 ELEMENTWISE = sorted(set(kernels.ACTIVATIONS) - set(SOFTMAXES))
+POOLS = "max_pool", "average_pool"
+BY_CHANNEL = "identity", "relu", "hard_swish"  # the others are compiled with activations.cu
 
 FUSED = [name for name, each in kernels.KERNELS.items() if "cupy" in each._fused]
 OURS = [*ELEMENTWISE, *SOFTMAXES, *NORMS]
@@ -169,7 +173,8 @@ def nowhere(rows, cols, dtype, shift=0, width=None):
 def instances():
     """Every instance of a template that Python can ask for, by source: what it asks is recorded."""
     asked = Launches()
-    with pytest.MonkeyPatch.context() as patch:
+    somewhere = partial(pointer, 1 << 40)
+    with pytest.MonkeyPatch.context() as patch, cupy.cuda.using_allocator(somewhere):
         patch.setattr(_compiled, "kernel", asked.kernel)
         patch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
         for (wide, dtype), shift in product(PAIRS, (0, 1)):
@@ -180,6 +185,14 @@ def instances():
             ops = (*SOFTMAXES, *NORMS) if wide == dtype else SOFTMAXES
             for op, cols in product(ops, [*range(1, 1100), 5000]):
                 over_rows(op, *(nowhere(8, cols, each, shift) for each in (wide, dtype)))
+        for dtype, shift in product(TYPES, (0, 1)):
+            x = nowhere(2 * 25, 16, dtype, shift).reshape(2, 5, 5, 16)
+            weight = nowhere(9, 16, dtype).reshape(3, 3, 1, 16)
+            laid_out(Seen(x, windows("conv", x, (3, 3))), 0, 18, 144)
+            for each in BY_CHANNEL:
+                kernels.conv(x, weight, groups=16, activation=kernels.ACTIVATIONS[each])
+            for each in POOLS:
+                kernels.KERNELS[each](x, window=(2, 2))
     return {file: sorted({name for f, name, *_ in asked if f == file}) for file in SOURCES}
 
 
@@ -212,8 +225,10 @@ def outside_registers(log):
     return [sum(map(int, each)) for each in found]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize("file", SOURCES)
+@pytest.mark.parametrize(
+    ("file", "arch"),
+    [*product(SOURCES, ["sm_80", "sm_90", "sm_120"]), ("windows.cu", "sm_100")],
+)
 def test_every_instance_compiles_and_keeps_to_registers(file, arch):
     names = instances()[file]
     binary, log = compiled(source(file), names, arch=arch)
@@ -234,14 +249,15 @@ def test_an_array_that_leaves_the_registers_is_seen():
 
 @pytest.mark.parametrize("file", SOURCES)
 def test_packs_move_by_16_bytes_and_only_they(file):
-    names = [name for name in instances()[file] if "relu" in name or "softmax" in name]
+    some = r"relu|softmax|patches|pooled"
+    names = [name for name in instances()[file] if re.search(some, name)]
     ptx, _ = compiled(source(file), names, "ptx", "compute_90")
     bodies = ptx.decode().split(".entry ")[1:]
     assert len(bodies) == len(names)
     for body in bodies:
         pack = re.search(r"Li(\d+)E", body[: body.index("(")])  # the first number of a template
         wide = pack is None or pack[1] != "1"  # activate<> has none: it moves packs alone
-        assert ("ld.global.v4" in body) == wide
+        assert bool(re.search(r"ld\.global(\.nc)?\.v4", body)) == wide
         assert ("st.global.v4" in body) == wide
 
 
@@ -290,6 +306,8 @@ def libraries(request):
 def c_argument(value):
     if value is None or isinstance(value, cupy.ndarray):
         return ctypes.c_void_p(value.data.ptr if value is not None else None)
+    if isinstance(value, np.ndarray):  # a struct, by value
+        return (ctypes.c_char * value.nbytes).from_buffer_copy(value.tobytes())
     return {int: ctypes.c_longlong, np.float32: ctypes.c_float}[type(value)](value)
 
 
@@ -523,6 +541,140 @@ def test_nan_and_infinity_in_a_row_are_what_they_are_on_numpy(name, case, cols, 
     )
 
 
+# rows, space, channels: packs, and what is too odd for them; then options
+CONVOLUTIONS = [
+    ((2, 6, 5, 8), (3, 3), {"dilation": 2, "padding": (0, 1)}),
+    ((3, 7, 6, 3), (3, 2), {"stride": (2, 1), "padding": ((1, 2), (0, 1))}),
+    ((2, 9, 8), (3,), {"stride": 2, "padding": "same", "dilation": 2}),
+    (
+        (1, 4, 5, 3, 16),
+        (2, 3, 2),
+        {"stride": (1, 2, 1), "dilation": (2, 1, 1), "padding": (1, 0, 1)},
+    ),
+    ((2, 5, 5, 8), (1, 1), {"stride": 2}),
+    ((2, 1, 1, 8), (3, 3), {"padding": 1}),
+]
+CONVOLUTION_IDS = ["packs", "odd", "one axis", "three axes", "one element", "mostly padding"]
+every_convolution = pytest.mark.parametrize(
+    ("shape", "window", "options"), CONVOLUTIONS, ids=CONVOLUTION_IDS
+)
+
+
+def lain(x, way):
+    """A CuPy array with these values, that lies in memory in this way."""
+    if way == "channels first":
+        return on_device(np.ascontiguousarray(np.moveaxis(x, -1, 1))).transpose(
+            0, *range(2, x.ndim), 1
+        )
+    lines = x.reshape(-1, x.shape[-1])
+    width = x.shape[-1] + (16 if way == "gaps" else 0)
+    place = Place(*lines.shape, x.dtype.name, width, shift=1 if way == "askew" else 0)
+    steps = [width * x.itemsize * int(np.prod(x.shape[i + 1 : -1])) for i in range(x.ndim - 1)]
+    place.filled(lines)
+    base = pointer(place.bytes.ctypes.data, place.bytes.nbytes, place.bytes)
+    return cupy.ndarray(x.shape, x.dtype, base, strides=(*steps, x.itemsize))
+
+
+WAYS = "dense", "gaps", "askew", "channels first"
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@every_type
+@every_way
+@every_convolution
+def test_patches_are_what_windows_see_and_zeros(shape, window, options, way, dtype, gpu):
+    x = drawn(shape, dtype)
+    over = windows("conv", x, window, **options)
+    wide = padded(x.astype("float32"), over.pads)
+    expected = patches(wide, over).reshape(-1, np.prod(window) * shape[-1]).astype(x.dtype)
+    seen = Seen(lain(x, way), over)
+    count, columns = expected.shape
+    for first, lines in ((0, count), (1, count - 1), (count - 1, 1)):
+        y = on_host(laid_out(seen, first, lines, columns))
+        np.testing.assert_array_equal(y, expected[first : first + lines])
+    more = -(-columns // 8) * 8
+    y = on_host(laid_out(seen, 0, count, more))
+    np.testing.assert_array_equal(y, np.pad(expected, ((0, 0), (0, more - columns))))
+
+
+@every_type
+@every_way
+@every_convolution
+@pytest.mark.parametrize("each", [1, 2])
+def test_channels_by_themselves(shape, window, options, way, each, dtype, gpu):
+    x, outputs = drawn(shape, dtype), each * shape[-1]
+    weight, bias = drawn((*window, 1, outputs), dtype, 1), drawn(outputs, dtype, 2)
+    options = options | {"groups": shape[-1]}
+    y = kernels.conv(lain(x, way), on_device(weight), **options)
+    near(on_host(y), partial(kernels.conv, **options), x, weight, dtype=dtype)
+    options["activation"] = kernels.hard_swish
+    y = kernels.conv(lain(x, way), on_device(weight), on_device(bias), **options)
+    near(on_host(y), partial(kernels.conv, **options), x, weight, bias, dtype=dtype)
+
+
+POOLING = [
+    ((2, 6, 4, 8), (2, 2), {}),
+    ((3, 7, 6, 3), (3, 2), {"stride": (2, 1), "padding": ((1, 2), (0, 1))}),
+    ((2, 9, 8), (3,), {"stride": 2, "padding": "same"}),
+    (
+        (1, 5, 5, 4, 16),
+        (2, 3, 2),
+        {"stride": (1, 2, 3), "dilation": (2, 1, 1), "padding": (1, 0, 1)},
+    ),
+    ((2, 8, 7, 8), (3, 2), {"stride": 2, "padding": 1, "ceil_mode": True}),
+    ((2, 9, 9, 5), (2, 3), {"stride": 1, "dilation": (3, 2), "padding": (2, 1)}),
+]
+every_pooling = pytest.mark.parametrize(("shape", "window", "options"), POOLING)
+
+
+@every_type
+@every_way
+@every_pooling
+@pytest.mark.parametrize("name", [*POOLS, "counting padding"])
+def test_pools(name, shape, window, options, way, dtype, gpu):
+    x = drawn(shape, dtype)
+    if name == "counting padding":
+        name, options = "average_pool", options | {"count_include_pad": True}
+    pool = partial(kernels.KERNELS[name], window=window, **options)
+    y = on_host(pool(lain(x, way)))
+    near(y, pool, x, dtype=dtype)
+    if name == "max_pool":
+        np.testing.assert_array_equal(y, pool(x))
+
+
+def same_specials(y, expected):
+    """NaN and the infinities are at the same places, and there are some."""
+    y, expected = (np.where(np.isfinite(each), 0, each).astype("float32") for each in (y, expected))
+    np.testing.assert_array_equal(y, expected)
+    assert np.isnan(y).any()
+    assert np.isinf(y).any()
+
+
+@every_type
+def test_nan_goes_through_pools_and_convolutions_and_infinity_too(dtype, gpu):
+    x = drawn((1, 6, 6, 8), dtype)
+    x[0, 1, 1], x[0, 3, 4], x[0, 5, 0], x[0, 0, 5] = np.nan, np.inf, -np.inf, -np.inf
+    weight = drawn((3, 3, 1, 8), dtype)
+    weight[0, 0, 0, 1] = np.inf  # times a zero of the padding it is NaN
+    with np.errstate(all="ignore"):
+        for name in POOLS:
+            for options in ({}, {"stride": 1, "padding": 1}):
+                pool = partial(kernels.KERNELS[name], window=(2, 2), **options)
+                same_specials(on_host(pool(on_device(x))), pool(x))
+        conv = partial(kernels.conv, groups=8, padding=1)
+        same_specials(on_host(conv(on_device(x), on_device(weight))), conv(x, weight))
+
+
+def test_a_grid_shorter_than_the_lines_goes_on_through_windows(gpu):
+    gpu.most_blocks = 2
+    x = drawn((40, 30, 3, 1), "float32")
+    over = windows("conv", x, (2, 2))
+    y = on_host(laid_out(Seen(on_device(x), over), 0, 40 * 29 * 2, 4))
+    np.testing.assert_array_equal(y, patches(x, over).reshape(y.shape))
+    y = kernels.max_pool(on_device(x), window=(1, 2), stride=1)
+    np.testing.assert_array_equal(on_host(y), kernels.max_pool(x, window=(1, 2), stride=1))
+
+
 def test_any_number_of_axes_and_an_array_to_fill(gpu):
     x = drawn((2, 3, 4), "float32")
     for kernel in (kernels.tanh, kernels.softmax, kernels.layer_norm):
@@ -701,15 +853,15 @@ def test_nothing_is_launched_for_an_array_of_another_device(launches, monkeypatc
     assert not launches
 
 
-def handed_back(monkeypatch, kernel):
-    """What arrives at the reference body of a kernel."""
+def handed_back(monkeypatch, kernel, body="reference"):
+    """What arrives at the reference body of a kernel, or before it is widened for that."""
     arrived = []
 
     def reference(*arrays, **options):
         arrived.append((arrays, options))
         return "the reference"
 
-    monkeypatch.setattr(kernel, "reference", reference)
+    monkeypatch.setattr(kernel, body, reference)
     return arrived
 
 
@@ -730,4 +882,34 @@ def test_what_is_not_fused_goes_to_the_reference_body(name, launches, monkeypatc
         kernel(x, nowhere(1, 1, "float32")[0])
         assert arrived[2] == ((x, gain, None)[: 2 + (name == "layer_norm")], {"eps": 0.5})
     assert len(arrived) == 4
+    assert not launches
+
+
+def test_windows_that_the_kernels_cannot_look_through_go_to_the_reference_body(
+    launches, monkeypatch
+):
+    def some(*shape, dtype="float32"):
+        return nowhere(int(np.prod(shape)), 1, dtype).reshape(shape)
+
+    arrived = {
+        name: handed_back(monkeypatch, kernels.KERNELS[name], "widened")
+        for name in (*POOLS, "conv")
+    }
+    wrong = [some(3, 4, 4, 2, dtype="float64"), some(0, 4, 4, 2), some(1, 2, 2, 2, 2, 2)]
+    huge = nowhere(2, 1 << 31, "float16").reshape(2, 1 << 16, 1 << 14, 2)
+    for x in (*wrong, huge):
+        window = (2,) * (x.ndim - 2)
+        for name in POOLS:
+            kernels.KERNELS[name](x, window=window, ceil_mode=True)
+        kernels.conv(x, some(*window, 2, 3, dtype=x.dtype.name), stride=2)
+    x, weight = some(3, 4, 4, 2), some(2, 2, 2, 4)
+    kernels.conv(x, weight, padding=1 << 15)
+    kernels.conv(x, some(2, 2, 2, 4, dtype="float64"))
+    kernels.conv(x, weight, some(4, dtype="float16"))
+    half = some(3, 4, 4, 2, dtype="float16"), some(2, 2, 1, 2, dtype="float16")
+    kernels.conv(*half, groups=2, activation=kernels.softmax)  # 16 bits would be rounded twice
+    assert [len(each) for each in arrived.values()] == [4, 4, 8]
+    assert arrived["average_pool"][0][1]["ceil_mode"]
+    assert not arrived["average_pool"][0][1]["count_include_pad"]
+    assert arrived["conv"][0][1]["stride"] == 2
     assert not launches

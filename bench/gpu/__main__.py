@@ -40,6 +40,7 @@ STEPS = {
     "host": 120,
     "fused": 40,
     "graphs": 120,
+    "pictures": 90,
     "memory": 45,
     "blocks": 60,
     "autotune": 150,

@@ -30,6 +30,8 @@ NAMES = {
     "amax": "maximum",
 }
 
+STRUCTS = {"Windows": 29 * 4}  # bytes of what is passed by value
+
 _modules, _functions = {}, {}
 ours = {}
 """By source, the library with its instances for the host, and their names in the order there."""
@@ -72,11 +74,15 @@ def work(function, shape, parameters):
 
 
 def _ours(kernel, shape, places):
-    values = [ctypes.create_string_buffer(ctypes.string_at(at, 8), 8) for at in places]
+    sizes = [STRUCTS.get(told.split()[0], 8) for told in kernel.parameters]
+    values = [
+        ctypes.create_string_buffer(ctypes.string_at(at, size), size)
+        for at, size in zip(places, sizes, strict=True)
+    ]
     addresses = [
         at
         for value, told in zip(values, kernel.parameters, strict=True)
-        if "*" in told and (at := int.from_bytes(value, "little"))
+        if "*" in told and (at := int.from_bytes(value[:8], "little"))
     ]
     for at in addresses:
         machine.alive(at)

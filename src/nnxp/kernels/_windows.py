@@ -156,13 +156,13 @@ def padded(x: Array, pads: Sequence[tuple[int, int]], fill: float = 0.0) -> Arra
     """x with so much of `fill` around the axes between rows and channels; less than none is cut
     off."""
     if any(before < 0 or behind < 0 for before, behind in pads):
-        x, pads = _cut(x, pads)
+        x, pads = cut(x, pads)
     if not any(map(any, pads)):
         return x
     return xp_of(x).pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
 
 
-def _cut(x: Array, pads: Sequence[tuple[int, int]]) -> tuple[Array, Pairs]:
+def cut(x: Array, pads: Sequence[tuple[int, int]]) -> tuple[Array, Pairs]:
     """x without what negative padding cuts off, and the padding that is left to do."""
     kept, rest = [], []
     for n, (before, behind) in zip(x.shape[1:-1], pads, strict=True):

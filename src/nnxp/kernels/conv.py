@@ -16,6 +16,7 @@ from nnxp.kernels._windows import (
     Padding,
     PerAxis,
     Windows,
+    cut,
     padded,
     padding_option,
     patches,
@@ -39,6 +40,7 @@ def conv(
     dilation: PerAxis = 1,
     groups: int = 1,
     activation: Kernel = identity,
+    precision: str | None = None,
 ) -> Array:
     """y[n, p, o] = activation(sum over k, i of x[n, stride p + dilation k - padding, i] weight[k,
     i, o] + bias[o])
@@ -46,7 +48,8 @@ def conv(
     x (n, *space, c), weight (*window, c / groups, o), bias (o,) -> y (n, *positions, o): a cross-
     correlation, as everywhere in the field [Dumoulin & Visin 2016, arXiv:1603.07285]. With groups,
     each c / groups channels make their own o / groups outputs. `padding` is of zeros: a number, for
-    each axis a number or a pair (before, behind), or "same", "same_lower", "valid".
+    each axis a number or a pair (before, behind), or "same", "same_lower", "valid". `precision` is
+    as for matmul.
 
     Patches are laid out in rows, for one product with the weight [Chellapilla et al. 2006]; where a
     channel is a group of its own, each window's element is multiplied and added where it lies.
@@ -60,7 +63,8 @@ def conv(
             seen = x[(slice(None), *(slice(None, None, s) for s in over.stride))]
         else:
             seen = patches(x, over).reshape(x.shape[0], *over.positions, prod(weight.shape[:-1]))
-        return linear(seen, weight.reshape(-1, weight.shape[-1]), bias, activation=activation)
+        options = {"activation": activation} | _if_given(precision)
+        return linear(seen, weight.reshape(-1, weight.shape[-1]), bias, **options)
     apart = weight.shape[-2] == 1
     y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
     return _finished(y, bias, activation)
@@ -82,6 +86,10 @@ def conv_max_pool(
     other options are those of `conv`.
     """
     return max_pool(conv(x, weight, bias, **options), window=window)
+
+
+def _if_given(precision: str | None) -> dict[str, Any]:
+    return {} if precision is None else {"precision": precision}
 
 
 def _finished(y: Array, bias: Array | None, activation: Kernel) -> Array:
@@ -183,6 +191,7 @@ def conv_transpose(
     dilation: PerAxis = 1,
     groups: int = 1,
     activation: Kernel = identity,
+    precision: str | None = None,
 ) -> Array:
     """y[n, stride p + dilation k - padding, o] = activation(sum over p, k, i of x[n, p, i]
     weight[k, i, o] + bias[o])
@@ -190,6 +199,7 @@ def conv_transpose(
     x (n, *space, c), weight (*window, c / groups, o), bias (o,) -> y (n, *made, o): the transpose
     of a convolution, as in upsampling [Dumoulin & Visin 2016, arXiv:1603.07285]. Along each axis
     of n it makes (n - 1) stride - before - behind + reach + output_padding; with "same" n stride.
+    `precision` is as for matmul.
 
     Outputs that are a stride apart see the same part of the window: each such phase is a plain
     convolution with that part, turned over, so that no product is with a zero in between.
@@ -201,16 +211,19 @@ def conv_transpose(
     )
     phases = list(product(*(way.phases for way in ways)))
 
+    options = {"groups": groups} | _if_given(precision)
+
     def part(phase: tuple[Phase | None, ...]) -> Any:
         return weight[tuple(each.part for each in phase if each is not None)]
 
     if len(phases) > 1 and groups == 1 and _alike(phases):
-        y = _through(x, xp.concatenate([part(each) for each in phases], axis=-1), phases[0], 1)
+        together = xp.concatenate([part(each) for each in phases], axis=-1)
+        y = _through(x, together, phases[0], options)
         y = y.reshape(*y.shape[:-1], len(phases), outputs)
     else:
         empty = (x.shape[0], *(way.count for way in ways), outputs)
         made = [
-            xp.zeros(empty, x.dtype) if None in each else _through(x, part(each), each, groups)
+            xp.zeros(empty, x.dtype) if None in each else _through(x, part(each), each, options)
             for each in phases
         ]
         y = xp.stack(made, axis=-2) if len(made) > 1 else made[0]
@@ -289,11 +302,18 @@ def _phase(at: int, n: int, window: int, stride: int, dilation: int, count: int)
     return Phase(taps, apart, (-first, count + (len(taps) - 1) * apart + first - n))
 
 
-def _through(x: Array, weight: Array, phases: Sequence[Phase | None], groups: int) -> Array:
+def _through(
+    x: Array, weight: Array, phases: Sequence[Phase | None], options: dict[str, Any]
+) -> Array:
     """The convolution that makes the outputs of a phase along each axis."""
     here = [phase for phase in phases if phase is not None]
-    x = padded(x, [phase.pads for phase in here])
-    return conv(x, weight, dilation=tuple(phase.dilation for phase in here), groups=groups)
+    pads: Sequence[tuple[int, int]] = [phase.pads for phase in here]
+    if any(min(pair) < 0 for pair in pads):
+        x, pads = cut(x, pads)
+    if 0 in x.shape[1:-1]:  # all is padding
+        x, pads = padded(x, pads), [(0, 0)] * len(pads)
+    apart = tuple(phase.dilation for phase in here)
+    return conv(x, weight, padding=tuple(pads), dilation=apart, **options)
 
 
 def _alike(phases: Sequence[tuple[Phase | None, ...]]) -> bool:

@@ -31,6 +31,8 @@ from nnxp.program.traced import (
 
 CENTRING = (kernels.standardize, kernels.batch_norm)
 """Kernels that take away from the rows what is large in them."""
+WITH_PRECISION = (kernels.linear, kernels.matmul, kernels.conv, kernels.conv_transpose)
+"""Kernels that are told of the precision of their products."""
 
 
 def with_precision(program: Program, precision: str) -> Program:
@@ -40,7 +42,7 @@ def with_precision(program: Program, precision: str) -> Program:
     """
 
     def noted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if kernel in (kernels.linear, kernels.matmul):
+        if kernel in WITH_PRECISION:
             return record(kernel, arrays, options | {"precision": precision})
         step = Step(kernel, tuple(map(value_of, arrays)), options, "")
         if multiply_adds(step):

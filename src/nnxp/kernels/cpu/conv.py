@@ -36,6 +36,7 @@ def conv_in_place(
     dilation: PerAxis = 1,
     groups: int = 1,
     activation: Kernel = identity,
+    precision: str | None = None,
 ) -> InPlace | None:
     """For windows over one or two axes of space, with constant weights, in one group or with a
     group for each channel."""
@@ -80,6 +81,7 @@ def conv_max_pool_in_place(
     window: tuple[int, ...],
     groups: int = 1,
     activation: Kernel = identity,
+    precision: str | None = None,
     **options: Any,
 ) -> InPlace | None:
     """Where the convolution is by patches: what the pool leaves is all that is written out.

@@ -24,13 +24,12 @@ TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 @cache
 def source(file: str) -> str:
-    """A source with device.cuh in its place: one text, so that CuPy's cache sees every change."""
+    """A source with what it includes in its place: CuPy's cache then sees every change."""
     here = Path(__file__).parent
-    return (
-        (here / file)
-        .read_text()
-        .replace('#include "device.cuh"', (here / "device.cuh").read_text())
-    )
+    text = (here / file).read_text()
+    for header in ("device.cuh", "act.cuh"):
+        text = text.replace(f'#include "{header}"', (here / header).read_text())
+    return text
 
 
 @cache
@@ -65,9 +64,10 @@ def launch(
     grid: tuple[int, ...],
     block: tuple[int, ...],
     arrays: tuple[Array | None, ...],
-    *numbers: int | np.float32,
+    *numbers: int | np.float32 | np.ndarray[Any, Any],
 ) -> None:
-    """Launch on the current stream. CuPy passes an int as long long, None as nullptr."""
+    """Launch on the current stream. CuPy passes an int as long long, None as nullptr, and an array
+    of the host, of one element, by value: as a struct."""
     here = cupy.cuda.runtime.getDevice()
     for each in arrays:
         if each is not None and each.data.device_id != here:

@@ -30,7 +30,7 @@ def bias_act(x: Array, bias: Array | None, activation: Kernel, out: Array) -> Ar
     name = activation.__name__
     if name in OPS:
         return over_rows(name, x, out, before=bias)
-    return _fill(name, x, bias, out, _numbers(DEFAULTS[name]))
+    return _fill(name, x, bias, out, option_numbers(DEFAULTS[name]))
 
 
 def _defaults(activation: Kernel) -> dict[str, float]:
@@ -42,7 +42,7 @@ def _defaults(activation: Kernel) -> dict[str, float]:
 DEFAULTS = {name: _defaults(each) for name, each in kernels.ACTIVATIONS.items()}
 
 
-def _numbers(options: dict[str, float]) -> tuple[np.float32, np.float32]:
+def option_numbers(options: dict[str, float]) -> tuple[np.float32, np.float32]:
     """The options as the kernels take them: two, of which those that are not there are 0."""
     a, b = (*options.values(), 0, 0)[:2]
     return np.float32(a), np.float32(b)
@@ -99,7 +99,7 @@ def _fuse(activation: Kernel) -> None:
         if not x.flags.c_contiguous:
             x = x.copy()
         y = cupy.empty(x.shape, x.dtype) if out is None else out
-        return _fill(name, x, None, y, _numbers(options))
+        return _fill(name, x, None, y, option_numbers(options))
 
 
 for _name in kernels.ACTIVATIONS.keys() - {"identity", *OPS}:

@@ -16,7 +16,7 @@ from nnxp.kernels.cuda.lt import bindings
 from nnxp.kernels.cuda.lt.bindings import DATA_TYPES, DEFAULT
 from nnxp.kernels.cuda.lt.descriptors import PASS, leading, packed
 from nnxp.kernels.cuda.lt.passes import Run, by_cupy, nothing, uncovered
-from nnxp.kernels.cuda.lt.plans import Lately, planned
+from nnxp.kernels.cuda.lt.plans import Lately, Plan, planned
 from nnxp.kernels.cuda.lt.tuning import EPILOGUES
 
 MOST_PLANS = 256
@@ -34,12 +34,13 @@ def product(
     bias: Array | None,
     activation: Kernel,
     precision: str | None = None,
+    out: Array | None = None,
 ) -> Array:
     """y = activation(x @ weight + bias)
 
     x (m, k), weight (k, n), bias (n,) -> y (m, n), on the current stream of the current device.
     Everything that decides how it is done is in the key, so that what was done before takes one
-    look into a dictionary.
+    look into a dictionary. `out`, without gaps, is filled, in place if it lies as a new y would.
     """
     wish = DEFAULT if activation is identity else PASS
     try:
@@ -69,7 +70,15 @@ def product(
     except AttributeError:  # an array of the host among them: CuPy says so
         return uncovered(x, weight, bias, activation)
     plan = plans.young.get(key) or _plan(key, wish, x, weight, bias, activation, precision)
-    return plan(x, weight, bias, activation)
+    if out is None:
+        return plan(x, weight, bias, activation)
+    if isinstance(plan, Plan):
+        y = plan(x, weight, bias, activation, out)
+    else:
+        y = plan(x, weight, bias, activation)
+    if y is not out:
+        cupy.copyto(out, y)
+    return out
 
 
 def _plan(

@@ -65,11 +65,22 @@ class Plan:
         self.shape: Shape = product.rows, product.form.cols
         self.dtype = product.dtype
 
-    def __call__(self, x: Array, weight: Array, bias: Array | None, activation: Kernel) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None,
+        activation: Kernel,
+        out: Array | None = None,
+    ) -> Array:
+        """The product: in `out` if it lies as the plan's own result would, else in a new array."""
         cols = self.shape[1]
         if cols != self.cols:
             weight = widened(weight, cols)
-        y = cupy.empty(self.shape, self.dtype)
+        if out is None or out.dtype != self.dtype or cols != self.cols or out.data.ptr % 256:
+            y = cupy.empty(self.shape, self.dtype)
+        else:
+            y = out
         fused_bias = bias.data.ptr if self.way > DEFAULT and bias is not None else 0
         self.product.launch(self.algorithm, x.data.ptr, weight.data.ptr, fused_bias, y.data.ptr)
         if cols != self.cols:

@@ -1,0 +1,120 @@
+"""A ResNet and a MobileNet on pictures that are on the device, against torch with its pictures in
+the order that its convolutions like best; and how near what looks through windows comes to a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import nnxp
+from gpu.here import Array, Figures, Here, Values
+from models import drawn, due, rows_of
+from nnxp import kernels
+from nnxp._arrays import float_dtype
+
+NETWORKS = ("resnet50", "mobilenet")
+ROWS = 64
+CHECKED = 4  # rows, against float64 on the host
+KINDS = {"fp32": "float32", "bf16": "bfloat16", "tf32": "float32", "fp16": "float16"}
+
+
+def figures(here: Here) -> Figures:
+    yield "windows", _windows(here)
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        yield "networks", {"all": {"out": "torch is not installed, which draws the weights"}}
+        return
+    for kind in here.sized(tuple(KINDS), ("fp32",)):
+        for name in NETWORKS:
+            yield f"{name} {kind}", _raced(here, name, kind)
+
+
+def _windows(here: Here) -> Values:
+    """Bytes of x and of y in a second, of one layer of 64 channels."""
+    n, size, channels = here.sized((256, 56, 64), (2, 6, 8))
+    x = here.device.put(here.draw(n, size, size, channels))
+    each = here.device.put(here.draw(3, 3, 1, channels))
+    whole = here.device.put(here.draw(3, 3, channels, channels))
+    passes: dict[str, Callable[[], Array]] = {
+        "depthwise and relu": partial(
+            kernels.conv, x, each, groups=channels, padding=1, activation=kernels.relu
+        ),
+        "max_pool": partial(kernels.max_pool, x, window=(3, 3), stride=2, padding=1),
+        "average_pool": partial(kernels.average_pool, x, window=(2, 2)),
+        "patches and product": partial(kernels.conv, x, whole, padding=1),
+    }
+    copied = here.copied(x.nbytes)
+    values: Values = {"copy": {"GB/s": copied, "of the copy": 1.0}}
+    for name, run in passes.items():
+        rate = (x.nbytes + run().nbytes) / here.seconds(run) / 1e9
+        values[name] = {"GB/s": rate, "of the copy": rate / copied}
+    return values
+
+
+def _raced(here: Here, name: str, kind: str) -> Values:
+    small = here.sized(False, True)
+    x = rows_of(name, ROWS, small)
+    expected = due(name, CHECKED, small).value
+    runs = {
+        "nnxp": _nnxp(here, drawn(name, small), kind, x),
+        "torch": _torch(here, drawn(name, small), kind, x),
+    }
+    table: Values = {}
+    for who, (run, why) in runs.items():
+        if run is None:
+            table[who] = {"out": why}
+            continue
+        y = run(x[: len(expected)])
+        off = float(np.abs(y - expected).max() / np.abs(expected).max())
+        table[who] = {"error": off}
+        if kind == "fp32" and not off <= 2e-5:  # as in models.py
+            table[who]["problem"] = f"off by {off:.1e} of the largest"
+    for who, (run, _) in runs.items():
+        if run is not None and "problem" not in table[who]:
+            seconds = here.seconds(partial(run, None))
+            table[who] |= {"ms": seconds * 1e3, "rows/s": len(x) / seconds}
+    return table
+
+
+Run = Callable[[Any], Any]
+"""For rows of the host, what it makes of them there; for None, all of its own on the device."""
+
+
+def _nnxp(here: Here, module: Any, kind: str, x: Array) -> tuple[Run | None, str]:
+    dtype = float_dtype(KINDS[kind])
+    model = nnxp.from_torch(module).astype(dtype)
+    precision = "tf32" if kind == "tf32" else None
+    engine = nnxp.Engine(model, here.backend, precision=precision)
+    there = here.device.put(x.astype(dtype))
+
+    def run(rows: Any) -> Any:
+        return engine(there) if rows is None else engine(rows.astype(dtype)).astype("float32")
+
+    return run, ""
+
+
+def _torch(here: Here, module: Any, kind: str, x: Array) -> tuple[Run | None, str]:
+    import torch
+
+    if not (here.on_gpu and torch.cuda.is_available()):
+        return None, "torch finds no GPU"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = kind == "tf32"
+    torch.backends.cudnn.benchmark = True
+    there = {"device": "cuda", "dtype": getattr(torch, KINDS[kind])}
+    order = {"memory_format": torch.channels_last}
+    module = module.to(**there, **order)
+    own = torch.from_numpy(x).to(**there, **order)
+
+    def run(rows: Any) -> Any:
+        with torch.inference_mode():
+            if rows is None:
+                module(own)
+                return None
+            return module(torch.from_numpy(rows).to(**there, **order)).float().cpu().numpy()
+
+    return run, ""

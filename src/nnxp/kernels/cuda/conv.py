@@ -1,0 +1,117 @@
+"""Convolutions: patches laid out for cuBLASLt, and channels that are groups of their own."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import cupy
+
+from nnxp import kernels
+from nnxp._arrays import Array
+from nnxp.kernels._dispatch import Kernel
+from nnxp.kernels._windows import Padding, PerAxis, windows
+from nnxp.kernels.activations import identity
+from nnxp.kernels.conv import _fitting
+from nnxp.kernels.cuda._compiled import unfused
+from nnxp.kernels.cuda._rows import OPS
+from nnxp.kernels.cuda._windows import Seen, fits, laid_out, over_lines
+from nnxp.kernels.cuda.activations import DEFAULTS, option_numbers
+from nnxp.kernels.cuda.lt import product
+
+PATCHES = 64 << 20  # bytes that are laid out at once
+PAD_FROM_LINES = 1024
+LINES = 256  # lines of a piece are a multiple: so every piece of y is aligned as y is
+
+_ELEMENTWISE = frozenset(kernels.ACTIVATIONS[name] for name in DEFAULTS.keys() - {*OPS})
+
+
+@kernels.conv.on("cupy")
+def conv(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    activation: Kernel = identity,
+    precision: str | None = None,
+) -> Array:
+    """As its reference; what is laid out of patches takes at most PATCHES bytes at a time, or LINES
+    lines. Groups of several channels are convolutions one after the other."""
+    _fitting("conv", x, weight, groups)
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    over = windows("conv", x, weight.shape[:-2], **options)
+    alike = all(
+        each is None or (each.dtype == x.dtype and each.size > 0) for each in (weight, bias)
+    )
+    outputs = weight.shape[-1]
+    apart = groups > 1 and activation not in _ELEMENTWISE
+    if not alike or not fits(x, over, outputs) or (apart and x.itemsize == 2):
+        options |= {"groups": groups, "activation": activation, "precision": precision}
+        return unfused(kernels.conv, x, weight, bias, **options)
+    if apart:  # the activation sees all groups at once
+        options |= {"groups": groups, "precision": precision}
+        y = conv(x, weight, bias, **options)
+        return activation(y, out=y)
+    if groups == 1:
+        return _by_patches(Seen(x, over), weight, bias, activation, precision)
+    if weight.shape[-2] == 1:
+        return _by_channel(Seen(x, over), weight, bias, activation)
+    y = cupy.empty((x.shape[0], *over.positions, outputs), x.dtype)
+    inner, each = weight.shape[-2], outputs // groups
+    options |= {"activation": activation, "precision": precision}
+    for group in range(groups):
+        own = slice(group * each, (group + 1) * each)
+        part = x[..., group * inner : (group + 1) * inner]
+        y[..., own] = conv(part, weight[..., own], None if bias is None else bias[own], **options)
+    return y
+
+
+def _by_patches(
+    seen: Seen, weight: Array, bias: Array | None, activation: Kernel, precision: str | None
+) -> Array:
+    """Products of pieces of patches, no larger than those that the reference body lays out at once,
+    in float32, and an engine counts."""
+    x, over, outputs = seen.x, seen.over, weight.shape[-1]
+    matrix = weight.reshape(-1, outputs)
+    lines, inner, size = x.shape[0] * seen.positions, len(matrix), x.itemsize
+    if seen.whole:
+        y = product(x.reshape(lines, inner), matrix, bias, activation, precision)
+        return y.reshape(x.shape[0], *over.positions, outputs)
+    columns = inner
+    if lines >= PAD_FROM_LINES and (size == 2 or precision == "tf32"):
+        columns = -(-inner * size // 16) * 16 // size  # tensor cores want rows of 16 bytes
+    if columns > inner:
+        matrix = cupy.zeros((columns, outputs), x.dtype)
+        cupy.copyto(matrix[:inner], weight.reshape(-1, outputs))
+    most = min(PATCHES, 4 * lines * inner) // (columns * size)
+    together = max(LINES, most // LINES * LINES)
+    if lines <= most:
+        patches = laid_out(seen, 0, lines, columns)
+        y = product(patches, matrix, bias, activation, precision)
+    else:
+        y = cupy.empty((lines, outputs), x.dtype)
+        step = ceil(ceil(lines / ceil(lines / together)) / LINES) * LINES
+        for first in range(0, lines, step):
+            part = y[first : first + step]
+            patches = laid_out(seen, first, len(part), columns)
+            product(patches, matrix, bias, activation, precision, out=part)
+    return y.reshape(x.shape[0], *over.positions, outputs)
+
+
+def _by_channel(seen: Seen, weight: Array, bias: Array | None, activation: Kernel) -> Array:
+    x, outputs, name = seen.x, weight.shape[-1], activation.__name__
+    weight = cupy.ascontiguousarray(weight)
+    bias = bias if bias is None else cupy.ascontiguousarray(bias)
+    places = weight.data.ptr | (0 if bias is None else bias.data.ptr)
+    v = seen.v if outputs == x.shape[-1] and places % 16 == 0 else 1
+    arrays = weight, bias
+    more = outputs, *option_numbers(DEFAULTS[name])
+    return over_lines(("by_channel", f"act::{name}"), seen, outputs, v, arrays, *more)
+
+
+# Its steps have bodies of their own; the largest of what is rounded is the largest, rounded.
+kernels.conv_max_pool.on("cupy")(kernels.conv_max_pool.reference)
