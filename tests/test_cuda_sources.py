@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from nnxp import kernels
-from nnxp._arrays import float_dtype
+from nnxp._arrays import float_dtype, xp_of
 from nnxp.testing import LIMIT, error_bound
 from oracles import ORACLES, Draw, two_u
 
@@ -35,7 +35,7 @@ cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches th
 
 from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy)
 from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa: E402
-from nnxp.kernels.cuda._rows import over_rows  # noqa: E402
+from nnxp.kernels.cuda._rows import over_rows, over_scores  # noqa: E402
 from nnxp.kernels.cuda.activations import bias_act  # noqa: E402
 
 SOURCES = "activations.cu", "rows.cu"
@@ -85,7 +85,8 @@ class Place:
     """Host memory for a matrix: rows `width` apart, of which cols are used, between fences."""
 
     def __init__(self, rows, cols, dtype, width=None, shift=0):
-        width, kind = width or cols, float_dtype(dtype)
+        width = width or cols
+        kind = np.dtype(dtype) if dtype == "bool" else float_dtype(dtype)
         self.bytes = memory(rows * width * kind.itemsize, shift * kind.itemsize)
         self.host = self.bytes.view(kind).reshape(rows, width)[:, :cols]
         self.gaps = self.bytes.view(kind).reshape(rows, width)[:, cols:]
@@ -180,6 +181,9 @@ def instances():
             ops = (*SOFTMAXES, *NORMS) if wide == dtype else SOFTMAXES
             for op, cols in product(ops, [*range(1, 1100), 5000]):
                 over_rows(op, *(nowhere(8, cols, each, shift) for each in (wide, dtype)))
+        for shift, cols in product((0, 1), [*range(1, 1100), 5000]):
+            scores = nowhere(8, cols, "float32", shift).reshape(1, 2, 4, cols)
+            over_scores(scores, None, causal=False, scale=1.0)
     return {file: sorted({name for f, name, *_ in asked if f == file}) for file in SOURCES}
 
 
@@ -234,7 +238,7 @@ def test_an_array_that_leaves_the_registers_is_seen():
 
 @pytest.mark.parametrize("file", SOURCES)
 def test_packs_move_by_16_bytes_and_only_they(file):
-    names = [name for name in instances()[file] if "relu" in name or "softmax" in name]
+    names = [name for name in instances()[file] if re.search("relu|softmax|scores", name)]
     ptx, _ = compiled(source(file), names, "ptx", "compute_90")
     bodies = ptx.decode().split(".entry ")[1:]
     assert len(bodies) == len(names)
@@ -521,6 +525,111 @@ def test_nan_and_infinity_in_a_row_are_what_they_are_on_numpy(name, case, cols, 
     np.testing.assert_allclose(
         on_host(kernel(on_device(x), **options)), expected, rtol=2e-5, atol=1e-6
     )
+
+
+def weights(scores, mask=None, *, causal=False, scale=1.0):
+    """What attention makes of its scores, by the formula of its reference body."""
+    xp = xp_of(scores)
+    scores = scores * scale
+    if mask is not None:
+        boolean = mask.dtype == bool
+        scores = xp.where(mask, scores, -np.inf) if boolean else scores + mask
+    if causal:
+        queries, keys = scores.shape[-2:]
+        scores = xp.where(np.arange(keys) <= np.arange(queries)[:, None], scores, -np.inf)
+    largest = xp.maximum(scores.max(axis=-1, keepdims=True), float(np.finfo("float32").min))
+    y = xp.exp(scores - largest)
+    return y / xp.maximum(y.sum(axis=-1, keepdims=True), 1)
+
+
+def weighted(scores, mask, *, shift=0, **options):
+    """The same by the kernel, from scores and a mask between fences."""
+    *lead, keys = scores.shape
+    place = Place(int(np.prod(lead)), keys, "float32", shift=shift)
+    place.filled(scores.reshape(-1, keys))
+    there = None
+    if mask is not None:
+        there = cupy.broadcast_to(on_device(mask), scores.shape)
+    over_scores(place.device.reshape(scores.shape), there, **options)
+    assert place.untouched_around()
+    return place.host.reshape(scores.shape)
+
+
+def near_weights(y, scores, mask, **options):
+    given = [scores] if mask is None else [scores, mask]
+    value, error = error_bound(lambda *arrays: weights(*arrays, **options), *given)
+    off = np.abs(y.astype("float64") - value)
+    assert (off <= LIMIT * error + least("float32")).all(), np.nanmax(off / error)
+
+
+def seen(shape, seed=0):
+    """A mask that leaves no key to one query, one to another."""
+    mask = np.random.default_rng(seed).random(shape) < 0.6
+    mask[..., 0, :] = False
+    mask[..., -1, :] = False
+    mask[..., -1, -1] = True
+    return mask
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("keys", [1, 7, 8, 33, 64, 130, 256, 513, 1000, 1032, 3001])
+def test_the_weights_of_attention_for_rows_of_every_length(keys, shift, gpu):
+    scores = drawn((2, 3, 5, keys), "float32")
+    masks = [
+        None,
+        seen(scores.shape),
+        np.where(seen(scores.shape), drawn(keys, "float32"), -np.inf),
+    ]
+    for mask, causal in product(masks[: 1 if keys > 2000 else 3], (False, True)):
+        mask = mask if mask is None or mask.dtype == bool else mask.astype("float32")
+        y = weighted(scores, mask, causal=causal, scale=0.7, shift=shift)
+        near_weights(y, scores, mask, causal=causal, scale=0.7)
+        assert mask is None or not y[..., 0, :].any()
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("shape", list(product((1, 2), (1, 3), (1, 5), (1, 9))), ids=str)
+def test_a_mask_of_every_shape_that_broadcasts_to_the_scores(shape, boolean, gpu):
+    scores = drawn((2, 3, 5, 9), "float32")
+    mask = np.random.default_rng(1).random(shape) < 0.5
+    mask = mask if boolean else (drawn(shape, "float32", 2) * 3)
+    y = weighted(scores, mask, causal=shape[0] == 2, scale=0.25)
+    near_weights(y, scores, mask, causal=shape[0] == 2, scale=0.25)
+
+
+def test_a_mask_may_lie_in_any_way(gpu):
+    scores, mask = drawn((2, 3, 5, 9), "float32"), seen((2, 3, 5, 9))
+    turned = on_device(np.ascontiguousarray(mask.transpose(3, 1, 0, 2))).transpose(2, 1, 3, 0)
+    there = on_device(scores)
+    over_scores(there, turned, causal=False, scale=1.0)
+    near_weights(on_host(there), scores, mask)
+    there = on_device(scores)
+    over_scores(there, on_device(mask)[:, ::-1, :, ::-1], causal=False, scale=1.0)
+    near_weights(on_host(there), scores, mask[:, ::-1, :, ::-1])
+
+
+@pytest.mark.parametrize("queries", [1, 4, 12])
+def test_causal_queries_that_are_not_as_many_as_keys(queries, gpu):
+    scores = drawn((2, 1, queries, 8), "float32")
+    y = weighted(scores, None, causal=True, scale=1.0)
+    near_weights(y, scores, None, causal=True)
+    np.testing.assert_array_equal(y[:, :, 0, 1:], 0)
+    np.testing.assert_array_equal(y[:, :, 0, 0], 1)
+
+
+@pytest.mark.parametrize("keys", [9, 64, 1032])
+@pytest.mark.parametrize("case", SPECIAL)
+def test_nan_and_infinity_in_the_scores_are_what_they_are_on_numpy(case, keys, gpu):
+    scores = drawn((1, 1, 3, keys), "float32")
+    for where, value in SPECIAL[case]:
+        scores[..., 1, where] = value
+    hides_nan = np.ones((1, 1, 3, keys), bool)
+    hides_nan[..., 3:6] = False
+    for mask in (None, hides_nan, np.where(hides_nan, 0, -np.inf).astype("float32")):
+        with np.errstate(all="ignore"):
+            expected = weights(scores, mask)
+        y = weighted(scores, mask, causal=False, scale=1.0)
+        np.testing.assert_allclose(y, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_any_number_of_axes_and_an_array_to_fill(gpu):

@@ -17,7 +17,7 @@ from nnxp import sim
 from nnxp.backend import _lanes
 from nnxp.backend._device import Unrecordable
 from nnxp.backend.cuda import CudaBackend
-from nnxp.program.rewrite import with_precision
+from nnxp.program.rewrite import with_products
 
 RNG = np.random.default_rng(0)
 NET = nnxp.Sequential(
@@ -611,7 +611,7 @@ class Multiplied(nnxp.Layer):
     ids=lambda each: type(each).__name__,
 )
 def test_tf32_reaches_the_products_inside_kernels(model, row, products):
-    program = with_precision(model.program(((7, *row), "float32")), "tf32")
+    program = with_products(model.program(((7, *row), "float32")), "tf32")
     given = [s for s in program.steps if s.function in (nnxp.kernels.linear, nnxp.kernels.matmul)]
     assert [step.options["precision"] for step in given] == ["tf32"] * products
     assert not any(

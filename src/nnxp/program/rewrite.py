@@ -31,15 +31,15 @@ CENTRING = (kernels.standardize, kernels.batch_norm)
 """Kernels that take away from the rows what is large in them."""
 
 
-def with_precision(program: Program, precision: str) -> Program:
-    """The program with products of this precision, of matrices and in kernels that have some.
+def with_products(program: Program, precision: str | None = None) -> Program:
+    """The program with its products of matrices, and of stacks of them, as kernels of this precision.
 
-    What multiplies stacks of matrices, as attention does, is as it was.
+    With a precision kernels that have products are written out, unless they have one, too.
     """
 
     def noted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if kernel in (kernels.linear, kernels.matmul):
-            return record(kernel, arrays, options | {"precision": precision})
+        if kernel in WITH_PRECISION:
+            return record(kernel, arrays, options | given)
         step = Step(kernel, tuple(map(value_of, arrays)), options, "")
         if multiply_adds(step):
             return kernel.widened(*arrays, **options)
@@ -48,11 +48,20 @@ def with_precision(program: Program, precision: str) -> Program:
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         if step.name == "matmul" and isinstance(step.function, str):
             x, weight = arrays
-            if x.dtype == weight.dtype == np.float32 and x.ndim > 1 and weight.ndim == 2:
-                return record(kernels.matmul, arrays, step.options | {"precision": precision})
+            if x.dtype == weight.dtype and is_floating(x.dtype) and min(x.ndim, weight.ndim) > 1:
+                return record(kernels.matmul, arrays, step.options | given)
         return again(step, arrays)
 
-    return rewritten(expanded(program, noted), change, program.inputs)
+    given = {} if precision is None else {"precision": precision}
+    if precision is not None:
+        program = expanded(program, noted)
+    elif not any(step.function == "matmul" for step in program.steps):
+        return program
+    return rewritten(program, change, program.inputs)
+
+
+WITH_PRECISION = (kernels.linear, kernels.matmul, kernels.attention)
+"""Kernels that take one."""
 
 
 def rewritten(
@@ -189,6 +198,8 @@ def _product(x: Any) -> Product | None:
     step = x.value.step if isinstance(x, ndarray) else None
     if step is None or step.function not in (*PRODUCTS, kernels.matmul):
         return None
+    if step.function is kernels.matmul and step.values[1].shape[2:]:
+        return None  # of stacks
     function = kernels.linear if step.function is kernels.matmul else step.function
     x, weight, bias = (*map(lifted, step.inputs), None)[:3]
     return Product(function, x, weight, bias, step.options)
