@@ -877,7 +877,7 @@ def test_stacks_may_lie_in_any_way(lab, dtype, layout, shape):
 
 
 def test_axes_before_those_of_the_matrices_are_repeated_where_they_are(lab):
-    for left, right in [((2, 3), (2, 3)), ((3,), ()), ((), (3,)), ((2, 1), (2, 1)), ((1,), (4,))]:
+    for left, right in [((2, 3), (2, 3)), ((3,), ()), ((2, 1), (2, 1)), ((1,), (4,))]:
         x, weight = (
             lab.memory.put(whole(shape, "f4", 0)) for shape in [(*left, 5, 8), (*right, 8, 4)]
         )
@@ -1020,7 +1020,7 @@ def test_what_is_no_attention_of_ours_goes_to_the_reference(lab, monkeypatch):
         kernels.attention(*case)
     assert given == [kernels.attention] * len(cases)
     given.clear()
-    cases = [(double, double), (q, half), (q[0, 0, 0], q), (q, q), (q[:0], q), (q, elsewhere)]
+    cases = [(double, double), (q, half), (q, q), (q[:0], q), (q, elsewhere)]
     for case in cases:
         kernels.matmul(*case)
     assert given == [kernels.matmul] * len(cases)

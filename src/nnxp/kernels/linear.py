@@ -17,12 +17,13 @@ def matmul(x: Array, weight: Array, *, precision: str | None = None) -> Array:
 
     x (..., i), weight (i, o) -> y (..., o). All leading axes together are the rows of one
     product: NumPy and CuPy would otherwise run one product for each index of the outer axes. Of
-    stacks, x (..., m, i), weight (..., i, o) -> y (..., m, o), each matrix is multiplied with one.
+    stacks, x (..., m, i), weight (..., i, o) -> y (..., m, o), both of more than two axes, each
+    matrix is multiplied by one.
 
     With precision="tf32" CUDA may round the factors of float32 products to TF32 first, 11
     significant bits instead of 24, with sums in float32 as before. Others take no notice.
     """
-    if weight.ndim > 2 and x.ndim > 1:
+    if weight.ndim > 2 and x.ndim > 2:
         return xp_of(x).matmul(x, weight)
     _is_matrix("matmul", weight)
     if x.ndim == 2:

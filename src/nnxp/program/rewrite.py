@@ -32,7 +32,7 @@ CENTRING = (kernels.standardize, kernels.batch_norm)
 
 
 def with_products(program: Program, precision: str | None = None) -> Program:
-    """The program with its products of matrices, and of stacks of them, as kernels of this precision.
+    """The program with products of matrices, and of stacks of them, as kernels of this precision.
 
     With a precision kernels that have products are written out, unless they have one, too.
     """
@@ -48,7 +48,8 @@ def with_products(program: Program, precision: str | None = None) -> Program:
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         if step.name == "matmul" and isinstance(step.function, str):
             x, weight = arrays
-            if x.dtype == weight.dtype and is_floating(x.dtype) and min(x.ndim, weight.ndim) > 1:
+            kernel = weight.ndim == 2 <= x.ndim or min(x.ndim, weight.ndim) > 2
+            if kernel and x.dtype == weight.dtype and is_floating(x.dtype):
                 return record(kernels.matmul, arrays, step.options | given)
         return again(step, arrays)
 

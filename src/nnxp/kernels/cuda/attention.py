@@ -1,4 +1,4 @@
-"""Attention as two products of stacks, with all that is between them in one pass over the scores."""
+"""Attention as two products of stacks, and one pass over the scores between them."""
 
 from __future__ import annotations
 

@@ -40,13 +40,12 @@ def linear_lt(
 @matmul.on("cupy")
 def matmul_lt(x: Array, weight: Array, *, precision: str | None = None) -> Array:
     """y = x @ weight: a linear layer without bias, or a product of stacks."""
-    if weight.ndim < 3:
+    if weight.ndim < 3 or x.ndim < 3:
         return linear_lt(x, weight, precision=precision)
     if not (
         on_this_device(x, weight)
         and fusable(x)
         and weight.dtype == x.dtype
-        and x.ndim > 1
         and x.shape[-1] == weight.shape[-2]
         and weight.size
     ):
@@ -56,5 +55,5 @@ def matmul_lt(x: Array, weight: Array, *, precision: str | None = None) -> Array
         cupy.broadcast_to(each, (*lead, *each.shape[-2:])).reshape(prod(lead), *each.shape[-2:])
         for each in (x, weight)
     ]
-    y = stacked(*both, x.dtype, precision)
+    y = stacked(both[0], both[1], x.dtype, precision)
     return y.reshape(*lead, *y.shape[1:])

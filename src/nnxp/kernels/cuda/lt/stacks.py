@@ -13,7 +13,7 @@ from cupy.cuda.device import get_device_id
 
 from nnxp._arrays import Array
 from nnxp.kernels.cuda.lt import bindings
-from nnxp.kernels.cuda.lt.bindings import COMPUTE_FLOAT32, COMPUTE_TF32, DATA_TYPES, DEFAULT
+from nnxp.kernels.cuda.lt.bindings import COMPUTE_FLOAT32, COMPUTE_TF32, DEFAULT
 from nnxp.kernels.cuda.lt.call import MOST_ELEMENTS, MOST_PLANS, MOST_ROWS, making
 from nnxp.kernels.cuda.lt.descriptors import FLOAT32, PASS, Algorithm, Form, Product, leading
 from nnxp.kernels.cuda.lt.passes import converted
