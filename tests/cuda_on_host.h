@@ -24,7 +24,7 @@
 #define __global__ static
 #define __shared__ static
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;

@@ -279,7 +279,7 @@ held_scores(float* y, const bool* seen, const float* added, Index rows, Index co
 }
 
 template <int V>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(1024, 1)  // or the compiler would spill for a second block
 streamed_scores(float* y, const bool* seen, const float* added, Index rows, Index cols, Index heads,
                 Index queries, Index n_step, Index head_step, Index query_step, Index key_step,
                 Index causal, float scale) {
