@@ -37,6 +37,8 @@ from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy
 from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa: E402
 from nnxp.kernels.cuda._rows import over_rows, over_scores  # noqa: E402
 from nnxp.kernels.cuda.activations import bias_act  # noqa: E402
+from nnxp.program.fused import fused  # noqa: E402
+from nnxp.program.program import trace  # noqa: E402
 
 SOURCES = "activations.cu", "rows.cu"
 SOFTMAXES = "softmax", "softmin", "log_softmax"
@@ -303,8 +305,11 @@ class HostGpu:
     def __init__(self, libraries, backwards=False, most_blocks=None):
         self.libraries, self.backwards, self.most_blocks = libraries, backwards, most_blocks
 
+    def run(self, file, name):
+        return self.libraries[file][f"kernel_{instances()[file].index(name)}"]
+
     def kernel(self, file, *instance):
-        run = self.libraries[file][f"kernel_{instances()[file].index(cpp_name(*instance))}"]
+        run = self.run(file, cpp_name(*instance))
         run.restype = ctypes.c_char_p
 
         def launch(grid, block, args):
@@ -670,6 +675,173 @@ def test_options_reach_the_kernels(gpu):
     np.testing.assert_allclose(y.host, [[-0.02, 3]], rtol=1e-6)
     bias_act(on_device(x).reshape(1, 2), None, kernels.elu, y.device)
     np.testing.assert_allclose(y.host, [[np.expm1(-2), 3]], rtol=1e-6)
+
+
+# Formulas: kernels whose text is written from the steps of a program
+
+
+def number(x, value):
+    """A number that leaves the type of x as it is: NumPy makes float32 of bfloat16 times 2.0."""
+    return np.array(value, x.dtype) if x.dtype == float_dtype("bfloat16") else value
+
+
+def clipped(x, low, high):
+    """By NumPy's clip, if it has one for the type: for bfloat16 it answers float32."""
+    xp = xp_of(x)
+    if x.dtype == float_dtype("bfloat16"):
+        return xp.minimum(xp.maximum(x, number(x, low)), number(x, high))
+    return xp.clip(x, low, high)
+
+
+def chain(seed):
+    """A function of arrays that can be x (rows, cols), y like it, a vector, a column and a mask."""
+    binary = "add subtract multiply maximum minimum divide".split()
+    unary = "exp tanh square absolute negative sqrt log1p expm1 floor".split()
+    activations = [kernels.ACTIVATIONS[name] for name in "silu gelu relu leaky_relu elu".split()]
+
+    def function(*arrays):
+        draws, (*floats, mask) = np.random.default_rng(seed), arrays
+        xp, made = xp_of(arrays[0]), list(floats)
+        y = made[0]
+        for _ in range(draws.integers(3, 9)):
+            other = [*made, *(number(y, c) for c in (0.75, -2.0))][draws.integers(len(made) + 2)]
+            kind = draws.integers(6)
+            if kind < 3:
+                name = binary[draws.integers(len(binary))]
+                left = (y, other) if draws.integers(2) else (other, y)
+                y = (
+                    left[0] / (abs(left[1]) + number(y, 1.0))
+                    if name == "divide"
+                    else getattr(xp, name)(*left)
+                )
+            elif kind == 3:
+                name = unary[draws.integers(len(unary))]
+                small = clipped(y, -3, 3)
+                y = getattr(xp, name)(abs(small) if name in ("sqrt", "log1p") else small)
+            elif kind == 4:
+                y = activations[draws.integers(len(activations))](y)
+            else:
+                condition = y > number(y, 0.1) if draws.integers(2) else mask
+                y = xp.where(xp.logical_or(condition, y != y), y, other)
+            made.append(y)
+        return y
+
+    return function
+
+
+def bracket(x, y, vector, column, mask):
+    """What NaN goes through, or not."""
+    xp = xp_of(x)
+    z = xp.maximum(x, y) + xp.minimum(vector, x) + xp.minimum(clipped(y, -1.0, 2.0), column)
+    return xp.where(xp.isnan(z), number(x, 7.0), kernels.threshold(z, threshold=-1.5, value=-2.5))
+
+
+def straight(x, y, vector, column, mask):
+    return xp_of(x).where(mask, x * number(x, 2.0) + vector - y, column - x)
+
+
+def gated(x, y, vector, column, mask):
+    return kernels.silu(x) * y
+
+
+FORMULAS = [straight, bracket, gated, *map(chain, range(12))]
+
+
+def runs(dtype):
+    """The formulas of FORMULAS as programs, and as they were put together."""
+    for function in FORMULAS:
+        kinds = [(shape, float_dtype(dtype)) for shape in ((6, 8), (6, 8), (8,), (6, 1))]
+        program = trace(function, *kinds, ((6, 1), "bool"))
+        joined = fused(program)
+        assert [step.name for step in joined.steps] == ["elementwise"], str(joined)
+        yield program, joined
+
+
+def given(dtype, rows, cols, seed=0, lay=on_device):
+    """Arrays of the host for a formula, and the same on the device."""
+    shapes = (rows, cols), (rows, cols), (cols,), (rows, 1)
+    arrays = [drawn(shape, dtype, seed + i) for i, shape in enumerate(shapes)]
+    arrays[0][rows // 2, cols // 2] = np.nan
+    arrays[1][0, 0], arrays[2][-1] = np.inf, np.nan
+    arrays.append(np.random.default_rng(seed).random((rows, 1)) < 0.5)
+    return arrays, [lay(x) for x in arrays]
+
+
+def padded(x):
+    """An array whose rows do not follow each other; a vector that starts off the 16 bytes."""
+    if x.ndim == 1:
+        return Place(1, x.size, x.dtype.name, shift=1).filled(x).device.reshape(x.shape)
+    return Place(*x.shape, x.dtype.name, x.shape[1] + 8).filled(x).device
+
+
+LAID = [(6, 8, on_device), (5, 7, on_device), (7, 16, padded), (3, 5, padded), (300, 8, on_device)]
+
+
+class Formulas(HostGpu):
+    """Compiles the formulas that are asked for, all at once: `asked` has them."""
+
+    def __init__(self, folder, asked):
+        self.asked = sorted(set(asked))
+        header = (Path(__file__).parent / "cuda_on_host.h").read_text()
+        parts = [header, source("activations.cu")]
+        for i, (file, name) in enumerate(self.asked):
+            code = file.removeprefix(source("activations.cu"))
+            parts.append(f"namespace n{i} {{ {code} }}\nKERNEL(kernel_{i}, n{i}::{name})\n")
+        code = "".join(parts)
+        library = folder / f"formulas-{hashlib.sha256(code.encode()).hexdigest()}.so"
+        if not library.exists():
+            compile_for_host(code, library.with_suffix(f".{os.getpid()}")).rename(library)
+        self.library, self.launched = ctypes.CDLL(str(library)), 0
+        self.backwards, self.most_blocks = False, None
+
+    def run(self, file, name):
+        self.launched += 1
+        return self.library[f"kernel_{self.asked.index((file, name))}"]
+
+
+@every_type
+def test_formulas_are_what_their_steps_are(dtype, request, libraries, monkeypatch, host_allocator):
+    """Random chains and a few of each kind, for arrays that lie in every way."""
+    made, asked = list(runs(dtype)), Launches()
+    monkeypatch.setattr(cupy, "asarray", on_device)  # of numbers in a formula
+    monkeypatch.setattr(_compiled, "kernel", asked.kernel)
+    for (_, joined), laid in product(made, LAID):
+        joined(*given(dtype, *laid[:2], lay=laid[2])[1])
+    assert len(asked) == len(made) * len(LAID)
+    gpu = Formulas(request.config.cache.mkdir("cuda_on_host"), [each[:2] for each in asked])
+    monkeypatch.setattr(_compiled, "kernel", gpu.kernel)
+    finite = 0
+    for ((program, joined), (rows, cols, lay)), gpu.backwards in product(
+        product(made, LAID), (False, True)
+    ):
+        arrays, there = given(dtype, rows, cols, lay=lay)
+        y = on_host(joined(*there)).astype("float64")
+        wide = [x if x.dtype == bool else x.astype("float32") for x in arrays]
+        with np.errstate(all="ignore"):
+            plain = program(*wide)
+            value, error = error_bound(program, *wide)
+            allowed = LIMIT * error + 1.01 * unit(dtype) * np.abs(value) + least(dtype)
+            right = np.abs(y - value) <= allowed
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(plain))
+        finite += np.isfinite(allowed).mean()
+        exact = y == plain.astype(y.dtype)
+        assert (right | exact | ~np.isfinite(value)).all()
+    assert gpu.launched == 2 * len(asked)
+    assert finite > 0.8 * gpu.launched
+
+
+def test_formulas_compile_for_a_gpu_and_keep_to_registers(host_allocator, monkeypatch):
+    asked = Launches()
+    monkeypatch.setattr(_compiled, "kernel", asked.kernel)
+    for _, joined in runs("float16"):
+        joined(*given("float16", 6, 8)[1])
+    head = source("activations.cu")
+    code = head + "".join(
+        f"namespace n{i} {{ {each[0].removeprefix(head)} }}\n" for i, each in enumerate(asked)
+    )
+    binary, log = compiled(code, [f"n{i}::{each[1]}" for i, each in enumerate(asked)])
+    assert binary.startswith(b"\x7fELF")
+    assert outside_registers(log) == [0] * len(FORMULAS)
 
 
 BROKEN = {

@@ -33,6 +33,7 @@ from nnxp.backend._lanes import LanePool
 from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer, whole
+from nnxp.program.fused import fused
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
@@ -537,7 +538,10 @@ class Replica:
     def _rewritten(self, program: Program) -> Program:
         if isinstance(self.backend, DeviceBackend):
             program = with_products(program, self.precision)
-        return optimized(program) if self.rewrite else program
+        if not self.rewrite:
+            return program
+        program = optimized(program)
+        return fused(program) if self.backend.name == "cupy" else program
 
     def whole(self, outlines: tuple[Outline | None, ...], arrays: Sequence[HostArray]) -> Whole:
         """What answers inputs of these outlines, and of these few numbers, as they are."""

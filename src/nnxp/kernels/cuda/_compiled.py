@@ -24,7 +24,12 @@ TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 @cache
 def source(file: str) -> str:
-    """A source with device.cuh in its place: one text, so that CuPy's cache sees every change."""
+    """A source with device.cuh in its place: one text, so that CuPy's cache sees every change.
+
+    What is a text already, of more than one line, is that.
+    """
+    if "\n" in file:
+        return file
     here = Path(__file__).parent
     return (
         (here / file)

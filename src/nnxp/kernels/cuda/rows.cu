@@ -176,7 +176,7 @@ namespace op {
 
 // Types of their own, not lambdas: so all sums of a kernel share the memory of over_block.
 struct Larger {
-    INLINE float operator()(float a, float b) const { return a != a || a > b ? a : b; }  // keeps NaN
+    INLINE float operator()(float a, float b) const { return larger(a, b); }
 };
 struct Add {
     INLINE float operator()(float a, float b) const { return a + b; }
