@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from nnxp import kernels
-from nnxp._arrays import float_dtype
+from nnxp._arrays import float_dtype, xp_of
 from nnxp.testing import LIMIT, error_bound
 from oracles import ORACLES, Draw, two_u
 
@@ -36,9 +36,11 @@ cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches th
 from nnxp.kernels._windows import padded, patches, windows  # noqa: E402
 from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy)
 from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa: E402
-from nnxp.kernels.cuda._rows import over_rows  # noqa: E402
+from nnxp.kernels.cuda._rows import over_rows, over_scores  # noqa: E402
 from nnxp.kernels.cuda._windows import Seen, laid_out  # noqa: E402
 from nnxp.kernels.cuda.activations import bias_act  # noqa: E402
+from nnxp.program.fused import fused  # noqa: E402
+from nnxp.program.program import trace  # noqa: E402
 
 SOURCES = "activations.cu", "rows.cu", "windows.cu"
 SOFTMAXES = "softmax", "softmin", "log_softmax"
@@ -89,7 +91,8 @@ class Place:
     """Host memory for a matrix: rows `width` apart, of which cols are used, between fences."""
 
     def __init__(self, rows, cols, dtype, width=None, shift=0):
-        width, kind = width or cols, float_dtype(dtype)
+        width = width or cols
+        kind = np.dtype(dtype) if dtype == "bool" else float_dtype(dtype)
         self.bytes = memory(rows * width * kind.itemsize, shift * kind.itemsize)
         self.host = self.bytes.view(kind).reshape(rows, width)[:, :cols]
         self.gaps = self.bytes.view(kind).reshape(rows, width)[:, cols:]
@@ -193,6 +196,9 @@ def instances():
                 kernels.conv(x, weight, groups=16, activation=kernels.ACTIVATIONS[each])
             for each in POOLS:
                 kernels.KERNELS[each](x, window=(2, 2))
+        for shift, cols in product((0, 1), [*range(1, 1100), 5000]):
+            scores = nowhere(8, cols, "float32", shift).reshape(1, 2, 4, cols)
+            over_scores(scores, None, causal=False, scale=1.0)
     return {file: sorted({name for f, name, *_ in asked if f == file}) for file in SOURCES}
 
 
@@ -249,7 +255,7 @@ def test_an_array_that_leaves_the_registers_is_seen():
 
 @pytest.mark.parametrize("file", SOURCES)
 def test_packs_move_by_16_bytes_and_only_they(file):
-    some = r"relu|softmax|patches|pooled"
+    some = r"relu|softmax|scores|patches|pooled"
     names = [name for name in instances()[file] if re.search(some, name)]
     ptx, _ = compiled(source(file), names, "ptx", "compute_90")
     bodies = ptx.decode().split(".entry ")[1:]
@@ -317,8 +323,11 @@ class HostGpu:
     def __init__(self, libraries, backwards=False, most_blocks=None):
         self.libraries, self.backwards, self.most_blocks = libraries, backwards, most_blocks
 
+    def run(self, file, name):
+        return self.libraries[file][f"kernel_{instances()[file].index(name)}"]
+
     def kernel(self, file, *instance):
-        run = self.libraries[file][f"kernel_{instances()[file].index(cpp_name(*instance))}"]
+        run = self.run(file, cpp_name(*instance))
         run.restype = ctypes.c_char_p
 
         def launch(grid, block, args):
@@ -675,6 +684,111 @@ def test_a_grid_shorter_than_the_lines_goes_on_through_windows(gpu):
     np.testing.assert_array_equal(on_host(y), kernels.max_pool(x, window=(1, 2), stride=1))
 
 
+def weights(scores, mask=None, *, causal=False, scale=1.0):
+    """What attention makes of its scores, by the formula of its reference body."""
+    xp = xp_of(scores)
+    scores = scores * scale
+    if mask is not None:
+        boolean = mask.dtype == bool
+        scores = xp.where(mask, scores, -np.inf) if boolean else scores + mask
+    if causal:
+        queries, keys = scores.shape[-2:]
+        scores = xp.where(np.arange(keys) <= np.arange(queries)[:, None], scores, -np.inf)
+    largest = xp.maximum(scores.max(axis=-1, keepdims=True), float(np.finfo("float32").min))
+    y = xp.exp(scores - largest)
+    return y / xp.maximum(y.sum(axis=-1, keepdims=True), 1)
+
+
+def weighted(scores, mask, *, shift=0, **options):
+    """The same by the kernel, from scores and a mask between fences."""
+    *lead, keys = scores.shape
+    place = Place(int(np.prod(lead)), keys, "float32", shift=shift)
+    place.filled(scores.reshape(-1, keys))
+    there = None
+    if mask is not None:
+        there = cupy.broadcast_to(on_device(mask), scores.shape)
+    over_scores(place.device.reshape(scores.shape), there, **options)
+    assert place.untouched_around()
+    return place.host.reshape(scores.shape)
+
+
+def near_weights(y, scores, mask, **options):
+    given = [scores] if mask is None else [scores, mask]
+    value, error = error_bound(lambda *arrays: weights(*arrays, **options), *given)
+    off = np.abs(y.astype("float64") - value)
+    assert (off <= LIMIT * error + least("float32")).all(), np.nanmax(off / error)
+
+
+def seen(shape, seed=0):
+    """A mask that leaves no key to one query, one to another."""
+    mask = np.random.default_rng(seed).random(shape) < 0.6
+    mask[..., 0, :] = False
+    mask[..., -1, :] = False
+    mask[..., -1, -1] = True
+    return mask
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("keys", [1, 7, 8, 33, 64, 130, 256, 513, 1000, 1032, 3001])
+def test_the_weights_of_attention_for_rows_of_every_length(keys, shift, gpu):
+    scores = drawn((2, 3, 5, keys), "float32")
+    masks = [
+        None,
+        seen(scores.shape),
+        np.where(seen(scores.shape), drawn(keys, "float32"), -np.inf),
+    ]
+    for mask, causal in product(masks[: 1 if keys > 2000 else 3], (False, True)):
+        mask = mask if mask is None or mask.dtype == bool else mask.astype("float32")
+        y = weighted(scores, mask, causal=causal, scale=0.7, shift=shift)
+        near_weights(y, scores, mask, causal=causal, scale=0.7)
+        assert mask is None or not y[..., 0, :].any()
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("shape", list(product((1, 2), (1, 3), (1, 5), (1, 9))), ids=str)
+def test_a_mask_of_every_shape_that_broadcasts_to_the_scores(shape, boolean, gpu):
+    scores = drawn((2, 3, 5, 9), "float32")
+    mask = np.random.default_rng(1).random(shape) < 0.5
+    mask = mask if boolean else (drawn(shape, "float32", 2) * 3)
+    y = weighted(scores, mask, causal=shape[0] == 2, scale=0.25)
+    near_weights(y, scores, mask, causal=shape[0] == 2, scale=0.25)
+
+
+def test_a_mask_may_lie_in_any_way(gpu):
+    scores, mask = drawn((2, 3, 5, 9), "float32"), seen((2, 3, 5, 9))
+    turned = on_device(np.ascontiguousarray(mask.transpose(3, 1, 0, 2))).transpose(2, 1, 3, 0)
+    there = on_device(scores)
+    over_scores(there, turned, causal=False, scale=1.0)
+    near_weights(on_host(there), scores, mask)
+    there = on_device(scores)
+    over_scores(there, on_device(mask)[:, ::-1, :, ::-1], causal=False, scale=1.0)
+    near_weights(on_host(there), scores, mask[:, ::-1, :, ::-1])
+
+
+@pytest.mark.parametrize("queries", [1, 4, 12])
+def test_causal_queries_that_are_not_as_many_as_keys(queries, gpu):
+    scores = drawn((2, 1, queries, 8), "float32")
+    y = weighted(scores, None, causal=True, scale=1.0)
+    near_weights(y, scores, None, causal=True)
+    np.testing.assert_array_equal(y[:, :, 0, 1:], 0)
+    np.testing.assert_array_equal(y[:, :, 0, 0], 1)
+
+
+@pytest.mark.parametrize("keys", [9, 64, 1032])
+@pytest.mark.parametrize("case", SPECIAL)
+def test_nan_and_infinity_in_the_scores_are_what_they_are_on_numpy(case, keys, gpu):
+    scores = drawn((1, 1, 3, keys), "float32")
+    for where, value in SPECIAL[case]:
+        scores[..., 1, where] = value
+    hides_nan = np.ones((1, 1, 3, keys), bool)
+    hides_nan[..., 3:6] = False
+    for mask in (None, hides_nan, np.where(hides_nan, 0, -np.inf).astype("float32")):
+        with np.errstate(all="ignore"):
+            expected = weights(scores, mask)
+        y = weighted(scores, mask, causal=False, scale=1.0)
+        np.testing.assert_allclose(y, expected, rtol=2e-5, atol=1e-6)
+
+
 def test_any_number_of_axes_and_an_array_to_fill(gpu):
     x = drawn((2, 3, 4), "float32")
     for kernel in (kernels.tanh, kernels.softmax, kernels.layer_norm):
@@ -713,6 +827,173 @@ def test_options_reach_the_kernels(gpu):
     np.testing.assert_allclose(y.host, [[-0.02, 3]], rtol=1e-6)
     bias_act(on_device(x).reshape(1, 2), None, kernels.elu, y.device)
     np.testing.assert_allclose(y.host, [[np.expm1(-2), 3]], rtol=1e-6)
+
+
+# Formulas: kernels whose text is written from the steps of a program
+
+
+def number(x, value):
+    """A number that leaves the type of x as it is: NumPy makes float32 of bfloat16 times 2.0."""
+    return np.array(value, x.dtype) if x.dtype == float_dtype("bfloat16") else value
+
+
+def clipped(x, low, high):
+    """By NumPy's clip, if it has one for the type: for bfloat16 it answers float32."""
+    xp = xp_of(x)
+    if x.dtype == float_dtype("bfloat16"):
+        return xp.minimum(xp.maximum(x, number(x, low)), number(x, high))
+    return xp.clip(x, low, high)
+
+
+def chain(seed):
+    """A function of arrays that can be x (rows, cols), y like it, a vector, a column and a mask."""
+    binary = "add subtract multiply maximum minimum divide".split()
+    unary = "exp tanh square absolute negative sqrt log1p expm1 floor".split()
+    activations = [kernels.ACTIVATIONS[name] for name in "silu gelu relu leaky_relu elu".split()]
+
+    def function(*arrays):
+        draws, (*floats, mask) = np.random.default_rng(seed), arrays
+        xp, made = xp_of(arrays[0]), list(floats)
+        y = made[0]
+        for _ in range(draws.integers(3, 9)):
+            other = [*made, *(number(y, c) for c in (0.75, -2.0))][draws.integers(len(made) + 2)]
+            kind = draws.integers(6)
+            if kind < 3:
+                name = binary[draws.integers(len(binary))]
+                left = (y, other) if draws.integers(2) else (other, y)
+                y = (
+                    left[0] / (abs(left[1]) + number(y, 1.0))
+                    if name == "divide"
+                    else getattr(xp, name)(*left)
+                )
+            elif kind == 3:
+                name = unary[draws.integers(len(unary))]
+                small = clipped(y, -3, 3)
+                y = getattr(xp, name)(abs(small) if name in ("sqrt", "log1p") else small)
+            elif kind == 4:
+                y = activations[draws.integers(len(activations))](y)
+            else:
+                condition = y > number(y, 0.1) if draws.integers(2) else mask
+                y = xp.where(xp.logical_or(condition, y != y), y, other)
+            made.append(y)
+        return y
+
+    return function
+
+
+def bracket(x, y, vector, column, mask):
+    """What NaN goes through, or not."""
+    xp = xp_of(x)
+    z = xp.maximum(x, y) + xp.minimum(vector, x) + xp.minimum(clipped(y, -1.0, 2.0), column)
+    return xp.where(xp.isnan(z), number(x, 7.0), kernels.threshold(z, threshold=-1.5, value=-2.5))
+
+
+def straight(x, y, vector, column, mask):
+    return xp_of(x).where(mask, x * number(x, 2.0) + vector - y, column - x)
+
+
+def gated(x, y, vector, column, mask):
+    return kernels.silu(x) * y
+
+
+FORMULAS = [straight, bracket, gated, *map(chain, range(12))]
+
+
+def runs(dtype):
+    """The formulas of FORMULAS as programs, and as they were put together."""
+    for function in FORMULAS:
+        kinds = [(shape, float_dtype(dtype)) for shape in ((6, 8), (6, 8), (8,), (6, 1))]
+        program = trace(function, *kinds, ((6, 1), "bool"))
+        joined = fused(program)
+        assert [step.name for step in joined.steps] == ["elementwise"], str(joined)
+        yield program, joined
+
+
+def given(dtype, rows, cols, seed=0, lay=on_device):
+    """Arrays of the host for a formula, and the same on the device."""
+    shapes = (rows, cols), (rows, cols), (cols,), (rows, 1)
+    arrays = [drawn(shape, dtype, seed + i) for i, shape in enumerate(shapes)]
+    arrays[0][rows // 2, cols // 2] = np.nan
+    arrays[1][0, 0], arrays[2][-1] = np.inf, np.nan
+    arrays.append(np.random.default_rng(seed).random((rows, 1)) < 0.5)
+    return arrays, [lay(x) for x in arrays]
+
+
+def padded(x):
+    """An array whose rows do not follow each other; a vector that starts off the 16 bytes."""
+    if x.ndim == 1:
+        return Place(1, x.size, x.dtype.name, shift=1).filled(x).device.reshape(x.shape)
+    return Place(*x.shape, x.dtype.name, x.shape[1] + 8).filled(x).device
+
+
+LAID = [(6, 8, on_device), (5, 7, on_device), (7, 16, padded), (3, 5, padded), (300, 8, on_device)]
+
+
+class Formulas(HostGpu):
+    """Compiles the formulas that are asked for, all at once: `asked` has them."""
+
+    def __init__(self, folder, asked):
+        self.asked = sorted(set(asked))
+        header = (Path(__file__).parent / "cuda_on_host.h").read_text()
+        parts = [header, source("activations.cu")]
+        for i, (file, name) in enumerate(self.asked):
+            code = file.removeprefix(source("activations.cu"))
+            parts.append(f"namespace n{i} {{ {code} }}\nKERNEL(kernel_{i}, n{i}::{name})\n")
+        code = "".join(parts)
+        library = folder / f"formulas-{hashlib.sha256(code.encode()).hexdigest()}.so"
+        if not library.exists():
+            compile_for_host(code, library.with_suffix(f".{os.getpid()}")).rename(library)
+        self.library, self.launched = ctypes.CDLL(str(library)), 0
+        self.backwards, self.most_blocks = False, None
+
+    def run(self, file, name):
+        self.launched += 1
+        return self.library[f"kernel_{self.asked.index((file, name))}"]
+
+
+@every_type
+def test_formulas_are_what_their_steps_are(dtype, request, libraries, monkeypatch, host_allocator):
+    """Random chains and a few of each kind, for arrays that lie in every way."""
+    made, asked = list(runs(dtype)), Launches()
+    monkeypatch.setattr(cupy, "asarray", on_device)  # of numbers in a formula
+    monkeypatch.setattr(_compiled, "kernel", asked.kernel)
+    for (_, joined), laid in product(made, LAID):
+        joined(*given(dtype, *laid[:2], lay=laid[2])[1])
+    assert len(asked) == len(made) * len(LAID)
+    gpu = Formulas(request.config.cache.mkdir("cuda_on_host"), [each[:2] for each in asked])
+    monkeypatch.setattr(_compiled, "kernel", gpu.kernel)
+    finite = 0
+    for ((program, joined), (rows, cols, lay)), gpu.backwards in product(
+        product(made, LAID), (False, True)
+    ):
+        arrays, there = given(dtype, rows, cols, lay=lay)
+        y = on_host(joined(*there)).astype("float64")
+        wide = [x if x.dtype == bool else x.astype("float32") for x in arrays]
+        with np.errstate(all="ignore"):
+            plain = program(*wide)
+            value, error = error_bound(program, *wide)
+            allowed = LIMIT * error + 1.01 * unit(dtype) * np.abs(value) + least(dtype)
+            right = np.abs(y - value) <= allowed
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(plain))
+        finite += np.isfinite(allowed).mean()
+        exact = y == plain.astype(y.dtype)
+        assert (right | exact | ~np.isfinite(value)).all()
+    assert gpu.launched == 2 * len(asked)
+    assert finite > 0.8 * gpu.launched
+
+
+def test_formulas_compile_for_a_gpu_and_keep_to_registers(host_allocator, monkeypatch):
+    asked = Launches()
+    monkeypatch.setattr(_compiled, "kernel", asked.kernel)
+    for _, joined in runs("float16"):
+        joined(*given("float16", 6, 8)[1])
+    head = source("activations.cu")
+    code = head + "".join(
+        f"namespace n{i} {{ {each[0].removeprefix(head)} }}\n" for i, each in enumerate(asked)
+    )
+    binary, log = compiled(code, [f"n{i}::{each[1]}" for i, each in enumerate(asked)])
+    assert binary.startswith(b"\x7fELF")
+    assert outside_registers(log) == [0] * len(FORMULAS)
 
 
 BROKEN = {

@@ -208,6 +208,14 @@ def test_the_rule_of_a_kernel_is_the_gradient_of_its_reference_body(kernel):
         np.testing.assert_allclose(made, wanted, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("lead", [((2,), (2,)), ((3, 1), (2,)), ((1,), (4,))], ids=str)
+def test_the_rule_of_a_product_holds_for_stacks(lead):
+    arrays = [normal(*lead[0], 4, 5), normal(*lead[1], 5, 3, seed=1)]
+    by_rule, by_body = gradients(kernels.matmul, arrays), gradients(xp.matmul, arrays)
+    for made, wanted in zip(by_rule, by_body, strict=True):
+        np.testing.assert_allclose(made, wanted, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", kernels.ACTIVATIONS)
 def test_gradients_of_activations_are_finite_far_out_and_pass_nan_on(name):
     far = np.float32([[-1e30, -1e4, -100, -40, -1e-30, 0, 1e-30, 40, 100, 1e4, 1e30]])

@@ -17,7 +17,7 @@ from nnxp import sim
 from nnxp.backend import _lanes
 from nnxp.backend._device import Unrecordable
 from nnxp.backend.cuda import CudaBackend
-from nnxp.program.rewrite import with_precision
+from nnxp.program.rewrite import WITH_PRECISION, with_products
 
 RNG = np.random.default_rng(0)
 NET = nnxp.Sequential(
@@ -598,6 +598,11 @@ class Multiplied(nnxp.Layer):
         return x @ self.weight
 
 
+class Gram(nnxp.Layer):
+    def __call__(self, x):
+        return x @ x.swapaxes(1, 2)
+
+
 @pytest.mark.parametrize(
     ("model", "row", "products"),
     [
@@ -607,12 +612,14 @@ class Multiplied(nnxp.Layer):
         (nnxp.ConvTranspose(3, 4, (2, 2), stride=2, rng=0), (4, 4, 3), 1),
         (nnxp.LSTM(3, 4, rng=0), (5, 3), 6),
         (nnxp.GRU(3, 4, rng=0), (5, 3), 6),
+        (nnxp.MultiHeadAttention(4, 2, rng=0), (5, 4), 5),
+        (Gram(), (5, 4), 1),
     ],
     ids=lambda each: type(each).__name__,
 )
 def test_tf32_reaches_the_products_inside_kernels(model, row, products):
-    program = with_precision(model.program(((7, *row), "float32")), "tf32")
-    given = [s for s in program.steps if s.function in (nnxp.kernels.linear, nnxp.kernels.matmul)]
+    program = with_products(model.program(((7, *row), "float32")), "tf32")
+    given = [s for s in program.steps if s.function in WITH_PRECISION]
     assert [step.options["precision"] for step in given] == ["tf32"] * products
     assert not any(
         step.name == "matmul" for step in program.steps if isinstance(step.function, str)

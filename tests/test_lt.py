@@ -26,6 +26,7 @@ from nnxp.testing import LIMIT, error_bound
 from nnxp.testing.parity import compare
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: there are no arrays of CUDA")
+from nnxp.kernels.cuda import attention as cuda_attention  # noqa: E402
 from nnxp.kernels.cuda import linear as cuda_linear  # noqa: E402
 from nnxp.kernels.cuda.lt import (  # noqa: E402
     bindings,
@@ -33,6 +34,7 @@ from nnxp.kernels.cuda.lt import (  # noqa: E402
     descriptors,
     passes,
     plans,
+    stacks,
     tuning,
 )
 
@@ -133,7 +135,13 @@ class Lt:
     def matrix_layout_create(self, kind, rows, cols, ld):
         assert ld >= rows > 0
         assert cols > 0
-        return self._new(kind="layout", type=TYPES[kind], rows=rows, cols=cols, ld=ld)
+        layout = {"type": TYPES[kind], "rows": rows, "cols": cols, "ld": ld}
+        return self._new(kind="layout", **layout, batch={})
+
+    def matrix_layout_set_attribute(self, layout, attribute, at, size):
+        assert size == {bindings.BATCH_COUNT: 4, bindings.BATCH_STEP: 8}[attribute]
+        value = int.from_bytes(ctypes.string_at(at, size), "little", signed=True)
+        self.things[layout].batch[attribute] = value
 
     def matmul_preference_create(self):
         return self._new(kind="preference", settings={})
@@ -178,13 +186,18 @@ class Lt:
             raise CublasLtError(15)
         descriptors.Algorithm.from_address(result).workspace = dict(self.algorithms)[number]
 
-    def _matrix(self, at, layout, alignment):
+    def _matrices(self, at, layout, alignment):
+        """A stack of matrices, of one mostly."""
         assert at % alignment == 0, f"{at} is not on {alignment} bytes"
         size = layout.type.itemsize
-        span = ((layout.cols - 1) * layout.ld + layout.rows) * size
+        count = layout.batch.get(bindings.BATCH_COUNT, 1)
+        step = layout.batch.get(bindings.BATCH_STEP, 0)
+        assert count > 0 <= step
+        span = ((count - 1) * step + (layout.cols - 1) * layout.ld + layout.rows) * size
         self.memory.span(at, span)
         memory = (ctypes.c_char * span).from_address(at)
-        shape, strides = (layout.rows, layout.cols), (size, layout.ld * size)
+        shape = count, layout.rows, layout.cols
+        strides = step * size, size, layout.ld * size
         return np.ndarray(shape, layout.type, buffer=memory, strides=strides)
 
     def matmul(self, *told):
@@ -198,6 +211,7 @@ class Lt:
         call = SimpleNamespace(algorithm=number, epilogue=epilogue, turned=turned, size=size)
         call.compute, call.alignment = self.things[product].compute, alignment
         call.rows, call.lds = likes[2].cols, [each.ld for each in likes]
+        call.batch = likes[2].batch.get(bindings.BATCH_COUNT, 1)
         call.result = likes[2].type.name
         self.calls.append(call)
         if number in self.fails:
@@ -209,24 +223,31 @@ class Lt:
         if size:
             self.memory.span(workspace, size)
         one, zero = (ctypes.c_float.from_address(each).value for each in (alpha, beta))
-        A, B, D = map(self._matrix, (a, b, d), likes, [alignment] * 3)
+        A, B, D = map(self._matrices, (a, b, d), likes, [alignment] * 3)
+        assert len(A) == len(B) == len(D)
+        assert len(D) == 1 or D.strides[0] >= D.shape[2] * D.strides[2], "results overlap"
         assert self.things[product].scale == 0
-        y = one * (A.T if turned else A).astype("f8") @ B.astype("f8")
+        y = one * (A.swapaxes(1, 2) if turned else A).astype("f8") @ B.astype("f8")
         assert zero == 0
         if epilogue & bindings.BIAS:
             at = settings[bindings.BIAS_POINTER]
             assert at % alignment == 0
-            self.memory.span(at, len(D) * D.itemsize)
-            memory = (ctypes.c_char * (len(D) * D.itemsize)).from_address(at)
+            assert len(D) == 1
+            size = D.shape[1] * D.itemsize
+            self.memory.span(at, size)
+            memory = (ctypes.c_char * size).from_address(at)
             y += np.frombuffer(memory, D.dtype).astype("f8")[:, None]
         if epilogue == bindings.RELU_BIAS:
             y = self.relu(y, 0)
         D[...] = y
-        self.clock += self.cost(number, epilogue, D.shape[1])
+        self.clock += self.cost(number, epilogue, D.shape[2])
 
 
 class Cupy(SimpleNamespace):
     """What the code takes from CuPy, on the host; `copies` counts what is copied."""
+
+    ndarray = cupy.ndarray
+    broadcast_to = staticmethod(cupy.broadcast_to)
 
     def __init__(self, memory, lt):
         self.memory, self.lt, self.copies, self.capturing = memory, lt, [], False
@@ -270,6 +291,21 @@ class Cupy(SimpleNamespace):
         self.products += 1
         host(out)[...] = host(x).astype("f8") @ host(weight).astype("f8")
 
+    def over_scores(self, scores, mask, *, causal, scale):
+        """The kernel of nnxp.kernels.cuda._rows, on the host: attention to one key each."""
+        assert scores.dtype == "float32"
+        assert scores.flags.c_contiguous
+        assert mask is None or (mask.shape == scores.shape and mask.dtype in ("bool", "f4"))
+        keys = scores.shape[-1]
+        mask = mask if mask is None else host(mask)
+        q, one = (
+            host(scores),
+            np.broadcast_to(np.eye(keys, dtype="f4"), (*scores.shape[:2], keys, keys)),
+        )
+        options = {"causal": causal, "scale": scale}
+        q[...] = kernels.attention.reference(q.copy(), one, one, mask, **options)
+        self.passes += 1
+
     def bias_act(self, x, bias, activation, out):
         """The kernel of nnxp.kernels.cuda.activations, on the host."""
         assert (x.data.ptr == out.data.ptr) == (x.dtype == out.dtype)
@@ -297,14 +333,19 @@ def lab(monkeypatch):
         "get_device_id": lambda: 0,
         "get_current_stream": made.stream,
         "bias_act": made.bias_act,
+        "over_scores": made.over_scores,
     }
-    for module in (bindings, descriptors, passes, tuning, plans, call):
+    ours = bindings, descriptors, passes, tuning, plans, call, stacks, cuda_attention, cuda_linear
+    for module in ours:
         for name, stand_in in stand_ins.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
     monkeypatch.setattr(bindings, "library", lambda: (lt, None))
     monkeypatch.setattr(call, "plans", plans.Lately(call.MOST_PLANS))
-    monkeypatch.setattr(plans, "choices", plans.Lately(plans.MOST_CHOICES))
+    monkeypatch.setattr(stacks, "plans", plans.Lately(call.MOST_PLANS))
+    choices = plans.Lately(plans.MOST_CHOICES)
+    for module in (plans, stacks):
+        monkeypatch.setattr(module, "choices", choices)
     monkeypatch.setattr(bindings, "handles", {})
     return made
 
@@ -767,6 +808,225 @@ def test_more_rows_than_cublaslt_counts_go_in_parts(lab, monkeypatch):
     assert {call.rows for call in lab.lt.calls} == {50, 31}
 
 
+# stacks of matrices
+
+
+def stack(lab, shape, dtype, seed, layout="as it comes"):
+    """(b, rows, cols) in one of STACKS."""
+    return STACKS[layout](lab, whole(shape, dtype, seed))
+
+
+def by_matrices(lay):
+    """How matrices that lie in this way follow each other."""
+
+    def laid(lab, values):
+        one = lay(lab, values.reshape(-1, values.shape[2]))
+        return one.reshape(values.shape)
+
+    return laid
+
+
+def between(lab, values):
+    """Matrices side by side: as (heads, time, c) lie in (time, heads, c)."""
+    return lab.memory.put(np.ascontiguousarray(values.swapaxes(0, 1))).swapaxes(0, 1)
+
+
+def turned(lab, values):
+    return lab.memory.put(np.ascontiguousarray(values.swapaxes(1, 2))).swapaxes(1, 2)
+
+
+def all_the_same(lab, values):
+    return cupy.broadcast_to(lab.memory.put(values[0]), values.shape)
+
+
+STACKS = {
+    "as it comes": lambda lab, v: lab.memory.put(v),
+    "columns of wider ones": by_matrices(lambda lab, v: inside(lab, v, 0, 3, 2)),
+    "side by side": between,
+    "all the same": all_the_same,
+    "turned": turned,
+    "backwards": lambda lab, v: lab.memory.put(v[::-1].copy())[::-1],
+    "every second column": by_matrices(lambda lab, v: alternate(lab, v, 1)),
+}
+COPIED = {"backwards", "every second column"}  # and what is turned, if it is not the weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", STACKS)
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 8, 16), (1, 4, 3, 2), (6, 1, 7, 1), (2, 3, 1, 4)], ids=str
+)
+def test_stacks_may_lie_in_any_way(lab, dtype, layout, shape):
+    b, m, k, n = shape
+    lies = {"x": ("as it comes", layout), "weight": (layout, "as it comes")}
+    for who, (of_weight, of_x) in lies.items():
+        x = stack(lab, (b, m, k), dtype, 0, of_x)
+        weight = stack(lab, (b, k, n), dtype, 1, of_weight)
+        before, lab.copies[:] = [host(each).tobytes() for each in (x, weight)], []
+        for _ in range(2):
+            y = kernels.matmul(x, weight)
+        assert [host(each).tobytes() for each in (x, weight)] == before
+        assert y.dtype == x.dtype
+        wanted = host(x).astype("f8") @ host(weight).astype("f8")
+        np.testing.assert_array_equal(host(y).astype("f8"), wanted.astype(x.dtype).astype("f8"))
+        assert lab.lt.calls[-1].batch == b
+        if min(shape) > 1:
+            copied = layout in COPIED or (layout, who) == ("turned", "x")
+            assert bool(lab.copies) == copied
+    assert lab.products == 0
+
+
+def test_axes_before_those_of_the_matrices_are_repeated_where_they_are(lab):
+    for left, right in [((2, 3), (2, 3)), ((3,), ()), ((2, 1), (2, 1)), ((1,), (4,))]:
+        x, weight = (
+            lab.memory.put(whole(shape, "f4", 0)) for shape in [(*left, 5, 8), (*right, 8, 4)]
+        )
+        y = kernels.matmul(x, weight)
+        np.testing.assert_array_equal(host(y), host(x) @ host(weight))
+    assert lab.copies == []
+    assert lab.products == 0
+
+
+def test_one_choice_serves_stacks_of_about_as_many(lab):
+    lab.lt.cost = lambda algorithm, epilogue, rows: {1: 0.3, 2: 0.1, 3: 0.2}[algorithm]
+    for batch in (20, 24, 32):
+        x, weight = stack(lab, (batch, 4, 8), "f4", 0), stack(lab, (batch, 8, 4), "f4", 1)
+        y = kernels.matmul(x, weight)
+        np.testing.assert_array_equal(host(y), host(x) @ host(weight))
+        assert (lab.lt.calls[-1].algorithm, lab.lt.calls[-1].batch) == (2, batch)
+        events, lab.events = lab.events, 0
+        assert bool(events) == (batch == 20)
+    lab.capturing = True
+    kernels.matmul(x[:3], weight[:3])  # the first that is proposed
+    assert lab.lt.calls[-1].algorithm == 1
+
+
+def test_of_many_rows_in_a_stack_a_part_is_timed(lab):
+    x, weight = stack(lab, (40, 1000, 2), "f4", 0), stack(lab, (40, 2, 2), "f4", 1)
+    kernels.matmul(x, weight)
+    assert {call.batch for call in lab.lt.calls[:-1]} == {9}
+    assert lab.lt.calls[-1].batch == 40
+
+
+def test_more_matrices_than_a_launch_may_have_go_in_parts(lab, monkeypatch):
+    monkeypatch.setattr(stacks, "MOST_MATRICES", 4)
+    x, weight = stack(lab, (10, 3, 8), "f4", 0), stack(lab, (10, 8, 5), "f4", 1)
+    np.testing.assert_array_equal(host(kernels.matmul(x, weight)), host(x) @ host(weight))
+    assert {call.batch for call in lab.lt.calls} == {4, 2}
+
+
+def test_tf32_reaches_stacks_that_ask_for_it(lab):
+    q = stack(lab, (6, 4, 8), "f4", 0).reshape(2, 3, 4, 8)
+    for precision, compute in ((None, 68), ("tf32", 77), (None, 68)):
+        lab.lt.calls.clear()
+        kernels.matmul(q, q.swapaxes(2, 3), precision=precision)
+        kernels.attention(q, q, q, precision=precision)
+        assert {call.compute for call in lab.lt.calls} == {compute}
+
+
+@pytest.mark.parametrize("offers", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_cublaslt_stacks_are_multiplied_by_cupy_in_float32(lab, dtype, offers, monkeypatch):
+    if offers:
+        lab.lt.offers = set()
+    else:
+        monkeypatch.setattr(bindings, "library", lambda: (None, "nvmath-python is not installed"))
+    x, weight = stack(lab, (3, 4, 8), dtype, 0), stack(lab, (3, 8, 5), dtype, 1)
+    y = kernels.matmul(x, weight)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(host(y), (host(x).astype("f8") @ host(weight)).astype(dtype))
+    assert (lab.products, lab.lt.calls) == (1, [])
+
+
+HEADS = [(2, 3, 3), (2, 6, 2), (1, 4, 1), (3, 1, 1)]
+MASKS = {
+    "none": None,
+    "of keys": lambda n, heads: (n, 1, 1, 7),
+    "of queries and keys": lambda n, heads: (5, 7),
+    "of heads": lambda n, heads: (1, heads, 5, 7),
+    "of all": lambda n, heads: (n, heads, 5, 7),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_is_two_products_of_stacks_and_one_pass(lab, dtype, heads, mask):
+    (n, heads, groups), shape = heads, MASKS[mask]
+    q, k, v = (
+        draw(shape, dtype, seed)
+        for seed, shape in enumerate([(n, heads, 5, 8), (n, groups, 7, 8), (n, groups, 7, 4)])
+    )
+    seen = None
+    if shape is not None:
+        seen = np.random.default_rng(3).random(shape(n, heads)) < 0.6
+        if mask == "of heads":
+            seen = np.where(seen, 0, -np.inf).astype(dtype)
+    put = [None if each is None else lab.memory.put(each) for each in (q, k, v, seen)]
+    options = {"causal": mask == "of queries and keys"}
+    y = kernels.attention(*put, **options)
+    assert lab.passes == 1 + (dtype != "float32")
+    last = lab.lt.calls[-1]
+    assert (last.batch, last.rows, last.result) == (n * groups, heads // groups * 5, "float32")
+    assert lab.products == 0
+    value, error = error_bound(kernels.attention, q, k, v, seen, **options)
+    assert compare("attention", "", "cpu", host(y), value, error).ratio < LIMIT / 2
+    assert host(y).dtype == dtype
+
+
+def test_keys_and_values_are_read_where_they_lie(lab):
+    """As a layer hands them over: heads side by side, in the order of time, of one row."""
+    q, k, v = (between(lab, whole((3, n, 8), "f4", n)[:, :, :8])[None] for n in (5, 7, 7))
+    y = kernels.attention(q, k, v)
+    np.testing.assert_allclose(
+        host(y), kernels.attention.reference(*map(host, (q, k, v))), rtol=1e-5, atol=1e-5
+    )
+    assert lab.copies == []
+    assert lab.lt.calls[0].turned
+
+
+def test_attention_of_more_axes_and_of_fewer(lab):
+    for lead in ((), (2, 2)):
+        q, k = (lab.memory.put(whole((*lead, 2, n, 8), "f4", n)) for n in (5, 7))
+        mask = lab.memory.put(np.random.default_rng(0).random((*lead, 1, 5, 7)) < 0.7)
+        y = kernels.attention(q, k, k, mask, scale=0.5)
+        wanted = kernels.attention.reference(host(q), host(k), host(k), host(mask), scale=0.5)
+        np.testing.assert_allclose(host(y), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_attention_of_ours_goes_to_the_reference(lab, monkeypatch):
+    given = []
+    monkeypatch.setattr(cuda_attention, "unfused", lambda *all, **options: given.append(all[0]))
+    monkeypatch.setattr(cuda_linear, "unfused", lambda *all, **options: given.append(all[0]))
+    put = lab.memory.put
+    q = put(np.ones((2, 3, 4, 8), "f4"))
+    double, half = put(np.ones(q.shape)), put(np.ones(q.shape, "f2"))
+    whole_numbers = put(np.ones((4, 4), "i8"))
+    other = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(q.data.ptr, q.nbytes, None, 1), 0)
+    elsewhere = cupy.ndarray(q.shape, q.dtype, memptr=other)
+    cases = [
+        (double, double, double),
+        (q, half, q),
+        (q[:0], q[:0], q[:0]),
+        (q, q[:1], q[:1]),
+        (q, q[:, :2], q[:, :2]),
+        (q, q, q[..., :0]),
+        (q, q[:, :, :0], q[:, :, :0]),
+        (q, q, q, whole_numbers),
+        (q, host(q), q),
+        (q, elsewhere, q),
+    ]
+    for case in cases:
+        kernels.attention(*case)
+    assert given == [kernels.attention] * len(cases)
+    given.clear()
+    cases = [(double, double), (q, half), (q, q), (q[:0], q), (q, elsewhere)]
+    for case in cases:
+        kernels.matmul(*case)
+    assert given == [kernels.matmul] * len(cases)
+    assert lab.lt.calls == []
+
+
 @pytest.fixture
 def unfused(monkeypatch):
     """What the reference body is given."""
@@ -901,6 +1161,7 @@ def test_fused_bodies_have_the_signatures_of_the_references():
     for kernel, fused in [
         (kernels.linear, cuda_linear.linear_lt),
         (kernels.matmul, cuda_linear.matmul_lt),
+        (kernels.attention, cuda_attention.attention_lt),
     ]:
         assert inspect.signature(fused) == inspect.signature(kernel.reference)
 
@@ -943,6 +1204,9 @@ def test_the_numbers_are_those_of_nvidias_bindings():
     assert bindings.TRANSPOSE_A == attribute.TRANSA
     assert bindings.EPILOGUE == attribute.EPILOGUE
     assert bindings.BIAS_POINTER == attribute.BIAS_POINTER
+    layout = cublasLt.MatrixLayoutAttribute
+    assert bindings.BATCH_COUNT == layout.BATCH_COUNT
+    assert bindings.BATCH_STEP == layout.STRIDED_BATCH_OFFSET
     wish = cublasLt.MatmulPreferenceAttribute
     assert bindings.MAX_WORKSPACE == wish.MAX_WORKSPACE_BYTES
     assert bindings.REDUCTION_SCHEMES == wish.REDUCTION_SCHEME_MASK

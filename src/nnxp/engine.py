@@ -33,11 +33,12 @@ from nnxp.backend._lanes import LanePool
 from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer, whole
+from nnxp.program.fused import fused
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
 from nnxp.program.recordings import IDLE_BYTES, HostRecording, Recordings
-from nnxp.program.rewrite import in_their_own_type, optimized, placed, with_precision
+from nnxp.program.rewrite import in_their_own_type, optimized, placed, with_products
 from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -87,8 +88,8 @@ class Engine:
             recording keeps what its rows take, and a workspace of cuBLASLt's.
         workers: threads on the CPU; without it as many as this process may use.
         precision: "tf32" allows a GPU to round the factors of float32 products to ten bits, which
-            is several times as fast; a CPU has no use for the permission, and products of stacks of
-            matrices, as in attention, none yet. Without it float32 is float32.
+            is several times as fast; a CPU has no use for the permission. Without it float32 is
+            float32.
         rewrite: False runs the model's steps as it has them, without a batch norm in the weights
             before it and the like: to find a difference.
 
@@ -535,9 +536,12 @@ class Replica:
         return self._rewritten(program)
 
     def _rewritten(self, program: Program) -> Program:
-        if self.precision is not None and isinstance(self.backend, DeviceBackend):
-            program = with_precision(program, self.precision)
-        return optimized(program) if self.rewrite else program
+        if isinstance(self.backend, DeviceBackend):
+            program = with_products(program, self.precision)
+        if not self.rewrite:
+            return program
+        program = optimized(program)
+        return fused(program) if self.backend.name == "cupy" else program
 
     def whole(self, outlines: tuple[Outline | None, ...], arrays: Sequence[HostArray]) -> Whole:
         """What answers inputs of these outlines, and of these few numbers, as they are."""

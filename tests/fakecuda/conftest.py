@@ -21,7 +21,7 @@ else:
     from fakecuda.machine import machine
     from nnxp.backend import _device
     from nnxp.kernels.cuda import _compiled
-    from nnxp.kernels.cuda.lt import bindings, call, plans
+    from nnxp.kernels.cuda.lt import bindings, call, plans, stacks
     from test_lt import STREAM, Lt
 
     class LaterLt(Lt):
@@ -103,7 +103,10 @@ else:
         machine.lt = lt = LaterLt(machine)
         monkeypatch.setattr(bindings, "handles", {})
         monkeypatch.setattr(call, "plans", plans.Lately(call.MOST_PLANS))
-        monkeypatch.setattr(plans, "choices", plans.Lately(plans.MOST_CHOICES))
+        monkeypatch.setattr(stacks, "plans", plans.Lately(call.MOST_PLANS))
+        choices = plans.Lately(plans.MOST_CHOICES)
+        for module in (plans, stacks):
+            monkeypatch.setattr(module, "choices", choices)
         monkeypatch.setattr(bindings, "library", lambda: (lt, None))
         monkeypatch.setattr(_device, "BLOCK_ROWS", (64, 64))
         monkeypatch.setattr(plans, "PAD_FROM_ROWS", 64)

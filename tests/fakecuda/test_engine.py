@@ -190,6 +190,52 @@ def test_few_rows_replay_a_graph(gpu, rows, dtype, head):
     assert not kinds & {"product", "kernel"}
 
 
+class Scored(nnxp.Layer):
+    """Attention written out, as an own layer may have it."""
+
+    weight: np.ndarray
+
+    def __init__(self):
+        self.weight = draw((8, 8), seed=5)
+
+    def __call__(self, x):
+        xp = nnxp.get_array_module(x)
+        scores = xp.matmul(x @ self.weight, x.swapaxes(1, 2))
+        return xp.matmul(nnxp.kernels.softmax(scores), x)
+
+
+ATTENTIVE = {
+    "encoder": nnxp.TransformerEncoderLayer(8, 2, 12, rng=0),
+    "grouped and causal": nnxp.MultiHeadAttention(8, 4, groups=2, causal=True, rng=1),
+    "own": Scored(),
+}
+
+
+@every_type
+@pytest.mark.parametrize("name", ATTENTIVE)
+def test_attention_replays_a_graph_too(gpu, dtype, name):
+    """Which it could not with CuPy's own products."""
+    net, x = ATTENTIVE[name].astype(dtype), draw((5, 6, 8), dtype)
+    engine = nnxp.Engine(net, "cuda")
+    for _ in range(3):
+        check(engine(x), net, x)
+    assert len(engine._replicas[0].ready) == 1
+    gpu.done.clear()
+    check(engine(x), net, x)
+    kinds = {kind for kind, _ in gpu.done}
+    assert "graph's product" in kinds
+    assert not kinds & {"product", "kernel", "cuBLAS"}
+    assert any(call.batch > 1 for call in gpu.lt.calls)
+
+
+def test_attention_with_a_mask_goes_through_an_engine(gpu):
+    net, x = nnxp.TransformerEncoderLayer(8, 2, 12, rng=0), draw((70, 6, 8))
+    mask = np.random.default_rng(0).random((70, 6)) < 0.7
+    y = nnxp.Engine(net, "cuda")((x, mask))
+    value, error = error_bound(net, x, mask)
+    assert compare("engine", "", "cuda:0", y, value, error).ok
+
+
 def test_a_graph_sees_weights_that_change_in_place_and_nobody_elses_arrays(gpu):
     net = network()
     engine, x = nnxp.Engine(net, "cuda"), draw((5, 16))
@@ -467,6 +513,14 @@ def test_tf32_is_asked_for_in_this_engine_only(gpu):
                 check(engine(given), net, x)
                 gpu.finish()
                 assert {call.compute for call in gpu.lt.calls} == {compute_type}
+
+
+def test_tf32_reaches_attention(gpu):
+    net, x = ATTENTIVE["encoder"], draw((70, 6, 8))
+    check(nnxp.Engine(net, "cuda", precision="tf32")(x), net, x)
+    gpu.finish()
+    assert {call.compute for call in gpu.lt.calls} == {77}
+    assert any(call.batch > 1 for call in gpu.lt.calls)
 
 
 def test_the_caller_s_device_and_stream_are_as_they_were(gpu):

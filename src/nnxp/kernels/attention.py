@@ -21,6 +21,7 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    precision: str | None = None,
 ) -> Array:
     """y = softmax(scale q kᵀ + mask) v   [Vaswani et al. 2017, arXiv:1706.03762]
 
@@ -31,12 +32,13 @@ def attention(
 
     `mask` broadcasts to (..., heads, queries, keys). A boolean one is True where a query may look;
     one of floats is added. `causal` lets query i look at the keys 0 to i only. A query that may
-    look nowhere gets zeros, as from torch's scaled_dot_product_attention.
+    look nowhere gets zeros, as from torch's scaled_dot_product_attention. `precision` is as for
+    matmul.
 
     Raises ShapeError for arrays that do not fit, DtypeMismatch for a mask of whole numbers.
     """
     xp = xp_of(q)
-    if not _fit(q, k, v):
+    if not fit(q, k, v):
         raise ShapeError(
             "attention takes q (..., heads, queries, c), k (..., groups, keys, c) and v (..., "
             "groups, keys, d), with heads a multiple of groups; got "
@@ -62,7 +64,8 @@ def attention(
     return y.reshape(shape)
 
 
-def _fit(q: Array, k: Array, v: Array) -> bool:
+def fit(q: Array, k: Array, v: Array) -> bool:
+    """Whether queries, keys and values fit each other."""
     if min(q.ndim, k.ndim, v.ndim) < 3 or 0 in (q.shape[-1], k.shape[-3]):
         return False
     groups, keys, c = k.shape[-3:]

@@ -16,11 +16,15 @@ def matmul(x: Array, weight: Array, *, precision: str | None = None) -> Array:
     """y = x @ weight
 
     x (..., i), weight (i, o) -> y (..., o). All leading axes together are the rows of one
-    product: NumPy and CuPy would otherwise run one product for each index of the outer axes.
+    product: NumPy and CuPy would otherwise run one product for each index of the outer axes. Of
+    stacks, x (..., m, i), weight (..., i, o) -> y (..., m, o), both of more than two axes, each
+    matrix is multiplied by one.
 
     With precision="tf32" CUDA may round the factors of float32 products to TF32 first, 11
     significant bits instead of 24, with sums in float32 as before. Others take no notice.
     """
+    if weight.ndim > 2 and x.ndim > 2:
+        return xp_of(x).matmul(x, weight)
     _is_matrix("matmul", weight)
     if x.ndim == 2:
         return xp_of(x).matmul(x, weight)
@@ -36,6 +40,9 @@ def _is_matrix(who: str, weight: Array) -> None:
 
 @matmul.vjp
 def _matmul(dy: Array, y: Array, x: Array, weight: Array, **options: Any) -> tuple[Array, ...]:
+    if weight.ndim > 2:
+        matmul = xp_of(x).matmul
+        return matmul(dy, weight.swapaxes(-1, -2)), matmul(x.swapaxes(-1, -2), dy)
     rows, worth = _rows(x), _rows(dy)
     return xp_of(x).matmul(worth, weight.T).reshape(x.shape), xp_of(x).matmul(rows.T, worth)
 

@@ -27,7 +27,7 @@ Polynomial: TypeAlias = dict[tuple[int, ...], float]
 _PATTERNS: dict[Any, list[Callable[..., Any]]] = {}
 
 
-def pattern(*functions: str) -> Callable[[Pattern], Pattern]:
+def pattern(*functions: str | kernels.Kernel) -> Callable[[Pattern], Pattern]:
     """Decorator: this function of (step, *arrays) answers what ends in one of these functions as a
     kernel, or None where it is something else."""
 
@@ -41,7 +41,7 @@ def pattern(*functions: str) -> Callable[[Pattern], Pattern]:
 
 def kernel_for(step: Step, arrays: tuple[Any, ...]) -> Any:
     """The kernel whose result is that of this step, noted; None if there is none."""
-    if not isinstance(step.function, str) or step.outputs[0].dtype.kind != "f":
+    if not isinstance(step.function, str | kernels.Kernel) or step.outputs[0].dtype.kind != "f":
         return None
     for seen in _PATTERNS.get(step.function, ()):
         made = seen(step, *arrays)
@@ -266,7 +266,7 @@ def _gain_or_bias(step: Step, x: Any, y: Any) -> Any:
 # attention
 
 
-@pattern("matmul")
+@pattern("matmul", kernels.matmul)
 def _attention(step: Step, weights: Any, v: Any) -> Any:
     """softmax(scale q kᵀ + mask) v, for q, k and v of as many heads"""
     (scores,) = _made_by(weights, kernels.softmax) or (None,)
@@ -284,13 +284,14 @@ def _attention(step: Step, weights: Any, v: Any) -> Any:
         return None
     if mask is not None and (not isinstance(mask, ndarray) or mask.dtype != q.dtype):
         return None
-    return _noted(kernels.attention, q, k, v, *(() if mask is None else (mask,)), scale=scale)
+    given = (q, k, v) if mask is None else (q, k, v, mask)
+    return _noted(kernels.attention, *given, scale=scale, **step.options)
 
 
 def _scaled_product(x: Any) -> tuple[float, tuple[Any, ...]] | None:
     """The factors of a product of matrices, and a number that it is multiplied by."""
     for part in _behind(x, 3):
-        factors = _made_by(part, "matmul")
+        factors = _made_by(part, "matmul", kernels.matmul)
         if factors is not None:
             number = (_polynomial(x, (part,)) or {}).get((1,))
             return None if number is None else (number, factors)

@@ -31,19 +31,21 @@ from nnxp.program.traced import (
 
 CENTRING = (kernels.standardize, kernels.batch_norm)
 """Kernels that take away from the rows what is large in them."""
-WITH_PRECISION = (kernels.linear, kernels.matmul, kernels.conv, kernels.conv_transpose)
+WITH_PRECISION = (
+    kernels.linear, kernels.matmul, kernels.conv, kernels.conv_transpose, kernels.attention,
+)  # fmt: skip
 """Kernels that are told of the precision of their products."""
 
 
-def with_precision(program: Program, precision: str) -> Program:
-    """The program with products of this precision, of matrices and in kernels that have some.
+def with_products(program: Program, precision: str | None = None) -> Program:
+    """The program with products of matrices, and of stacks of them, as kernels of this precision.
 
-    What multiplies stacks of matrices, as attention does, is as it was.
+    With a precision kernels that have products are written out, unless they have one, too.
     """
 
     def noted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if kernel in WITH_PRECISION:
-            return record(kernel, arrays, options | {"precision": precision})
+            return record(kernel, arrays, options | given)
         step = Step(kernel, tuple(map(value_of, arrays)), options, "")
         if multiply_adds(step):
             return kernel.widened(*arrays, **options)
@@ -52,11 +54,17 @@ def with_precision(program: Program, precision: str) -> Program:
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         if step.name == "matmul" and isinstance(step.function, str):
             x, weight = arrays
-            if x.dtype == weight.dtype == np.float32 and x.ndim > 1 and weight.ndim == 2:
-                return record(kernels.matmul, arrays, step.options | {"precision": precision})
+            kernel = weight.ndim == 2 <= x.ndim or min(x.ndim, weight.ndim) > 2
+            if kernel and x.dtype == weight.dtype and is_floating(x.dtype):
+                return record(kernels.matmul, arrays, step.options | given)
         return again(step, arrays)
 
-    return rewritten(expanded(program, noted), change, program.inputs)
+    given = {} if precision is None else {"precision": precision}
+    if precision is not None:
+        program = expanded(program, noted)
+    elif not any(step.function == "matmul" for step in program.steps):
+        return program
+    return rewritten(program, change, program.inputs)
 
 
 def rewritten(
@@ -199,6 +207,8 @@ def _product(x: Any) -> Product | None:
     step = x.value.step if isinstance(x, ndarray) else None
     if step is None or step.function not in (*PRODUCTS, kernels.matmul, "matmul"):
         return None
+    if step.function is kernels.matmul and step.values[1].shape[2:]:
+        return None  # of stacks
     x, weight, bias = (*map(lifted, step.inputs), None)[:3]
     if step.function == "matmul" and not _of_a_layer(x, weight):
         return None

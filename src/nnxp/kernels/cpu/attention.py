@@ -25,6 +25,7 @@ def attention_in_place(
     *,
     causal: bool = False,
     scale: float | None = None,
+    precision: str | None = None,
 ) -> InPlace | None:
     """With as many groups as heads: the scores of one row at a time.
 

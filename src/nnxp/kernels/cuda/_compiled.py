@@ -24,9 +24,12 @@ TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 @cache
 def source(file: str) -> str:
-    """A source with what it includes in its place: CuPy's cache then sees every change."""
+    """A source with what it includes in its place: CuPy's cache then sees every change.
+
+    What is a text already, of more than one line, is that, with what it includes.
+    """
     here = Path(__file__).parent
-    text = (here / file).read_text()
+    text = file if "\n" in file else (here / file).read_text()
     for header in ("device.cuh", "act.cuh"):
         text = text.replace(f'#include "{header}"', (here / header).read_text())
     return text

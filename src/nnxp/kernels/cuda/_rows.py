@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nnxp._arrays import Array
-from nnxp.kernels.cuda._compiled import Part, launch, next_power, pack
+from nnxp.kernels.cuda._compiled import launch, next_power, pack
 
 OPS = ("softmax", "softmin", "log_softmax")  # of the ops of rows.cu, those that are activations
 
@@ -40,18 +40,9 @@ def over_rows(
     rows, cols = x.shape
     v = pack(x, out, before, gain, after)
     kind = x.dtype, out.dtype, f"op::{op}", v
-    packs = -(-cols // v)
-    lanes = min(32, max(8, next_power(packs)))
-    each = next((n for n in HELD[v] if packs <= n * lanes), None)
-    instance: tuple[Part, ...]
-    if each is not None:
-        instance = "rows.cu", "held", *kind, lanes, each
-        blocks, threads = -(-rows * lanes // HELD_THREADS), HELD_THREADS
-    else:
-        instance = "rows.cu", "streamed", *kind
-        blocks, threads = rows, 256 if packs <= 4096 else 1024
+    how, lanes, blocks, threads = _spread(rows, cols, v)
     launch(
-        instance,
+        ("rows.cu", how, *kind, *lanes),
         (blocks,),
         (threads,),
         (x, before, gain, after, out),
@@ -62,3 +53,41 @@ def over_rows(
         eps,
     )
     return out
+
+
+def over_scores(scores: Array, mask: Array | None, *, causal: bool, scale: float) -> None:
+    """Attention's softmax(scale scores + mask) over the keys, in place
+
+    scores (n, heads, queries, keys) float32, without gaps and not empty; mask of that shape, of any
+    strides, boolean, True where a query may look, or float32, added. `causal` lets query i look at
+    the keys 0 to i. A query that may look nowhere gets zeros.
+    """
+    n, heads, queries, keys = scores.shape
+    rows = n * heads * queries
+    v = pack(flat := scores.reshape(rows, keys), flat)
+    how, lanes, blocks, threads = _spread(rows, keys, v)
+    steps = (0, 0, 0, 0) if mask is None else [each // mask.itemsize for each in mask.strides]
+    boolean = mask is not None and mask.dtype == bool
+    launch(
+        ("rows.cu", f"{how}_scores", v, *lanes),
+        (blocks,),
+        (threads,),
+        (scores, mask if boolean else None, None if boolean else mask),
+        rows,
+        keys,
+        heads,
+        queries,
+        *steps,
+        int(causal),
+        np.float32(scale),
+    )
+
+
+def _spread(rows: int, cols: int, v: int) -> tuple[str, tuple[int, ...], int, int]:
+    """Whether rows are held or streamed, by how many lanes and packs in each; blocks, threads."""
+    packs = -(-cols // v)
+    lanes = min(32, max(8, next_power(packs)))
+    each = next((n for n in HELD[v] if packs <= n * lanes), None)
+    if each is None:
+        return "streamed", (), rows, 256 if packs <= 4096 else 1024
+    return "held", (lanes, each), -(-rows * lanes // HELD_THREADS), HELD_THREADS

@@ -22,6 +22,9 @@ template <> INLINE float narrow<float>(float v) { return v; }
 template <> INLINE __half narrow<__half>(float v) { return __float2half_rn(v); }
 template <> INLINE __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
+INLINE float larger(float a, float b) { return a != a || a > b ? a : b; }
+INLINE float smaller(float a, float b) { return a != a || a < b ? a : b; }
+
 // V neighbours: 16 bytes of what is stored, moved by one instruction, or V = 1. What is loaded may be
 // wider, and takes an instruction for each of its 16 bytes.
 template <class T, int V> struct alignas(V * sizeof(T)) Pack {

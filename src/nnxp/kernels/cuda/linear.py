@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from math import prod
 
+import cupy
+import numpy as np
+
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels.activations import identity
-from nnxp.kernels.cuda.lt import product
+from nnxp.kernels.cuda._compiled import fusable, unfused
+from nnxp.kernels.cuda.lt import on_this_device, product, stacked
 from nnxp.kernels.linear import linear, matmul
 
 
@@ -35,5 +39,21 @@ def linear_lt(
 
 @matmul.on("cupy")
 def matmul_lt(x: Array, weight: Array, *, precision: str | None = None) -> Array:
-    """y = x @ weight: a linear layer without bias."""
-    return linear_lt(x, weight, precision=precision)
+    """y = x @ weight: a linear layer without bias, or a product of stacks."""
+    if weight.ndim < 3 or x.ndim < 3:
+        return linear_lt(x, weight, precision=precision)
+    if not (
+        on_this_device(x, weight)
+        and fusable(x)
+        and weight.dtype == x.dtype
+        and x.shape[-1] == weight.shape[-2]
+        and weight.size
+    ):
+        return unfused(matmul, x, weight, precision=precision)
+    lead = np.broadcast_shapes(x.shape[:-2], weight.shape[:-2])
+    both = [
+        cupy.broadcast_to(each, (*lead, *each.shape[-2:])).reshape(prod(lead), *each.shape[-2:])
+        for each in (x, weight)
+    ]
+    y = stacked(both[0], both[1], x.dtype, precision)
+    return y.reshape(*lead, *y.shape[1:])

@@ -63,6 +63,47 @@ template <class X, class T> struct Matrix {
     }
 };
 
+// A row of scores of attention, in place: times the scale where its query may look at a key, minus
+// infinity elsewhere. `seen` or `added` is the row's part of a mask, its keys `step` apart.
+struct Scores {
+    float* y;
+    const bool* seen;
+    const float* added;
+    Index cols, step, last;  // the last key that it may look at
+    float scale;
+
+    template <int V> __device__ __forceinline__ void read(Index, Index c, float* v) const {
+        const Pack<float, V> pack = load<V>(y + c);
+        #pragma unroll
+        for (int k = 0; k < V; ++k) {
+            v[k] = scale * pack.at[k];
+            if (added) v[k] += added[(c + k) * step];
+            if (c + k > last || (seen && !seen[(c + k) * step])) v[k] = __int_as_float(0xff800000);
+        }
+    }
+
+    template <int V> __device__ __forceinline__ void write(Index, Index c, float* v) const {
+        Pack<float, V> pack;
+        #pragma unroll
+        for (int k = 0; k < V; ++k) pack.at[k] = v[k];
+        store(y + c, pack);
+    }
+};
+
+// Where a row of scores (n, heads, queries, keys) is in a mask of any strides.
+struct Mask {
+    const bool* seen;
+    const float* added;
+    Index heads, queries, n_step, head_step, query_step, key_step, causal;
+
+    __device__ __forceinline__ Scores of(Index row, float* y, Index cols, float scale) const {
+        const Index query = row % queries, head = row / queries % heads, n = row / queries / heads;
+        const Index at = n * n_step + head * head_step + query * query_step;
+        return {y + row * cols, seen ? seen + at : seen, added ? added + at : added, cols, key_step,
+                causal ? query : cols, scale};
+    }
+};
+
 // A row in the registers of G lanes, S packs of V in each. Lanes beyond the row take part in every
 // shuffle and hold nothing: `cols` is 0 for them.
 template <class M, int V, int G, int S> struct Held {
@@ -135,7 +176,7 @@ namespace op {
 
 // Types of their own, not lambdas: so all sums of a kernel share the memory of over_block.
 struct Larger {
-    INLINE float operator()(float a, float b) const { return a != a || a > b ? a : b; }  // keeps NaN
+    INLINE float operator()(float a, float b) const { return larger(a, b); }
 };
 struct Add {
     INLINE float operator()(float a, float b) const { return a + b; }
@@ -153,6 +194,16 @@ struct softmax {
     template <class Row> static __device__ __forceinline__ void run(Row& row, float) {
         const float m = largest(row, [](float v) { return v; });
         const float scale = 1.f / sum(row, [m](float v) { return expf(v - m); });
+        row.map([m, scale](float v) { return expf(v - m) * scale; });
+    }
+};
+
+struct attention {  // softmax, of which those that may look nowhere get zeros
+    template <class Row> static __device__ __forceinline__ void run(Row& row, float) {
+        float m = largest(row, [](float v) { return v; });
+        m = m < -3.40282347e+38f ? -3.40282347e+38f : m;
+        const float total = sum(row, [m](float v) { return expf(v - m); });
+        const float scale = 1.f / (total < 1.f ? 1.f : total);
         row.map([m, scale](float v) { return expf(v - m) * scale; });
     }
 };
@@ -212,4 +263,28 @@ streamed(const X* x, const T* before, const T* gain, const T* after, T* y, Index
     const Matrix<X, T> matrix = {x, before, gain, after, y, cols, x_stride, y_stride};
     Streamed<Matrix<X, T>, V> row(matrix, blockIdx.x);
     Op::run(row, eps);
+}
+
+// Attention's softmax over the keys of scores (n, heads, queries, keys), in place.
+template <int V, int G, int S>
+__global__ void __launch_bounds__(128)
+held_scores(float* y, const bool* seen, const float* added, Index rows, Index cols, Index heads,
+            Index queries, Index n_step, Index head_step, Index query_step, Index key_step,
+            Index causal, float scale) {
+    const Mask mask = {seen, added, heads, queries, n_step, head_step, query_step, key_step, causal};
+    const Index at = (Index(blockIdx.x) * blockDim.x + threadIdx.x) / G;
+    const Scores scores = mask.of(at, y, cols, scale);
+    Held<Scores, V, G, S> row(scores, at, rows);
+    op::attention::run(row, 0.f);
+}
+
+template <int V>
+__global__ void __launch_bounds__(1024, 1)  // or the compiler would spill for a second block
+streamed_scores(float* y, const bool* seen, const float* added, Index rows, Index cols, Index heads,
+                Index queries, Index n_step, Index head_step, Index query_step, Index key_step,
+                Index causal, float scale) {
+    const Mask mask = {seen, added, heads, queries, n_step, head_step, query_step, key_step, causal};
+    const Scores scores = mask.of(blockIdx.x, y, cols, scale);
+    Streamed<Scores, V> row(scores, blockIdx.x);
+    op::attention::run(row, 0.f);
 }

@@ -13,5 +13,7 @@ and the same product gives the same bits for as long as the process remembers it
 
 from nnxp.kernels.cuda.lt.bindings import LtError, why_not
 from nnxp.kernels.cuda.lt.call import product
+from nnxp.kernels.cuda.lt.passes import converted
+from nnxp.kernels.cuda.lt.stacks import on_this_device, stacked
 
-__all__ = ["LtError", "product", "why_not"]
+__all__ = ["LtError", "converted", "on_this_device", "product", "stacked", "why_not"]

@@ -25,7 +25,7 @@ MOST_ROWS, MOST_ELEMENTS, PART = 1 << 20, (1 << 31) - 1, 1 << 28
 plans = Lately[Run](MOST_PLANS)
 # One plan at a time, so that none disturbs the timing of another. The activation that is timed may
 # be a user's own, with products of its own.
-_making = threading.RLock()
+making = threading.RLock()
 
 
 def product(
@@ -90,7 +90,7 @@ def _plan(
     activation: Kernel,
     precision: str | None,
 ) -> Run:
-    with _making:
+    with making:
         plan = plans.get(key)
         if plan is None:
             plan = _way(wish, x, weight, bias, activation, precision)

@@ -14,6 +14,8 @@ from cupy.cuda import get_current_stream
 from nnxp._arrays import Array
 from nnxp.backend.cuda import workspaces
 from nnxp.kernels.cuda.lt.bindings import (
+    BATCH_COUNT,
+    BATCH_STEP,
     BIAS_POINTER,
     DATA_TYPES,
     DEFAULT,
@@ -38,7 +40,11 @@ _ONE_AT, _ZERO_AT = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
 
 
 class Form(NamedTuple):
-    """All that cuBLASLt knows of a product but its rows: x (m, inner) @ weight (inner, cols)."""
+    """All that cuBLASLt knows of a product but its rows: x (m, inner) @ weight (inner, cols).
+
+    Of stacks of matrices, of which the product's `batch` says how many there are, the steps are
+    the elements from one matrix to the next.
+    """
 
     device: int
     dtype: np.dtype[Any]
@@ -49,6 +55,8 @@ class Form(NamedTuple):
     ldw: int
     turned: bool  # the weight lies by columns
     alignment: int
+    x_step: int = 0
+    weight_step: int = 0
 
 
 class Algorithm(ctypes.Structure):
@@ -66,13 +74,14 @@ class Algorithm(ctypes.Structure):
 class Product:
     """One product as cuBLASLt has it described; may be launched from several threads at once."""
 
-    def __init__(self, lt: Any, form: Form, rows: int, way: int) -> None:
+    def __init__(self, lt: Any, form: Form, rows: int, way: int, batch: int = 1) -> None:
         self.lt, self.form, self.rows = lt, form, rows
         # What a pass of ours goes on with is not rounded to 16 bits before.
         self.dtype = FLOAT32 if way == PASS else form.dtype
         self.epilogue = DEFAULT if way == PASS else way
         self.handle = handle(lt, form.device)
-        self.what = f"({rows}, {form.inner}) @ ({form.inner}, {form.cols}) of {form.dtype}"
+        many = f"{batch} times " if batch > 1 else ""
+        self.what = f"{many}({rows}, {form.inner}) @ ({form.inner}, {form.cols}) of {form.dtype}"
         inner, cols, kind = form.inner, form.cols, DATA_TYPES[form.dtype.name]
         self.product = lt.matmul_desc_create(form.compute, DATA_TYPES["float32"])
         weight = (inner, cols) if form.turned else (cols, inner)
@@ -82,6 +91,11 @@ class Product:
         weakref.finalize(
             self, _destroy, lt, self.product, (self.weight, self.x, self.y)
         ).atexit = False
+        if batch > 1:
+            steps = form.weight_step, form.x_step, rows * cols
+            for layout, step in zip((self.weight, self.x, self.y), steps, strict=True):
+                _lay(lt, layout, BATCH_COUNT, ctypes.c_int32(batch))
+                _lay(lt, layout, BATCH_STEP, ctypes.c_int64(step))
         self._set(TRANSPOSE_A, ctypes.c_int32(form.turned))
         self._set(EPILOGUE, ctypes.c_uint32(self.epilogue))
         # The descriptor holds the bias, so a launch with one is two steps that belong together.
@@ -186,6 +200,10 @@ def _workspace(size: int, stream: int) -> Any:
     return space
 
 
+def _lay(lt: Any, layout: int, attribute: int, value: Any) -> None:
+    lt.matrix_layout_set_attribute(layout, attribute, ctypes.addressof(value), ctypes.sizeof(value))
+
+
 def _destroy(lt: Any, product: int, layouts: tuple[int, ...]) -> None:
     lt.matmul_desc_destroy(product)
     for each in layouts:
@@ -193,8 +211,11 @@ def _destroy(lt: Any, product: int, layouts: tuple[int, ...]) -> None:
 
 
 def leading(x: Array) -> int | None:
-    """The elements from one row to the next; None if a row is not one piece, or rows overlap."""
-    (rows, cols), (down, across), size = x.shape, x.strides, x.itemsize
+    """The elements from one row to the next; None if a row is not one piece, or rows overlap.
+
+    x (rows, cols), or a stack of such.
+    """
+    (rows, cols), (down, across), size = x.shape[-2:], x.strides[-2:], x.itemsize
     if cols > 1 and across != size:
         return None
     if rows == 1:

@@ -33,8 +33,8 @@ def finished(y: Array, bias: Array | None, activation: Kernel, dtype: np.dtype[A
     if activation in _ONE_PASS:
         return bias_act(y, bias, activation, y if y.dtype == dtype else cupy.empty(y.shape, dtype))
     if bias is not None:
-        bias_act(y, _converted(bias, y.dtype), identity, y)
-    return _converted(activation(y, out=y), dtype)
+        bias_act(y, converted(bias, y.dtype), identity, y)
+    return converted(activation(y, out=y), dtype)
 
 
 def rest(way: int, y: Array, bias: Array | None, activation: Kernel, dtype: np.dtype[Any]) -> Array:
@@ -46,7 +46,8 @@ def rest(way: int, y: Array, bias: Array | None, activation: Kernel, dtype: np.d
     return y
 
 
-def _converted(x: Array, dtype: np.dtype[Any]) -> Array:
+def converted(x: Array, dtype: np.dtype[Any]) -> Array:
+    """x in another type: itself, if it is of it."""
     if x.dtype == dtype:
         return x
     y = cupy.empty(x.shape, dtype)

@@ -51,7 +51,7 @@ def chosen(
         y = cupy.empty((x.shape[0], form.cols), product.dtype)[:rows]
         bias_at = bias.data.ptr if way > DEFAULT and bias is not None else 0
         pointers = x.data.ptr, weight.data.ptr, bias_at, y.data.ptr
-        algorithm = _fastest(product, *pointers)
+        algorithm = fastest(product, *pointers)
         if algorithm is None or (
             way == RELU_BIAS and not _keeps_nan(product, algorithm, x, weight, y)
         ):
@@ -67,7 +67,7 @@ def chosen(
     return best
 
 
-def _fastest(product: Product, x: int, weight: int, bias: int, y: int) -> Algorithm | None:
+def fastest(product: Product, x: int, weight: int, bias: int, y: int) -> Algorithm | None:
     """The fastest of the algorithms that cuBLASLt proposes; of equals the one it likes better."""
     best, shortest = None, float("inf")
     for each in product.proposals():

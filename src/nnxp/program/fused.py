@@ -1,0 +1,142 @@
+"""Runs of elementwise steps as one step each: on CUDA one launch, and one pass over memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import is_floating
+from nnxp.kernels.formula import (
+    CHOICE,
+    ELEMENTWISE,
+    OF_BOOLEANS,
+    OF_COMPARISONS,
+    OF_FLOATS,
+    Formula,
+    Line,
+    Place,
+    elementwise,
+)
+from nnxp.program.program import Program
+from nnxp.program.rewrite import rewritten
+from nnxp.program.traced import Step, Value, again, record
+
+BOOL = np.dtype(bool)
+MOST_ARRAYS = 24  # that a run reads: a kernel has room for so many arguments
+
+
+def fused(program: Program) -> Program:
+    """The program with each run of two elementwise steps or more as one.
+
+    A run has one result, and what its steps make besides is looked at in the run only; all have its
+    shape, and what they read is broadcast to it.
+    """
+    runs = _runs(program)
+    if not runs:
+        return program
+    member = {step for run in runs.values() for step in run}
+    given: dict[Step, tuple[Any, ...]] = {}
+
+    def change(step: Step, arrays: tuple[Any, ...]) -> Any:
+        if step in member:
+            given[step] = arrays
+        return _joined(runs[step], given) if step in runs else again(step, arrays)
+
+    return rewritten(program, change, program.inputs)
+
+
+def _runs(program: Program) -> dict[Step, list[Step]]:
+    """By its last step, the steps of each run, in their order."""
+    users: dict[Value, set[Step]] = defaultdict(set)
+    for step in program.steps:
+        for value in step.values:
+            users[value].add(step)
+    place = {step: i for i, step in enumerate(program.steps)}
+    runs: dict[Step, list[Step]] = {}
+    taken: set[Step] = set()
+    for last in reversed(program.steps):
+        if last in taken or not _fits(last, last):
+            continue
+        run, waiting = {last}, [last]
+        while waiting:
+            for value in waiting.pop().values:
+                maker = value.step
+                if (
+                    maker is not None
+                    and maker in place
+                    and maker not in run
+                    and maker not in taken
+                    and value not in program.outputs
+                    and users[value] <= run
+                    and _fits(maker, last)
+                ):
+                    run.add(maker)
+                    waiting = list(run)  # what another step of it reads, too, may fit now
+        in_order = sorted(run, key=place.__getitem__)
+        if len(run) > 1 and _reads(in_order, last):
+            runs[last] = in_order
+            taken |= run
+    return runs
+
+
+def _fits(step: Step, last: Step) -> bool:
+    """Whether a step may be in a run that ends with this one."""
+    (made,), of = step.outputs[:1], last.outputs[0]
+    if step.several or made.shape != of.shape or not is_floating(of.dtype) or of.dtype.itemsize > 4:
+        return False
+    if any(each.dtype not in (of.dtype, BOOL) for each in (made, *step.values)):
+        return False
+    if not all(isinstance(x, Value | int | float) for x in step.inputs):
+        return False
+    function, boolean = step.function, [_is_boolean(x) for x in step.inputs]
+    if function in ELEMENTWISE:
+        numbers = all(isinstance(x, int | float) for x in step.options.values())
+        return numbers and len(step.inputs) == 1 and not any(boolean)
+    if step.options or not isinstance(function, str):
+        return False
+    if function == CHOICE:
+        return boolean[0] and made.dtype == of.dtype
+    if function in OF_BOOLEANS:
+        return all(boolean)
+    if function in OF_COMPARISONS:
+        return not all(boolean)
+    return function in OF_FLOATS and made.dtype == of.dtype
+
+
+def _is_boolean(x: Any) -> bool:
+    return x.dtype == BOOL if isinstance(x, Value) else isinstance(x, bool)
+
+
+def _reads(run: list[Step], last: Step) -> bool:
+    """Whether one of the arrays that a run reads is as large as its result, and they are few."""
+    read = set(_read(run))
+    made = last.outputs[0]
+    like = any((x.shape, x.dtype) == (made.shape, made.dtype) for x in read)
+    return like and len(read) <= MOST_ARRAYS
+
+
+def _read(run: list[Step]) -> list[Value]:
+    """What a run reads, each once."""
+    made = {step.outputs[0] for step in run}
+    return [x for x in dict.fromkeys(x for step in run for x in step.values) if x not in made]
+
+
+def _joined(run: list[Step], given: dict[Step, tuple[Any, ...]]) -> Any:
+    """A run as one step, of the arrays that its steps were given."""
+    result = run[-1].outputs[0]
+    now = {
+        value: array
+        for step in run
+        for value, array in zip(step.inputs, given[step], strict=True)
+        if isinstance(value, Value)
+    }
+    read = _read(run)
+    read.sort(key=lambda x: (x.shape, x.dtype) != (result.shape, result.dtype))
+    places = {value: Place(i) for i, value in enumerate([*read, *(s.outputs[0] for s in run)])}
+    lines = tuple(
+        Line(step.function, tuple(places.get(x, x) for x in step.inputs), step.options)  # type: ignore[arg-type]
+        for step in run
+    )
+    return record(elementwise, tuple(now[x] for x in read), {"formula": Formula(lines)})
