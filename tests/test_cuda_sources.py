@@ -33,7 +33,8 @@ from oracles import ORACLES, Draw, two_u
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches the CUDA kernels")
 
-from nnxp.kernels._windows import padded, patches, windows  # noqa: E402
+from nnxp.kernels._windows import padded as with_zeros  # noqa: E402
+from nnxp.kernels._windows import patches, windows  # noqa: E402
 from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy)
 from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa: E402
 from nnxp.kernels.cuda._rows import over_rows, over_scores  # noqa: E402
@@ -594,7 +595,7 @@ every_way = pytest.mark.parametrize("way", WAYS)
 def test_patches_are_what_windows_see_and_zeros(shape, window, options, way, dtype, gpu):
     x = drawn(shape, dtype)
     over = windows("conv", x, window, **options)
-    wide = padded(x.astype("float32"), over.pads)
+    wide = with_zeros(x.astype("float32"), over.pads)
     expected = patches(wide, over).reshape(-1, np.prod(window) * shape[-1]).astype(x.dtype)
     seen = Seen(lain(x, way), over)
     count, columns = expected.shape

@@ -503,7 +503,8 @@ def _overlap(memory: HostArray, out: HostArray) -> bool:
     if memory.size == 0 or out.size == 0:
         return False
     try:
-        shared = np.shares_memory(memory, out, max_work=100_000)  # type: ignore[arg-type]
+        most: Any = 100_000  # which NumPy's annotations came to know in 2.5
+        shared = np.shares_memory(memory, out, max_work=most)
     except RuntimeError:  # np.exceptions.TooHardError: not known
         shared = True
     if not shared:

@@ -153,13 +153,13 @@ def _behind(x: Any, depth: int = DEPTH) -> Iterator[Any]:
 
 # gated by a function of itself
 
-_LINE = {(1,): 1.0}
-_CUBIC = {(1,): sqrt(2 / pi), (3,): 0.044715 * sqrt(2 / pi)}
-_HALF = {(1, 0): 0.5, (1, 1): 0.5}
-_ONCE = {(1, 1): 1.0}
+_LINE: Polynomial = {(1,): 1.0}
+_CUBIC: Polynomial = {(1,): sqrt(2 / pi), (3,): 0.044715 * sqrt(2 / pi)}
+_HALF: Polynomial = {(1, 0): 0.5, (1, 1): 0.5}
+_ONCE: Polynomial = {(1, 1): 1.0}
 
 # What is made of x and of s, by the function that makes s, of what polynomial of x.
-_GATES = (
+_GATES: tuple[tuple[kernels.Kernel, tuple[Any, ...], Polynomial, Polynomial], ...] = (
     (kernels.gelu, (kernels.erf,), {(1,): sqrt(0.5)}, _HALF),
     (kernels.gelu_tanh, (kernels.tanh, "tanh"), _CUBIC, _HALF),
     (kernels.silu, (kernels.sigmoid,), _LINE, _ONCE),

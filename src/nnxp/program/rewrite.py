@@ -212,8 +212,9 @@ def _product(x: Any) -> Product | None:
     x, weight, bias = (*map(lifted, step.inputs), None)[:3]
     if step.function == "matmul" and not _of_a_layer(x, weight):
         return None
-    plain = step.function in (kernels.matmul, "matmul")
-    return Product(kernels.linear if plain else step.function, x, weight, bias, step.options)
+    function = step.function if step.function in PRODUCTS else kernels.linear
+    assert isinstance(function, kernels.Kernel)
+    return Product(function, x, weight, bias, step.options)
 
 
 def _of_a_layer(x: Any, weight: Any) -> bool:

@@ -716,8 +716,9 @@ def at_or_key(keys: tuple[Any, ...], at: tuple[Any, ...]) -> list[Any]:
 
 def _anywhere(x: ndarray, value: Any, error: Any, doubt: Any, axis: int | None) -> ndarray:
     """What was looked up by an index in doubt may be any element along the axis."""
-    low, high = (f(x.value, axis=axis, keepdims=axis is not None) for f in (np.min, np.max))
-    most = np.max(x.error, axis=axis, keepdims=axis is not None)
+    kept: Any = axis is not None
+    low, high = (f(x.value, axis=axis, keepdims=kept) for f in (np.min, np.max))
+    most = np.max(x.error, axis=axis, keepdims=kept)
     span = np.maximum(
         np.subtract(high, value, dtype="float64"), np.subtract(value, low, dtype="float64")
     )
@@ -917,7 +918,7 @@ def _as_asked(x: ndarray, dtype: Any) -> ndarray:
 
 
 @_rule
-def _sum(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
+def _sum(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: Any = False) -> ndarray:
     x = _as_asked(x, dtype)
 
     def add(values: HostArray) -> HostArray:
@@ -978,7 +979,7 @@ def _norm(x: ndarray, ord: Any = None, axis: Any = None, keepdims: bool = False)
 
 
 @_rules("max min")
-def _extreme(name: str, x: ndarray, axis: Any = None, keepdims: bool = False) -> ndarray:
+def _extreme(name: str, x: ndarray, axis: Any = None, keepdims: Any = False) -> ndarray:
     """No further off than any that may be the extreme: what is masked by -1e38 is not."""
     value = np.asarray(getattr(np, name)(x.value, axis=axis, keepdims=keepdims))
     up, reach = x.value * (1.0 if name == "max" else -1.0), limit() * x.error
@@ -996,7 +997,7 @@ def _ptp(x: ndarray, axis: Any = None, keepdims: bool = False) -> ndarray:
 
 @_rule
 def _median(
-    x: ndarray, axis: Any = None, overwrite_input: bool = False, keepdims: bool = False
+    x: ndarray, axis: Any = None, overwrite_input: bool = False, keepdims: Any = False
 ) -> ndarray:
     """No further off than the element that is off furthest."""
     x = _floats(x, "float64")
@@ -1036,7 +1037,7 @@ def _count_nonzero(x: Any, axis: Any = None) -> ndarray:
 
 
 @_rule
-def _prod(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
+def _prod(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: Any = False) -> ndarray:
     """Halves multiplied with halves, until one is left."""
     x = _as_asked(x, dtype)
     axes = range(x.ndim) if axis is None else np.atleast_1d(axis) % max(1, x.ndim)
