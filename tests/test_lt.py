@@ -212,7 +212,7 @@ class Lt:
         call.compute, call.alignment = self.things[product].compute, alignment
         call.rows, call.lds = likes[2].cols, [each.ld for each in likes]
         call.batch = likes[2].batch.get(bindings.BATCH_COUNT, 1)
-        call.result = likes[2].type.name
+        call.factors, call.result = likes[0].type.name, likes[2].type.name
         self.calls.append(call)
         if number in self.fails:
             raise CublasLtError(self.fails[number])

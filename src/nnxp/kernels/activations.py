@@ -351,6 +351,10 @@ def glu(x: Array, *, axis: int = -1) -> Array:
     return y
 
 
+ELEMENTWISE = frozenset(ACTIVATIONS.values())
+"""The activations that are of each element on its own."""
+
+
 # Gradients. Each slope is 0 or the lower one at a kink, as torch has it, and none overflows.
 
 

@@ -24,7 +24,7 @@ from nnxp.kernels._windows import (
     whole,
     windows,
 )
-from nnxp.kernels.activations import identity
+from nnxp.kernels.activations import ELEMENTWISE, identity
 from nnxp.kernels.linear import linear
 from nnxp.kernels.pool import max_pool
 
@@ -211,24 +211,27 @@ def conv_transpose(
     )
     phases = list(product(*(way.phases for way in ways)))
 
-    options = {"groups": groups} | _if_given(precision)
+    options = {"groups": groups, "activation": activation} | _if_given(precision)
 
     def part(phase: tuple[Phase | None, ...]) -> Any:
         return weight[tuple(each.part for each in phase if each is not None)]
 
-    if len(phases) > 1 and groups == 1 and _alike(phases):
+    alike = len(phases) > 1 and groups == 1 and _alike(phases) and activation in ELEMENTWISE
+    if alike:
         together = xp.concatenate([part(each) for each in phases], axis=-1)
-        y = _through(x, together, phases[0], options)
+        several = None if bias is None else xp.tile(bias, len(phases))
+        y = _through(x, together, several, phases[0], options)
         y = y.reshape(*y.shape[:-1], len(phases), outputs)
     else:
         empty = (x.shape[0], *(way.count for way in ways), outputs)
         made = [
-            xp.zeros(empty, x.dtype) if None in each else _through(x, part(each), each, options)
+            _finished(xp.zeros(empty, x.dtype), bias, activation)
+            if None in each
+            else _through(x, part(each), bias, each, options)
             for each in phases
         ]
         y = xp.stack(made, axis=-2) if len(made) > 1 else made[0]
-    y = _woven(y, ways)
-    return _finished(y, bias, activation)
+    return _woven(y, ways)
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,11 @@ def _phase(at: int, n: int, window: int, stride: int, dilation: int, count: int)
 
 
 def _through(
-    x: Array, weight: Array, phases: Sequence[Phase | None], options: dict[str, Any]
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    phases: Sequence[Phase | None],
+    options: dict[str, Any],
 ) -> Array:
     """The convolution that makes the outputs of a phase along each axis."""
     here = [phase for phase in phases if phase is not None]
@@ -313,7 +320,7 @@ def _through(
     if 0 in x.shape[1:-1]:  # all is padding
         x, pads = padded(x, pads), [(0, 0)] * len(pads)
     apart = tuple(phase.dilation for phase in here)
-    return conv(x, weight, padding=tuple(pads), dilation=apart, **options)
+    return conv(x, weight, bias, padding=tuple(pads), dilation=apart, **options)
 
 
 def _alike(phases: Sequence[tuple[Phase | None, ...]]) -> bool:

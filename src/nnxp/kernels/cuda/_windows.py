@@ -15,6 +15,7 @@ from nnxp.kernels.cuda._compiled import launch, next_power, type_name
 AXES = 3  # of space, at most
 MOST = (1 << 31) - 1  # elements of a row, and lines of a launch: they are counted in 32 bits
 THREADS = 256  # a block
+ACROSS = 256, 128, 64, 32, 16  # of these side by side, the others down the lines
 IN_FLIGHT = 4  # lines that a thread of `patches` asks for at once
 STRUCT = np.dtype((np.void, 4 * (2 + 9 * AXES)))  # CuPy passes one such thing by value
 MOST_BLOCKS = 65535  # down a grid: all CUDA allows
@@ -84,7 +85,7 @@ def laid_out(seen: Seen, first: int, lines: int, columns: int) -> Array:
     x = seen.x
     y = cupy.empty((lines, columns), x.dtype)
     row, within = divmod(first, seen.positions)
-    across = min(THREADS, next_power(columns // seen.v))
+    across = _across(columns // seen.v)
     down = THREADS // across
     launch(
         ("windows.cu", "patches", _stored(x.dtype), seen.v),
@@ -94,6 +95,12 @@ def laid_out(seen: Seen, first: int, lines: int, columns: int) -> Array:
         *(seen.row_step, within, lines, columns, seen.numbers),
     )
     return y
+
+
+def _across(count: int) -> int:
+    """Threads of a block side by side for so many packs: few of them idle, and many together."""
+    widths = (each for each in ACROSS if each <= next_power(count))
+    return min(widths, key=lambda each: -(-count // each) * each, default=next_power(count))
 
 
 def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -114,7 +121,7 @@ def over_lines(
     y = cupy.empty((x.shape[0], *over.positions, channels), x.dtype)
     width = over.positions[-1] * channels
     lines = y.size // width
-    across = min(THREADS, next_power(width // v))
+    across = _across(width // v)
     down = THREADS // across
     name, *rest = template
     launch(

@@ -11,10 +11,9 @@ from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels._windows import Padding, PerAxis, windows
-from nnxp.kernels.activations import identity
+from nnxp.kernels.activations import ELEMENTWISE, identity
 from nnxp.kernels.conv import _fitting
 from nnxp.kernels.cuda._compiled import unfused
-from nnxp.kernels.cuda._rows import OPS
 from nnxp.kernels.cuda._windows import Seen, fits, laid_out, over_lines
 from nnxp.kernels.cuda.activations import DEFAULTS, option_numbers
 from nnxp.kernels.cuda.lt import product
@@ -22,8 +21,6 @@ from nnxp.kernels.cuda.lt import product
 PATCHES = 64 << 20  # bytes that are laid out at once
 PAD_FROM_LINES = 1024
 LINES = 256  # lines of a piece are a multiple: so every piece of y is aligned as y is
-
-_ELEMENTWISE = frozenset(kernels.ACTIVATIONS[name] for name in DEFAULTS.keys() - {*OPS})
 
 
 @kernels.conv.on("cupy")
@@ -48,7 +45,7 @@ def conv(
         each is None or (each.dtype == x.dtype and each.size > 0) for each in (weight, bias)
     )
     outputs = weight.shape[-1]
-    apart = groups > 1 and activation not in _ELEMENTWISE
+    apart = groups > 1 and activation not in ELEMENTWISE
     if not alike or not fits(x, over, outputs) or (apart and x.itemsize == 2):
         options |= {"groups": groups, "activation": activation, "precision": precision}
         return unfused(kernels.conv, x, weight, bias, **options)
@@ -113,5 +110,6 @@ def _by_channel(seen: Seen, weight: Array, bias: Array | None, activation: Kerne
     return over_lines(("by_channel", f"act::{name}"), seen, outputs, v, arrays, *more)
 
 
-# Its steps have bodies of their own; the largest of what is rounded is the largest, rounded.
+# Around convolutions these only move numbers, or find the largest: nothing is rounded twice.
 kernels.conv_max_pool.on("cupy")(kernels.conv_max_pool.reference)
+kernels.conv_transpose.on("cupy")(kernels.conv_transpose.reference)
