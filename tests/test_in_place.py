@@ -1,5 +1,6 @@
 """Bodies in place, which recordings on NumPy run, answer what the reference bodies do."""
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -245,9 +246,20 @@ def test_what_a_mask_hides_may_be_no_number_and_what_it_shows_is_seen():
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": 2}, {"bidirectional": True}])
-def test_recurrences_in_place_agree_with_float64(options):
-    agrees(nnxp.LSTM(6, 5, rng=0, **options), draw(4, 7, 6) * 4)
-    layer, x = nnxp.LSTM(6, 5, rng=0, returns="states", **options), draw(4, 7, 6)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        nnxp.LSTM, nnxp.GRU, partial(nnxp.GRU, reset_after=False), nnxp.RNN,
+        partial(nnxp.RNN, activation="relu"),
+    ],
+    ids=["LSTM", "GRU", "GRU with the reset before", "RNN", "RNN with relu"],
+)  # fmt: skip
+def test_recurrences_in_place_agree_with_float64(kind, options):
+    def drawn(**more):
+        return kind(6, 5, **options, **more).map_arrays(lambda _, v: draw(*v.shape) / 2)
+
+    agrees(drawn(), draw(4, 7, 6) * 4)
+    layer, x = drawn(returns="states"), draw(4, 7, 6)
     for made, expected in zip(recorded(layer, x), layer(x), strict=True):
         np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
 
@@ -270,6 +282,11 @@ def test_what_a_body_in_place_does_not_do_is_left_to_the_reference():
     wide = Given((3, 1, 1, 5), np.dtype("float64"), None)
     assert kernels.attention.in_place_for(q, q, q, wide) is None
     assert kernels.lstm.in_place_for(given(3, 5, 8), given(2, 8)) is None
+    assert kernels.gru.in_place_for(given(3, 5, 6), given(2, 6)) is None
+    weight = given(2, 2, constant=True)
+    assert kernels.rnn.in_place_for(given(3, 5, 2), weight) is not None
+    assert kernels.rnn.in_place_for(given(3, 5, 2), weight, activation=kernels.gelu) is None
+    assert kernels.rnn.in_place_for(given(3, 5, 2), weight, None, given(3)) is None
 
 
 def test_what_bodies_work_in_is_counted_and_a_limit_is_kept():

@@ -7,9 +7,106 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray
-from nnxp.kernels._dispatch import Given, InPlace
+from nnxp.kernels._dispatch import Given, InPlace, Kernel
+from nnxp.kernels.activations import relu, tanh
 from nnxp.kernels.cpu._pieces import carved, plain, room
-from nnxp.kernels.recurrent import lstm
+from nnxp.kernels.recurrent import gru, lstm, rnn
+
+
+def _order(time: int, reverse: bool) -> range:
+    return range(time)[::-1] if reverse else range(time)
+
+
+def _begin(state: HostArray, first: HostArray | None) -> None:
+    np.copyto(state, 0 if first is None else first)
+
+
+def _sigmoid(z: HostArray) -> None:
+    """z becomes sigmoid(z)."""
+    np.negative(z, out=z)
+    with np.errstate(over="ignore"):  # infinite, of which the reciprocal is 0
+        np.exp(z, out=z)
+    z += 1
+    np.reciprocal(z, out=z)
+
+
+@rnn.in_place
+def rnn_in_place(
+    x: Given,
+    weight: Given,
+    h: Given | None = None,
+    lengths: Given | None = None,
+    *,
+    activation: Kernel = tanh,
+    reverse: bool = False,
+) -> InPlace | None:
+    """Without lengths, for the activations that need no memory."""
+    if lengths is not None or weight.numbers is None or activation not in (tanh, relu):
+        return None
+    if not plain(x, weight, h) or x.ndim != 3 or not x.shape[1]:
+        return None
+    numbers, order = np.ascontiguousarray(weight.numbers), _order(x.shape[1], reverse)
+    size, dtype = len(numbers), x.dtype
+
+    def run(y: HostArray, h: HostArray, scratch: HostArray, x: HostArray, *given: Any) -> None:
+        (z,) = carved(scratch, dtype, (len(x), size))
+        _begin(h, given[1])
+        for t in order:
+            np.dot(h, numbers, out=z)
+            z += x[:, t]
+            activation.reference(z, out=h)
+            y[:, t] = h
+
+    return InPlace(run, lambda rows: room(dtype, (rows, size)))
+
+
+@gru.in_place
+def gru_in_place(
+    x: Given,
+    weight: Given,
+    bias: Given | None = None,
+    h: Given | None = None,
+    lengths: Given | None = None,
+    *,
+    reset_after: bool = True,
+    reverse: bool = False,
+) -> InPlace | None:
+    """Without lengths: the gates of a step are made apart from the new values."""
+    if lengths is not None or weight.numbers is None or (bias and bias.numbers is None):
+        return None
+    if not plain(x, weight, bias, h) or x.ndim != 3 or not x.shape[1]:
+        return None
+    numbers, order, dtype = weight.numbers, _order(x.shape[1], reverse), x.dtype
+    size = len(numbers)
+    gating, making = map(np.ascontiguousarray, (numbers[:, : 2 * size], numbers[:, 2 * size :]))
+    shifts = None if bias is None else (bias.numbers[: 2 * size], bias.numbers[2 * size :])  # type: ignore[index]
+
+    def run(y: HostArray, h: HostArray, scratch: HostArray, x: HostArray, *given: Any) -> None:
+        rows = len(x)
+        gates, new, reset = carved(scratch, dtype, (rows, 2 * size), (rows, size), (rows, size))
+        r, z = gates[:, :size], gates[:, size:]
+        _begin(h, given[2])
+        for t in order:
+            np.dot(h, gating, out=gates)
+            if shifts is not None:
+                gates += shifts[0]
+            gates += x[:, t, : 2 * size]
+            _sigmoid(gates)
+            if not reset_after:
+                np.multiply(r, h, out=reset)
+            np.dot(h if reset_after else reset, making, out=new)
+            if shifts is not None:
+                new += shifts[1]
+            if reset_after:
+                new *= r
+            new += x[:, t, 2 * size :]
+            np.tanh(new, out=new)
+            h -= new
+            h *= z
+            h += new
+            y[:, t] = h
+
+    return InPlace(run, lambda rows: room(dtype, (rows, 2 * size), (rows, size), (rows, size)))
 
 
 @lstm.in_place
@@ -32,26 +129,21 @@ def lstm_in_place(
     numbers = weight.numbers
     size = numbers.shape[0]
     gating, making = map(np.ascontiguousarray, (numbers[:, : 3 * size], numbers[:, 3 * size :]))
-    dtype, time = x.dtype, x.shape[1]
-    order = range(time)[::-1] if reverse else range(time)
+    dtype, order = x.dtype, _order(x.shape[1], reverse)
 
     def run(
         y: HostArray, h: HostArray, c: HostArray, scratch: HostArray, x: HostArray, *given: Any
     ) -> None:
         rows = len(x)
         gates, new = carved(scratch, dtype, (rows, 3 * size), (rows, size))
-        for state, first in zip((h, c), given[2:4], strict=True):
-            np.copyto(state, 0 if first is None else first)
+        _begin(h, given[2])
+        _begin(c, given[3])
         for t in order:
             np.dot(h, gating, out=gates)
             np.dot(h, making, out=new)
             gates += x[:, t, : 3 * size]
             new += x[:, t, 3 * size :]
-            np.negative(gates, out=gates)
-            with np.errstate(over="ignore"):  # infinite, of which the reciprocal is 0
-                np.exp(gates, out=gates)
-            gates += 1
-            np.reciprocal(gates, out=gates)
+            _sigmoid(gates)
             np.tanh(new, out=new)
             new *= gates[:, :size]
             c *= gates[:, size : 2 * size]
