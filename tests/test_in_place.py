@@ -8,6 +8,7 @@ import pytest
 
 import nnxp
 from nnxp import kernels
+from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Given
 from nnxp.kernels.cpu import conv
 from nnxp.program.recording import Recording, bodied, costs
@@ -262,6 +263,20 @@ def test_recurrences_in_place_agree_with_float64(kind, options):
     layer, x = drawn(returns="states"), draw(4, 7, 6)
     for made, expected in zip(recorded(layer, x), layer(x), strict=True):
         np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "gates"), [("rnn", 1), ("gru", 3), ("lstm", 4)])
+def test_recurrences_in_place_begin_at_zero_where_nothing_else_is_given(kernel, gates):
+    class Formula(nnxp.Layer):
+        weight: Array
+
+        def __init__(self):
+            self.weight = draw(3, 3 * gates)
+
+        def __call__(self, x):
+            return kernels.KERNELS[kernel](x, self.weight)[0]
+
+    agrees(Formula(), draw(4, 6, 3 * gates))
 
 
 def test_what_a_body_in_place_does_not_do_is_left_to_the_reference():

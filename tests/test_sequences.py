@@ -451,3 +451,41 @@ def test_a_model_of_several_branches_is_a_formula(tmp_path):
 def test_every_kernel_of_sequences_is_asked_here():
     assert {"attention", "rnn", "gru", "lstm", "embedding", "rotary", "add_positions"} == SEQUENCES
     assert set(kernels.KERNELS) >= SEQUENCES
+
+
+class AcrossRows(nnxp.Layer):
+    """A recurrence that goes through the rows, not through their time."""
+
+    def __call__(self, x):
+        weight = nnxp.get_array_module(x).ones((4, 4), x.dtype)
+        return kernels.rnn(x.swapaxes(0, 1), weight)[0].swapaxes(0, 1)
+
+
+def test_a_recurrence_that_goes_through_the_rows_mixes_them():
+    x = draw((5, 3, 4))
+    engine = nnxp.Engine(AcrossRows(), "numpy")
+    with pytest.raises(nnxp.ShapeError, match="mixes rows"):
+        engine(x)
+    np.testing.assert_allclose(engine.whole(x), AcrossRows()(x), rtol=1e-6)
+
+
+STATES = [("rnn", (4, 4), ()), ("gru", (4, 12), ((12,),)), ("lstm", (4, 16), (None,)),
+          ("lstm", (3, 16), ((4, 3),))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "weight", "others"), STATES)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_recurrence_says_itself_what_it_makes(name, weight, others, given):
+    kernel, m = kernels.KERNELS[name], weight[0]
+    arrays = [draw((2, 5, weight[1])), draw(weight)]
+    arrays += [None if shape is None else draw(shape) for shape in others]
+    if given:
+        arrays += [draw((2, m)), *([draw((2, 4))] if name == "lstm" else [])]
+        arrays.append(np.array([5, 2]))
+    said = kernel.outlines(*arrays)
+    assert said == [(y.shape, y.dtype) for y in kernel(*arrays)]
+    wrong = [arrays[0], draw((weight[0], weight[1] - 1)), *arrays[2:]]
+    assert kernel.outlines(*wrong) is None
+    assert kernel.outlines(arrays[0].astype("float64"), *arrays[1:]) is None
+    if given:
+        assert kernel.outlines(*arrays[:-1], np.array([5])) is None

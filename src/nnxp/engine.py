@@ -34,7 +34,7 @@ from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer, whole
 from nnxp.program.fused import fused
-from nnxp.program.mixing import mixing
+from nnxp.program.mixing import looked_into, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
 from nnxp.program.recordings import IDLE_BYTES, HostRecording, Recordings
@@ -624,21 +624,22 @@ class Prepared:
     def __init__(
         self, program: Program, kinds: tuple[Kind | None, ...], backend: Backend, sparing: bool
     ) -> None:
-        written_out = expanded(program)
-        if mixed := mixing(written_out):
+        if mixed := mixing(looked_into(program)):
             raise ShapeError(
                 f"an engine takes rows in blocks, but {mixed}; call the model on all of them"
             )
+        self.borrowed: tuple[bool, ...] = ()  # of what a device answers
         if backend.device == "cpu":
-            self.program: Program = bodied(program)
-            self.run: Callable[..., Any] = Recordings(self.program, sparing)
+            at_work: Program = bodied(program)
+            self.program = at_work
+            self.run: Callable[..., Any] = Recordings(at_work, sparing)
         else:  # CUDA fuses kernels
+            at_work = written_out = expanded(program)
+            self.borrowed = written_out.borrowed
             at_home = program if backend.name == "cupy" else written_out
             self.program = placed(at_home, partial(to_backend, backend=backend))
             self.run = partial(_run, self.program)
-        self.borrowed = written_out.borrowed
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
-        at_work = self.program if backend.device == "cpu" else written_out
         self.costs = _costs(at_work, kinds, self.outputs, backend)
         self.most_rows: int | None = None
 

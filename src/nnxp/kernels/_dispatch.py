@@ -33,6 +33,10 @@ KERNELS: dict[str, Kernel] = {}
 """Every kernel by name."""
 
 
+Outlines = list[tuple[Shape, np.dtype[Any]]]
+"""Shapes and types."""
+
+
 class Given(NamedTuple):
     """What a body is made for: an array's shape and type, and its numbers if it is a constant."""
 
@@ -72,6 +76,7 @@ class Kernel:
         self.reference = reference
         self.rule: Callable[..., Any] | None = None
         self.activates_last = False  # whether its gradient is that of two steps
+        self.outlines: Callable[..., Outlines | None] | None = None
         self._in_place: Callable[..., InPlace | None] | None = None
         self._fused: dict[str, Body] = {}
         self._body: dict[type, Body] = {}
@@ -86,6 +91,17 @@ class Kernel:
             return body
 
         return register
+
+    def row_wise(self, rule: Rule) -> Rule:
+        """Decorator: each row, along axis 0 of whatever has rows, is treated on its own, and this
+        function answers the shapes and types of the results.
+
+        `rule(*arrays, **options)` is given what has `shape`, `ndim` and `dtype`; it answers None
+        for arrays of which the reference body is to say what is wrong. Nobody then needs to look
+        into the reference body, which may be long.
+        """
+        self.outlines = rule
+        return rule
 
     def in_place(self, rule: Callable[..., InPlace | None]) -> Callable[..., InPlace | None]:
         """Decorator: this function makes the body for NumPy that a recording runs.

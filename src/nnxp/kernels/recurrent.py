@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nnxp._arrays import Array, xp_of
+from nnxp._arrays import Array, Shape, xp_of
 from nnxp._errors import ShapeError
-from nnxp.kernels._dispatch import Kernel, kernel
+from nnxp.kernels._dispatch import Kernel, Outlines, kernel
 from nnxp.kernels.activations import sigmoid, tanh
 
 
@@ -117,6 +117,68 @@ def lstm(
         return (out if projection is None else xp.matmul(out, projection)), new
 
     return _through_time(step, x, (h, c), (m, n), lengths, reverse)
+
+
+@rnn.row_wise
+def _rnn_makes(
+    x: Array, weight: Array, h: Array | None = None, lengths: Array | None = None, **_: Any
+) -> Outlines | None:
+    size = weight.shape[0]
+    return _made(x, weight, (size, size), (h,), (size,), lengths)
+
+
+@gru.row_wise
+def _gru_makes(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    h: Array | None = None,
+    lengths: Array | None = None,
+    **_: Any,
+) -> Outlines | None:
+    size = weight.shape[0]
+    if bias is not None and (bias.shape != (3 * size,) or bias.dtype != x.dtype):
+        return None
+    return _made(x, weight, (size, 3 * size), (h,), (size,), lengths)
+
+
+@lstm.row_wise
+def _lstm_makes(
+    x: Array,
+    weight: Array,
+    projection: Array | None = None,
+    h: Array | None = None,
+    c: Array | None = None,
+    lengths: Array | None = None,
+    **_: Any,
+) -> Outlines | None:
+    m, n = weight.shape[0], weight.shape[-1] // 4
+    if (n != m) if projection is None else (projection.shape != (n, m)):
+        return None
+    if projection is not None and projection.dtype != x.dtype:
+        return None
+    return _made(x, weight, (m, 4 * n), (h, c), (m, n), lengths)
+
+
+def _made(
+    x: Array,
+    weight: Array,
+    wanted: Shape,
+    states: tuple[Array | None, ...],
+    sizes: tuple[int, ...],
+    lengths: Array | None,
+) -> Outlines | None:
+    """The outlines of all outputs and of the last states; None if something does not fit."""
+    if weight.shape != wanted or x.ndim != 3 or not x.shape[1] or x.shape[2] != wanted[1]:
+        return None
+    rows, time = x.shape[:2]
+    outlines = [((rows, size), x.dtype) for size in sizes]
+    for state, outline in zip(states, outlines, strict=True):
+        if state is not None and (state.shape, state.dtype) != outline:
+            return None
+    if weight.dtype != x.dtype or (lengths is not None and lengths.shape != (rows,)):
+        return None
+    return [((rows, time, sizes[0]), x.dtype), *outlines]
 
 
 def _through_time(

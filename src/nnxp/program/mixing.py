@@ -7,22 +7,24 @@ from typing import Any
 
 from nnxp._arrays import Shape
 from nnxp._library import KINDS
+from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels.functions import einsum_terms
-from nnxp.program.program import Program, shape_text
-from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows
+from nnxp.program.program import Program, expanded, shape_text
+from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows, record
 
 
 def mixing(program: Program) -> str:
     """What mixes rows, in words; empty if each row is treated on its own.
 
-    Kernels are to be written out: inside of one nobody looks.
+    Kernels are to be written out, by `looked_into`, but for those that are known to treat each row
+    on its own.
     """
     outer = dict.fromkeys(program.inputs, 1)
     for step in program.steps:
         outside = {outer[value] for value in step.values if value in outer and _counts(value)} or {
             1
         }
-        mixed = len(outside) > 1 or (isinstance(step.function, str) and _mixes(step))
+        mixed = len(outside) > 1 or (isinstance(step.function, str | Kernel) and _mixes(step))
         around = 0 if mixed else _around(step, outside.pop())
         if not around:
             return f"{step.path or 'the model'} mixes rows: {step.name} along the rows"
@@ -32,6 +34,16 @@ def mixing(program: Program) -> str:
             shape = shape_text(value.shape)
             return f"the model answers {shape} for (rows, ...): not a row for a row"
     return ""
+
+
+def looked_into(program: Program) -> Program:
+    """The program with kernels written out as far as is needed to see whether rows are mixed."""
+
+    def noted(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        known = kernel.outlines is not None or kernel.on_library("numpy") is not None
+        return record(kernel, arrays, options) if known else kernel.widened(*arrays, **options)
+
+    return expanded(program, noted)
 
 
 def _counts(value: Value) -> bool:
@@ -62,9 +74,11 @@ def _mixes(step: Step) -> bool:
     """Whether a step's results for one row may depend on another row, or on which row it is."""
     if any(_rows_squared(value.shape) for value in step.outputs):
         return True  # every row meets every other one
+    if isinstance(step.function, Kernel) and step.function.outlines is not None:
+        return any(map(counts_rows, [n for value in step.values for n in value.shape[1:]]))
     if not step.values:
         return step.name == "arange" and counts_rows(prod(step.outputs[0].shape))
-    rule = _RULES.get(step.name) or _RULES.get(KINDS[step.name])
+    rule = _RULES.get(step.name) or _RULES.get(KINDS.get(step.name, ""))
     return rule is not None and bool(rule(step))
 
 

@@ -48,9 +48,12 @@ def rnn_in_place(
     numbers, order = np.ascontiguousarray(weight.numbers), _order(x.shape[1], reverse)
     size, dtype = len(numbers), x.dtype
 
-    def run(y: HostArray, h: HostArray, scratch: HostArray, x: HostArray, *given: Any) -> None:
+    def run(
+        y: HostArray, h: HostArray, scratch: HostArray, x: HostArray,
+        weight: Any, first: Any = None, *_: Any,
+    ) -> None:  # fmt: skip
         (z,) = carved(scratch, dtype, (len(x), size))
-        _begin(h, given[1])
+        _begin(h, first)
         for t in order:
             np.dot(h, numbers, out=z)
             z += x[:, t]
@@ -81,11 +84,14 @@ def gru_in_place(
     gating, making = map(np.ascontiguousarray, (numbers[:, : 2 * size], numbers[:, 2 * size :]))
     shifts = None if bias is None else (bias.numbers[: 2 * size], bias.numbers[2 * size :])  # type: ignore[index]
 
-    def run(y: HostArray, h: HostArray, scratch: HostArray, x: HostArray, *given: Any) -> None:
+    def run(
+        y: HostArray, h: HostArray, scratch: HostArray, x: HostArray,
+        weight: Any, bias: Any = None, first: Any = None, *_: Any,
+    ) -> None:  # fmt: skip
         rows = len(x)
         gates, new, reset = carved(scratch, dtype, (rows, 2 * size), (rows, size), (rows, size))
         r, z = gates[:, :size], gates[:, size:]
-        _begin(h, given[2])
+        _begin(h, first)
         for t in order:
             np.dot(h, gating, out=gates)
             if shifts is not None:
@@ -132,12 +138,13 @@ def lstm_in_place(
     dtype, order = x.dtype, _order(x.shape[1], reverse)
 
     def run(
-        y: HostArray, h: HostArray, c: HostArray, scratch: HostArray, x: HostArray, *given: Any
-    ) -> None:
+        y: HostArray, h: HostArray, c: HostArray, scratch: HostArray, x: HostArray,
+        weight: Any, projection: Any = None, first: Any = None, cell: Any = None, *_: Any,
+    ) -> None:  # fmt: skip
         rows = len(x)
         gates, new = carved(scratch, dtype, (rows, 3 * size), (rows, size))
-        _begin(h, given[2])
-        _begin(c, given[3])
+        _begin(h, first)
+        _begin(c, cell)
         for t in order:
             np.dot(h, gating, out=gates)
             np.dot(h, making, out=new)
