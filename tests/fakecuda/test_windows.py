@@ -114,6 +114,15 @@ def test_transposed_convolutions(gpu, options, dtype):
     assert {call.factors for call in gpu.lt.calls} == {dtype}
 
 
+def test_no_rows_make_no_rows(gpu):
+    x = put(np.empty((0, 6, 6, 4), "float32"))
+    weight, apart = put(draw((3, 3, 4, 8))), put(draw((3, 3, 1, 4)))
+    assert kernels.conv(x, weight, padding=1).shape == (0, 6, 6, 8)
+    assert kernels.conv(x, apart, groups=4).shape == (0, 4, 4, 4)
+    assert kernels.max_pool(x, window=(2, 2)).shape == (0, 3, 3, 4)
+    assert kernels.average_pool(x, window=(2, 2)).shape == (0, 3, 3, 4)
+
+
 def network(dtype="float32"):
     """Of every way to look through windows."""
     net = nnxp.Sequential(
