@@ -541,6 +541,9 @@ def test_nan_and_infinity_in_a_row_are_what_they_are_on_numpy(name, case, cols, 
     )
 
 
+# No thread there looks at what another has written, in whichever order they run
+forwards = pytest.mark.parametrize("gpu", [False], ids=["forwards"], indirect=True)
+
 # rows, space, channels: packs, and what is too odd for them; then options
 CONVOLUTIONS = [
     ((2, 6, 5, 8), (3, 3), {"dilation": 2, "padding": (0, 1)}),
@@ -597,6 +600,7 @@ def test_patches_are_what_windows_see_and_zeros(shape, window, options, way, dty
     np.testing.assert_array_equal(y, np.pad(expected, ((0, 0), (0, more - columns))))
 
 
+@forwards
 @every_type
 @every_way
 @every_convolution
@@ -628,6 +632,7 @@ POOLING = [
 every_pooling = pytest.mark.parametrize(("shape", "window", "options"), POOLING)
 
 
+@forwards
 @every_type
 @every_way
 @every_pooling
