@@ -569,6 +569,8 @@ def lain(x, way):
         return on_device(np.ascontiguousarray(np.moveaxis(x, -1, 1))).transpose(
             0, *range(2, x.ndim), 1
         )
+    if way == "turned":
+        return lain(np.ascontiguousarray(x[:, ::-1]), "dense")[:, ::-1]
     lines = x.reshape(-1, x.shape[-1])
     width = x.shape[-1] + (16 if way == "gaps" else 0)
     place = Place(*lines.shape, x.dtype.name, width, shift=1 if way == "askew" else 0)
@@ -578,7 +580,7 @@ def lain(x, way):
     return cupy.ndarray(x.shape, x.dtype, base, strides=(*steps, x.itemsize))
 
 
-WAYS = "dense", "gaps", "askew", "channels first"
+WAYS = "dense", "gaps", "askew", "channels first", "turned"
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -781,6 +783,47 @@ def test_packs_are_asked_for_only_where_every_row_allows_them(wide, dtype, launc
             bias_act(x, b, activation, out)
             name = launches[0][1]
             assert re.split("[,>] ?", name)[3] == str(wanted), name
+
+
+@every_type
+def test_windows_take_packs_only_where_x_allows_them(dtype, launches):
+    full = 16 // float_dtype(dtype).itemsize
+
+    def lines(channels=16, shift=0, width=None):
+        flat = nowhere(2 * 30, channels, dtype, shift, width)
+        steps = [flat.strides[0] * each for each in (30, 5, 1)]
+        return cupy.ndarray((2, 6, 5, channels), flat.dtype, flat.data, (*steps, flat.itemsize))
+
+    for x, wanted in [
+        (lines(), full),
+        (lines(width=24), full),
+        (lines(width=17), 1),
+        (lines(shift=full), full),
+        (lines(shift=1), 1),
+        (lines(channels=12), 4 if full == 4 else 1),
+        (lines(channels=7), 1),
+        (lines(width=17)[:1, :1, :1], full),  # one line, and nothing behind it
+        (lines()[:, ::-1, ::2], full),
+        (lines().transpose(0, 3, 1, 2), 1),
+        (nowhere(2 * 16, 30, dtype).reshape(2, 16, 6, 5).transpose(0, 2, 3, 1), 1),
+    ]:
+        assert Seen(x, windows("conv", x, (1, 1))).v == wanted
+        launches.clear()
+        kernels.max_pool(x, window=(1, 1))
+        [(_, name, _, _, _)] = launches
+        assert name == cpp_name("pooled", dtype, "pool::maximum", wanted)
+    x, weight, bias = lines(), nowhere(9, 16, dtype), nowhere(1, 16, dtype)[0]
+    askew = nowhere(9, 16, dtype, shift=1), nowhere(1, 16, dtype, shift=1)[0]
+    for given, wanted in (
+        ((weight, bias), full),
+        ((askew[0], bias), 1),
+        ((weight, askew[1]), 1),
+        ((nowhere(9, 32, dtype), None), 1),
+    ):
+        launches.clear()
+        outputs = given[0].shape[1]
+        kernels.conv(x, given[0].reshape(3, 3, 1, outputs), given[1], groups=16)
+        assert launches[-1][1] == cpp_name("by_channel", dtype, "act::identity", wanted)
 
 
 def test_one_long_row_when_nothing_stands_between_the_rows(launches):
