@@ -143,8 +143,11 @@ def network(dtype="float32"):
 
 
 @every_type
-def test_an_engine_answers_few_rows_and_many(gpu, dtype):
-    """Few are replayed as a graph, by which nothing of CuPy's is asked that cannot be captured."""
+def test_an_engine_answers_few_rows_and_many(gpu, monkeypatch, dtype):
+    """Few are replayed as a graph, by which nothing of CuPy's is asked that cannot be captured:
+    neither by patches in pieces, nor by lines that are filled up."""
+    monkeypatch.setattr(conv, "PATCHES", 1 << 14)
+    monkeypatch.setattr(conv, "PAD_FROM_LINES", 64)
     net, x = network(dtype), draw((150, 10, 8, 3), dtype)
     engine = nnxp.Engine(net, "cuda")
     check(engine(x), net, x)
