@@ -54,9 +54,15 @@ def test_a_window_of_one_element_is_a_product(gpu, stride, dtype):
     x, weight = draw((3, 6, 6, 8), dtype), draw((1, 1, 8, 24), dtype, seed=1)
     agrees(kernels.conv, x, weight, stride=stride)
     assert ("kernel" in [kind for kind, _ in gpu.done]) == (stride == 2)
-    there = put(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).transpose(0, 2, 3, 1)
-    y = kernels.conv(there, put(weight), stride=stride)
-    np.testing.assert_array_equal(y.get(), kernels.conv(put(x), put(weight), stride=stride).get())
+    first = put(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).transpose(0, 2, 3, 1)
+    around = put(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))[:, 1:-1, 1:-1]
+    weight = put(weight)
+    wanted = kernels.conv(put(x), weight, stride=stride).get()
+    for there in (first, around):
+        gpu.done.clear()
+        y = kernels.conv(there, weight, stride=stride)
+        np.testing.assert_array_equal(y.get(), wanted)
+        assert "CuPy's kernel" not in [kind for kind, _ in gpu.done]  # nothing is copied before
 
 
 @every_type
