@@ -551,6 +551,9 @@ def test_nan_and_infinity_in_a_row_are_what_they_are_on_numpy(name, case, cols, 
     )
 
 
+# No thread there looks at what another has written, in whichever order they run
+forwards = pytest.mark.parametrize("gpu", [False], ids=["forwards"], indirect=True)
+
 # rows, space, channels: packs, and what is too odd for them; then options
 CONVOLUTIONS = [
     ((2, 6, 5, 8), (3, 3), {"dilation": 2, "padding": (0, 1)}),
@@ -576,6 +579,8 @@ def lain(x, way):
         return on_device(np.ascontiguousarray(np.moveaxis(x, -1, 1))).transpose(
             0, *range(2, x.ndim), 1
         )
+    if way == "turned":
+        return lain(np.ascontiguousarray(x[:, ::-1]), "dense")[:, ::-1]
     lines = x.reshape(-1, x.shape[-1])
     width = x.shape[-1] + (16 if way == "gaps" else 0)
     place = Place(*lines.shape, x.dtype.name, width, shift=1 if way == "askew" else 0)
@@ -585,7 +590,7 @@ def lain(x, way):
     return cupy.ndarray(x.shape, x.dtype, base, strides=(*steps, x.itemsize))
 
 
-WAYS = "dense", "gaps", "askew", "channels first"
+WAYS = "dense", "gaps", "askew", "channels first", "turned"
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -607,6 +612,7 @@ def test_patches_are_what_windows_see_and_zeros(shape, window, options, way, dty
     np.testing.assert_array_equal(y, np.pad(expected, ((0, 0), (0, more - columns))))
 
 
+@forwards
 @every_type
 @every_way
 @every_convolution
@@ -633,10 +639,12 @@ POOLING = [
     ),
     ((2, 8, 7, 8), (3, 2), {"stride": 2, "padding": 1, "ceil_mode": True}),
     ((2, 9, 9, 5), (2, 3), {"stride": 1, "dilation": (3, 2), "padding": (2, 1)}),
+    ((2, 2, 2, 8), (2, 2), {"stride": 1, "dilation": 4, "padding": 2}),  # some see nothing
 ]
 every_pooling = pytest.mark.parametrize(("shape", "window", "options"), POOLING)
 
 
+@forwards
 @every_type
 @every_way
 @every_pooling
@@ -647,9 +655,10 @@ def test_pools(name, shape, window, options, way, dtype, gpu):
         name, options = "average_pool", options | {"count_include_pad": True}
     pool = partial(kernels.KERNELS[name], window=window, **options)
     y = on_host(pool(lain(x, way)))
-    near(y, pool, x, dtype=dtype)
     if name == "max_pool":
         np.testing.assert_array_equal(y, pool(x))
+    else:
+        near(y, pool, x, dtype=dtype)
 
 
 def same_specials(y, expected):
@@ -1058,6 +1067,47 @@ def test_packs_are_asked_for_only_where_every_row_allows_them(wide, dtype, launc
             assert re.split("[,>] ?", name)[3] == str(wanted), name
 
 
+@every_type
+def test_windows_take_packs_only_where_x_allows_them(dtype, launches):
+    full = 16 // float_dtype(dtype).itemsize
+
+    def lines(channels=16, shift=0, width=None):
+        flat = nowhere(2 * 30, channels, dtype, shift, width)
+        steps = [flat.strides[0] * each for each in (30, 5, 1)]
+        return cupy.ndarray((2, 6, 5, channels), flat.dtype, flat.data, (*steps, flat.itemsize))
+
+    for x, wanted in [
+        (lines(), full),
+        (lines(width=24), full),
+        (lines(width=17), 1),
+        (lines(shift=full), full),
+        (lines(shift=1), 1),
+        (lines(channels=12), 4 if full == 4 else 1),
+        (lines(channels=7), 1),
+        (lines(width=17)[:1, :1, :1], full),  # one line, and nothing behind it
+        (lines()[:, ::-1, ::2], full),
+        (lines().transpose(0, 3, 1, 2), 1),
+        (nowhere(2 * 16, 30, dtype).reshape(2, 16, 6, 5).transpose(0, 2, 3, 1), 1),
+    ]:
+        assert Seen(x, windows("conv", x, (1, 1))).v == wanted
+        launches.clear()
+        kernels.max_pool(x, window=(1, 1))
+        [(_, name, _, _, _)] = launches
+        assert name == cpp_name("pooled", dtype, "pool::maximum", wanted)
+    x, weight, bias = lines(), nowhere(9, 16, dtype), nowhere(1, 16, dtype)[0]
+    askew = nowhere(9, 16, dtype, shift=1), nowhere(1, 16, dtype, shift=1)[0]
+    for given, wanted in (
+        ((weight, bias), full),
+        ((askew[0], bias), 1),
+        ((weight, askew[1]), 1),
+        ((nowhere(9, 32, dtype), None), 1),
+    ):
+        launches.clear()
+        outputs = given[0].shape[1]
+        kernels.conv(x, given[0].reshape(3, 3, 1, outputs), given[1], groups=16)
+        assert launches[-1][1] == cpp_name("by_channel", dtype, "act::identity", wanted)
+
+
 def test_one_long_row_when_nothing_stands_between_the_rows(launches):
     x = nowhere(1000, 50, "float32")
     bias_act(x, None, kernels.relu, x)
@@ -1188,9 +1238,10 @@ def test_windows_that_the_kernels_cannot_look_through_go_to_the_reference_body(
     kernels.conv(x, weight, padding=1 << 15)
     kernels.conv(x, some(2, 2, 2, 4, dtype="float64"))
     kernels.conv(x, weight, some(4, dtype="float16"))
+    kernels.conv(x, np.zeros((2, 2, 2, 4), "float32"))  # nothing moves by itself: CuPy says so
     half = some(3, 4, 4, 2, dtype="float16"), some(2, 2, 1, 2, dtype="float16")
     kernels.conv(*half, groups=2, activation=kernels.softmax)  # 16 bits would be rounded twice
-    assert [len(each) for each in arrived.values()] == [4, 4, 8]
+    assert [len(each) for each in arrived.values()] == [4, 4, 9]
     assert arrived["average_pool"][0][1]["ceil_mode"]
     assert not arrived["average_pool"][0][1]["count_include_pad"]
     assert arrived["conv"][0][1]["stride"] == 2

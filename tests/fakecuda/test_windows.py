@@ -54,9 +54,15 @@ def test_a_window_of_one_element_is_a_product(gpu, stride, dtype):
     x, weight = draw((3, 6, 6, 8), dtype), draw((1, 1, 8, 24), dtype, seed=1)
     agrees(kernels.conv, x, weight, stride=stride)
     assert ("kernel" in [kind for kind, _ in gpu.done]) == (stride == 2)
-    there = put(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).transpose(0, 2, 3, 1)
-    y = kernels.conv(there, put(weight), stride=stride)
-    np.testing.assert_array_equal(y.get(), kernels.conv(put(x), put(weight), stride=stride).get())
+    first = put(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).transpose(0, 2, 3, 1)
+    around = put(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))[:, 1:-1, 1:-1]
+    weight = put(weight)
+    wanted = kernels.conv(put(x), weight, stride=stride).get()
+    for there in (first, around):
+        gpu.done.clear()
+        y = kernels.conv(there, weight, stride=stride)
+        np.testing.assert_array_equal(y.get(), wanted)
+        assert "CuPy's kernel" not in [kind for kind, _ in gpu.done]  # nothing is copied before
 
 
 @every_type
@@ -114,6 +120,15 @@ def test_transposed_convolutions(gpu, options, dtype):
     assert {call.factors for call in gpu.lt.calls} == {dtype}
 
 
+def test_no_rows_make_no_rows(gpu):
+    x = put(np.empty((0, 6, 6, 4), "float32"))
+    weight, apart = put(draw((3, 3, 4, 8))), put(draw((3, 3, 1, 4)))
+    assert kernels.conv(x, weight, padding=1).shape == (0, 6, 6, 8)
+    assert kernels.conv(x, apart, groups=4).shape == (0, 4, 4, 4)
+    assert kernels.max_pool(x, window=(2, 2)).shape == (0, 3, 3, 4)
+    assert kernels.average_pool(x, window=(2, 2)).shape == (0, 3, 3, 4)
+
+
 def network(dtype="float32"):
     """Of every way to look through windows."""
     net = nnxp.Sequential(
@@ -134,8 +149,11 @@ def network(dtype="float32"):
 
 
 @every_type
-def test_an_engine_answers_few_rows_and_many(gpu, dtype):
-    """Few are replayed as a graph, by which nothing of CuPy's is asked that cannot be captured."""
+def test_an_engine_answers_few_rows_and_many(gpu, monkeypatch, dtype):
+    """Few are replayed as a graph, by which nothing of CuPy's is asked that cannot be captured:
+    neither by patches in pieces, nor by lines that are filled up."""
+    monkeypatch.setattr(conv, "PATCHES", 1 << 14)
+    monkeypatch.setattr(conv, "PAD_FROM_LINES", 64)
     net, x = network(dtype), draw((150, 10, 8, 3), dtype)
     engine = nnxp.Engine(net, "cuda")
     check(engine(x), net, x)

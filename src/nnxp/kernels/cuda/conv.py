@@ -42,7 +42,9 @@ def conv(
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     over = windows("conv", x, weight.shape[:-2], **options)
     alike = all(
-        each is None or (each.dtype == x.dtype and each.size > 0) for each in (weight, bias)
+        isinstance(each, cupy.ndarray) and each.dtype == x.dtype and each.size > 0
+        for each in (weight, bias)
+        if each is not None
     )
     outputs = weight.shape[-1]
     apart = groups > 1 and activation not in ELEMENTWISE

@@ -19,7 +19,7 @@ from nnxp.kernels.cuda.lt.passes import Run, by_cupy, nothing, uncovered
 from nnxp.kernels.cuda.lt.plans import Lately, Plan, planned
 from nnxp.kernels.cuda.lt.tuning import EPILOGUES
 
-MOST_PLANS = 256
+MOST_PLANS = 1024  # a network of a hundred convolutions has some, for each size of a block
 MOST_ROWS, MOST_ELEMENTS, PART = 1 << 20, (1 << 31) - 1, 1 << 28
 
 plans = Lately[Run](MOST_PLANS)
