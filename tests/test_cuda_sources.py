@@ -268,6 +268,16 @@ def built(file, folder):
     return library
 
 
+def built_alone(code, name, folder):
+    """A library with one instance of a source for the host, `kernel_0`."""
+    header = (Path(__file__).parent / "cuda_on_host.h").read_text()
+    code = f"{header}\n{code}\nKERNEL(kernel_0, {name})\n"
+    library = folder / f"alone-{hashlib.sha256(code.encode()).hexdigest()}.so"
+    if not library.exists():
+        compile_for_host(code, library.with_suffix(f".{os.getpid()}")).rename(library)
+    return ctypes.CDLL(str(library))
+
+
 def compile_for_host(code, library):
     command = ["g++", "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
     command += ["-x", "c++", "-", "-o", str(library)]

@@ -236,6 +236,57 @@ def test_attention_with_a_mask_goes_through_an_engine(gpu):
     assert compare("engine", "", "cuda:0", y, value, error).ok
 
 
+class Gated(nnxp.Layer):
+    """A gate, a norm of its own, and a residual, written out."""
+
+    up: nnxp.Dense
+    gate: nnxp.Dense
+    scale: np.ndarray
+
+    def __init__(self):
+        self.up, self.gate = nnxp.Dense(16, 16, rng=0), nnxp.Dense(16, 16, rng=1)
+        self.scale = draw((16,), seed=5)
+
+    def __call__(self, x):
+        xp = nnxp.get_array_module(x)
+        g = self.gate(x)
+        y = self.up(x) * (g / (1 + xp.exp(-g)))  # SiLU * up
+        y = y * self.scale + x
+        y = xp.where(y > 0, y, 0.1 * y)
+        center = y - y.mean(axis=-1, keepdims=True)
+        return center / xp.sqrt((center * center).mean(axis=-1, keepdims=True) + 1e-5)
+
+
+def launches_of(gpu, engine, x):
+    """How many kernels an engine starts for these rows, the second time, apart from products."""
+    engine(x)
+    gpu.finish()
+    gpu.done.clear()
+    engine(x)
+    gpu.finish()
+    kinds = ("kernel", "CuPy's kernel")
+    return [sum(n for (kind, _), n in gpu.done.items() if kind == each) for each in kinds]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_run_of_elementwise_steps_is_one_launch(gpu, dtype):
+    net, there = Gated().astype(dtype), put(draw((600, 16), dtype))
+    engines = [nnxp.Engine(net, "cuda", rewrite=rewrite) for rewrite in (True, False)]
+    for engine in engines:
+        check(engine(there), net, there.get())
+    fused, plain = (launches_of(gpu, engine, there) for engine in engines)
+    assert fused == [2, 5]  # kernels of ours and of CuPy's
+    assert plain == [0, 17 if dtype == "float32" else 19]
+
+
+def test_runs_of_elementwise_steps_replay_in_a_graph(gpu):
+    net, x = Gated(), draw((5, 16))
+    engine = nnxp.Engine(net, "cuda")
+    for _ in range(4):
+        check(engine(x), net, x)
+    assert len(engine._replicas[0].ready) == 1
+
+
 def test_a_graph_sees_weights_that_change_in_place_and_nobody_elses_arrays(gpu):
     net = network()
     engine, x = nnxp.Engine(net, "cuda"), draw((5, 16))
