@@ -275,8 +275,9 @@ def test_a_run_of_elementwise_steps_is_one_launch(gpu, dtype):
     for engine in engines:
         check(engine(there), net, there.get())
     fused, plain = (launches_of(gpu, engine, there) for engine in engines)
-    assert fused == [2, 5]  # kernels of ours and of CuPy's
-    assert plain == [0, 17 if dtype == "float32" else 19]
+    means = 4 if dtype == "float32" else 6  # for 16 bits CuPy converts them
+    assert fused == [2, means + 1]  # kernels of ours and of CuPy's
+    assert plain == [0, means + 13]
 
 
 def test_runs_of_elementwise_steps_replay_in_a_graph(gpu):
