@@ -97,6 +97,17 @@ def test_others_types_and_shapes_stay_out_of_a_run():
     joined(lambda x: (x > 0) * 2 + x, expect="greater multiply add")
 
 
+def test_equal_formulas_are_one():
+    def four(x):
+        y = kernels.softmax(x * 2 + 1)
+        return kernels.softmax(y * 2 + 1), y * 3 + 1, (y + 4) * -0.0, (y + 4) * 0.0
+
+    program = fused(trace(four, X))
+    formulas = [step.options["formula"] for step in program.steps if step.name == "elementwise"]
+    assert formulas[0] is formulas[1]
+    assert len(set(formulas)) == len(formulas) - 1 == 4
+
+
 def test_comparisons_and_choices_are_within_a_run():
     xp = nnxp.get_array_module
 

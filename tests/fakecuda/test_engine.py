@@ -11,7 +11,7 @@ import pytest
 from cupy.cuda import Device, Stream
 
 import nnxp
-from conftest import draw
+from conftest import draw, results
 from nnxp.backend import _device, cuda
 from nnxp.backend._lanes import Lane
 from nnxp.testing.parity import compare, error_bound
@@ -285,6 +285,28 @@ def test_runs_of_elementwise_steps_replay_in_a_graph(gpu):
     engine = nnxp.Engine(net, "cuda")
     for _ in range(4):
         check(engine(x), net, x)
+    assert len(engine._replicas[0].ready) == 1
+
+
+REFERENCE = {
+    "lstm": (nnxp.LSTM(8, 6, rng=0), (4, 8)),
+    "batch norm": (nnxp.BatchNorm(8), (8,)),
+    "rotary": (nnxp.MultiHeadAttention(8, 2, rotary=nnxp.RotaryEmbedding(2), rng=0), (4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_kernels_without_a_body_for_cuda_replay_a_graph_too(gpu, name):
+    net, row = REFERENCE[name]
+    engine = nnxp.Engine(net, "cuda")
+    for seed in range(4):
+        x = draw((5, *row), seed=seed)
+        y = engine(x)
+        for i, made in enumerate(y if isinstance(y, tuple) else (y,)):
+            found = compare(
+                "engine", "", "cuda:0", made, *error_bound(lambda x, i=i: results(net(x))[i], x)
+            )
+            assert found.ok, found.problem
     assert len(engine._replicas[0].ready) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from math import prod
 from typing import Any, NamedTuple
 
@@ -125,7 +126,8 @@ def _planned(formula: Formula, arrays: tuple[Array, ...]) -> Plan | None:
     v = 1 if layout.cols % v else v
     reads = [_read(a, steps, x.dtype, v) for a, steps in zip(arrays, layout.steps, strict=True)]
     code, numbers = text(formula, [a.dtype for a in arrays], reads, len(layout.sizes))
-    return Plan(source("activations.cu") + code, x.shape, layout, v, numbers)
+    code = sys.intern(source("activations.cu") + code)  # to be looked up by each launch
+    return Plan(code, x.shape, layout, v, numbers)
 
 
 def laid_out(x: Array, arrays: tuple[Array, ...]) -> Layout:
