@@ -851,11 +851,16 @@ def by_heads(x):
     return on_device(np.ascontiguousarray(wide)).transpose(0, 2, 1, 3)[..., :-4]
 
 
+def every_second(x):
+    return on_device(np.repeat(x, 2, -1))[..., ::2]
+
+
 SHAPES = [  # of x and y, of the vector, the column and the mask
     ((2, 3, 4, 8), (3, 1, 1), (4, 1), (2, 1, 1, 8), on_device),
     ((2, 3, 4, 8), (3, 1, 1), (2, 1, 1, 1), (), channels_last),
     ((2, 3, 4, 8), (4, 8), (4, 1), (2, 1, 4, 1), by_heads),
     ((2, 3, 2, 3, 2), (3, 1, 3, 1), (2, 1, 2, 1, 1), (3, 1, 1, 1), on_device),
+    ((3, 5, 8), (5, 1), (8,), (3, 1, 1), every_second),
     ((3, 1, 8), (), (1,), (3, 1, 1), on_device),
     ((7,), (1,), (), (7,), on_device),
     ((), (), (), (), on_device),
@@ -885,6 +890,31 @@ def test_formulas_of_any_number_of_axes_in_any_order(
         dense = np.argsort([-each for each in y.strides], kind="stable").tolist()
         y = on_host(y.transpose(dense)).transpose(np.argsort(dense)) if y.ndim else on_host(y)
         np.testing.assert_array_equal(y, program(*arrays))
+
+
+@every_type
+def test_formulas_read_packs_only_where_they_lie_on_16_bytes(dtype, host_allocator, launches):
+    full = 16 // float_dtype(dtype).itemsize
+    program = fused(trace(lambda x, y: kernels.silu(x) * y, *[((9, 64), dtype)] * 2))
+    x = nowhere(9, 64, dtype)
+    for y, packed in [
+        (nowhere(9, 64, dtype), True),
+        (nowhere(9, 64, dtype, width=64 + full), True),
+        (nowhere(9, 64, dtype, shift=full), True),
+        (nowhere(9, 64, dtype, width=65), False),
+        (nowhere(9, 64, dtype, shift=1), False),
+        (nowhere(9, 64, dtype, width=64 + full)[:, ::-1], False),
+        (nowhere(64, 9, dtype).T, False),
+    ]:
+        launches.clear()
+        program(x, y)
+        [(text, name, *_)] = launches
+        assert name == f"formula<{full}>"
+        assert "load<V>(a0 + c)" in text
+        assert ("load<V>(a1 + c)" in text) == packed
+    launches.clear()
+    program(x[:, :63], x[:, :63])
+    assert launches[0][1] == "formula<1>"
 
 
 def test_formulas_compile_for_a_gpu_and_keep_to_registers(host_allocator, monkeypatch):
