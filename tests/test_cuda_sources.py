@@ -285,6 +285,16 @@ def built(file, folder):
     return library
 
 
+def built_alone(code, name, folder):
+    """A library with one instance of a source for the host, `kernel_0`."""
+    header = (Path(__file__).parent / "cuda_on_host.h").read_text()
+    code = f"{header}\n{code}\nKERNEL(kernel_0, {name})\n"
+    library = folder / f"alone-{hashlib.sha256(code.encode()).hexdigest()}.so"
+    if not library.exists():
+        compile_for_host(code, library.with_suffix(f".{os.getpid()}")).rename(library)
+    return ctypes.CDLL(str(library))
+
+
 def compile_for_host(code, library):
     command = ["g++", "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
     command += ["-x", "c++", "-", "-o", str(library)]
@@ -990,6 +1000,83 @@ def test_formulas_are_what_their_steps_are(dtype, request, libraries, monkeypatc
         assert (right | exact | ~np.isfinite(value)).all()
     assert gpu.launched == 2 * len(asked)
     assert finite > 0.8 * gpu.launched
+
+
+def channels_last(x):
+    """(n, c, ...) as a view of (n, ..., c)."""
+    return on_device(np.ascontiguousarray(np.moveaxis(x, 1, -1))).transpose(0, 3, 1, 2)
+
+
+def by_heads(x):
+    """(n, heads, time, c) as a part of (n, time, heads, c + 4)."""
+    wide = np.concatenate([x, x[..., :4] * 0 + 99], -1).swapaxes(1, 2)
+    return on_device(np.ascontiguousarray(wide)).transpose(0, 2, 1, 3)[..., :-4]
+
+
+def every_second(x):
+    return on_device(np.repeat(x, 2, -1))[..., ::2]
+
+
+SHAPES = [  # of x and y, of the vector, the column and the mask
+    ((2, 3, 4, 8), (3, 1, 1), (4, 1), (2, 1, 1, 8), on_device),
+    ((2, 3, 4, 8), (3, 1, 1), (2, 1, 1, 1), (), channels_last),
+    ((2, 3, 4, 8), (4, 8), (4, 1), (2, 1, 4, 1), by_heads),
+    ((2, 3, 2, 3, 2), (3, 1, 3, 1), (2, 1, 2, 1, 1), (3, 1, 1, 1), on_device),
+    ((3, 5, 8), (5, 1), (8,), (3, 1, 1), every_second),
+    ((3, 1, 8), (), (1,), (3, 1, 1), on_device),
+    ((7,), (1,), (), (7,), on_device),
+    ((), (), (), (), on_device),
+]
+
+
+def test_formulas_of_any_number_of_axes_in_any_order(
+    request, libraries, monkeypatch, host_allocator
+):
+    cases, asked = [], Launches()
+    for like, vector, column, mask, lay in SHAPES:
+        shapes = like, like, vector, column
+        program = trace(straight, *((shape, "float32") for shape in shapes), (mask, "bool"))
+        arrays = [np.array(drawn(shape, "float32", i)) for i, shape in enumerate(shapes)]
+        arrays.append(np.random.default_rng(0).random(mask) < 0.5)
+        there = [*map(lay, arrays[:2]), *(on_device(np.array(x)) for x in arrays[2:])]
+        cases.append((program, fused(program), arrays, there))
+    monkeypatch.setattr(_compiled, "kernel", asked.kernel)
+    for _, joined, _, there in cases:
+        joined(*there)
+    assert len(asked) == len(cases)
+    gpu = Formulas(request.config.cache.mkdir("cuda_on_host"), [each[:2] for each in asked])
+    monkeypatch.setattr(_compiled, "kernel", gpu.kernel)
+    for program, joined, arrays, there in cases:
+        y = joined(*there)
+        assert np.argsort(y.strides)[::-1].tolist() == np.argsort(there[0].strides)[::-1].tolist()
+        dense = np.argsort([-each for each in y.strides], kind="stable").tolist()
+        y = on_host(y.transpose(dense)).transpose(np.argsort(dense)) if y.ndim else on_host(y)
+        np.testing.assert_array_equal(y, program(*arrays))
+
+
+@every_type
+def test_formulas_read_packs_only_where_they_lie_on_16_bytes(dtype, host_allocator, launches):
+    full = 16 // float_dtype(dtype).itemsize
+    program = fused(trace(lambda x, y: kernels.silu(x) * y, *[((9, 64), dtype)] * 2))
+    x = nowhere(9, 64, dtype)
+    for y, packed in [
+        (nowhere(9, 64, dtype), True),
+        (nowhere(9, 64, dtype, width=64 + full), True),
+        (nowhere(9, 64, dtype, shift=full), True),
+        (nowhere(9, 64, dtype, width=65), False),
+        (nowhere(9, 64, dtype, shift=1), False),
+        (nowhere(9, 64, dtype, width=64 + full)[:, ::-1], False),
+        (nowhere(64, 9, dtype).T, False),
+    ]:
+        launches.clear()
+        program(x, y)
+        [(text, name, *_)] = launches
+        assert name == f"formula<{full}>"
+        assert "load<V>(a0 + c)" in text
+        assert ("load<V>(a1 + c)" in text) == packed
+    launches.clear()
+    program(x[:, :63], x[:, :63])
+    assert launches[0][1] == "formula<1>"
 
 
 def test_formulas_compile_for_a_gpu_and_keep_to_registers(host_allocator, monkeypatch):

@@ -124,7 +124,12 @@ class Lt:
         return self._new(kind="product", compute=compute, scale=scale, settings={})
 
     def matmul_desc_set_attribute(self, product, attribute, at, size):
-        sizes = {bindings.TRANSPOSE_A: 4, bindings.EPILOGUE: 4, bindings.BIAS_POINTER: 8}
+        sizes = {
+            bindings.TRANSPOSE_A: 4,
+            bindings.TRANSPOSE_B: 4,
+            bindings.EPILOGUE: 4,
+            bindings.BIAS_POINTER: 8,
+        }
         assert size == sizes[attribute]
         settings = self.things[product].settings
         settings[attribute] = int.from_bytes(ctypes.string_at(at, size), "little")
@@ -207,6 +212,7 @@ class Lt:
         number, alignment = (ctypes.c_uint64 * 2).from_address(algorithm)
         settings = dict(self.things[product].settings)
         epilogue, turned = settings[bindings.EPILOGUE], settings[bindings.TRANSPOSE_A]
+        x_turned = settings[bindings.TRANSPOSE_B]
         likes = [self.things[each] for each in (a_like, b_like, d_like)]
         call = SimpleNamespace(algorithm=number, epilogue=epilogue, turned=turned, size=size)
         call.compute, call.alignment = self.things[product].compute, alignment
@@ -224,10 +230,11 @@ class Lt:
             self.memory.span(workspace, size)
         one, zero = (ctypes.c_float.from_address(each).value for each in (alpha, beta))
         A, B, D = map(self._matrices, (a, b, d), likes, [alignment] * 3)
+        A, B = A.swapaxes(1, 2) if turned else A, B.swapaxes(1, 2) if x_turned else B
         assert len(A) == len(B) == len(D)
         assert len(D) == 1 or D.strides[0] >= D.shape[2] * D.strides[2], "results overlap"
         assert self.things[product].scale == 0
-        y = one * (A.swapaxes(1, 2) if turned else A).astype("f8") @ B.astype("f8")
+        y = one * A.astype("f8") @ B.astype("f8")
         assert zero == 0
         if epilogue & bindings.BIAS:
             at = settings[bindings.BIAS_POINTER]
@@ -378,8 +385,8 @@ LAYOUTS = {  # how an array may lie, and whether it must be copied when it is x,
     "columns of a wider one": (lambda lab, v: inside(lab, v, 0, 3, 2), False, False),
     "a part of a larger one": (lambda lab, v: inside(lab, v, 2, 4, 4, 1), False, False),
     "every second row": (lambda lab, v: alternate(lab, v, 0), False, False),
-    "by columns": (lambda lab, v: lab.memory.put(np.ascontiguousarray(v.T)).T, True, False),
-    "by columns, a part": (lambda lab, v: inside(lab, v.T.copy(), 1, 1, 2).T, True, False),
+    "by columns": (lambda lab, v: lab.memory.put(np.ascontiguousarray(v.T)).T, False, False),
+    "by columns, a part": (lambda lab, v: inside(lab, v.T.copy(), 1, 1, 2).T, False, False),
     "every second column": (lambda lab, v: alternate(lab, v, 1), True, True),
     "upside down": (lambda lab, v: lab.memory.put(v[::-1].copy())[::-1], True, True),
     "every row the same": (None, True, False),
@@ -806,6 +813,15 @@ def test_more_rows_than_cublaslt_counts_go_in_parts(lab, monkeypatch):
     lab.lt.calls.clear()
     check(arrays(lab, 131)[0], weight, bias, kernels.relu)
     assert {call.rows for call in lab.lt.calls} == {50, 31}
+    monkeypatch.setattr(call, "MOST_ROWS", 1 << 20)
+    monkeypatch.setattr(call, "MOST_ELEMENTS", 1100)
+    lab.lt.calls.clear()
+    for m, copied in ((137, False), (138, True)):  # by columns, of which there are 8
+        lab.copies.clear()
+        turned = lab.memory.put(whole((8, m), "float32", 0)).T
+        weight = lab.memory.put(whole((8, 4), "float32", 1))
+        check(turned, weight, None, kernels.identity)
+        assert ("ascontiguousarray" in lab.copies) == copied
 
 
 # stacks of matrices
@@ -848,7 +864,7 @@ STACKS = {
     "backwards": lambda lab, v: lab.memory.put(v[::-1].copy())[::-1],
     "every second column": by_matrices(lambda lab, v: alternate(lab, v, 1)),
 }
-COPIED = {"backwards", "every second column"}  # and what is turned, if it is not the weight
+COPIED = {"backwards", "every second column"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -858,8 +874,8 @@ COPIED = {"backwards", "every second column"}  # and what is turned, if it is no
 )
 def test_stacks_may_lie_in_any_way(lab, dtype, layout, shape):
     b, m, k, n = shape
-    lies = {"x": ("as it comes", layout), "weight": (layout, "as it comes")}
-    for who, (of_weight, of_x) in lies.items():
+    lies = [("as it comes", layout), (layout, "as it comes"), (layout, layout)]
+    for of_weight, of_x in lies:
         x = stack(lab, (b, m, k), dtype, 0, of_x)
         weight = stack(lab, (b, k, n), dtype, 1, of_weight)
         before, lab.copies[:] = [host(each).tobytes() for each in (x, weight)], []
@@ -871,8 +887,7 @@ def test_stacks_may_lie_in_any_way(lab, dtype, layout, shape):
         np.testing.assert_array_equal(host(y).astype("f8"), wanted.astype(x.dtype).astype("f8"))
         assert lab.lt.calls[-1].batch == b
         if min(shape) > 1:
-            copied = layout in COPIED or (layout, who) == ("turned", "x")
-            assert bool(lab.copies) == copied
+            assert bool(lab.copies) == (layout in COPIED)
     assert lab.products == 0
 
 
@@ -1202,6 +1217,7 @@ def test_the_numbers_are_those_of_nvidias_bindings():
     assert bindings.COMPUTE_TF32 == cublas.ComputeType.COMPUTE_32F_FAST_TF32
     attribute = cublasLt.MatmulDescAttribute
     assert bindings.TRANSPOSE_A == attribute.TRANSA
+    assert bindings.TRANSPOSE_B == attribute.TRANSB
     assert bindings.EPILOGUE == attribute.EPILOGUE
     assert bindings.BIAS_POINTER == attribute.BIAS_POINTER
     layout = cublasLt.MatrixLayoutAttribute

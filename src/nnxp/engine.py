@@ -38,7 +38,7 @@ from nnxp.program.mixing import looked_into, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
 from nnxp.program.recordings import IDLE_BYTES, HostRecording, Recordings
-from nnxp.program.rewrite import in_their_own_type, optimized, placed, with_products
+from nnxp.program.rewrite import in_their_own_type, optimized, placed, with_products, written_out
 from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -541,7 +541,9 @@ class Replica:
         if not self.rewrite:
             return program
         program = optimized(program)
-        return fused(program) if self.backend.name == "cupy" else program
+        if self.backend.name == "cupy":
+            program = fused(with_products(written_out(program, "cupy"), self.precision))
+        return program
 
     def whole(self, outlines: tuple[Outline | None, ...], arrays: Sequence[HostArray]) -> Whole:
         """What answers inputs of these outlines, and of these few numbers, as they are."""
@@ -634,9 +636,9 @@ class Prepared:
             self.program = at_work
             self.run: Callable[..., Any] = Recordings(at_work, sparing)
         else:  # CUDA fuses kernels
-            at_work = written_out = expanded(program)
-            self.borrowed = written_out.borrowed
-            at_home = program if backend.name == "cupy" else written_out
+            at_work = expanded(program)
+            self.borrowed = at_work.borrowed
+            at_home = program if backend.name == "cupy" else at_work
             self.program = placed(at_home, partial(to_backend, backend=backend))
             self.run = partial(_run, self.program)
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))

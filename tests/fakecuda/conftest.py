@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import threading
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,7 @@ else:
     from nnxp.backend import _device
     from nnxp.kernels.cuda import _compiled
     from nnxp.kernels.cuda.lt import bindings, call, plans, stacks
+    from test_cuda_sources import built_alone
     from test_lt import STREAM, Lt
 
     class LaterLt(Lt):
@@ -92,6 +95,8 @@ else:
         built = json.loads(os.environ["NNXP_HOST_KERNELS"])
         for file, (library, names) in built.items():
             kernels.ours[_compiled.source(file)] = ctypes.CDLL(library), names
+        folder = Path(built["rows.cu"][0]).parent
+        kernels.build = cache(lambda *instance: built_alone(*instance, folder))
 
     @pytest.fixture(params=[False, True], ids=["at once", "as late as possible"])
     def gpu(request, host_build, monkeypatch):

@@ -33,6 +33,8 @@ NAMES = {
 STRUCTS = {"Windows": 29 * 4}  # bytes of what is passed by value
 
 _modules, _functions = {}, {}
+build = None
+"""Compiles one instance of a source for the host; it is `kernel_0` of the answer."""
 ours = {}
 """By source, the library with its instances for the host, and their names in the order there."""
 
@@ -86,8 +88,11 @@ def _ours(kernel, shape, places):
     ]
     for at in addresses:
         machine.alive(at)
-    library, names = ours[kernel.source]
-    run = library[f"kernel_{names.index(kernel.name)}"]
+    if kernel.source in ours:
+        library, names = ours[kernel.source]
+        run = library[f"kernel_{names.index(kernel.name)}"]
+    else:  # a text that was written for a formula
+        run = build(kernel.source, kernel.name).kernel_0
     run.restype = ctypes.c_char_p
 
     def launched():

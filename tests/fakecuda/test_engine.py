@@ -11,7 +11,7 @@ import pytest
 from cupy.cuda import Device, Stream
 
 import nnxp
-from conftest import draw
+from conftest import draw, results
 from nnxp.backend import _device, cuda
 from nnxp.backend._lanes import Lane
 from nnxp.testing.parity import compare, error_bound
@@ -234,6 +234,80 @@ def test_attention_with_a_mask_goes_through_an_engine(gpu):
     y = nnxp.Engine(net, "cuda")((x, mask))
     value, error = error_bound(net, x, mask)
     assert compare("engine", "", "cuda:0", y, value, error).ok
+
+
+class Gated(nnxp.Layer):
+    """A gate, a norm of its own, and a residual, written out."""
+
+    up: nnxp.Dense
+    gate: nnxp.Dense
+    scale: np.ndarray
+
+    def __init__(self):
+        self.up, self.gate = nnxp.Dense(16, 16, rng=0), nnxp.Dense(16, 16, rng=1)
+        self.scale = draw((16,), seed=5)
+
+    def __call__(self, x):
+        xp = nnxp.get_array_module(x)
+        g = self.gate(x)
+        y = self.up(x) * (g / (1 + xp.exp(-g)))  # SiLU * up
+        y = y * self.scale + x
+        y = xp.where(y > 0, y, 0.1 * y)
+        center = y - y.mean(axis=-1, keepdims=True)
+        return center / xp.sqrt((center * center).mean(axis=-1, keepdims=True) + 1e-5)
+
+
+def launches_of(gpu, engine, x):
+    """How many kernels an engine starts for these rows, the second time, apart from products."""
+    engine(x)
+    gpu.finish()
+    gpu.done.clear()
+    engine(x)
+    gpu.finish()
+    kinds = ("kernel", "CuPy's kernel")
+    return [sum(n for (kind, _), n in gpu.done.items() if kind == each) for each in kinds]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_run_of_elementwise_steps_is_one_launch(gpu, dtype):
+    net, there = Gated().astype(dtype), put(draw((600, 16), dtype))
+    engines = [nnxp.Engine(net, "cuda", rewrite=rewrite) for rewrite in (True, False)]
+    for engine in engines:
+        check(engine(there), net, there.get())
+    fused, plain = (launches_of(gpu, engine, there) for engine in engines)
+    means = 4 if dtype == "float32" else 6  # for 16 bits CuPy converts them
+    assert fused == [2, means + 1]  # kernels of ours and of CuPy's
+    assert plain == [0, means + 13]
+
+
+def test_runs_of_elementwise_steps_replay_in_a_graph(gpu):
+    net, x = Gated(), draw((5, 16))
+    engine = nnxp.Engine(net, "cuda")
+    for _ in range(4):
+        check(engine(x), net, x)
+    assert len(engine._replicas[0].ready) == 1
+
+
+REFERENCE = {
+    "lstm": (nnxp.LSTM(8, 6, rng=0), (4, 8)),
+    "batch norm": (nnxp.BatchNorm(8), (8,)),
+    "rotary": (nnxp.MultiHeadAttention(8, 2, rotary=nnxp.RotaryEmbedding(2), rng=0), (4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_kernels_without_a_body_for_cuda_replay_a_graph_too(gpu, name):
+    net, row = REFERENCE[name]
+    engine = nnxp.Engine(net, "cuda")
+    for seed in range(4):
+        x = draw((5, *row), seed=seed)
+        y = engine(x)
+        for i, made in enumerate(y if isinstance(y, tuple) else (y,)):
+            found = compare(
+                "engine", "", "cuda:0", made, *error_bound(lambda x, i=i: results(net(x))[i], x)
+            )
+            assert found.ok, found.problem
+    assert len(engine._replicas[0].ready) == 1
 
 
 def test_a_graph_sees_weights_that_change_in_place_and_nobody_elses_arrays(gpu):

@@ -38,11 +38,16 @@ def fused(program: Program) -> Program:
         return program
     member = {step for run in runs.values() for step in run}
     given: dict[Step, tuple[Any, ...]] = {}
+    formulas: dict[str, Formula] = {}  # equal ones are one, as those of a recurrence are
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         if step in member:
             given[step] = arrays
-        return _joined(runs[step], given) if step in runs else again(step, arrays)
+        if step not in runs:
+            return again(step, arrays)
+        read, lines = _written(runs[step], given)
+        formula = formulas.setdefault(repr(lines), Formula(lines))
+        return record(elementwise, read, {"formula": formula})
 
     return rewritten(program, change, program.inputs)
 
@@ -123,8 +128,10 @@ def _read(run: list[Step]) -> list[Value]:
     return [x for x in dict.fromkeys(x for step in run for x in step.values) if x not in made]
 
 
-def _joined(run: list[Step], given: dict[Step, tuple[Any, ...]]) -> Any:
-    """A run as one step, of the arrays that its steps were given."""
+def _written(
+    run: list[Step], given: dict[Step, tuple[Any, ...]]
+) -> tuple[tuple[Any, ...], tuple[Line, ...]]:
+    """What a run reads, of the arrays that its steps were given, and its lines."""
     result = run[-1].outputs[0]
     now = {
         value: array
@@ -139,4 +146,4 @@ def _joined(run: list[Step], given: dict[Step, tuple[Any, ...]]) -> Any:
         Line(step.function, tuple(places.get(x, x) for x in step.inputs), step.options)  # type: ignore[arg-type]
         for step in run
     )
-    return record(elementwise, tuple(now[x] for x in read), {"formula": Formula(lines)})
+    return tuple(now[x] for x in read), lines

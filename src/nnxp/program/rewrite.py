@@ -67,6 +67,21 @@ def with_products(program: Program, precision: str | None = None) -> Program:
     return rewritten(program, change, program.inputs)
 
 
+def written_out(program: Program, library: str) -> Program:
+    """The program with what kernels do that have no body for an array library.
+
+    In 16 bits they stay: written out they would keep their parameters in float32.
+    """
+
+    def noted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        narrow = any(getattr(x, "dtype", None) and x.dtype.itemsize == 2 for x in arrays)
+        if narrow or kernel.on_library(library) is not None:
+            return record(kernel, arrays, options)
+        return kernel.widened(*arrays, **options)
+
+    return expanded(program, noted)
+
+
 def rewritten(
     program: Program,
     change: Callable[..., Any],

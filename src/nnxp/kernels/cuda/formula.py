@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from math import prod
 from typing import Any, NamedTuple
 
 import cupy
@@ -24,6 +26,7 @@ from nnxp.kernels.formula import (
 
 THREADS = 256  # a block
 BOOL = np.dtype(bool)
+MOST_AXES = 4  # before the last: what is left where axes that follow each other are one
 MOST_PLANS = 1024
 PACKED, ONE, EACH = "packed", "one", "each"
 """How a thread reads an array: its neighbours at once, one number for them all, or one by one."""
@@ -32,7 +35,7 @@ _KERNEL = """
 // A formula for each element of y (rows, cols), V neighbours of a row at a time.
 template <int V>
 __global__ void __launch_bounds__(256)
-NAME(PARAMETERS) {
+formula(PARAMETERS) {
     const Index c = (Index(blockIdx.x) * blockDim.x + threadIdx.x) * V;
     if (c >= cols) return;
     const Index step = Index(gridDim.y) * blockDim.y;
@@ -51,15 +54,19 @@ NAME(PARAMETERS) {
 
 
 class Layout(NamedTuple):
-    """Arrays as rows and columns of a result of y's shape: the elements between those of each."""
+    """Arrays as y (*sizes, cols), without gaps: the elements between their own, along each axis.
 
-    rows: int
+    `order` is that of y's axes in memory.
+    """
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
     cols: int
-    steps: tuple[tuple[int, int], ...]
+    steps: tuple[tuple[int, ...], ...]
 
 
 class Plan(NamedTuple):
-    """How a formula is launched for arrays that lie in some way; without a layout it is not."""
+    """How a formula is launched for arrays that lie in some way."""
 
     text: str
     shape: Shape
@@ -68,9 +75,9 @@ class Plan(NamedTuple):
     numbers: tuple[np.float32, ...]
 
     def __call__(self, arrays: tuple[Array, ...]) -> Array:
-        (rows, cols, steps), v = self.layout, self.pack
-        y = cupy.empty(self.shape, arrays[0].dtype)
-        across = min(THREADS, next_power(cols // v))
+        (order, sizes, cols, steps), v = self.layout, self.pack
+        y = cupy.empty([self.shape[axis] for axis in order], arrays[0].dtype)
+        across, rows = min(THREADS, next_power(cols // v)), prod(sizes)
         down = THREADS // across
         launch(
             (self.text, "formula", v),
@@ -79,27 +86,31 @@ class Plan(NamedTuple):
             (*arrays, y),
             rows,
             cols,
-            *(each for pair in steps for each in pair),
+            *sizes[1:],
+            *(each for of_one in steps for each in of_one),
             *self.numbers,
         )
-        return y
+        return (
+            y if order == tuple(range(y.ndim)) else y.transpose(tuple(map(int, np.argsort(order))))
+        )
 
 
-plans = Lately[Plan | None](MOST_PLANS)
+plans = Lately[Plan | bool](MOST_PLANS)
+"""False for what the reference body does."""
 
 
 @elementwise.on("cupy")
 def elementwise_compiled(x: Array, *arrays: Array, formula: Formula) -> Array:
-    """y = formula(x, *arrays), in one launch if they lie as rows and columns."""
+    """y = formula(x, *arrays), in one launch; y lies as x does, as from a ufunc."""
     both = x, *arrays
     key = formula, *((a.shape, a.strides, a.dtype, a.data.ptr % 16) for a in both)
     plan = plans.get(key)
     if plan is None:
-        plan = _planned(formula, both)
-        if plan is None:
-            return unfused(elementwise, x, *arrays, formula=formula)
+        plan = _planned(formula, both) or False
         plans.keep(key, plan)
-    return plan(both)
+    if isinstance(plan, Plan):
+        return plan(both)
+    return unfused(elementwise, x, *arrays, formula=formula)
 
 
 def _planned(formula: Formula, arrays: tuple[Array, ...]) -> Plan | None:
@@ -108,67 +119,81 @@ def _planned(formula: Formula, arrays: tuple[Array, ...]) -> Plan | None:
         return None
     if any(a.dtype not in (x.dtype, BOOL) for a in arrays):  # where CuPy has other types than NumPy
         return None
-    layout = laid_out(x.shape, arrays)
-    if layout is None:
+    layout = laid_out(x, arrays)
+    if len(layout.sizes) > MOST_AXES:
         return None
     v = 16 // x.itemsize
     v = 1 if layout.cols % v else v
     reads = [_read(a, steps, x.dtype, v) for a, steps in zip(arrays, layout.steps, strict=True)]
-    code, numbers = text(formula, [a.dtype for a in arrays], reads)
-    return Plan(source("activations.cu") + code, x.shape, layout, v, numbers)
+    code, numbers = text(formula, [a.dtype for a in arrays], reads, len(layout.sizes))
+    code = sys.intern(source("activations.cu") + code)  # to be looked up by each launch
+    return Plan(code, x.shape, layout, v, numbers)
 
 
-def laid_out(shape: Shape, arrays: tuple[Array, ...]) -> Layout | None:
-    """Axes that follow each other in every array as one; None if more than two are left."""
-    spread = [cupy.broadcast_to(a, shape) for a in arrays]
+def laid_out(x: Array, arrays: tuple[Array, ...]) -> Layout:
+    """Arrays broadcast to the shape of x, of which axes that follow each other are taken as one."""
+    spread = [cupy.broadcast_to(a, x.shape) for a in arrays]
+    order = list(range(x.ndim))
+    if 0 not in x.strides:
+        order.sort(key=lambda axis: -abs(x.strides[axis]))
     axes: list[list[int]] = []  # the size of each, and the steps of the arrays, the last axis first
-    for i in reversed(range(len(shape))):
-        steps = [a.strides[i] // a.itemsize for a in spread]
-        if shape[i] == 1:
-            continue
+    for axis in reversed(order):
+        steps = [a.strides[axis] // a.itemsize for a in spread]
         inner = axes[-1] if axes else None
+        if x.shape[axis] == 1:
+            continue
         if inner and all(s == inner[0] * t for s, t in zip(steps, inner[1:], strict=True)):
-            inner[0] *= shape[i]
+            inner[0] *= x.shape[axis]
         else:
-            axes.append([shape[i], *steps])
-    if len(axes) > 2:
-        return None
-    axes += [[1, *[0] * len(arrays)]] * (2 - len(axes))
-    (cols, *across), (rows, *down) = axes
-    return Layout(rows, cols, tuple(zip(down, across, strict=True)))
+            axes.append([x.shape[axis], *steps])
+    while len(axes) < 2:
+        axes.append([1, *[0] * len(arrays)])
+    sizes, *steps = zip(*reversed(axes), strict=True)
+    return Layout(tuple(order), sizes[:-1], sizes[-1], tuple(steps))
 
 
-def _read(x: Array, steps: tuple[int, int], dtype: np.dtype[Any], v: int) -> str:
+def _read(x: Array, steps: tuple[int, ...], dtype: np.dtype[Any], v: int) -> str:
     """How a thread reads V neighbours of an array."""
-    down, across = steps
+    *down, across = steps
     if across == 0:
         return ONE
-    whole = (x.data.ptr | down * x.itemsize) % (v * x.itemsize) == 0
+    places = x.data.ptr
+    for each in down:
+        places |= each * x.itemsize
+    whole = places % (v * x.itemsize) == 0
     return PACKED if across == 1 and x.dtype == dtype and whole else EACH
 
 
 def text(
-    formula: Formula, dtypes: list[np.dtype[Any]], reads: list[str], name: str = "formula"
+    formula: Formula, dtypes: list[np.dtype[Any]], reads: list[str], axes: int = 1
 ) -> tuple[str, tuple[np.float32, ...]]:
     """The kernel of a formula for arrays of these types, read so; the numbers that it is given.
 
-    It stands behind activations.cu, whose functions it calls. Numbers are arguments: formulas that
-    differ in them only have one text.
+    `axes` is how many there are before the columns. The text stands behind activations.cu, whose
+    functions it calls. Numbers are arguments: formulas that differ in them only have one text.
     """
     boolean = [dtype.kind == "b" for dtype in dtypes]
     types = ["bool" if dtype.kind == "b" else type_name(dtype) for dtype in dtypes]
     numbers: list[np.float32] = []
     loads, lines = [], []
+    for axis in reversed(range(1, axes)):
+        rest = "r" if axis == axes - 1 else f"rest{axis}"
+        loads += [
+            f"const Index i{axis} = {rest} % size{axis};",
+            f"const Index rest{axis - 1} = {rest} / size{axis};",
+        ]
+    place = ["r" if axes == 1 else "rest0", *(f"i{axis}" for axis in range(1, axes))]
     for i, (kind, how) in enumerate(zip(types, reads, strict=True)):
-        at = f"x{i}[r * down{i}"
+        at = " + ".join(f"{one} * down{i}_{axis}" for axis, one in enumerate(place))
+        loads.append(f"const {kind}* a{i} = x{i} + {at};")
         if how == PACKED:
-            loads.append(f"const Pack<{kind}, V> p{i} = load<V>(x{i} + r * down{i} + c);")
+            loads.append(f"const Pack<{kind}, V> p{i} = load<V>(a{i} + c);")
             value = f"p{i}.at[k]"
         elif how == ONE:
-            loads.append(f"const {kind} p{i} = {at}];")
+            loads.append(f"const {kind} p{i} = *a{i};")
             value = f"p{i}"
         else:
-            value = f"{at} + (c + k) * across{i}]"
+            value = f"a{i}[(c + k) * across{i}]"
         lines.append(
             f"const bool v{i} = {value};" if boolean[i] else f"const float v{i} = wide({value});"
         )
@@ -199,11 +224,12 @@ def text(
         lines.append(f"const {kind} v{len(boolean)} = {made};")
         boolean.append(answers)
     arrays = [f"const {kind}* x{i}" for i, kind in enumerate(types)]
-    steps = [f"Index down{i}, Index across{i}" for i in range(len(types))]
-    parameters = [*arrays, f"{types[0]}* y", "Index rows", "Index cols", *steps]
+    names = ["rows", "cols", *(f"size{axis}" for axis in range(1, axes))]
+    for i in range(len(types)):
+        names += [*(f"down{i}_{axis}" for axis in range(axes)), f"across{i}"]
+    parameters = [*arrays, f"{types[0]}* y", *(f"Index {each}" for each in names)]
     parameters += [f"float n{i}" for i in range(len(numbers))]
     parts = {
-        "NAME": name,
         "PARAMETERS": ", ".join(parameters),
         "READS": "\n        ".join(loads),
         "LINES": "\n            ".join(lines),

@@ -10,7 +10,7 @@ from typing import Any
 # As in NVIDIA's headers
 DATA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
 COMPUTE_FLOAT32, COMPUTE_TF32 = 68, 77
-TRANSPOSE_A, EPILOGUE, BIAS_POINTER = 3, 7, 8  # attributes of a product
+TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER = 3, 4, 7, 8  # attributes of a product
 BATCH_COUNT, BATCH_STEP = 5, 6  # of the layout of a stack of matrices
 MAX_WORKSPACE, REDUCTION_SCHEMES, MIN_ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # and of a preference
 REDUCE_IN_COMPUTE_TYPE = 2

@@ -123,18 +123,24 @@ def _way(
     if lt is None:
         return by_cupy
     ldx, ldw = leading(x), leading(weight) or leading(weight.T)
-    if ldx is None or ldw is None or (bias is not None and not packed(bias)):
+    if not _lies(x) or ldw is None or (bias is not None and not packed(bias)):
         return partial(_with_copies, precision=precision)
-    if rows > 1 and (rows > MOST_ROWS or rows * max(ldx, cols) > MOST_ELEMENTS):
+    if rows > 1 and (rows > MOST_ROWS or rows * max(ldx or 0, cols) > MOST_ELEMENTS):
         return partial(_in_parts, precision=precision)
     return planned(lt, wish, x, weight, bias, activation, precision)
+
+
+def _lies(x: Array) -> bool:
+    """Whether x lies by rows, or by columns that cuBLASLt can count."""
+    ld = leading(x.T)
+    return leading(x) is not None or (ld is not None and x.shape[1] * ld <= MOST_ELEMENTS)
 
 
 def _with_copies(
     x: Array, weight: Array, bias: Array | None, activation: Kernel, precision: str | None
 ) -> Array:
     """For rows with gaps between neighbours, or in reverse: those arrays are copied first."""
-    if leading(x) is None:
+    if not _lies(x):
         x = cupy.ascontiguousarray(x)
     if (leading(weight) or leading(weight.T)) is None:
         weight = cupy.ascontiguousarray(weight)

@@ -26,6 +26,7 @@ from nnxp.kernels.cuda.lt.bindings import (
     REDUCTION_SCHEMES,
     STATUS,
     TRANSPOSE_A,
+    TRANSPOSE_B,
     LtError,
     handle,
 )
@@ -55,6 +56,7 @@ class Form(NamedTuple):
     ldw: int
     turned: bool  # the weight lies by columns
     alignment: int
+    x_turned: bool = False
     x_step: int = 0
     weight_step: int = 0
 
@@ -86,7 +88,8 @@ class Product:
         self.product = lt.matmul_desc_create(form.compute, DATA_TYPES["float32"])
         weight = (inner, cols) if form.turned else (cols, inner)
         self.weight = lt.matrix_layout_create(kind, *weight, form.ldw)
-        self.x = lt.matrix_layout_create(kind, inner, rows, form.ldx)
+        x = (rows, inner) if form.x_turned else (inner, rows)
+        self.x = lt.matrix_layout_create(kind, *x, form.ldx)
         self.y = lt.matrix_layout_create(DATA_TYPES[self.dtype.name], cols, rows, cols)
         weakref.finalize(
             self, _destroy, lt, self.product, (self.weight, self.x, self.y)
@@ -97,6 +100,7 @@ class Product:
                 _lay(lt, layout, BATCH_COUNT, ctypes.c_int32(batch))
                 _lay(lt, layout, BATCH_STEP, ctypes.c_int64(step))
         self._set(TRANSPOSE_A, ctypes.c_int32(form.turned))
+        self._set(TRANSPOSE_B, ctypes.c_int32(form.x_turned))
         self._set(EPILOGUE, ctypes.c_uint32(self.epilogue))
         # The descriptor holds the bias, so a launch with one is two steps that belong together.
         self.lock = threading.Lock()

@@ -108,7 +108,8 @@ def planned(
     precision: str | None,
 ) -> Run:
     """The plan for such a product: by what was chosen for its form, or is chosen now."""
-    ldx, ldw = leading(x) or 0, leading(weight)
+    x_turned = leading(x) is None
+    ldx, ldw = leading(x.T if x_turned else x) or 0, leading(weight)
     (rows, inner), cols, size = x.shape, weight.shape[1], x.itemsize
     wide = cols
     if (
@@ -134,6 +135,7 @@ def planned(
         ldw=wide if wide != cols else ldw or leading(weight.T) or 0,
         turned=wide == cols and ldw is None,
         alignment=pointers & -pointers,
+        x_turned=x_turned,
     )
     timed = min(rows, TIMED_ROWS)
     key = form, (timed - 1).bit_length(), wish

@@ -38,8 +38,8 @@ def stacked(x: Array, weight: Array, dtype: np.dtype[Any], precision: str | None
     """y[i] = x[i] @ weight[i]
 
     x (b, m, k), weight (b, k, n) of one of DATA_TYPES -> y (b, m, n), not empty, of their type or
-    of float32, on the current stream of the current device. Matrices may lie by rows, or, those of
-    the weight, by columns, and at any distance: the same one b times is read where it is.
+    of float32, on the current stream of the current device. Matrices may lie by rows or by columns,
+    and at any distance: the same one b times is read where it is.
     """
     pointers = x.data.ptr | weight.data.ptr | 256
     key = (
@@ -68,12 +68,13 @@ def _way(x: Array, weight: Array, dtype: np.dtype[Any], precision: str | None) -
     (batch, rows, inner), cols = x.shape, weight.shape[2]
     if lt is None or rows > MOST_ROWS:
         return partial(_by_cupy, dtype=dtype)
-    if not _lies(x) or not (_lies(weight) or _lies(weight.swapaxes(1, 2))):
+    if not (_lies(x) and _lies(weight)):
         return partial(_with_copies, dtype=dtype, precision=precision)
-    ldw = leading(weight)
-    turned = ldw is None
-    ldx, ldw = leading(x) or 0, ldw or leading(weight.swapaxes(1, 2)) or 0
-    if max(rows * max(ldx, cols), inner * ldw, cols * ldw) > MOST_ELEMENTS:
+    x_turned, turned = leading(x) is None, leading(weight) is None
+    ldx = leading(x.swapaxes(1, 2) if x_turned else x) or 0
+    ldw = leading(weight.swapaxes(1, 2) if turned else weight) or 0
+    of_x, of_weight = (inner if x_turned else rows) * ldx, (cols if turned else inner) * ldw
+    if max(of_x, of_weight, rows * cols) > MOST_ELEMENTS:
         return partial(_by_cupy, dtype=dtype)
     if batch > MOST_MATRICES:
         return partial(_in_parts, dtype=dtype, precision=precision)
@@ -89,6 +90,7 @@ def _way(x: Array, weight: Array, dtype: np.dtype[Any], precision: str | None) -
         ldw=ldw,
         turned=turned,
         alignment=pointers & -pointers,
+        x_turned=x_turned,
         x_step=x.strides[0] // x.itemsize if batch > 1 else 0,
         weight_step=weight.strides[0] // weight.itemsize if batch > 1 else 0,
     )
@@ -131,16 +133,17 @@ class StackPlan:
 
 
 def _lies(x: Array) -> bool:
-    """Whether matrices lie by rows, one behind the other or all in the same place."""
+    """Whether matrices lie by rows or columns, in one order, or all in the same place."""
     step = x.strides[0] if len(x) > 1 else 0
-    return leading(x) is not None and step >= 0 and step % x.itemsize == 0
+    led = leading(x) or leading(x.swapaxes(1, 2))
+    return led is not None and step >= 0 and step % x.itemsize == 0
 
 
 def _with_copies(x: Array, weight: Array, dtype: np.dtype[Any], precision: str | None) -> Array:
     """For rows with gaps between neighbours, or in reverse: those stacks are copied first."""
     if not _lies(x):
         x = cupy.ascontiguousarray(x)
-    if not (_lies(weight) or _lies(weight.swapaxes(1, 2))):
+    if not _lies(weight):
         weight = cupy.ascontiguousarray(weight)
     return stacked(x, weight, dtype, precision)
 
