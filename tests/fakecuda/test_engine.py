@@ -237,7 +237,7 @@ def test_attention_with_a_mask_goes_through_an_engine(gpu):
 
 
 class Gated(nnxp.Layer):
-    """A gate, a norm of its own, and a residual, written out."""
+    """A gate, a norm that no kernel is, and a residual, written out."""
 
     up: nnxp.Dense
     gate: nnxp.Dense
@@ -254,7 +254,7 @@ class Gated(nnxp.Layer):
         y = y * self.scale + x
         y = xp.where(y > 0, y, 0.1 * y)
         center = y - y.mean(axis=-1, keepdims=True)
-        return center / xp.sqrt((center * center).mean(axis=-1, keepdims=True) + 1e-5)
+        return center / (xp.sqrt((center * center).mean(axis=-1, keepdims=True)) + 1)
 
 
 def launches_of(gpu, engine, x):
