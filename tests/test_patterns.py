@@ -226,3 +226,17 @@ def test_a_factor_that_is_none_of_channels_stays_behind_its_norm(shape):
     factor = draw(shape)
     formula = NORMS["layer_norm"][0]
     assert functions(lambda x: formula(x) * factor, draw((5, 3, 7))) == ["layer_norm", "multiply"]
+
+
+def test_attention_that_looks_nowhere_is_zero_in_an_engine():
+    q, k, v = (draw((3, 4, 6), seed=seed) for seed in range(3))
+    hidden = np.where(np.arange(4)[:, None] == 2, np.float32(-np.inf), MASK)
+    layer = layer_of(lambda q, k, v: weighed(scores(q, k) + hidden, v))
+    with np.errstate(invalid="ignore"):
+        expected = layer(q, k, v)
+    assert np.isnan(expected[:, :, 2]).all()
+    y = nnxp.Engine(layer, "numpy").whole(q, k, v)
+    assert (y[:, :, 2] == 0).all()
+    np.testing.assert_allclose(y[:, :, 3], expected[:, :, 3], rtol=1e-5)
+    exact = nnxp.Engine(layer, "numpy", rewrite=False).whole(q, k, v)
+    assert np.isnan(exact[:, :, 2]).all()

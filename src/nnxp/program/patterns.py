@@ -268,7 +268,10 @@ def _gain_or_bias(step: Step, x: Any, y: Any) -> Any:
 
 @pattern("matmul", kernels.matmul)
 def _attention(step: Step, weights: Any, v: Any) -> Any:
-    """softmax(scale q kᵀ + mask) v, for q, k and v of as many heads"""
+    """softmax(scale q kᵀ + mask) v, for q, k and v of as many heads
+
+    Of a query that may look nowhere the softmax is NaN, and attention 0.
+    """
     (scores,) = _made_by(weights, kernels.softmax) or (None,)
     if scores is None:
         return None

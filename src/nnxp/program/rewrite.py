@@ -100,11 +100,12 @@ def rewritten(
 def optimized(program: Program) -> Program:
     """The program without what it need not do, the same up to rounding.
 
-    What is computed twice is computed once. Orders of axes go behind what does not mind them,
-    element by element, and end where they undo each other. What is done to each output of a product
-    goes into it: a batch norm into its weights, a bias and an activation to where it lies.
+    What is computed twice is computed once, and kernels that are written out are seen. Orders of
+    axes go behind what does not mind them, element by element, and end where they undo each other.
+    What is done to each output of a product goes into it: a batch norm into its weights, a bias and
+    an activation to where it lies.
     """
-    program = merged(program)
+    program = merged(program, _seen)
     uses = Counter(v for step in program.steps for v in step.values)
     uses.update(program.outputs)
 
@@ -143,6 +144,12 @@ def optimized(program: Program) -> Program:
         return record("transpose", (made,), {"axes": axes})
 
     return rewritten(program, moved, program.inputs)
+
+
+def _seen(step: Step, arrays: tuple[Any, ...]) -> Any:
+    """The step, or the kernel that is written out by it and by what is before it."""
+    made = kernel_for(step, arrays)
+    return again(step, arrays) if made is None else made
 
 
 ORDERS = ("transpose", "moveaxis", "swapaxes")
@@ -331,9 +338,11 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
     return rewritten(program, change, [Value(x.shape, np.dtype(dtype), name=x.name)])
 
 
-def merged(program: Program) -> Program:
-    """The program with what is computed twice computed once, and kernels where they are written
-    out."""
+def merged(program: Program, note: Callable[..., Any] = again) -> Program:
+    """The program with what is computed twice computed once.
+
+    `note(step, arrays)` notes what is computed.
+    """
     made: dict[Any, Any] = {}
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
@@ -344,9 +353,7 @@ def merged(program: Program) -> Program:
         if key is None:
             return again(step, arrays)
         if key not in made:
-            seen = kernel_for(step, arrays)
-            found = again(step, arrays) if seen is None else seen
-            made[key] = arrays, found  # arrays live on: an id is not used again
+            made[key] = arrays, note(step, arrays)  # arrays live on: an id is not used again
         return made[key][1]
 
     return rewritten(program, change, program.inputs)
