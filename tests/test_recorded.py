@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from contextvars import ContextVar
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import nnxp
 from conftest import draw
 from nnxp import Activation, BatchNorm, Dense, LayerNorm, Residual, Sequential
 from nnxp._arrays import Array, xp_of
+from nnxp.kernels.cpu import _small
 from nnxp.program import recordings
 from nnxp.program.recording import Recording, bodied, costs
 
@@ -232,3 +233,24 @@ def test_what_is_padded_in_a_recording_is_what_numpy_pads(mode):
     for _ in range(2):
         np.testing.assert_array_equal(recording.answer(x), expected)
     assert (" = " in recording.text.partition("try:")[2]) == (mode == "symmetric")  # made anew
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 16, 20, 21])
+def test_products_of_few_rows_are_made_in_parts_where_that_starts_sooner(rows, monkeypatch):
+    monkeypatch.setattr(_small, "small_kernels", lambda: True)
+    net, x = dense(784, 200, 100, 3), draw((rows, 784))
+    recording = Recording(net.program((1, 784)), rows, [x.dtype])
+    value, error = nnxp.testing.error_bound(net, x)
+    assert (np.abs(recording.answer(x) - value) <= 6 * error).all()
+    products = recording.text.count("x0")  # of the first layer, beside the head
+    assert (products > 2) == (rows in (9, 16, 20))
+
+
+def test_parts_of_a_product_are_all_of_its_columns(monkeypatch):
+    monkeypatch.setattr(_small, "small_kernels", lambda: True)
+    for rows, inner, columns in product(range(1, 23), (50, 784, 1500), (7, 64, 100, 257, 1000)):
+        parts = _small.columns_at_once(rows, inner, columns, np.dtype("float32"))
+        taken = [i for part in parts for i in range(columns)[part]]
+        assert taken == list(range(columns))
+        widths = [part.stop - part.start for part in parts]
+        assert len(parts) == 1 or rows * inner * max(widths) <= _small.SMALL

@@ -21,6 +21,7 @@ from nnxp._errors import located
 from nnxp._library import KINDS, WITH_OUT
 from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels.cpu._pieces import zeros
+from nnxp.kernels.cpu._small import columns_at_once
 from nnxp.program.program import (
     Costs,
     Program,
@@ -382,11 +383,22 @@ class _Lines:
             low, high = (bound, None) if name == "maximum" else (None, bound)
             self._clipped(x, low, high, out)
         elif name == "matmul" and _flat(inputs):
-            self._line(np.dot, *inputs, out)
+            self._product(*inputs, out)
         elif isinstance(fn, np.ufunc) and not options:
             self._ufunc(fn, tuple(self._scalar(each, inputs[0]) for each in inputs), out)
         else:
             self._line(fn, *inputs, out=out, **options)
+
+    def _product(self, x: Value, weight: Value, out: Value) -> None:
+        """A product of two matrices; of few rows with a constant, in parts that start sooner."""
+        into = self._place(out)
+        (inner, columns), (rows, _) = weight.shape, sized(out.shape, self.rows)
+        parts = columns_at_once(rows, inner, columns, out.dtype)
+        if weight.numbers is None or isinstance(into, Local) or len(parts) == 1:
+            self._line(np.dot, x, weight, out)
+            return
+        for part in parts:
+            self._line(np.matmul, x, weight.numbers[:, part], into[:, part])
 
     def _scalar(self, x: Any, like: Any) -> Any:
         """A Python scalar as an array of the type that it would be given."""
