@@ -383,7 +383,7 @@ class _Lines:
             low, high = (bound, None) if name == "maximum" else (None, bound)
             self._clipped(x, low, high, out)
         elif name == "matmul" and _flat(inputs):
-            self._product(*inputs, out)
+            self._product(inputs[0], inputs[1], out)
         elif isinstance(fn, np.ufunc) and not options:
             self._ufunc(fn, tuple(self._scalar(each, inputs[0]) for each in inputs), out)
         else:
