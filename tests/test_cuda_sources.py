@@ -554,10 +554,13 @@ CONVOLUTIONS = [
         (2, 3, 2),
         {"stride": (1, 2, 1), "dilation": (2, 1, 1), "padding": (1, 0, 1)},
     ),
+    ((1, 5, 3, 2, 3), (2, 2, 1), {}),
     ((2, 5, 5, 8), (1, 1), {"stride": 2}),
     ((2, 1, 1, 8), (3, 3), {"padding": 1}),
 ]
-CONVOLUTION_IDS = ["packs", "odd", "one axis", "three axes", "one element", "mostly padding"]
+CONVOLUTION_IDS = [
+    *("packs", "odd", "one axis", "three axes", "three odd axes", "one element", "mostly padding")
+]
 every_convolution = pytest.mark.parametrize(
     ("shape", "window", "options"), CONVOLUTIONS, ids=CONVOLUTION_IDS
 )
