@@ -47,6 +47,7 @@ def conv(
         if each is not None
     )
     outputs = weight.shape[-1]
+    alike = alike and (bias is None or bias.shape == (outputs,))
     apart = groups > 1 and activation not in ELEMENTWISE
     if not alike or not fits(x, over, outputs) or (apart and x.itemsize == 2):
         options |= {"groups": groups, "activation": activation, "precision": precision}
