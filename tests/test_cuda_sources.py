@@ -574,10 +574,13 @@ CONVOLUTIONS = [
         (2, 3, 2),
         {"stride": (1, 2, 1), "dilation": (2, 1, 1), "padding": (1, 0, 1)},
     ),
+    ((1, 5, 3, 2, 3), (2, 2, 1), {}),
     ((2, 5, 5, 8), (1, 1), {"stride": 2}),
     ((2, 1, 1, 8), (3, 3), {"padding": 1}),
 ]
-CONVOLUTION_IDS = ["packs", "odd", "one axis", "three axes", "one element", "mostly padding"]
+CONVOLUTION_IDS = [
+    *("packs", "odd", "one axis", "three axes", "three odd axes", "one element", "mostly padding")
+]
 every_convolution = pytest.mark.parametrize(
     ("shape", "window", "options"), CONVOLUTIONS, ids=CONVOLUTION_IDS
 )
@@ -1326,9 +1329,11 @@ def test_windows_that_the_kernels_cannot_look_through_go_to_the_reference_body(
     kernels.conv(x, some(2, 2, 2, 4, dtype="float64"))
     kernels.conv(x, weight, some(4, dtype="float16"))
     kernels.conv(x, np.zeros((2, 2, 2, 4), "float32"))  # nothing moves by itself: CuPy says so
+    kernels.conv(x, some(2, 2, 1, 4), some(3), groups=2)  # CuPy says what is wrong
+    kernels.conv(x, some(2, 2, 1, 4), some(1), groups=2)
     half = some(3, 4, 4, 2, dtype="float16"), some(2, 2, 1, 2, dtype="float16")
     kernels.conv(*half, groups=2, activation=kernels.softmax)  # 16 bits would be rounded twice
-    assert [len(each) for each in arrived.values()] == [4, 4, 9]
+    assert [len(each) for each in arrived.values()] == [4, 4, 11]
     assert arrived["average_pool"][0][1]["ceil_mode"]
     assert not arrived["average_pool"][0][1]["count_include_pad"]
     assert arrived["conv"][0][1]["stride"] == 2

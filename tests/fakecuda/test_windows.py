@@ -54,6 +54,7 @@ def test_a_window_of_one_element_is_a_product(gpu, stride, dtype):
     x, weight = draw((3, 6, 6, 8), dtype), draw((1, 1, 8, 24), dtype, seed=1)
     agrees(kernels.conv, x, weight, stride=stride)
     assert ("kernel" in [kind for kind, _ in gpu.done]) == (stride == 2)
+    agrees(kernels.conv, x, weight, stride=stride, padding=(0, 1))
     first = put(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).transpose(0, 2, 3, 1)
     around = put(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))[:, 1:-1, 1:-1]
     weight = put(weight)
@@ -214,13 +215,16 @@ COUNTED = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", None), ("float32", "tf32"), ("float16", None)]
+)
 @pytest.mark.parametrize("layer", COUNTED, ids=lambda layer: repr(layer)[:50])
-def test_no_more_memory_is_taken_than_is_counted(gpu, layer, dtype):
+def test_no_more_memory_is_taken_than_is_counted(gpu, layer, dtype, precision):
     """Beside what cuBLASLt works in; a block of rows is cut by this count."""
     gpu.lt.algorithms = [(1, 0)]
     net, x = layer.astype(dtype), draw((40, 10, 8, 3), dtype)
-    engine = nnxp.Engine(net, "cuda")
+    precision = precision if net.dtype == "float32" else None  # a pool has no type
+    engine = nnxp.Engine(net, "cuda", precision=precision)
     there = put(x)
     engine(there)
     (prepared,) = engine._replicas[0]._prepared.values()

@@ -47,6 +47,7 @@ def conv(
         if each is not None
     )
     outputs = weight.shape[-1]
+    alike = alike and (bias is None or bias.shape == (outputs,))
     apart = groups > 1 and activation not in ELEMENTWISE
     if not alike or not fits(x, over, outputs) or (apart and x.itemsize == 2):
         options |= {"groups": groups, "activation": activation, "precision": precision}
@@ -89,15 +90,17 @@ def _by_patches(
     most = min(PATCHES, 4 * lines * inner) // (columns * size)
     together = max(LINES, most // LINES * LINES)
     if lines <= most:
-        patches = laid_out(seen, 0, lines, columns)
-        y = product(patches, matrix, bias, activation, precision)
+        y = product(laid_out(seen, 0, lines, columns), matrix, bias, activation, precision)
     else:
         y = cupy.empty((lines, outputs), x.dtype)
         step = ceil(ceil(lines / ceil(lines / together)) / LINES) * LINES
         for first in range(0, lines, step):
             part = y[first : first + step]
-            patches = laid_out(seen, first, len(part), columns)
-            product(patches, matrix, bias, activation, precision, out=part)
+            product(  # without a name for the patches, which would hold them beside the next ones
+                laid_out(seen, first, len(part), columns),
+                *(matrix, bias, activation, precision),
+                out=part,
+            )
     return y.reshape(x.shape[0], *over.positions, outputs)
 
 
