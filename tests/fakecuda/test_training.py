@@ -41,9 +41,8 @@ def rows_for(name):
 
 def check(made, expected):
     """Measured: 1e-7 off at most, of parameters and losses about 1."""
-    for name, values in expected.history.items():
-        if name != "seconds":
-            np.testing.assert_allclose(made.history[name], values, rtol=0, atol=1e-6, err_msg=name)
+    losses = [[epoch["loss"] for epoch in each.history] for each in (made, expected)]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-6)
     parameters = made.model.parameters()
     for name, p in expected.model.parameters().items():
         np.testing.assert_allclose(parameters[name].get(), p, rtol=0, atol=1e-6, err_msg=name)
