@@ -10,6 +10,7 @@ import nnxp
 from conftest import draw
 from nnxp.backend import cuda
 from nnxp.backend._device import Unrecordable
+from nnxp.backend._recording import recorded_step
 from nnxp.training import optimizers
 
 pytestmark = pytest.mark.parametrize("gpu", [True], ids=["as late as possible"], indirect=True)
@@ -81,6 +82,28 @@ def test_what_cannot_be_recorded_is_trained_all_the_same(gpu, monkeypatch):
     x, target = rows_for("dense")
     check(fitted(NETS["dense"].to("cuda"), x, target), fitted(NETS["dense"], x, target))
     assert len(tried) == 2  # once for each size of a batch
+
+
+def test_a_step_is_recorded_in_the_order_of_the_caller_s_stream(gpu):
+    p, into = (nnxp.to_backend(np.zeros(4, "float32"), "cuda") for _ in range(2))
+    x = nnxp.to_backend(draw((4,)), "cuda")
+    gpu.finish()
+
+    def run(own):
+        into[...] = p * 2
+        return (p + own[0],)
+
+    for _ in range(100):  # streams that are not ordered take turns
+        gpu.give(0, "yet to do", lambda: None)
+    p += 1
+    step = recorded_step(nnxp.get_backend("cuda"), run, [x])
+    seen = into.copy()
+    gpu.finish()
+    np.testing.assert_array_equal(seen.get(), [2] * 4)
+    for value in (3, 5):
+        x[...] = value
+        (y,) = step([x])
+        np.testing.assert_array_equal(y.get(), [value + 1] * 4)
 
 
 def test_gradients_that_are_asked_for_by_name_are_the_caller_s(gpu):
