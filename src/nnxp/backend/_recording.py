@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -96,17 +96,67 @@ def recorded(
     shape: Shape,
     dtype: np.dtype[Any],
 ) -> DeviceRecording | None:
-    """A recording for such rows; None if none can be made: there was no memory just now, or the
-    work cannot be recorded.
+    """A recording for such rows; None if none can be made."""
+    return _attempt(backend, lambda pool: DeviceRecording(backend, run, shape, dtype, pool))
+
+
+class StepRecording:
+    """Work that was done before with arrays like these, recorded: `step(arrays)` does it again.
+
+    What else it reads and writes stays where it is, and is kept alive by `run`. One caller at a
+    time, who stays on a stream.
+    """
+
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        run: Callable[[list[Array]], tuple[Array, ...]],
+        arrays: Sequence[Array],
+        pool: Pool,
+    ) -> None:
+        self._backend = backend
+        self._on_device: list[Any] = []  # the arrays, and what replays: all that uses the pool
+        weakref.finalize(self, _let_go, self._on_device, pool).atexit = False
+        with backend.current():
+            stream, callers = backend.stream(), backend.current_stream()
+            backend.wait(stream, backend.mark(callers))
+            with stream, pool.use():
+                own = [x.copy() for x in arrays]
+                self._on_device += own, backend.record(lambda: run(own), stream)
+            backend.wait(callers, backend.mark(stream))
+
+    def __call__(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """The results, which are the caller's."""
+        own, replay = self._on_device
+        with self._backend.current():
+            for into, x in zip(own, arrays, strict=True):
+                into[...] = x
+            return tuple(y.copy() for y in replay())
+
+
+def recorded_step(
+    backend: DeviceBackend,
+    run: Callable[[list[Array]], tuple[Array, ...]],
+    arrays: Sequence[Array],
+) -> StepRecording | None:
+    """A recording of such work; None if none can be made."""
+    return _attempt(backend, lambda pool: StepRecording(backend, run, arrays, pool))
+
+
+T = TypeVar("T")
+
+
+def _attempt(backend: DeviceBackend, record: Callable[[Pool], T]) -> T | None:
+    """What was recorded; None if there was no memory just now, or the work cannot be recorded.
 
     The pool is emptied when nothing of the attempt is left, its exception neither.
     """
     pool = backend.pool()
-    made: list[DeviceRecording] = []
+    made: list[T] = []
 
     def make() -> None:
         with suppress(Unrecordable):
-            made.append(DeviceRecording(backend, run, shape, dtype, pool))
+            made.append(record(pool))
 
     try:
         fits(make)

@@ -54,7 +54,7 @@ def with_products(program: Program, precision: str | None = None) -> Program:
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         if step.name == "matmul" and isinstance(step.function, str):
             x, weight = arrays
-            kernel = weight.ndim == 2 <= x.ndim or min(x.ndim, weight.ndim) > 2
+            kernel = (weight.ndim == 2 and x.ndim > 0) or min(x.ndim, weight.ndim) > 2
             if kernel and x.dtype == weight.dtype and is_floating(x.dtype):
                 return record(kernels.matmul, arrays, step.options | given)
         return again(step, arrays)

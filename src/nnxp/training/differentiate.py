@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,22 @@ import numpy as np
 from nnxp._arrays import Array, HostArray, is_array, place_of, xp_of
 from nnxp._errors import DeviceMismatch, NotDifferentiable, OptionError, UnsupportedFunction
 from nnxp.backend import home_of, to_backend
+from nnxp.backend._device import DeviceBackend
+from nnxp.backend._recording import StepRecording, recorded_step
 from nnxp.layers._layer import Layer, Rng, generator, reason_of
 from nnxp.program import traced
+from nnxp.program.fused import fused
 from nnxp.program.gradient import gradient, pullback
 from nnxp.program.program import Program, expanded, trace
 from nnxp.program.recording import Bodied, Layout, Recording, bodied
-from nnxp.program.rewrite import merged, placed
+from nnxp.program.rewrite import merged, placed, with_products, written_out
 from nnxp.program.traced import Drawn, Untraceable, Value
 
 Loss = Callable[..., Any]
 """loss(model, x, target, ...) -> a single number, written with the library of its arrays."""
 
 NOISE_BYTES = 5  # of an element that is dropped or not: a float32 is drawn, a bool is made of it
+FEW_ROWS = 512  # of a batch at most, to be recorded: with more, to start the work is little of it
 MOST_PROGRAMS = 32  # structures and batches that a function of gradients remembers
 
 
@@ -118,18 +123,27 @@ def write_out(
 
 
 class LossRunner:
-    """A LossProgram where the model is, to be run many times; one caller at a time."""
+    """A LossProgram where the model is, to be run many times; one caller at a time.
 
-    def __init__(self, written: LossProgram, place: str) -> None:
-        self.written, self.place = written, place
+    On a device a small batch `records`: what comes a second time with the same parameters, and
+    gradients to fill, is recorded, and only replayed then.
+    """
+
+    def __init__(self, written: LossProgram, place: str, records: bool = False) -> None:
+        self.written, self.place, self.records = written, place, records
+        self._fixed: list[Array] = []  # parameters and gradients of the calls so far
+        self._step: StepRecording | None = None
         self._home = home_of(place)
         self._recording: Recording | None = None
         if place == "cpu":
             kinds = [value.dtype for value in written.program.inputs]
             self._recording = Recording(written.bodied, 1, kinds)
         else:
+            program = written.program
+            if self._home.name == "cupy":
+                program = fused(with_products(written_out(merged(program), "cupy")))
             with self._home.current():
-                self._program = placed(written.program, lambda x: to_backend(x, self._home))
+                self._program = placed(program, lambda x: to_backend(x, self._home))
 
     def draw(self, rng: np.random.Generator | None) -> list[HostArray]:
         """What this run draws at random."""
@@ -162,15 +176,38 @@ class LossRunner:
                 results[mark:],
             )
         with self._home.current() if self.place != "cpu" else nullcontext():
-            moved = [to_backend(each, self._home) for each in drawn]
-            made = self._program.run([*parameters, *arrays, *moved])
+            given = [*arrays, *(to_backend(each, self._home) for each in drawn)]
             if gradients is not None:
-                for into, g in zip(gradients, made[mark:], strict=True):
-                    into[...] = g
-                made[mark:] = gradients
+                made = [*self._filled(parameters, given, gradients), *gradients]
             else:
+                made = self._program.run([*parameters, *given])
                 made = [_owned(y, v) for y, v in zip(made, outputs, strict=True)]
         return made[0], dict(zip(self.written.told, made[1:mark], strict=True)), made[mark:]
+
+    def _filled(
+        self, parameters: Sequence[Array], given: Sequence[Array], gradients: Sequence[Array]
+    ) -> tuple[Array, ...]:
+        """The loss and what the layers tell, on a device; the gradients are filled."""
+
+        def run(own: Sequence[Array]) -> tuple[Array, ...]:
+            made = self._program.run([*parameters, *own])
+            mark = 1 + len(self.written.told)
+            for into, g in zip(gradients, made[mark:], strict=True):
+                into[...] = g
+            return tuple(made[:mark])
+
+        fixed = [*parameters, *gradients]
+        again = len(fixed) == len(self._fixed) and all(map(is_, fixed, self._fixed))
+        self._fixed = fixed
+        if not again:
+            self._step = None
+            return run(given)
+        if self.records:
+            self.records = False  # it is tried once
+            few = all(max(x.shape[:1], default=0) <= FEW_ROWS for x in given)
+            if few and isinstance(self._home, DeviceBackend):
+                self._step = recorded_step(self._home, run, given)
+        return run(given) if self._step is None else self._step(given)
 
 
 def _owned(y: Array, value: Value) -> Array:

@@ -474,7 +474,7 @@ class Trainer:
             written = self._program(given, learns)
             if self.memory_limit is not None:
                 self._make_room(written.working_set)
-            runner = LossRunner(written, self.place)
+            runner = LossRunner(written, self.place, records=self.memory_limit is None)
         self._runners[key] = runner
         return runner
 

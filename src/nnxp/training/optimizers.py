@@ -85,8 +85,8 @@ class Optimizer:
 
 
 def _chunks(p: Array, *like: Array) -> Iterator[tuple[Array, ...]]:
-    """Vectors of one size in pieces that fit the cache; other arrays whole."""
-    if p.ndim != 1 or p.size <= CHUNK:
+    """Vectors of the host in pieces that fit the cache; others whole: a device waits for starts."""
+    if p.ndim != 1 or p.size <= CHUNK or not isinstance(p, np.ndarray):
         yield p, *like
         return
     for start in range(0, p.size, CHUNK):
