@@ -207,6 +207,7 @@ def test_optimizers_change_long_vectors_in_pieces_and_in_their_own_type(
     whole, state = {"p": p.copy()}, optimizer.init({"p": p})
     optimizer.update(whole, {"p": g}, state)
     monkeypatch.setattr(optimizers, "CHUNK", 7)
+    monkeypatch.setattr(optimizers, "DEVICE_CHUNK", 11)
     pieces, state = {"p": p.copy()}, optimizer.init({"p": p})
     optimizer.update(pieces, {"p": g}, state)
     np.testing.assert_array_equal(pieces["p"], whole["p"])

@@ -19,8 +19,12 @@ from nnxp._arrays import Array, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.training.schedules import Rate, rate_at
 
-CHUNK = 1 << 19
-"""Numbers that a rule works on at once: in float32 each of its arrays takes 2 MiB of the cache."""
+CHUNK = 1 << 16
+"""Numbers that a rule works on at once by NumPy: in float32 an array of them is 256 KiB, and those
+of Adam stay in the cache from pass to pass."""
+
+DEVICE_CHUNK = 1 << 19
+"""Numbers that it works on at once elsewhere, where each pass costs a launch."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,12 @@ class Optimizer:
 
 def _chunks(p: Array, *like: Array) -> Iterator[tuple[Array, ...]]:
     """Vectors of one size in pieces that fit the cache; other arrays whole."""
-    if p.ndim != 1 or p.size <= CHUNK:
+    chunk = CHUNK if isinstance(p, np.ndarray) else DEVICE_CHUNK
+    if p.ndim != 1 or p.size <= chunk:
         yield p, *like
         return
-    for start in range(0, p.size, CHUNK):
-        yield tuple(x[start : start + CHUNK] for x in (p, *like))
+    for start in range(0, p.size, chunk):
+        yield tuple(x[start : start + chunk] for x in (p, *like))
 
 
 @dataclass(frozen=True)
