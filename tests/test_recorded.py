@@ -41,6 +41,25 @@ def test_a_reshape_of_what_does_not_lie_in_order_is_computed_at_every_call():
         np.testing.assert_allclose(y, net(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [63, 64, 1024, 2500])
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("name", ["max", "min"])
+def test_the_largest_of_few_columns_is_what_numpy_finds_for_any_number_of_rows(
+    name, keepdims, rows
+):
+    class Extreme(nnxp.Layer):
+        def __call__(self, x: Array) -> Array:
+            return getattr(xp_of(x), name)(x, axis=-1, keepdims=keepdims) * 2
+
+    x = draw((rows, 10))
+    x[rows // 2, 3] = np.nan
+    x[rows - 1] = np.inf
+    recording = Recording(bodied(Extreme().program((1, 10))), rows, [x.dtype])
+    y = np.empty((rows, 1) if keepdims else rows, "float32")
+    recording([x], [y])
+    np.testing.assert_array_equal(y, getattr(np, name)(x, axis=-1, keepdims=keepdims) * 2)
+
+
 def test_a_layer_that_runs_as_python_sees_the_context_of_its_caller():
     said = ContextVar("said", default=0)
 
