@@ -326,3 +326,11 @@ def test_an_error_of_a_kernel_of_one_s_own_stays_what_it_is():
     finally:
         del kernels.KERNELS["halved"]
     assert type(raised.value) is ValueError
+
+
+def test_a_transposed_convolution_may_keep_only_what_sees_nothing_of_x():
+    x, weight = np.ones((2, 3, 2), "float32"), np.ones((1, 2, 4), "float32")
+    y = kernels.conv_transpose(
+        x, weight, np.arange(4, dtype="float32"), padding=((3, 0),), output_padding=1
+    )
+    np.testing.assert_array_equal(y, np.tile(np.arange(4, dtype="float32"), (2, 1, 1)))

@@ -12,7 +12,7 @@ import nnxp
 from conftest import draw
 from fakecuda.test_engine import check, every_type, put
 from nnxp import kernels
-from nnxp.kernels.cuda import conv
+from nnxp.kernels.cuda import conv, lt
 from nnxp.testing.parity import compare, error_bound
 
 pytestmark = pytest.mark.parametrize("gpu", [True], ids=["as late as possible"], indirect=True)
@@ -100,6 +100,28 @@ def test_lines_for_tensor_cores_are_of_16_bytes(gpu, dtype, precision, inner):
         assert {call.lds[1] for call in gpu.lt.calls} == {wanted}
         found = compare("conv", "", "cuda:0", y, *error_bound(one, x[:rows], weight))
         assert found.ok, found.problem
+
+
+@every_type
+@pytest.mark.parametrize("cols", [24, 10])
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_product_fills_what_it_is_given(gpu, start, cols, dtype):
+    """Where it lies on other bytes than a new result would, or narrower, by a copy."""
+    x, weight, bias = (put(draw(shape, dtype)) for shape in ((64, 16), (16, cols), (cols,)))
+    out = cupy.empty((70, cols), x.dtype)[start : start + 64]
+    for activation in (kernels.relu, kernels.tanh):
+        assert lt.product(x, weight, bias, activation, out=out) is out
+        expected = lt.product(x, weight, bias, activation)
+        np.testing.assert_array_equal(out.get(), expected.get())
+
+
+@every_type
+def test_weights_of_channels_may_lie_in_any_way(gpu, dtype):
+    x, bias = put(draw((2, 5, 5, 8), dtype)), put(draw((16,), dtype, 2))[::2]
+    weight = put(draw((8, 1, 3, 2), dtype, 1)).transpose(2, 3, 1, 0)
+    y = kernels.conv(x, weight, bias, groups=8)
+    same = kernels.conv(x, put(weight.get()), put(bias.get()), groups=8)
+    np.testing.assert_array_equal(y.get(), same.get())
 
 
 TRANSPOSED = [
