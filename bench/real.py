@@ -220,8 +220,9 @@ def built(contender: str, name: str, path: Path, rows: int, threads: int) -> Any
     graph = nnxp.load_onnx(path)
     arrays = tuple(inputs[each] for each in graph.input_names)
     engine = nnxp.Engine(graph, "numpy", workers=threads)
+    if threads == 1 or not model.swept:
+        threadpool_limits(1)  # of a few rows BLAS takes all cores; small products are slower then
     if not model.swept:
-        threadpool_limits(1)  # products this small are slower on two threads
         return lambda: first(engine.whole(*arrays))
     x = arrays if len(arrays) > 1 else arrays[0]
     return lambda: first(engine(x))
