@@ -101,6 +101,16 @@ def test_what_is_gated_otherwise_stays_as_it_is(formula):
     assert not {"gelu", "gelu_tanh", "silu", "hard_swish"} & set(kept)
 
 
+@pytest.mark.parametrize(("name", "formula"), [(n, f) for n, fs in GATED.items() for f in fs])
+def test_a_gate_is_seen_behind_another_one(name, formula):
+    x = draw((5, 7)) * 3
+
+    def behind(x):
+        return formula(kernels.relu6(x + 1) * sigmoid(x * 2))
+
+    assert functions(behind, x).count(name) == 1
+
+
 def mean(x):
     return x.mean(axis=-1, keepdims=True)
 

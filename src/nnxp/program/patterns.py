@@ -172,19 +172,21 @@ _INNER = {function for _, functions, _, _ in _GATES for function in functions}
 @pattern("multiply", "divide")
 def _gated(step: Step, *arrays: Any) -> Any:
     """GELU, by the error function and by tanh, SiLU and hard swish."""
-    inner = next((s for x in arrays for s in _behind(x, 4) if _named(s) in _INNER), None)
-    if inner is None:
-        return None
-    function = _named(inner)
+    found = [s for x in arrays for s in _behind(x, 4) if _named(s) in _INNER]
+    return next((made for s in found if (made := _gated_by(s, step, arrays)) is not None), None)
+
+
+def _gated_by(inner: Any, step: Step, arrays: tuple[Any, ...]) -> Any:
+    """The kernel that makes the step's result of some x, and of this function of x."""
+    function, outline = _named(inner), step.outputs[0]
     argument, *limits = _made_by(inner, function) or (None,)
     if function == "clip" and [*map(_number, limits)] != [0.0, 6.0]:
         return None
-    outline, algebra = step.outputs[0], _ALGEBRA[step.function]
     for x in _behind(argument):
         if x.shape != outline.shape or x.dtype != outline.dtype:
             continue
         parts = [_polynomial(each, (x, inner)) for each in arrays]
-        whole = None if None in parts else algebra(*parts)
+        whole = None if None in parts else _ALGEBRA[step.function](*parts)
         for kernel, functions, of_x, of_both in _GATES:
             fits = function in functions and _is(_polynomial(argument, (x,)), of_x, x.dtype)
             if fits and _is(whole, of_both, x.dtype):
