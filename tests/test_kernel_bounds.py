@@ -64,3 +64,10 @@ def test_a_product_may_start_from_its_bias():
     assert compare("", "", "cpu", y, value, error).ratio < LIMIT / 2
     _, added_last = error_bound(lambda x, w, bias: kernels.matmul(x, w) + bias, x, w, bias)
     assert compare("", "", "cpu", y, value, added_last).ratio > LIMIT
+
+
+def test_one_error_for_all_elements_is_told_where_something_is_off():
+    due = np.zeros(3)
+    check = compare("y", "", "cpu", np.array([0, 1, 0], "float32"), due, np.array(1e-3))
+    assert check.where == (1,)
+    assert "± 0.006 was due" in check.problem

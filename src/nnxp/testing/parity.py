@@ -442,13 +442,14 @@ def compare(
 ) -> Check:
     """Judge one host array against its reference value and error.
 
-    `limit` is how many units of error are accepted. The error of whole numbers and booleans is no
-    unit but a limit: they are exact unless a decision was in doubt.
+    The error broadcasts to the value; `limit` is how many units of it are accepted. That of whole
+    numbers and booleans is no unit but a limit: they are exact unless a decision was in doubt.
     """
     limit = bounded.limit() if limit is None else limit
     if actual.shape != value.shape:
         problem = f"shape {actual.shape}, not {value.shape}"
         return Check(name, what, backend, np.inf, np.inf, np.inf, (), problem)
+    error = np.broadcast_to(error, value.shape)
     if is_floating(actual.dtype):
         given, stored = actual.astype("float64"), _as_stored(value, actual.dtype)
     else:
