@@ -42,7 +42,7 @@ class Task:
     def __init__(self, text: str) -> None:
         sizes, rows = text.split()
         self.sizes, self.rows = list(map(int, sizes.split("-"))), int(rows)
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(1)  # with 0, a relu of 128 rows is within 1e-7 of its corner
         self.x = rng.normal(size=(self.rows, self.sizes[0])).astype("float32")
         self.labels = rng.integers(0, self.sizes[-1], self.rows)
         self.weights = [
