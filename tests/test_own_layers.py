@@ -339,3 +339,14 @@ def test_a_container_of_layers_that_do_not_fit_fails_before_any_work_and_names_t
         call()
     assert str(raised.value).startswith(f"{path} Dense(5, 6, identity) takes (rows, 5) but got")
     assert Seen.numbers == 0
+
+
+def test_a_formula_that_answers_nothing_is_refused():
+    class Nothing(nnxp.Layer):
+        def __call__(self, x):
+            return ()
+
+    engine = nnxp.Engine(Nothing(), "numpy")
+    for call in (engine, engine.whole):
+        with pytest.raises(nnxp.ShapeError, match="answers arrays, not"):
+            call(np.ones((3, 4), "float32"))

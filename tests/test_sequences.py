@@ -484,8 +484,12 @@ def test_a_recurrence_says_itself_what_it_makes(name, weight, others, given):
         arrays.append(np.array([5, 2]))
     said = kernel.outlines(*arrays)
     assert said == [(y.shape, y.dtype) for y in kernel(*arrays)]
-    wrong = [arrays[0], draw((weight[0], weight[1] - 1)), *arrays[2:]]
-    assert kernel.outlines(*wrong) is None
+    for call in (kernel, kernel.outlines):
+        for wrong in (draw((m, weight[1] - 1)), draw((weight[1],)), np.float32([1]).reshape(())):
+            with pytest.raises(nnxp.ShapeError, match=r"takes x \(rows, time, "):
+                call(arrays[0], wrong, *arrays[2:])
+        with pytest.raises(nnxp.ShapeError, match=r"takes x \(rows, time, "):
+            call(arrays[0][0], *arrays[1:])
     assert kernel.outlines(arrays[0].astype("float64"), *arrays[1:]) is None
     if given:
         assert kernel.outlines(*arrays[:-1], np.array([5])) is None

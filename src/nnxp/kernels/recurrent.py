@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nnxp._arrays import Array, Shape, xp_of
+from nnxp._arrays import Array, xp_of
 from nnxp._errors import ShapeError
 from nnxp.kernels._dispatch import Kernel, Outlines, kernel
 from nnxp.kernels.activations import sigmoid, tanh
@@ -34,6 +34,7 @@ def rnn(
 
     x (rows, time, n), weight (n, n), h (rows, n) -> y (rows, time, n), h (rows, n).
     """
+    _fitting("rnn", x, weight, 1)
 
     def step(given: Array, h: Array) -> tuple[Array, ...]:
         z = given + xp_of(x).matmul(h, weight)
@@ -62,6 +63,7 @@ def gru(
     x (rows, time, 3n), weight (n, 3n), bias (3n,), each in the order r, z, n; h (rows, n)
     -> y (rows, time, n), h (rows, n).
     """
+    _fitting("gru", x, weight, 3)
     xp, n = xp_of(x), weight.shape[0]
     shift = None if bias is None or reset_after else bias[2 * n :]
 
@@ -104,6 +106,7 @@ def lstm(
     x (rows, time, 4n), weight (m, 4n), each in the order i, f, o, g; projection (n, m), without it
     m = n; h (rows, m), c (rows, n) -> y (rows, time, m), h (rows, m), c (rows, n).
     """
+    _fitting("lstm", x, weight, 4, projected=projection is not None)
     xp, m, n = xp_of(x), weight.shape[0], weight.shape[1] // 4
 
     def step(given: Array, h: Array, c: Array) -> tuple[Array, ...]:
@@ -119,12 +122,25 @@ def lstm(
     return _through_time(step, x, (h, c), (m, n), lengths, reverse)
 
 
+def _fitting(who: str, x: Array, weight: Array, gates: int, *, projected: bool = False) -> None:
+    """ShapeError unless x (rows, time, gates n) and weight (n, gates n) are of these shapes; with a
+    projection the weight has another number of lines."""
+    lines, columns = weight.shape if weight.ndim == 2 else (0, 1)
+    fits = columns % gates == 0 and (projected or columns == gates * lines)
+    if not fits or x.ndim != 3 or x.shape[-1] != weight.shape[-1]:
+        n, m = f"{gates}n" if gates > 1 else "n", "m" if projected else "n"
+        raise ShapeError(
+            f"{who} takes x (rows, time, {n}) and weight ({m}, {n}), but got "
+            f"(rows, *{x.shape[1:]}) and {weight.shape}"
+        )
+
+
 @rnn.row_wise
 def _rnn_makes(
     x: Array, weight: Array, h: Array | None = None, lengths: Array | None = None, **_: Any
 ) -> Outlines | None:
-    size = weight.shape[0]
-    return _made(x, weight, (size, size), (h,), (size,), lengths)
+    _fitting("rnn", x, weight, 1)
+    return _made(x, weight, (h,), (len(weight),), lengths)
 
 
 @gru.row_wise
@@ -136,10 +152,11 @@ def _gru_makes(
     lengths: Array | None = None,
     **_: Any,
 ) -> Outlines | None:
-    size = weight.shape[0]
+    _fitting("gru", x, weight, 3)
+    size = len(weight)
     if bias is not None and (bias.shape != (3 * size,) or bias.dtype != x.dtype):
         return None
-    return _made(x, weight, (size, 3 * size), (h,), (size,), lengths)
+    return _made(x, weight, (h,), (size,), lengths)
 
 
 @lstm.row_wise
@@ -152,31 +169,27 @@ def _lstm_makes(
     lengths: Array | None = None,
     **_: Any,
 ) -> Outlines | None:
-    m, n = weight.shape[0], weight.shape[-1] // 4
-    if (n != m) if projection is None else (projection.shape != (n, m)):
+    _fitting("lstm", x, weight, 4, projected=projection is not None)
+    m, n = len(weight), weight.shape[1] // 4
+    if projection is not None and (projection.shape, projection.dtype) != ((n, m), x.dtype):
         return None
-    if projection is not None and projection.dtype != x.dtype:
-        return None
-    return _made(x, weight, (m, 4 * n), (h, c), (m, n), lengths)
+    return _made(x, weight, (h, c), (m, n), lengths)
 
 
 def _made(
     x: Array,
     weight: Array,
-    wanted: Shape,
     states: tuple[Array | None, ...],
     sizes: tuple[int, ...],
     lengths: Array | None,
 ) -> Outlines | None:
     """The outlines of all outputs and of the last states; None if something does not fit."""
-    if weight.shape != wanted or x.ndim != 3 or not x.shape[1] or x.shape[2] != wanted[1]:
-        return None
     rows, time = x.shape[:2]
     outlines = [((rows, size), x.dtype) for size in sizes]
     for state, outline in zip(states, outlines, strict=True):
         if state is not None and (state.shape, state.dtype) != outline:
             return None
-    if weight.dtype != x.dtype or (lengths is not None and lengths.shape != (rows,)):
+    if not time or weight.dtype != x.dtype or (lengths is not None and lengths.shape != (rows,)):
         return None
     return [((rows, time, sizes[0]), x.dtype), *outlines]
 
@@ -192,7 +205,9 @@ def _through_time(
     """All outputs and the last states; the first state is also the output."""
     xp, (rows, time) = xp_of(x), x.shape[:2]
     if not time:
-        raise ShapeError(f"a recurrence takes at least one step of time; x is {x.shape}")
+        raise ShapeError(
+            f"a recurrence takes at least one step of time; x is (rows, *{x.shape[1:]})"
+        )
     states = [
         xp.zeros((rows, size), x.dtype) if state is None else state
         for state, size in zip(initial, sizes, strict=True)

@@ -224,7 +224,7 @@ def trace(
         made = function(*map(lifted, inputs))
         several = isinstance(made, tuple | list)
         outputs = tuple(map(value_of, made if several else (made,)))
-    for value in outputs:
+    for value in outputs or ((),):
         if not isinstance(value, Value):
             raise ShapeError(f"a formula answers arrays, not {value!r:.60}")
     return Program(inputs, outputs, _needed(tape.steps, outputs), tuple(_calls(tape)), several)
