@@ -486,9 +486,9 @@ def test_a_recurrence_says_itself_what_it_makes(name, weight, others, given):
     assert said == [(y.shape, y.dtype) for y in kernel(*arrays)]
     for call in (kernel, kernel.outlines):
         for wrong in (draw((m, weight[1] - 1)), draw((weight[1],)), np.float32([1]).reshape(())):
-            with pytest.raises(nnxp.ShapeError, match=r"takes x \(rows, time, "):
+            with pytest.raises(nnxp.ShapeError, match=r"it takes x \(rows, time, "):
                 call(arrays[0], wrong, *arrays[2:])
-        with pytest.raises(nnxp.ShapeError, match=r"takes x \(rows, time, "):
+        with pytest.raises(nnxp.ShapeError, match=r"it takes x \(rows, time, "):
             call(arrays[0][0], *arrays[1:])
     assert kernel.outlines(arrays[0].astype("float64"), *arrays[1:]) is None
     if given:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nnxp._arrays import Array, xp_of
+from nnxp._arrays import Array, library_of, xp_of
 from nnxp._errors import ShapeError
 from nnxp.kernels._dispatch import Kernel, Outlines, kernel
 from nnxp.kernels.activations import sigmoid, tanh
@@ -129,9 +129,10 @@ def _fitting(who: str, x: Array, weight: Array, gates: int, *, projected: bool =
     fits = columns % gates == 0 and (projected or columns == gates * lines)
     if not fits or x.ndim != 3 or x.shape[-1] != weight.shape[-1]:
         n, m = f"{gates}n" if gates > 1 else "n", "m" if projected else "n"
+        shape = f"(rows, *{x.shape[1:]})" if library_of(x) == "traced" else str(x.shape)
         raise ShapeError(
-            f"{who} takes x (rows, time, {n}) and weight ({m}, {n}), but got "
-            f"(rows, *{x.shape[1:]}) and {weight.shape}"
+            f"{who} got x {shape}, weight {weight.shape}, which do not fit each other: it takes x "
+            f"(rows, time, {n}) and weight ({m}, {n})"
         )
 
 
