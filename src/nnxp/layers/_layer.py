@@ -61,9 +61,9 @@ class _Assembly(type):
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         _check_derived(cls)
-        made = super().__call__(*args, **options)
-        made._complete()
-        return made
+        layer = super().__call__(*args, **options)
+        layer._complete()
+        return layer
 
 
 def _check_derived(cls: type) -> None:
@@ -122,9 +122,9 @@ class Layer(metaclass=_Assembly):
             dataclasses.dataclass(eq=False, repr=False, init=new)(cls)
         except (TypeError, ValueError) as error:  # a default that may change, or in a wrong place
             raise OptionError(f"the fields of {cls.__name__}: {error}") from None
-        for each in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if isinstance(getattr(cls, each.name, None), property):
-                raise OptionError(f"{each.name} of {cls.__name__} is a field, and a property")
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if isinstance(getattr(cls, field.name, None), property):
+                raise OptionError(f"{field.name} of {cls.__name__} is a field, and a property")
         if cls.__name__.startswith("_"):
             return
         taken = Layer.known.get(cls.__name__)
@@ -157,9 +157,9 @@ class Layer(metaclass=_Assembly):
 
         Dropout drops and BatchNorm normalises by the batch. The parameters keep their names.
         """
-        forms = {name: _in_training(value) for name, value in self._fields()}
-        same = all(forms[name] is value for name, value in self._fields())
-        return self if same else self._copy(forms)
+        form = self._map_fields(lambda _, v: v.training() if isinstance(v, Layer) else v)
+        pairs = zip(self.children(), form.children(), strict=True)
+        return self if all(old is new for (_, old), (_, new) in pairs) else form
 
     # how it is made
 
@@ -171,19 +171,19 @@ class Layer(metaclass=_Assembly):
         """
         _check_derived(cls)
         declared = dataclasses.fields(cls)  # type: ignore[arg-type]
-        names = [each.name for each in declared]
-        given = dict(zip(names, values, strict=False)) | fields
+        names = [field.name for field in declared]
+        values_by_name = dict(zip(names, values, strict=False)) | fields
         twice = fields.keys() & set(names[: len(values)])
-        if len(values) > len(names) or twice or not given.keys() <= set(names):
+        if len(values) > len(names) or twice or not values_by_name.keys() <= set(names):
             raise OptionError(
                 f"{cls.__name__}.of takes each of its fields once ({', '.join(names)}), not "
                 f"{len(values)} values and {', '.join(fields) or 'no names'}"
             )
-        made = object.__new__(cls)
+        layer = object.__new__(cls)
         defaults = {d.name: d.default for d in declared if d.default is not dataclasses.MISSING}
-        made.__dict__.update(defaults | given)
-        made._complete()
-        return made
+        layer.__dict__.update(defaults | values_by_name)
+        layer._complete()
+        return layer
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_fixed" in self.__dict__:
@@ -211,14 +211,14 @@ class Layer(metaclass=_Assembly):
         """Refuse what would not be seen as a parameter or child, ask `validate`, fix the fields."""
         if "_fixed" in self.__dict__:
             return
-        for each in dataclasses.fields(self):  # type: ignore[arg-type]
-            name = each.name
-            if not hasattr(self, name) and each.default_factory is not dataclasses.MISSING:
-                self.__dict__[name] = each.default_factory()
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name = field.name
+            if not hasattr(self, name) and field.default_factory is not dataclasses.MISSING:
+                self.__dict__[name] = field.default_factory()
             if not hasattr(self, name):
                 raise OptionError(f"{type(self).__name__} has no {name}, which __init__ assigns")
             value = self.__dict__.setdefault(name, getattr(self, name))
-            if each.type in ("float", float) and is_real(value):
+            if field.type in ("float", float) and is_real(value):
                 value = self.__dict__[name] = float(value)
             if _hides(value):
                 raise OptionError(
@@ -233,9 +233,9 @@ class Layer(metaclass=_Assembly):
 
     def _copy(self: L, fields: dict[str, Any]) -> L:
         """A layer of this class with fields that are known to fit."""
-        made = object.__new__(type(self))
-        made.__dict__.update(fields, _fixed=True)
-        return made
+        copy = object.__new__(type(self))
+        copy.__dict__.update(fields, _fixed=True)
+        return copy
 
     # what is in it
 
@@ -274,45 +274,42 @@ class Layer(metaclass=_Assembly):
         """How many numbers the parameters hold."""
         return sum(value.size for value in self.parameters().values())
 
+    def _map_fields(self: L, change: Callable[[str, Any], Any], prefix: str = "") -> L:
+        """A layer like this one, with change(dotted name, value) for its fields and their items."""
+
+        def mapped(path: str, value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(mapped(f"{path}.{i}", item) for i, item in enumerate(value))
+            return change(path, value)
+
+        return self._copy({name: mapped(prefix + name, value) for name, value in self._fields()})
+
     def map_arrays(self: L, change: Callable[[str, Array], Any], prefix: str = "") -> L:
         """A model like this one, with change(dotted name, array) for every array."""
-
         if not callable(change):
             raise OptionError(f"map_arrays takes a function of name and array, not {change!r:.60}")
 
         def mapped(path: str, value: Any) -> Any:
-            if is_array(value):
-                return change(path, value)
             if isinstance(value, Layer):
                 return value.map_arrays(change, f"{path}.")
-            if isinstance(value, tuple):
-                return tuple(
-                    item.map_arrays(change, f"{path}.{i}.") if isinstance(item, Layer) else item
-                    for i, item in enumerate(value)
-                )
-            return value
+            return change(path, value) if is_array(value) else value
 
-        return self._copy({name: mapped(prefix + name, value) for name, value in self._fields()})
+        return self._map_fields(mapped, prefix)
 
     def map_layers(
         self, change: Callable[[str, Layer], Layer], prefix: str = "", name: str = ""
     ) -> Layer:
         """A model like this one, with change(name, layer) for every layer, children first."""
-
         if not callable(change):
             raise OptionError(f"map_layers takes a function of name and layer, not {change!r:.60}")
 
         def mapped(path: str, value: Any) -> Any:
-            if isinstance(value, Layer):
-                return value.map_layers(change, f"{path}.", path)
-            if isinstance(value, tuple):
-                return tuple(mapped(f"{path}.{i}", item) for i, item in enumerate(value))
-            return value
+            return value.map_layers(change, f"{path}.", path) if isinstance(value, Layer) else value
 
-        made = change(name, self._copy({n: mapped(prefix + n, v) for n, v in self._fields()}))
-        if not isinstance(made, Layer):
-            raise OptionError(f"{name or 'the model'} becomes a layer, not {made!r:.60}")
-        return made
+        changed = change(name, self._map_fields(mapped, prefix))
+        if not isinstance(changed, Layer):
+            raise OptionError(f"{name or 'the model'} becomes a layer, not {changed!r:.60}")
+        return changed
 
     def with_parameters(self: L, parameters: Mapping[str, Array]) -> L:
         """A model like this one with other arrays: all of them, by name, in the same shapes.
@@ -345,16 +342,18 @@ class Layer(metaclass=_Assembly):
             if value.shape != own[name].shape:
                 raise ShapeError(f"{name} of {self} is {own[name].shape}, not {value.shape}")
 
-        def given(name: str, value: Array) -> Array:
+        wide = self._wide_names()
+
+        def replacement(name: str, value: Array) -> Array:
             array = parameters[name]
             if type(array) is not np.ndarray:
                 return array
-            wide = name.rpartition(".")[2] in self.wide
-            return array.astype("float64" if wide else array.dtype.newbyteorder("="), copy=False)
+            dtype = "float64" if name in wide else array.dtype.newbyteorder("=")
+            return array.astype(dtype, copy=False)
 
-        made = self.map_arrays(given)
-        made._home  # raises if the arrays are a mixture  # noqa: B018
-        return made
+        model = self.map_arrays(replacement)
+        model._home  # raises if the arrays are a mixture  # noqa: B018
+        return model
 
     # where it is, and in which type
 
@@ -363,24 +362,30 @@ class Layer(metaclass=_Assembly):
         """(place, dtype) of the parameters; None for what they do not settle."""
         places: dict[str, str] = {}
         dtypes: dict[np.dtype[Any], str] = {}
-        exempt = {
-            f"{path}.{name}" if path else name
-            for path, layer in [*self.walk(), ("", self)]
-            for name in layer.wide
-        }
+        wide = self._wide_names()
         for name, value in self.parameters().items():
             if not is_floating(value.dtype):
                 raise DtypeMismatch(f"{name} of {self} is {value.dtype}; parameters are floats")
             places.setdefault(place_of(value), name)
-            if name not in exempt:
+            if name not in wide:
                 dtypes.setdefault(value.dtype, name)
         if len(places) > 1:
-            said = " but ".join(f"{name} is on {place}" for place, name in places.items())
-            raise DeviceMismatch(f"{self}: {said}; bring the parameters together with .to(...)")
+            mixture = " but ".join(f"{name} is on {place}" for place, name in places.items())
+            raise DeviceMismatch(f"{self}: {mixture}; bring the parameters together with .to(...)")
         if len(dtypes) > 1:
-            said = " but ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
-            raise DtypeMismatch(f"{self}: {said}; bring the parameters together with .astype(...)")
+            mixture = " but ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+            raise DtypeMismatch(
+                f"{self}: {mixture}; bring the parameters together with .astype(...)"
+            )
         return next(iter(places), None), next(iter(dtypes), None)
+
+    def _wide_names(self) -> set[str]:
+        """The dotted names of the parameters that stay in float64."""
+        return {
+            f"{path}.{name}" if path else name
+            for path, layer in [*self.walk(), ("", self)]
+            for name in layer.wide
+        }
 
     @property
     def place(self) -> str | None:
@@ -438,42 +443,40 @@ class Layer(metaclass=_Assembly):
         if outlines[0] is None:
             raise ShapeError(f"{self} takes {self.input_names[0]}, which cannot be left out")
         if whole:
-            known = tuple(each if is_array(each) else None for each in outlines)
-            kinds = tuple(self._outline(each, None) for each in outlines)
+            known = tuple(outline if is_array(outline) else None for outline in outlines)
+            kinds = tuple(self._outline(outline, None) for outline in outlines)
             return _written(self, kinds, None, known)
-        return self._program(tuple(map(self._outline, outlines)), _rows_said(outlines[0]))
+        kinds = tuple(map(self._outline, outlines))
+        return self._program(kinds, int(shape_and_dtype(outlines[0])[0][0]))
 
     def _program(self, kinds: tuple[Outline | None, ...], rows: int | None) -> Program:
         """The program for these kinds of inputs; `rows` is what errors say, None for short ones."""
-        programs = self.__dict__.setdefault("_programs", {})
-        made: Program | NnxpError | None = programs.get(kinds)
-        if made is None:
+        programs: dict[Any, Program | Untraceable] = self.__dict__.setdefault("_programs", {})
+        program = programs.get(kinds)
+        if program is None:
             if len(programs) >= MOST_KINDS:
                 programs.clear()
             try:
-                made = _written(self, kinds, rows)
+                program = _written(self, kinds, rows)
             except Untraceable as error:
-                made = error
-            programs[kinds] = made
-        if isinstance(made, Untraceable):
-            raise made
-        return made  # type: ignore[return-value]
+                program = error
+            programs[kinds] = program
+        if isinstance(program, Untraceable):
+            raise program
+        return program
 
     def _outline(self, outline: Any, rows: int | None = ROWS) -> Outline | None:
         if outline is None:
             return None
         if rows is None and is_array(outline):
             return Outline(outline.shape, outline.dtype)
-        shape, dtype = outline, None
-        outline = outline if isinstance(outline, tuple | list) else (outline,)
-        if len(outline) == 2 and isinstance(outline[0], tuple | list):
-            shape, dtype = outline
+        shape, dtype = shape_and_dtype(outline)
         shape = _sizes(shape) if rows is None else self._shape(shape)
         try:
             kind = np.dtype(dtype or self.dtype or "float32")
         except TypeError:
-            said = f"the type of an input is one of NumPy's, not {dtype!r:.60}"
-            raise DtypeMismatch(said) from None
+            message = f"the type of an input is one of NumPy's, not {dtype!r:.60}"
+            raise DtypeMismatch(message) from None
         return Outline(shape if rows is None else (rows, *shape[1:]), kind)
 
     def _shape(self, shape: Any) -> Shape:
@@ -494,8 +497,8 @@ class Layer(metaclass=_Assembly):
         shapes = tuple(None if shape is None else self._shape(shape) for shape in shapes)
         kinds = zip(shapes, self.input_dtypes(len(shapes)), strict=True)
         program = self.program(*(None if shape is None else (shape, kind) for shape, kind in kinds))
-        made = tuple(each.shape for each in program.outline(shapes[0][0]))
-        return made if program.several else made[0]
+        outputs = tuple(outline.shape for outline in program.outline(shapes[0][0]))
+        return outputs if program.several else outputs[0]
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -505,13 +508,13 @@ class Layer(metaclass=_Assembly):
     @property
     def required_inputs(self) -> int:
         """How many inputs there are at least: those after them may be left out."""
-        return sum(each.default is each.empty for each in _inputs_of(type(self)).values())
+        return sum(p.default is p.empty for p in _inputs_of(type(self)).values())
 
     @property
     def most_inputs(self) -> int | None:
         """How many inputs there may be; None for a formula that takes any number of them."""
         inputs = _inputs_of(type(self)).values()
-        return None if any(each.kind is each.VAR_POSITIONAL for each in inputs) else len(inputs)
+        return None if any(p.kind is p.VAR_POSITIONAL for p in inputs) else len(inputs)
 
     def input_dtypes(self, count: int) -> list[np.dtype[Any]]:
         """The types in which so many inputs are computed, where the rows do not tell."""
@@ -531,9 +534,9 @@ class Layer(metaclass=_Assembly):
         calls = [call for call in program.calls if call.path]
         inputs = tuple(x for x in inputs if x is not None)
         with _current(self, inputs):
-            made = program.run(inputs, [v for call in calls for v in call.outputs[:1]])
+            outputs = program.run(inputs, [v for call in calls for v in call.outputs[:1]])
             output = program(*inputs)
-        return {call.path: y for call, y in zip(calls, made, strict=True)} | {"output": output}
+        return {call.path: y for call, y in zip(calls, outputs, strict=True)} | {"output": output}
 
     def row_shape(self) -> Shape:
         """The shape of a row that the model takes, if its parameters tell: `(784,)`.
@@ -580,15 +583,6 @@ class Layer(metaclass=_Assembly):
         self.__dict__.update(fields, _fixed=True)
 
 
-def _in_training(value: Any) -> Any:
-    if isinstance(value, Layer):
-        return value.training()
-    if isinstance(value, tuple) and any(isinstance(item, Layer) for item in value):
-        forms = tuple(map(_in_training, value))
-        return value if all(a is b for a, b in zip(forms, value, strict=True)) else forms
-    return value
-
-
 def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
     """The formula, guarded: what does not fit is refused before any work; errors name layers."""
     signature = inspect.signature(formula)
@@ -599,7 +593,7 @@ def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
             inputs = _in_order(self, signature, inputs, named)
         x = inputs[0] if inputs else None
         try:
-            if type(x) is traced.ndarray or any(type(each) is traced.ndarray for each in inputs):
+            if type(x) is traced.ndarray or any(type(value) is traced.ndarray for value in inputs):
                 return _noted(self, formula, inputs)
             kind = (x.dtype, x.shape[1:]) if type(x) is np.ndarray and x.ndim else None
             taken = self.__dict__.get("_taken")
@@ -627,13 +621,13 @@ def _in_order(
 ) -> tuple[Any, ...]:
     """The inputs in the order of the formula's arguments."""
     try:
-        given = signature.bind(layer, *inputs, **named)
+        bound = signature.bind(layer, *inputs, **named)
     except TypeError as error:
         names = ", ".join(list(signature.parameters)[1:])
         raise ShapeError(f"{layer} takes {names}: {error}") from None
-    if given.kwargs:
-        given.apply_defaults()
-    arrays = list(given.args[1:])
+    if bound.kwargs:
+        bound.apply_defaults()
+    arrays = list(bound.args[1:])
     while len(arrays) > 1 and arrays[-1] is None:  # left out
         arrays.pop()
     return tuple(arrays)
@@ -655,7 +649,7 @@ def _locate(error: Exception, layer: Layer) -> None:
     with suppress(AttributeError):  # an error of someone's own that cannot take it goes on bare
         inner = error.__dict__.get("_layer")
         if inner is not None and inner is not layer:
-            located(error, next((path for path, each in layer.walk() if each is inner), ""))
+            located(error, next((path for path, child in layer.walk() if child is inner), ""))
         error.__dict__["_layer"] = layer
 
 
@@ -673,9 +667,10 @@ def _sizes(shape: Any) -> Shape:
     return sizes
 
 
-def _rows_said(outline: Any) -> int:
-    pair = len(outline) == 2 and isinstance(outline[0], tuple | list)
-    return int((outline[0] if pair else outline)[0])
+def shape_and_dtype(outline: Any) -> tuple[Any, Any]:
+    """The two parts of an outline; of a mere shape, the type is None."""
+    pair = isinstance(outline, tuple | list) and len(outline) == 2
+    return tuple(outline) if pair and isinstance(outline[0], tuple | list) else (outline, None)
 
 
 def _outline_of(x: Any) -> Any:
@@ -703,20 +698,20 @@ def _written(
     def written(times: int) -> Program:
         values = [
             traced.Value(
-                (times * each.shape[0], *each.shape[1:]) if whole is None else each.shape,
-                each.dtype,
+                (times * outline.shape[0], *outline.shape[1:]) if whole is None else outline.shape,
+                outline.dtype,
                 name=name,
             )
-            for each, name in zip(outlines, names, strict=True)
-            if each is not None
+            for outline, name in zip(outlines, names, strict=True)
+            if outline is not None
         ]
 
         def named(*inputs: Any) -> Any:
             arrays = iter(inputs)
-            given = [None if each is None else next(arrays) for each in outlines]
+            arguments = [None if outline is None else next(arrays) for outline in outlines]
             for i, numbers in enumerate(whole or ()):
-                given[i] = given[i] if numbers is None else traced.lifted(numbers)
-            return formula(lifted, *given)
+                arguments[i] = arguments[i] if numbers is None else traced.lifted(numbers)
+            return formula(lifted, *arguments)
 
         return trace(named, *values, layers=layers, rows=rows)
 
@@ -732,7 +727,7 @@ def _written(
 def _inputs_of(kind: type[Layer]) -> dict[str, inspect.Parameter]:
     """The inputs of a formula by name, without `self`."""
     own = list(inspect.signature(kind.__call__).parameters.items())[1:]
-    return {name: each for name, each in own if each.kind is not each.KEYWORD_ONLY}
+    return {name: p for name, p in own if p.kind is not p.KEYWORD_ONLY}
 
 
 def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
@@ -741,27 +736,27 @@ def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -
     path, original = tape.layers.get(id(layer), (tape.path, None))
     outer, mark, called = tape.path, len(tape.steps), len(tape.calls)
     tape.path = path
-    given = tuple(map(traced.value_of, inputs))
+    values = tuple(map(traced.value_of, inputs))
     try:
         if original is not None:
             _check_types(original, inputs)
-        made = formula(layer, *inputs)
-        if not path and original is not None and traced.is_constant(made):
+        result = formula(layer, *inputs)
+        if not path and original is not None and traced.is_constant(result):
             raise Untraceable("it answers an array of its own, whatever it is given")
     except (Untraceable, UnsupportedFunction) as error:
         if original is None:
             raise
         del tape.steps[mark:], tape.calls[called:]
         alone = original._copy(dict(original._fields()))  # without its programs, which have it
-        made = traced.opaque(alone, inputs, _opaque_outline(original, inputs), reason_of(error))
+        result = traced.opaque(alone, inputs, _opaque_outline(original, inputs), reason_of(error))
     except NnxpError:
         raise
     except (ValueError, IndexError, TypeError) as error:
         raise ShapeError(_misfit(original or layer, inputs, tape.rows, error)) from error
     finally:
         tape.path = outer
-    tape.calls.append((path, given, made))
-    return made
+    tape.calls.append((path, values, result))
+    return result
 
 
 def reason_of(error: Exception) -> str:
@@ -779,18 +774,18 @@ _HERE = os.path.dirname(__file__)
 def _misfit(layer: Layer, inputs: tuple[Any, ...], rows: int | None, error: Exception) -> str:
     """What a layer takes and what came instead, in words."""
     shapes = [tuple(rows if n == ROWS else n for n in getattr(x, "shape", ())) for x in inputs]
-    said = ", ".join(str(shape).replace("None", "rows") for shape in shapes)
+    came = ", ".join(str(shape).replace("None", "rows") for shape in shapes)
     row: Shape = ()
     with suppress(OptionError):
         row = layer.row_shape() if len(inputs) == 1 and rows is not None else ()
     if not row:
-        return f"{layer} does not take {said}: {error}"
+        return f"{layer} does not take {came}: {error}"
     fix, (size,), (shape,) = "", row, shapes
     if shape == row:
         fix = f"; x[None] makes it {(1, size)}"
     elif len(shape) == 2 and shape[0] == size:
         fix = f"; x.T makes it {shape[::-1]}"
-    return f"{layer} takes (rows, {size}) but got {said}{fix}"
+    return f"{layer} takes (rows, {size}) but got {came}{fix}"
 
 
 def _opaque_outline(layer: Layer, inputs: tuple[Any, ...]) -> list[Outline]:
@@ -798,18 +793,18 @@ def _opaque_outline(layer: Layer, inputs: tuple[Any, ...]) -> list[Outline]:
     x = inputs[0]
     shape = x.shape
     if type(layer).output_shape is not Layer.output_shape:
-        shape = layer.output_shape(*(each.shape for each in inputs))
+        shape = layer.output_shape(*(x.shape for x in inputs))
     return [Outline(tuple(shape), layer.dtype or x.dtype)]
 
 
 def _once(change: Callable[..., Any], named: bool = False) -> Callable[[str, Array], Any]:
     """change(array), once for an array that several fields share, so that they go on sharing it."""
-    made: dict[int, Any] = {}
+    changed_by_id: dict[int, Any] = {}
 
     def changed(name: str, value: Array) -> Any:
-        if id(value) not in made:
-            made[id(value)] = change(value, name) if named else change(value)
-        return made[id(value)]
+        if id(value) not in changed_by_id:
+            changed_by_id[id(value)] = change(value, name) if named else change(value)
+        return changed_by_id[id(value)]
 
     return changed
 
@@ -855,22 +850,22 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
 
 def _check_types(layer: Layer, inputs: tuple[Any, ...]) -> None:
     """Raise DtypeMismatch unless the inputs are of the types that the layer takes."""
-    dtype = layer.dtype
+    own = layer.dtype
     for i, x in enumerate(inputs):
         kind = layer.takes[i] if i < len(layer.takes) else "float"
-        given = getattr(x, "dtype", None)
-        if given is None or kind not in ("float", "int"):
+        dtype = getattr(x, "dtype", None)
+        if dtype is None or kind not in ("float", "int"):
             continue
         if kind == "int":
-            if given.kind not in "iu":
-                raise DtypeMismatch(f"{layer} takes whole numbers, but x is {given}")
-        elif dtype is not None and given != dtype:
+            if dtype.kind not in "iu":
+                raise DtypeMismatch(f"{layer} takes whole numbers, but x is {dtype}")
+        elif own is not None and dtype != own:
             raise DtypeMismatch(
-                f"{layer} computes in {dtype} but x is {given}; x.astype({str(dtype)!r}) "
+                f"{layer} computes in {own} but x is {dtype}; x.astype({str(own)!r}) "
                 "converts it, and nnxp.predict(model, x) takes rows of any numeric type"
             )
-        elif not is_floating(given):
-            raise DtypeMismatch(f"{layer} takes floats but x is {given}; x.astype('float32')")
+        elif not is_floating(dtype):
+            raise DtypeMismatch(f"{layer} takes floats but x is {dtype}; x.astype('float32')")
 
 
 def _hides(value: Any) -> bool:
@@ -937,7 +932,7 @@ def generator(rng: Rng) -> np.random.Generator:
 def uniform(shape: Shape, limit: float, rng: Rng, dtype: np.dtype[Any]) -> Array:
     """Numbers drawn uniformly from ±limit."""
     drawn = np.float64 if dtype == np.float64 else np.float32
-    made = generator(rng).random(shape, dtype=drawn)
-    made *= 2 * limit
-    made -= limit
-    return made.astype(dtype, copy=False)
+    values = generator(rng).random(shape, dtype=drawn)
+    values *= 2 * limit
+    values -= limit
+    return values.astype(dtype, copy=False)

@@ -32,7 +32,7 @@ from nnxp.layers import (  # noqa: F401  (these make their operators known)
     sequence_operators,
     window_operators,
 )
-from nnxp.layers._layer import Example, Layer
+from nnxp.layers._layer import Example, Layer, shape_and_dtype
 from nnxp.layers.operators import (
     OPERATORS,
     Items,
@@ -130,11 +130,11 @@ class Graph(Layer):
     def program(self, *outlines: Any, whole: bool = False) -> Program:
         """The graph written out, for inputs of these shapes, in the types that it says."""
         kinds = self.input_dtypes(len(outlines))
-        pairs: list[Any] = [
-            each if is_array(each) or _is_pair(each) else (each, kind)
-            for each, kind in zip(outlines, kinds, strict=True)
-        ]
-        shapes = [each.shape if is_array(each) else each[0] for each in pairs[:1]]
+        pairs: list[Any] = []
+        for outline, kind in zip(outlines, kinds, strict=True):
+            shape, dtype = shape_and_dtype(outline)
+            pairs.append(outline if is_array(outline) else (shape, dtype or kind))
+        shapes = [pair.shape if is_array(pair) else pair[0] for pair in pairs[:1]]
         if whole and self.fixed_rows not in (None, *(shape[0] for shape in shapes if shape)):
             raise Untraceable(f"the graph is made for {self.fixed_rows} rows at a time")
         return super().program(*pairs, whole=whole)
@@ -348,10 +348,6 @@ def node(
     """A node of a Graph."""
     return {"op": op, "name": "", "inputs": tuple(inputs), "outputs": tuple(outputs),
             "attributes": attributes}  # fmt: skip
-
-
-def _is_pair(outline: Any) -> bool:
-    return len(outline) == 2 and isinstance(outline[0], tuple | list)
 
 
 class Groups:
