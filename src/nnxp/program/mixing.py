@@ -10,7 +10,7 @@ from nnxp._library import KINDS
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels.functions import einsum_terms
 from nnxp.program.program import Program, expanded, shape_text
-from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows, record
+from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows, full_index, record
 
 
 def mixing(program: Program) -> str:
@@ -21,9 +21,7 @@ def mixing(program: Program) -> str:
     """
     outer = dict.fromkeys(program.inputs, 1)
     for step in program.steps:
-        outside = {outer[value] for value in step.values if value in outer and _counts(value)} or {
-            1
-        }
+        outside = {outer[v] for v in step.values if v in outer and _counts(v)} or {1}
         mixed = len(outside) > 1 or (isinstance(step.function, str | Kernel) and _mixes(step))
         around = 0 if mixed else _around(step, outside.pop())
         if not around:
@@ -100,17 +98,11 @@ def _along(default: Any) -> Any:
 
 def _picked(step: Step) -> bool:
     """Whether an index or an assignment tells one row from another."""
-    shape, key = list(step.values[0].shape), step.options["key"]
-    keys = list(key) if isinstance(key, tuple) else [key]
-    if not any(each is Ellipsis for each in keys):
-        keys.append(Ellipsis)
-    used = sum(each is not None and each is not Ellipsis for each in keys)
-    at = next(i for i, each in enumerate(keys) if each is Ellipsis)
-    keys[at : at + 1] = [slice(None)] * (len(shape) - used)
+    shape = step.values[0].shape
     sizes = iter(shape)
-    for each in keys:
-        if each is not None and counts_rows(size := next(sizes)):
-            whole = isinstance(each, slice) and each.indices(size) == (0, size, 1)
+    for k in full_index(step.options["key"], len(shape)):
+        if k is not None and counts_rows(size := next(sizes)):
+            whole = isinstance(k, slice) and k.indices(size) == (0, size, 1)
             if not whole:
                 return True
     return False

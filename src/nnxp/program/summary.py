@@ -46,13 +46,13 @@ class Summary(Printed):
         header = ("", "layer", "output", "parameters", "multiply-adds")
         lines = [
             (
-                each.name,
-                each.layer,
-                str(each.output_shape),
-                f"{each.parameters:,}",
-                f"{each.multiply_adds:,}",
+                layer.name,
+                layer.layer,
+                str(layer.output_shape),
+                f"{layer.parameters:,}",
+                f"{layer.multiply_adds:,}",
             )
-            for each in self.layers
+            for layer in self.layers
         ]
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(5)]
         table = [

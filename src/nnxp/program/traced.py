@@ -90,7 +90,7 @@ class Step:
     values: tuple[Value, ...] = field(init=False)  # the inputs that are values
 
     def __post_init__(self) -> None:
-        self.values = tuple([each for each in self.inputs if isinstance(each, Value)])
+        self.values = tuple([x for x in self.inputs if isinstance(x, Value)])
 
     @property
     def name(self) -> str:
@@ -181,8 +181,8 @@ class ndarray(_library.ndarray):
 
     @classmethod
     def apply(cls, name: str, arrays: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
-        made = record(name, arrays, options)
-        return made if out is None else _into(out, made)
+        result = record(name, arrays, options)
+        return result if out is None else _write_into(out, result)
 
     @classmethod
     def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -191,19 +191,18 @@ class ndarray(_library.ndarray):
         options = {name: value for name, value in options.items() if name != "out"}
         expands = current_tape().expands
         if callable(expands):
-            made = expands(kernel, arrays, options)
+            result = expands(kernel, arrays, options)
         elif expands and kernel.on_library("numpy") is None:
-            made = kernel.widened(*arrays, **options)
+            result = kernel.widened(*arrays, **options)
         else:
-            made = record(kernel, arrays, options)
-        return made if out is None else _into(out, made)
+            result = record(kernel, arrays, options)
+        return result if out is None else _write_into(out, result)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if key is Ellipsis and _shape(value) == self.shape:
-            made = value if isinstance(value, ndarray) else lifted(value)
-            _into(self, made)
+            _write_into(self, lifted(value))
             return
-        _into(self, record("assign", (self, value), {"key": key}))
+        _write_into(self, record("assign", (self, value), {"key": key}))
 
     def _become(self, other: ndarray) -> None:
         """Stand for another value: what is left of writing in place."""
@@ -248,11 +247,11 @@ def _shape(value: Any) -> Shape | None:
     return getattr(value, "shape", None)
 
 
-def _into(out: ndarray, made: ndarray) -> ndarray:
-    if made.shape != out.shape:
-        made = record("broadcast_to", (made,), {"shape": out.shape})
-    if made.value is not out.value:
-        out._become(made if made.dtype == out.dtype else made.astype(out.dtype))
+def _write_into(out: ndarray, new: ndarray) -> ndarray:
+    if new.shape != out.shape:
+        new = record("broadcast_to", (new,), {"shape": out.shape})
+    if new.value is not out.value:
+        out._become(new if new.dtype == out.dtype else new.astype(out.dtype))
     return out
 
 
@@ -281,8 +280,8 @@ def is_constant(x: Any) -> bool:
 
 def value_of(x: Any) -> Any:
     """The value that x stands for; scalars and None as they are."""
-    made = lifted(x)
-    return made.value if isinstance(made, ndarray) else made
+    array = lifted(x)
+    return array.value if isinstance(array, ndarray) else array
 
 
 def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -293,22 +292,22 @@ def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, A
     options = {name: _plain(value) for name, value in options.items()}
     step = Step(function, inputs, options, "")
     values = step.values
-    known = all([each.numbers is not None for each in values])  # noqa: C419 (half of the time)
+    known = all([value.numbers is not None for value in values])  # noqa: C419 (half of the time)
     if known and not _counts_rows(options):
         xp = xp_of(values[0].numbers) if values else np
         with _where(values):
-            return constants(perform(xp, step, [numbers(each) for each in inputs]))
+            return constants(perform(xp, step, [numbers(x) for x in inputs]))
     outlines, step.several = _outlined(step)
     views = isinstance(function, str) and function in VIEWS
     memory = inputs[0] if views and _is_view(step) else None
     step.outputs = tuple(
-        [Value(*each, maker=weakref.ref(step), memory=memory) for each in outlines]
+        [Value(*outline, maker=weakref.ref(step), memory=memory) for outline in outlines]
     )
     tape = current_tape()
     step.path = tape.path
     tape.steps.append(step)
     base = arrays[0] if views and isinstance(arrays[0], ndarray) else None
-    results = [ndarray(each, base) for each in step.outputs]
+    results = [ndarray(value, base) for value in step.outputs]
     return results if step.several else results[0]
 
 
@@ -326,11 +325,11 @@ def tell(name: str, x: ndarray) -> None:
     tape.told[f"{tape.path}.{name}" if tape.path else name] = x.value
 
 
-def constants(made: Any) -> Any:
+def constants(results: Any) -> Any:
     """Numbers as constants."""
-    if isinstance(made, tuple | list):
-        return [lifted(each) for each in made]
-    return lifted(made if is_array(made) else np.asarray(made))
+    if isinstance(results, tuple | list):
+        return [lifted(y) for y in results]
+    return lifted(results if is_array(results) else np.asarray(results))
 
 
 def opaque(layer: Any, arrays: tuple[Any, ...], outlines: Any, reason: str) -> Any:
@@ -342,8 +341,8 @@ def opaque(layer: Any, arrays: tuple[Any, ...], outlines: Any, reason: str) -> A
     )
     step.several = len(step.outputs) > 1
     tape.steps.append(step)
-    made = tuple(map(ndarray, step.outputs))
-    return made if step.several else made[0]
+    results = tuple(map(ndarray, step.outputs))
+    return results if step.several else results[0]
 
 
 def again(step: Step, arrays: tuple[Any, ...]) -> Any:
@@ -352,7 +351,7 @@ def again(step: Step, arrays: tuple[Any, ...]) -> Any:
     if isinstance(step.function, str):
         return record(step.function, arrays, step.options)
     if isinstance(step.function, Kernel):
-        _remember(step)
+        _reuse_outlines(step)
         return ndarray.kernel(step.function, arrays, step.options)
     outlines = [(value.shape, value.dtype) for value in step.outputs]
     return opaque(step.function, arrays, outlines, step.reason)
@@ -396,10 +395,10 @@ def _counts_rows(option: Any) -> bool:
     return counts_rows(option)
 
 
-def _sound(shape: Iterable[Any], step: Step) -> Shape:
+def _checked_shape(shape: Iterable[Any], step: Step) -> Shape:
     sizes = tuple(map(int, shape))
     for size in sizes:
-        if size > ROWS // 2 and size % ROWS and not any(size in each.shape for each in step.values):
+        if size > ROWS // 2 and size % ROWS and not any(size in v.shape for v in step.values):
             raise Untraceable(
                 f"{step.name} makes an axis of a size that is no multiple of the rows: rows are "
                 "not treated each on its own"
@@ -411,7 +410,7 @@ def _is_view(step: Step) -> bool:
     if step.name == "getitem":
         key = step.options["key"]
         keys = key if isinstance(key, tuple) else (key,)
-        return not any(is_array(each) or isinstance(each, list) for each in keys)
+        return not any(is_array(k) or isinstance(k, list) for k in keys)
     return True
 
 
@@ -421,19 +420,19 @@ def _in_place(x: Value, shape: Any) -> bool:
     if x.memory is None or x.numbers is not None:
         return True
     try:
-        _lying(x).reshape(_plain(shape), copy=False)
+        _laid_out(x).reshape(_plain(shape), copy=False)
     except ValueError:  # a copy, or a shape that does not fit: then whoever makes it says so
         return False
     return True
 
 
-def _lying(x: Value) -> Any:
+def _laid_out(x: Value) -> Any:
     """An array that lies as x does, in memory that is in order and that nobody reads."""
     if x.memory is None or x.step is None:
         strides = (x.dtype.itemsize * math.prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
         return as_strided(np.zeros((), x.dtype), x.shape, tuple(strides))
-    made = compute(np, x.step.name, (_lying(x.memory),), x.step.options)
-    return made[x.step.outputs.index(x)] if x.step.several else made
+    views = compute(np, x.step.name, (_laid_out(x.memory),), x.step.options)
+    return views[x.step.outputs.index(x)] if x.step.several else views
 
 
 # The shapes and types of results
@@ -445,29 +444,29 @@ Outlines: TypeAlias = "tuple[list[tuple[Shape, np.dtype[Any]]], bool]"
 
 def _outlined(step: Step) -> Outlines:
     """The outlines of a step; without computing them where one like it is on the same tape."""
-    known, key = current_tape().outlines, _like(step)
+    known, key = current_tape().outlines, _outline_key(step)
     if key is None:
         return _computed(step)
     if key not in known:  # constants live on with the tape: an id is not used again
         known[key] = _computed(step), step.values
-    found: Outlines = known[key][0]
-    return found
+    outlines: Outlines = known[key][0]
+    return outlines
 
 
-def _remember(step: Step) -> None:
+def _reuse_outlines(step: Step) -> None:
     """Have the outlines of a step of another tape for those like it on this one."""
     outlines = [(value.shape, value.dtype) for value in step.outputs]
-    if (key := _like(step)) is not None:
+    if (key := _outline_key(step)) is not None:
         current_tape().outlines.setdefault(key, ((outlines, step.several), step.values))
 
 
-def _like(step: Step) -> Any:
+def _outline_key(step: Step) -> Any:
     """What the outlines of a step follow from; None if that has an array or what has no hash."""
     looks = not isinstance(step.function, str)  # a kernel may, at a constant's numbers
     key = (
         step.function,
-        *((each.shape, each.dtype, looks and id(each.numbers)) if isinstance(each, Value)
-          else (type(each), each) for each in step.inputs),
+        *((x.shape, x.dtype, looks and id(x.numbers)) if isinstance(x, Value)
+          else (type(x), x) for x in step.inputs),
         *((name, _key(option)) for name, option in step.options.items()),
     )  # fmt: skip
     try:
@@ -478,9 +477,10 @@ def _like(step: Step) -> Any:
 
 
 def _computed(step: Step) -> Outlines:
-    made = outline(step)
-    outlines = made if isinstance(made, list) else [made]
-    return [(_sound(shape, step), np.dtype(dtype)) for shape, dtype in outlines], made is outlines
+    result = outline(step)
+    several = isinstance(result, list)
+    outlines = result if several else [result]
+    return [(_checked_shape(shape, step), np.dtype(dtype)) for shape, dtype in outlines], several
 
 
 def _key(option: Any) -> Any:
@@ -503,15 +503,19 @@ def outline(step: Step) -> Any:
 def _kernel(kernel: Kernel, step: Step) -> Any:
     """A kernel's results are as its reference body makes them, or as it says itself."""
     if kernel.outlines is not None:
-        given = [lifted(x) for x in step.inputs]
-        said = kernel.outlines(*given, **step.options)
-        if said is not None:
-            return said
+        arrays = [lifted(x) for x in step.inputs]
+        outlines = kernel.outlines(*arrays, **step.options)
+        if outlines is not None:
+            return outlines
     with writing(Tape(expands=True)):
-        made = kernel.widened(*map(lifted, step.inputs), **step.options)
-    if isinstance(made, tuple | list):
-        return [(each.shape, each.dtype) for each in made]
-    return made.shape, made.dtype
+        return _outlines_of(kernel.widened(*map(lifted, step.inputs), **step.options))
+
+
+def _outlines_of(results: Any) -> Any:
+    """(shape, dtype) of an array, or a list of them."""
+    if isinstance(results, tuple | list):
+        return [(y.shape, y.dtype) for y in results]
+    return results.shape, results.dtype
 
 
 def _stand_in(x: Any, shape: Shape | None = None) -> Any:
@@ -522,9 +526,9 @@ def _stand_in(x: Any, shape: Shape | None = None) -> Any:
 
 
 def _elementwise(step: Step) -> Any:
-    shape = np.broadcast_shapes(*(each.shape for each in step.values))
-    one = [_stand_in(each, (1,) * len(each.shape)) if isinstance(each, Value) else each
-           for each in step.inputs]  # fmt: skip
+    shape = np.broadcast_shapes(*(value.shape for value in step.values))
+    one = [_stand_in(x, (1,) * len(x.shape)) if isinstance(x, Value) else x
+           for x in step.inputs]  # fmt: skip
     with np.errstate(all="ignore"):
         return shape, compute(np, step.name, tuple(one), step.options).dtype
 
@@ -533,10 +537,10 @@ def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
     """The axes of an `axis=` option, from the first to the last."""
     if axis is None:
         return tuple(range(ndim))
-    given = axis if isinstance(axis, tuple | list) else (axis,)
-    if any(not -ndim <= int(each) < ndim for each in given):
-        raise np.exceptions.AxisError(int(given[0]), ndim)
-    return tuple(sorted(int(each) % ndim for each in given))
+    axes = axis if isinstance(axis, tuple | list) else (axis,)
+    if any(not -ndim <= int(axis) < ndim for axis in axes):
+        raise np.exceptions.AxisError(int(axes[0]), ndim)
+    return tuple(sorted(int(axis) % ndim for axis in axes))
 
 
 def _reduction(step: Step) -> Any:
@@ -571,35 +575,40 @@ def _picked(step: Step) -> Any:
     (x,) = step.values
     key = step.options["key"]
     keys = list(key) if isinstance(key, tuple) else [key]
-    arrays = [np.asarray(each) for each in keys if isinstance(each, list) or is_array(each)]
-    if not arrays or any(each.dtype == np.dtype(bool) for each in arrays):
+    arrays = [np.asarray(k) for k in keys if isinstance(k, list) or is_array(k)]
+    if not arrays or any(indices.dtype == np.dtype(bool) for indices in arrays):
         return _movement(step)
-    used = sum(each is not None and each is not Ellipsis for each in keys)
-    at = next((i for i, each in enumerate(keys) if each is Ellipsis), len(keys))
-    keys[at : at + 1] = [slice(None)] * (len(x.shape) - used)
-    taken = {size for each in arrays for size in each.shape}
+    taken = {size for indices in arrays for size in indices.shape}
     primes = iter(n for n in (101, 103, 107, 109, 113, 127, 131, 137, 139) if n not in taken)
     shape: list[int] = []
     asked: list[Any] = []
     lengths: dict[int, int] = {}
     sizes = iter(x.shape)
-    for each in keys:
-        size = None if each is None else next(sizes)
-        if isinstance(each, slice) and size is not None:
+    for k in full_index(key, len(x.shape)):
+        size = None if k is None else next(sizes)
+        if isinstance(k, slice) and size is not None:
             prime = next(primes)
-            lengths[prime] = len(range(*each.indices(size)))
+            lengths[prime] = len(range(*k.indices(size)))
             shape, asked = [*shape, prime], [*asked, slice(None)]
         else:
-            shape, asked = shape if size is None else [*shape, size], [*asked, each]
-    made = np.broadcast_to(np.zeros((), bool), shape)[tuple(asked)].shape
-    return tuple(lengths.get(size, size) for size in made), x.dtype
+            shape, asked = shape if size is None else [*shape, size], [*asked, k]
+    picked = np.broadcast_to(np.zeros((), bool), shape)[tuple(asked)].shape
+    return tuple(lengths.get(size, size) for size in picked), x.dtype
+
+
+def full_index(key: Any, ndim: int) -> list[Any]:
+    """An index with an entry for every axis: `slice(None)` for those that it leaves out."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if not any(k is Ellipsis for k in keys):
+        keys.append(Ellipsis)
+    used = sum(k is not None and k is not Ellipsis for k in keys)
+    at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+    keys[at : at + 1] = [slice(None)] * (ndim - used)
+    return keys
 
 
 def _movement(step: Step) -> Any:
-    made = compute(np, step.name, tuple(map(_stand_in, step.inputs)), step.options)
-    if isinstance(made, tuple | list):
-        return [(each.shape, each.dtype) for each in made]
-    return made.shape, made.dtype
+    return _outlines_of(compute(np, step.name, tuple(map(_stand_in, step.inputs)), step.options))
 
 
 def _reshape(step: Step) -> Any:
@@ -630,21 +639,21 @@ def _concatenate(step: Step) -> Any:
     axis = int(step.options.get("axis", 0))
     (axis,) = axes_of(axis, ndim)
     shape = list(parts[0].shape)
-    rest = {each.shape[:axis] + each.shape[axis + 1 :] for each in parts}
+    rest = {part.shape[:axis] + part.shape[axis + 1 :] for part in parts}
     if len(rest) > 1:
         raise ValueError(f"concatenate along {axis}: {', '.join(str(p.shape) for p in parts)}")
-    shape[axis] = sum(each.shape[axis] for each in parts)
-    return tuple(shape), np.result_type(*(each.dtype for each in parts))
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    return tuple(shape), np.result_type(*(part.dtype for part in parts))
 
 
 def _stack(step: Step) -> Any:
     parts = step.values
-    if len({each.shape for each in parts}) > 1:
+    if len({part.shape for part in parts}) > 1:
         raise ValueError(f"stack takes equal shapes: {', '.join(str(p.shape) for p in parts)}")
     shape = list(parts[0].shape)
     (axis,) = axes_of(step.options.get("axis", 0), len(shape) + 1)
     shape.insert(axis, len(parts))
-    return tuple(shape), np.result_type(*(each.dtype for each in parts))
+    return tuple(shape), np.result_type(*(part.dtype for part in parts))
 
 
 def _pad(step: Step) -> Any:
@@ -725,8 +734,8 @@ def _tensordot(step: Step) -> Any:
     if isinstance(axes, int | np.integer):
         axes = list(range(len(a.shape) - int(axes), len(a.shape))), list(range(int(axes)))
     left, right = (
-        [int(each) % len(x.shape) for each in np.atleast_1d(given)]
-        for x, given in zip((a, b), axes, strict=True)
+        [int(axis) % len(x.shape) for axis in np.atleast_1d(of_x)]
+        for x, of_x in zip((a, b), axes, strict=True)
     )
     if [a.shape[i] for i in left] != [b.shape[i] for i in right]:
         raise ValueError(f"tensordot of {a.shape} and {b.shape} along {axes}")
@@ -752,9 +761,8 @@ def _einsum(step: Step) -> Any:
 def _creation(step: Step) -> Any:
     options = dict(step.options)
     if step.name == "arange":
-        made = compute(np, "arange", (), options)
-        return made.shape, made.dtype
-    if step.name.endswith("_like"):
+        return _outlines_of(compute(np, "arange", (), options))
+    if step.name.endswith("_outline_key"):
         return step.inputs[0].shape, options.get("dtype") or step.inputs[0].dtype
     if step.name in ("eye", "linspace"):
         raise Untraceable(f"{step.name} of the number of rows: rows are not each on its own")
@@ -794,8 +802,8 @@ _OUTLINES: dict[str, Callable[[Step], Any]] = {
 
 def asarray(x: Any, dtype: Any = None) -> Any:
     """x as a traced array: arrays of numbers become constants."""
-    made = lifted(x if isinstance(x, ndarray) or is_array(x) else np.asarray(x))
-    return made if dtype is None else made.astype(dtype, copy=False)
+    y = lifted(x if isinstance(x, ndarray) or is_array(x) else np.asarray(x))
+    return y if dtype is None else y.astype(dtype, copy=False)
 
 
 array = asarray
