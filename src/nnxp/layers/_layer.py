@@ -530,7 +530,7 @@ class Layer(metaclass=_Assembly):
         The last one, "output", is the model's own.
         """
         _check(self, inputs)
-        program = self.program(*map(_outline_of, inputs))
+        program = self.program(*map(outline_of, inputs))
         calls = [call for call in program.calls if call.path]
         inputs = tuple(x for x in inputs if x is not None)
         with _current(self, inputs):
@@ -673,7 +673,7 @@ def shape_and_dtype(outline: Any) -> tuple[Any, Any]:
     return tuple(outline) if pair and isinstance(outline[0], tuple | list) else (outline, None)
 
 
-def _outline_of(x: Any) -> Any:
+def outline_of(x: Any) -> Any:
     """(shape, dtype) of an input, None for one that is left out."""
     return (x.shape, x.dtype) if is_array(x) else None
 
@@ -837,7 +837,7 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
     if len({len(x) for x in arrays}) > 1:
         raise ShapeError(f"{layer}: the inputs have {[len(x) for x in arrays]} rows")
     with suppress(Untraceable):  # then the formula itself says what fits
-        program = layer.program(*map(_outline_of, inputs))
+        program = layer.program(*map(outline_of, inputs))
         if len(arrays) == 1 and type(arrays[0]) is np.ndarray:
             layers = dict(layer.walk())
             for call in program.calls:  # what was asked of the children just now

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nnxp._arrays import Shape
-from nnxp._printed import Printed
+from nnxp._printed import Printed, aligned
 from nnxp.program.program import multiply_adds, sized
 from nnxp.program.recording import costs
 from nnxp.program.traced import ROWS
@@ -54,17 +54,9 @@ class Summary(Printed):
             )
             for layer in self.layers
         ]
-        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(5)]
-        table = [
-            "  ".join(
-                cell.rjust(width) if i > 2 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in [header, *lines]
-        ]
         return "\n".join(
             [
-                *table,
+                *aligned([header, *lines], right=3),
                 f"{self.input_shape} -> {self.output_shape}, {self.dtype} on {self.place}",
                 f"{self.parameters:,} parameters ({self.parameter_bytes:,} bytes), "
                 f"{self.multiply_adds:,} multiply-adds",
