@@ -78,21 +78,21 @@ def written_beside(
 def _mode_of(target: Path) -> int | None:
     """The permissions of the file there, None if there is none; OSError if it has to stay."""
     try:
-        found = target.stat().st_mode
+        mode = target.stat().st_mode
     except FileNotFoundError:
         if target.parent.is_dir():
             return None
         raise FileNotFoundError(
             errno.ENOENT, "there is no such folder to write to", str(target.parent)
         ) from None
-    if stat.S_ISDIR(found):
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "a folder stands where to write", str(target))
-    if not stat.S_ISREG(found):
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file, so it cannot be replaced", str(target))
     if not os.access(target, os.W_OK):
         # Renaming asks for no permission on the file itself, but its owner said: not this one.
         raise PermissionError(errno.EACCES, "this file may not be written to", str(target))
-    return found & 0o777
+    return mode & 0o777
 
 
 def _claimed(target: Path, say: Callable[[str], object]) -> tuple[Path, int | None, int]:

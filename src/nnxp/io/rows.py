@@ -37,10 +37,10 @@ PASSED = 64 << 20  # bytes of pages to go through before they are let go
 
 def ending(path: Name) -> str:
     """How the file's name ends, one of ENDINGS: ".npy", ".csv.gz"; OptionError for any other."""
-    found = tables.ending(path_of(path))
-    if found not in ENDINGS:
+    kind = tables.ending(path_of(path))
+    if kind not in ENDINGS:
         raise OptionError(f"{path}: rows are in files ending in {', '.join(ENDINGS)}")
-    return found
+    return kind
 
 
 def read_rows(path: Name, key: str | None = None, reading: Reading | None = None) -> HostArray:
@@ -92,8 +92,8 @@ def read_inputs(path: Name, names: Sequence[str]) -> dict[str, HostArray]:
             "these names"
         )
     with _whole(path, ".npz"), _opened_npz(path) as file:
-        found = {name: _array_in(file, name, path) for name in file.files}
-    return {name: _checked(rows, path) for name, rows in found.items()}
+        arrays = {name: _array_in(file, name, path) for name in file.files}
+    return {name: _checked(rows, path) for name, rows in arrays.items()}
 
 
 @contextmanager
@@ -325,9 +325,9 @@ class Passing:
     def __init__(self, x: HostArray, *others: HostArray) -> None:
         self.shape, self.dtype, self.reads = x.shape, x.dtype, (x,)
         self._x = x
-        mapped = [(each, _map_of(each)) for each in (x, *others)]
-        self._maps = [found for _, found in mapped if found is not None]
-        self._row = sum(each.nbytes for each, found in mapped if found) // max(1, len(x))
+        mapped = [(array, _map_of(array)) for array in (x, *others)]
+        self._maps = [pages for _, pages in mapped if pages is not None]
+        self._row = sum(array.nbytes for array, pages in mapped if pages) // max(1, len(x))
         self._passed = 0
 
     def __getitem__(self, rows: slice) -> HostArray:
@@ -335,8 +335,8 @@ class Passing:
         self._passed += self._row * len(block)  # threads may lose a count: pages then go later
         if self._passed > PASSED:
             self._passed = 0
-            for each in self._maps:
-                each.madvise(mmap.MADV_DONTNEED)  # a page that is still in use comes back
+            for pages in self._maps:
+                pages.madvise(mmap.MADV_DONTNEED)  # a page that is still in use comes back
         return block
 
 

@@ -357,12 +357,11 @@ def _predict_transformed(model: _Model, step: _Step) -> None:
     target = step.estimator
     _fitted(step, "regressor_")
     *before, last = _steps(target.regressor_, f"{step.path}regressor_, ")
-    for each in before:
-        _transform(model, each)
+    for inner in before:
+        _transform(model, inner)
     _predict(model, last)
-    mean, scale = _target_scaling(
-        _Step(f"{step.path}transformer_, ", target.transformer_, None), model
-    )
+    scaler = _Step(f"{step.path}transformer_, ", target.transformer_, None)
+    mean, scale = _target_scaling(scaler, model)
     if isinstance(model.layers[-1], Take):
         model.layers.pop()
     product = model.layers[-1]
@@ -442,8 +441,8 @@ def _stored(what: str, values: Any, kind: np.dtype[Any]) -> HostArray:
 
 def column_names_of(*estimators: Any) -> tuple[str, ...] | None:
     """The names of the columns that the first of these was fitted with, if any."""
-    for each in estimators:
-        names = getattr(each, "feature_names_in_", None)
+    for estimator in estimators:
+        names = getattr(estimator, "feature_names_in_", None)
         if names is not None:
             return tuple(map(str, names))
     return None

@@ -276,13 +276,7 @@ class Layer(metaclass=_Assembly):
 
     def _map_fields(self: L, change: Callable[[str, Any], Any], prefix: str = "") -> L:
         """A layer like this one, with change(dotted name, value) for its fields and their items."""
-
-        def mapped(path: str, value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(mapped(f"{path}.{i}", item) for i, item in enumerate(value))
-            return change(path, value)
-
-        return self._copy({name: mapped(prefix + name, value) for name, value in self._fields()})
+        return self._copy({n: _changed(prefix + n, v, change) for n, v in self._fields()})
 
     def map_arrays(self: L, change: Callable[[str, Array], Any], prefix: str = "") -> L:
         """A model like this one, with change(dotted name, array) for every array."""
@@ -581,6 +575,13 @@ class Layer(metaclass=_Assembly):
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         self.__dict__.update(fields, _fixed=True)
+
+
+def _changed(name: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
+    """What a field becomes; no closure, which by calling itself would keep alive what it holds."""
+    if isinstance(value, tuple):
+        return tuple(_changed(f"{name}.{i}", item, change) for i, item in enumerate(value))
+    return change(name, value)
 
 
 def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:

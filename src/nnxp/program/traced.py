@@ -762,7 +762,7 @@ def _creation(step: Step) -> Any:
     options = dict(step.options)
     if step.name == "arange":
         return _outlines_of(compute(np, "arange", (), options))
-    if step.name.endswith("_outline_key"):
+    if step.name.endswith("_like"):
         return step.inputs[0].shape, options.get("dtype") or step.inputs[0].dtype
     if step.name in ("eye", "linspace"):
         raise Untraceable(f"{step.name} of the number of rows: rows are not each on its own")
