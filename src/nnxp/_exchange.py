@@ -193,10 +193,10 @@ def order_of(columns: tuple[str | None, ...], names: Any, fix: str) -> list[int]
         )
     missing, extra = Counter(names) - Counter(columns), Counter(columns) - Counter(names)
     if missing or extra:
-        said = [f"{_some(missing)} missing"] if missing else []
-        said += [f"{_some(extra)} too many"] if extra else []
+        differences = [f"{_some(missing)} missing"] if missing else []
+        differences += [f"{_some(extra)} too many"] if extra else []
         raise ShapeError(
-            f"these are not the columns that the model was trained with: {', '.join(said)}"
+            f"these are not the columns that the model was trained with: {', '.join(differences)}"
             + ("" if missing else f"; {fix}")
         )
     if len(set(names)) < len(names):
@@ -209,9 +209,9 @@ def order_of(columns: tuple[str | None, ...], names: Any, fix: str) -> list[int]
 
 
 def _some(names: Counter[Any]) -> str:
-    said = ["one without a name" if name is None else repr(name) for name in names]
-    more = f" and {len(said) - 5} more" if len(said) > 5 else ""
-    return f"{', '.join(said[:5])}{more} {'is' if len(said) == 1 else 'are'}"
+    words = ["one without a name" if name is None else repr(name) for name in names]
+    more = f" and {len(words) - 5} more" if len(words) > 5 else ""
+    return f"{', '.join(words[:5])}{more} {'is' if len(words) == 1 else 'are'}"
 
 
 # arrays and lists
@@ -412,7 +412,7 @@ def _of_table(x: Any) -> HostArray:
     if _is_frame(x):
         if (
             _frame_dtypes(x) is not None
-            and len({str(each) for each in np.atleast_1d(x.dtypes)}) == 1
+            and len({str(dtype) for dtype in np.atleast_1d(x.dtypes)}) == 1
         ):
             return host_rows(x.to_numpy())  # all of one type
         if len(x.shape) == 1:
@@ -572,7 +572,7 @@ def _memory_of(source: Any) -> Iterator[HostArray]:
     elif hasattr(source, "column_names") and hasattr(source, "schema"):
         for column in source.columns:
             for chunk in getattr(column, "chunks", [column]):
-                yield from (np.frombuffer(each, "uint8") for each in chunk.buffers() if each)
+                yield from (np.frombuffer(buffer, "uint8") for buffer in chunk.buffers() if buffer)
     elif _is_sparse(source):
         yield from (part for part in vars(source).values() if isinstance(part, np.ndarray))
     else:
@@ -610,7 +610,7 @@ def _given_by(source: Any) -> Iterator[HostArray]:
     rows = np.lib.stride_tricks.as_strided(
         np.asarray(block), (source.shape[0], *block.shape[1:]), block.strides, writeable=False
     )
-    (low, high), (start, stop) = (np.lib.array_utils.byte_bounds(each) for each in (rows, memory))
+    (low, high), (start, stop) = (np.lib.array_utils.byte_bounds(x) for x in (rows, memory))
     yield rows if start <= low and high <= stop else np.asarray(memory)
 
 

@@ -17,7 +17,7 @@ from nnxp._arrays import (
     Array,
     HostArray,
     Shape,
-    float_dtype,
+    dtype_of,
     is_array,
     is_floating,
     is_numeric,
@@ -784,7 +784,7 @@ def _kind(model: Layer, index: int, rows: Any) -> Kind:
     elif takes == "any":
         dtype = own or np.dtype("float32")
     else:
-        dtype = float_dtype(takes) if takes == "bfloat16" else np.dtype(takes)
+        dtype = dtype_of(takes)
     unsaid = np.dtype("float64") if dtype.kind == "f" else dtype  # it may be as wide as that
     return Kind(tuple(map(int, rows.shape[1:])), own or unsaid, dtype)
 

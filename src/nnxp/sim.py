@@ -127,8 +127,8 @@ class Device:
         """End the copies of this stream, or of all."""
         with self._lock:
             begun = self._under_way
-            ending = [each for each in begun if stream in (None, each[0])]
-            self._under_way = [each for each in begun if each not in ending]
+            ending = [copy for copy in begun if stream in (None, copy[0])]
+            self._under_way = [copy for copy in begun if copy not in ending]
         for _, end in ending:
             end()
 
@@ -173,7 +173,7 @@ class Stream:
     def current(cls) -> Stream:
         """The stream of this thread and device; without one of its own, the device's default."""
         stack = getattr(cls._current, "stack", [])
-        mine = [each for each in stack if each.device is Device.current()]
+        mine = [stream for stream in stack if stream.device is Device.current()]
         return mine[-1] if mine else cls._default(Device.current())
 
     @classmethod
@@ -212,9 +212,9 @@ class _Memory:
     @classmethod
     def of(cls, owner: Any, host: HostArray, device: Device) -> _Memory:
         """Memory that is another's: neither counted nor poisoned, but kept alive."""
-        made = cls.__new__(cls)
-        made.host, made.device, made.size, made.owner = host, device, 0, owner
-        return made
+        memory = cls.__new__(cls)
+        memory.host, memory.device, memory.size, memory.owner = host, device, 0, owner
+        return memory
 
     def __del__(self) -> None:
         if self.size:
@@ -333,15 +333,15 @@ class ndarray(_library.ndarray):
     def apply(cls, name: str, arrays: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
         """NumPy's function of this name, on the host arrays behind the wall."""
         anywhere = name in _ANYWHERE
-        given = tuple(_behind(each, name, anywhere) for each in arrays)
+        hosts = tuple(_behind(x, name, anywhere) for x in arrays)
         options = {key: _unwrap(value) for key, value in options.items()}
         if out is not None:
-            _library.compute(np, name, given, options | {"out": _behind(out, name)})
+            _library.compute(np, name, hosts, options | {"out": _behind(out, name)})
             return out
-        made = _library.compute(np, name, given, options)
+        result = _library.compute(np, name, hosts, options)
         if name.startswith("empty"):
-            _poison(made)
-        return _wrap(made, arrays[0].device if anywhere else Device.current(), arrays)
+            _poison(result)
+        return _wrap(result, arrays[0].device if anywhere else Device.current(), arrays)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._check_current()

@@ -228,8 +228,8 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         last = _ACTIVATIONS[self.out_activation_]
         about = {"columns": column_names_of(self), "classes": class_names_of(self)}
         if self.layers is not None:
-            given = self.layers if isinstance(self.layers, list | tuple) else (self.layers,)
-            hidden = Sequential(*given).astype(dtype)
+            own = self.layers if isinstance(self.layers, list | tuple) else (self.layers,)
+            hidden = Sequential(*own).astype(dtype)
             shape = hidden.output_shape((1, columns))
             if len(shape) != 2:
                 raise OptionError(
@@ -257,7 +257,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         """What trains `model_` there."""
         model = self.model_.to(home)
         parameters = model.parameters()
-        held = {f"{path}.{name}" for path, each in model.walk() for name in each.fixed}
+        held = {f"{path}.{name}" for path, layer in model.walk() for name in layer.fixed}
         matrices = frozenset(n for n, p in parameters.items() if p.ndim > 1 and n not in held)
         loss = _PenalisedLoss(_LOSSES[self.out_activation_], float(self.alpha), matrices)
         return Trainer(model, loss, self._optimizer())
@@ -296,8 +296,8 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             X, y, counts, seen = self._split(X, y, counts)
         rows = X.shape[0]
         if self.batch_size != "auto" and self.batch_size > rows:
-            said = f"batch_size={self.batch_size} is more than the {rows} rows: it is clipped"
-            warnings.warn(said, UserWarning, stacklevel=4)
+            message = f"batch_size={self.batch_size} is more than the {rows} rows: it is clipped"
+            warnings.warn(message, UserWarning, stacklevel=4)
         batch = min(200 if self.batch_size == "auto" else self.batch_size, rows)
         noise = None
         if self.dropout or self.layers is not None:
@@ -344,13 +344,13 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         told: list[tuple[int, float, Any, Any]] = []
         loss: _PenalisedLoss = trainer.loss  # type: ignore[assignment]
         outputs = self.n_outputs_ if loss.kind == "squared_error" else 1
-        for given in batches:
-            count = len(given[0])
-            total = count if len(given) < 3 else float(given[2].sum())
+        for batch in batches:
+            count = len(batch[0])
+            total = count if len(batch) < 3 else float(batch[2].sum())
             penalty = loss.penalty(trainer.arrays) if outputs > 1 else 0.0
-            moved = given
+            moved = batch
             if trainer.place != "cpu":
-                moved = tuple(to_backend(each, self.device) for each in given)
+                moved = tuple(to_backend(array, self.device) for array in batch)
             value = trainer.step(moved, noise if noise and trainer.draws(moved) else None)
             told.append((count, total, value, penalty))
         sums = 0.0
@@ -404,7 +404,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
     def _stops(self, trainer: Trainer) -> bool:
         """Stop, or with learning_rate="adaptive" go on with a fifth of the rate."""
         what = "Validation score" if self.early_stopping else "Training loss"
-        said = (f"{what} did not improve more than tol={self.tol:f} for {self.n_iter_no_change} "
+        message = (f"{what} did not improve more than tol={self.tol:f} for {self.n_iter_no_change} "
                 "consecutive epochs.")  # fmt: skip
         adaptive = self.solver == "sgd" and self.learning_rate == "adaptive"
         rate: Any = trainer.current.rate
@@ -412,10 +412,10 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             trainer.current = replace(trainer.current, rate=rate / 5)
             self._waited = 0
             if self.verbose:
-                print(f"{said} Setting learning rate to {rate / 5:f}")
+                print(f"{message} Setting learning rate to {rate / 5:f}")
             return False
         if self.verbose:
-            print(f"{said}{' Learning rate too small.' if adaptive else ''} Stopping.")
+            print(f"{message}{' Learning rate too small.' if adaptive else ''} Stopping.")
         return True
 
     # by L-BFGS
@@ -424,28 +424,28 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         """All rows at once, by scipy's L-BFGS-B   [Byrd, Lu, Nocedal, Zhu 1995]"""
         from scipy.optimize import minimize
 
-        given = _taken(X, y, counts, np.arange(X.shape[0]))
+        arrays = _taken(X, y, counts, np.arange(X.shape[0]))
         if trainer.place != "cpu":
-            given = tuple(to_backend(each, self.device) for each in given)
-        noise = self._random_state.randint(2**31) if trainer.draws(given) else 0
+            arrays = tuple(to_backend(array, self.device) for array in arrays)
+        noise = self._random_state.randint(2**31) if trainer.draws(arrays) else 0
 
         def loss_and_slopes(vector: HostArray) -> tuple[float, HostArray]:
             v: Any = vector.astype(trainer.vector.dtype)
             trainer.vector[...] = v if trainer.place == "cpu" else to_backend(v, self.device)
-            loss = trainer.slope(given, np.random.default_rng(noise))
+            loss = trainer.slope(arrays, np.random.default_rng(noise))
             return float(asnumpy(loss)), asnumpy(trainer.slopes).astype("float64")
 
-        found = minimize(
+        minimum = minimize(
             loss_and_slopes, asnumpy(trainer.vector).astype("float64"), method="L-BFGS-B",
             jac=True, options={"maxfun": self.max_fun, "maxiter": self.max_iter, "gtol": self.tol},
         )  # fmt: skip
-        self.loss_, self.n_iter_ = float(found.fun), min(found.nit, self.max_iter)
-        if found.status:
+        self.loss_, self.n_iter_ = float(minimum.fun), min(minimum.nit, self.max_iter)
+        if minimum.status:
             warnings.warn(
-                f"lbfgs failed to converge after {found.nit} iteration(s): {found.message}",
+                f"lbfgs failed to converge after {minimum.nit} iteration(s): {minimum.message}",
                 ConvergenceWarning, stacklevel=4,
             )  # fmt: skip
-        loss_and_slopes(found.x)
+        loss_and_slopes(minimum.x)
 
     # answering
 
@@ -547,14 +547,14 @@ class MLPClassifier(ClassifierMixin, _MLP):  # type: ignore[misc]
             raise OptionError(
                 f"classes={classes!r:.60} are not those of the first call, {self.classes_!r:.60}"
             )
-        found, known = set(unique_labels(y).tolist()), set(self.classes_.tolist())
-        if self.warm_start and not reset and found != known:
+        labels, known = set(unique_labels(y).tolist()), set(self.classes_.tolist())
+        if self.warm_start and not reset and labels != known:
             raise OptionError(
                 "warm_start can only be used where `y` has the same classes as in the previous "
-                f"call to fit: {sorted(known)}, not {sorted(found)}"
+                f"call to fit: {sorted(known)}, not {sorted(labels)}"
             )
-        if not found <= known:
-            raise OptionError(f"y has classes that were not there before: {sorted(found - known)}")
+        if not labels <= known:
+            raise OptionError(f"y has classes that were not there before: {sorted(labels - known)}")
         weights = None
         if self.class_weight is not None:
             weights = compute_sample_weight(self.class_weight, y)
@@ -744,12 +744,12 @@ _ABOVE = {"epsilon", "learning_rate_init"}  # their first number excluded
 def _check_parameters(estimator: _MLP) -> None:
     """Raise OptionError for a parameter that means nothing, as scikit-learn does."""
     _sizes(estimator.hidden_layer_sizes)
-    given = estimator.get_params(deep=False)
+    options = estimator.get_params(deep=False)
     for name, words in _NAMES.items():
-        if name in given and given[name] not in words:
-            raise OptionError(f"{name} is one of {', '.join(words)}, not {given[name]!r:.60}")
+        if name in options and options[name] not in words:
+            raise OptionError(f"{name} is one of {', '.join(words)}, not {options[name]!r:.60}")
     for name, (kind, low, high) in _RANGES.items():
-        value = given[name]
+        value = options[name]
         if name == "batch_size" and isinstance(value, str) and value == "auto":
             continue
         right = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high

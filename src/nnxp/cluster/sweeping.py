@@ -215,13 +215,13 @@ def _sources(rows: Any, key: str | None) -> tuple[Source, ...]:
     if not isinstance(paths, Iterable):
         raise OptionError(f"rows are a file, or a list of files, not {rows!r:.60}")
     sources = tuple(source(path_of(path), key) for path in paths)
-    if not sources or not sum(each.rows for each in sources):
+    if not sources or not sum(file.rows for file in sources):
         raise OptionError("there are no rows to sweep")
     first = sources[0]
-    for each in sources:
-        if (each.row, each.dtype) != (first.row, first.dtype):
+    for file in sources:
+        if (file.row, file.dtype) != (first.row, first.dtype):
             raise ShapeError(
-                f"{each.path} has rows {each.row} of {each.dtype}, but {first.path} {first.row} "
+                f"{file.path} has rows {file.row} of {file.dtype}, but {first.path} {first.row} "
                 f"of {first.dtype}"
             )
     return sources
@@ -243,7 +243,7 @@ def _planned(
         from nnxp.io.tables import required_pyarrow
 
         required_pyarrow("part.parquet")
-    path, loaded, made = _model_file(model, home)
+    path, loaded, saved = _model_file(model, home)
     try:
         output, dtype = _answer(loaded, sources[0], precision)
         if block_rows is None:
@@ -254,14 +254,14 @@ def _planned(
             str(home), str(path), sha256(path), sources, output, dtype.name, rows, precision, format
         )
         folders.prepare(plan, restart=restart)
-        if made:
+        if saved:
             final = home / "model.safetensors"
             os.replace(path, final)
             plan = replace(plan, model=str(final))
             plan.save()
         return plan
     finally:
-        if made:
+        if saved:
             path.unlink(missing_ok=True)
 
 
@@ -492,7 +492,7 @@ class _Run:
     def _what_failed(self) -> str:
         block, problem = next(iter(self.failed.items()))
         start, stop = self.plan.span(block)
-        others = [str(each) for each in self.failed if each != block]
+        others = [str(other) for other in self.failed if other != block]
         more = f"; so did {', '.join(others[:20])}" if others else ""
         return (
             f"{len(self.failed)} of {len(self.plan):,} blocks failed {TRIES} times: block {block} "
@@ -505,36 +505,36 @@ class _Run:
         return f"no block has ended for {self.patience:g} s\n{listed}"
 
     def _report(self, kept: dict[int, Any], seconds: float, before: int) -> Report:
-        made = list(self.records.values())
+        records = list(self.records.values())
         workers: dict[tuple[str, int], int] = {}
-        for record in made:
+        for record in records:
             worker = record["host"], record["pid"]
             workers[worker] = max(workers.get(worker, 0), record["loads"])
-        here = (made[0]["host"] if made else "", os.getpid())
+        here = (records[0]["host"] if records else "", os.getpid())
         if here in workers:
             workers[here] -= before
         hardware: dict[str, int] = {}
-        for record in [*kept.values(), *made]:
+        for record in [*kept.values(), *records]:
             name = f"{record['device'].partition(':')[0]}: {record['hardware']}"
             hardware[name] = hardware.get(name, 0) + 1
         rows = sum(map(self._rows, self.records))
-        threads = len({(record["host"], record["pid"], record["thread"]) for record in made})
-        work = sum(record[part] for record in made for part in ("read", "compute", "write"))
+        threads = len({(record["host"], record["pid"], record["thread"]) for record in records})
+        work = sum(record[part] for record in records for part in ("read", "compute", "write"))
         return Report(
             folder=self.plan.folder,
             rows=self.plan.rows,
             blocks=len(self.plan),
             kept=len(kept),
-            nonfinite=sum(record["nonfinite"] for record in [*kept.values(), *made]),
+            nonfinite=sum(record["nonfinite"] for record in [*kept.values(), *records]),
             seconds=seconds,
             rows_per_second=rows / seconds,
-            read=sum(record["read"] for record in made),
-            compute=sum(record["compute"] for record in made),
-            write=sum(record["write"] for record in made),
+            read=sum(record["read"] for record in records),
+            compute=sum(record["compute"] for record in records),
+            write=sum(record["write"] for record in records),
             overhead=threads * seconds / work if work else 1.0,
             workers=len(workers),
             loads=sum(workers.values()),
-            peak_memory=max((record["peak_memory"] for record in made), default=0),
+            peak_memory=max((record["peak_memory"] for record in records), default=0),
             hardware=hardware,
             failed=self.failed,
         )

@@ -98,15 +98,15 @@ def run(rows: int = 1_000_000, backend: str = "auto", progress: bool = False) ->
     """Sweep the digits, repeated up to this number of rows, through the network, and judge it."""
     rows = whole("rows of the demo", rows)
     model, pixels, labels, unseen = load_digits()
-    each = np.arange(rows) % len(pixels)
-    x = pixels[each]
+    which = np.arange(rows) % len(pixels)
+    x = pixels[which]
     engine = Engine(model, backend)
     engine(x[:_WARM_UP])
     start = time.perf_counter()
     y = engine(x, progress=progress)
     seconds = time.perf_counter() - start
-    judged = unseen[each]  # the first digit is unseen, so there is always one
-    right = y[judged].argmax(axis=1) == labels[each][judged]
+    judged = unseen[which]  # the first digit is unseen, so there is always one
+    right = y[judged].argmax(axis=1) == labels[which][judged]
     work = model.summary((1, *pixels.shape[1:])).multiply_adds
     return DemoReport(
         backend=engine.backend.name,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import HostArray
+from nnxp._arrays import HostArray, dtype_of
 from nnxp._errors import CheckpointError, ConversionError, NnxpError
 from nnxp.io.checkpoint import load
 from nnxp.layers._layer import Layer
@@ -31,7 +31,7 @@ from nnxp.layers.graph import (
     unknown_operators,
     unpacked,
 )
-from nnxp.layers.operators import OPERATORS, dtype_of
+from nnxp.layers.operators import OPERATORS
 
 OPSET = 21
 """Older models are brought to this version of the standard."""

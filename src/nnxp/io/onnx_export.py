@@ -19,6 +19,7 @@ from nnxp.kernels._windows import per_axis, windows
 from nnxp.kernels.conv import transposed_ways
 from nnxp.kernels.functions import einsum_terms
 from nnxp.layers._layer import Layer
+from nnxp.layers.operators import ELEMENTWISE
 from nnxp.program.program import Program
 from nnxp.program.traced import (
     ROWS,
@@ -94,19 +95,10 @@ def _outline(row: Any, dtype: Any) -> Any:
 
 # What has a name in ONNX
 
-SAME = {
-    "absolute": "Abs", "arccos": "Acos", "arccosh": "Acosh", "arcsin": "Asin", "arcsinh": "Asinh",
-    "arctan": "Atan", "arctanh": "Atanh", "ceil": "Ceil", "cos": "Cos", "cosh": "Cosh",
-    "exp": "Exp", "floor": "Floor", "log": "Log", "negative": "Neg", "positive": "Identity",
-    "copy": "Identity", "reciprocal": "Reciprocal", "rint": "Round", "sign": "Sign", "sin": "Sin",
-    "sinh": "Sinh", "sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh", "isnan": "IsNaN",
-    "logical_not": "Not", "add": "Add", "divide": "Div", "maximum": "Max", "minimum": "Min",
-    "multiply": "Mul", "power": "Pow", "remainder": "Mod", "subtract": "Sub", "equal": "Equal",
-    "greater": "Greater", "greater_equal": "GreaterOrEqual", "less": "Less",
-    "less_equal": "LessOrEqual", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
-    "where": "Where", "matmul": "MatMul", "dot": "MatMul", "bitwise_and": "BitwiseAnd",
-    "bitwise_or": "BitwiseOr", "bitwise_xor": "BitwiseXor", "invert": "BitwiseNot",
-    "isinf": "IsInf",
+SAME = {function: op for op, function in ELEMENTWISE.items()} | {
+    "copy": "Identity", "positive": "Identity", "divide": "Div", "maximum": "Max",
+    "minimum": "Min", "power": "Pow", "remainder": "Mod", "matmul": "MatMul", "dot": "MatMul",
+    "isinf": "IsInf", "tanh": "Tanh",
 }  # fmt: skip
 """Functions of the dialect that are one operator."""
 OF_TRUTHS = {"bitwise_and": "And", "bitwise_or": "Or", "bitwise_xor": "Xor", "invert": "Not"}

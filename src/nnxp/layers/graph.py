@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from nnxp._arrays import Array, Shape, is_array, is_floating, xp_of
+from nnxp._arrays import Array, Shape, dtype_of, is_array, is_floating, xp_of
 from nnxp._errors import (
     ConversionError,
     DtypeMismatch,
@@ -38,7 +38,6 @@ from nnxp.layers.operators import (
     Items,
     Operator,
     beside,
-    dtype_of,
     home,
     numbers,
     row_by_row,

@@ -54,9 +54,8 @@ class Recordings:
     @property
     def idle(self) -> int:
         """The bytes that recordings hold which wait for the next call."""
-        return sum(
-            recording.nbytes for kept in list(self._idle.values()) for recording in list(kept)
-        )
+        kept = [list(recordings) for recordings in list(self._idle.values())]
+        return sum(recording.nbytes for recordings in kept for recording in recordings)
 
     def spare(self, most: int) -> None:
         """Keep no recordings that hold more bytes than so many."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from nnxp import _library
-from nnxp._arrays import Array, HostArray, Shape, float_dtype, is_array, place_of, xp_of
+from nnxp._arrays import Array, HostArray, Shape, dtype_of, is_array, place_of, xp_of
 from nnxp._errors import NnxpError
 from nnxp._library import KINDS, VIEWS, compute
 from nnxp.backend import home_of
@@ -629,7 +629,7 @@ def _same(step: Step) -> Any:
 
 def _astype(step: Step) -> Any:
     dtype = step.options["dtype"]
-    kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
+    kind = dtype_of(dtype)
     return step.inputs[0].shape, kind
 
 

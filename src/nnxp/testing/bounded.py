@@ -40,7 +40,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nnxp import _library
-from nnxp._arrays import HostArray, Shape, float_dtype, is_floating
+from nnxp._arrays import HostArray, Shape, dtype_of, is_floating
 from nnxp._errors import UnsupportedFunction
 from nnxp._library import compute
 from nnxp.kernels import Kernel, identity, linear
@@ -632,7 +632,7 @@ def _nan_to_num(
 
 @_rule
 def _astype(x: ndarray, dtype: Any) -> ndarray:
-    kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
+    kind = dtype_of(dtype)
     if kind == np.dtype(bool):
         return _decision(*_truth(x))
     if not is_floating(kind):
