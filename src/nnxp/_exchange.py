@@ -323,10 +323,8 @@ def _of_objects(block: HostArray) -> HostArray:
 def _not_real(kind: type, block: HostArray) -> str:
     example = next(item for item in block.ravel().tolist() if type(item) is kind)
     fix = {
-        "NoneType": "numpy.nan in its place is a missing number",
-        "NAType": "numpy.nan in its place is a missing number",
-        "str": "convert the column, or leave it out",
-        "bytes": "convert the column, or leave it out",
+        **dict.fromkeys(("NoneType", "NAType"), "numpy.nan in its place is a missing number"),
+        **dict.fromkeys(("str", "bytes"), "convert the column, or leave it out"),
     }.get(kind.__name__, "convert it, or leave it out")
     return f"rows are real numbers, but one of them holds {example!r:.40} ({kind.__name__}); {fix}"
 
@@ -399,22 +397,13 @@ def _names(x: Any) -> Any:
     return getattr(x, "columns", None) if names is None or callable(names) else names
 
 
-def _frame_dtypes(x: Any) -> np.dtype[Any] | None:
-    """The type that holds all columns of a frame, None if some are not NumPy's numbers."""
-    dtypes = list(x.dtypes) if hasattr(x.dtypes, "__iter__") else [x.dtypes]
-    if dtypes and all(isinstance(dtype, np.dtype) and is_numeric(dtype) for dtype in dtypes):
-        return np.result_type(*dtypes)
-    return None
-
-
 def _of_table(x: Any) -> HostArray:
     """The columns of a table side by side, each converted on its own."""
     if _is_frame(x):
-        if (
-            _frame_dtypes(x) is not None
-            and len({str(dtype) for dtype in np.atleast_1d(x.dtypes)}) == 1
-        ):
-            return host_rows(x.to_numpy())  # all of one type
+        dtypes = list(np.atleast_1d(x.dtypes))
+        numeric = all(isinstance(dtype, np.dtype) and is_numeric(dtype) for dtype in dtypes)
+        if numeric and len(set(map(str, dtypes))) == 1:
+            return host_rows(x.to_numpy())
         if len(x.shape) == 1:
             return _of_column(x)
         columns = [x.iloc[:, index] for index in range(x.shape[1])]
@@ -509,21 +498,14 @@ def _overlap(memory: HostArray, out: HostArray) -> bool:
         shared = True
     if not shared:
         return _overlap_in_file(memory, out)
-    same = (memory.ctypes.data, memory.strides, memory.dtype, memory.shape) == (
-        out.ctypes.data,
-        out.strides,
-        out.dtype,
-        out.shape,
-    )
-    return not (same and _disjoint(out))
+    one, two = ((x.ctypes.data, x.strides, x.dtype, x.shape) for x in (memory, out))
+    return not (one == two and _disjoint(out))
 
 
 def _disjoint(x: HostArray) -> bool:
     """Whether no two elements of an array lie in the same place."""
     extent = x.itemsize
-    for step, size in sorted(
-        (abs(step), size) for step, size in zip(x.strides, x.shape, strict=True)
-    ):
+    for step, size in sorted(zip(map(abs, x.strides), x.shape, strict=True)):
         if size > 1:
             if step < extent:
                 return False

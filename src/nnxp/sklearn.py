@@ -100,41 +100,6 @@ class _PenalisedLoss:
 class _MLP(BaseEstimator):  # type: ignore[misc]
     """What both estimators share: the parameters, the network, and its training."""
 
-    def __init__(
-        self, hidden_layer_sizes: Any, activation: str, *, solver: str, alpha: float,
-        batch_size: Any, learning_rate: str, learning_rate_init: float, power_t: float,
-        max_iter: int, shuffle: bool, random_state: Any, tol: float, verbose: bool,
-        warm_start: bool, momentum: float, nesterovs_momentum: bool, early_stopping: bool,
-        validation_fraction: float, beta_1: float, beta_2: float, epsilon: float,
-        n_iter_no_change: float, max_fun: int, device: str, dropout: float, layers: Any,
-    ) -> None:  # fmt: skip
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.power_t = power_t
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.tol = tol
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.n_iter_no_change = n_iter_no_change
-        self.max_fun = max_fun
-        self.device = device
-        self.dropout = dropout
-        self.layers = layers
-
     _trainer: Trainer | None
 
     # what the two differ in
@@ -521,17 +486,7 @@ class MLPClassifier(ClassifierMixin, _MLP):  # type: ignore[misc]
         epsilon: float = 1e-8, n_iter_no_change: float = 10, max_fun: int = 15000,
         device: str = "auto", class_weight: Any = None, dropout: float = 0.0, layers: Any = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            hidden_layer_sizes, activation, solver=solver, alpha=alpha, batch_size=batch_size,
-            learning_rate=learning_rate, learning_rate_init=learning_rate_init, power_t=power_t,
-            max_iter=max_iter, shuffle=shuffle, random_state=random_state, tol=tol,
-            verbose=verbose, warm_start=warm_start, momentum=momentum,
-            nesterovs_momentum=nesterovs_momentum, early_stopping=early_stopping,
-            validation_fraction=validation_fraction, beta_1=beta_1, beta_2=beta_2,
-            epsilon=epsilon, n_iter_no_change=n_iter_no_change, max_fun=max_fun, device=device,
-            dropout=dropout, layers=layers,
-        )  # fmt: skip
-        self.class_weight = class_weight
+        _set_parameters(self, locals())
 
     def _targets(
         self, X: Any, y: Any, reset: bool, classes: Any
@@ -642,17 +597,7 @@ class MLPRegressor(RegressorMixin, _MLP):  # type: ignore[misc]
         epsilon: float = 1e-8, n_iter_no_change: float = 10, max_fun: int = 15000,
         device: str = "auto", dropout: float = 0.0, layers: Any = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            hidden_layer_sizes, activation, solver=solver, alpha=alpha, batch_size=batch_size,
-            learning_rate=learning_rate, learning_rate_init=learning_rate_init, power_t=power_t,
-            max_iter=max_iter, shuffle=shuffle, random_state=random_state, tol=tol,
-            verbose=verbose, warm_start=warm_start, momentum=momentum,
-            nesterovs_momentum=nesterovs_momentum, early_stopping=early_stopping,
-            validation_fraction=validation_fraction, beta_1=beta_1, beta_2=beta_2,
-            epsilon=epsilon, n_iter_no_change=n_iter_no_change, max_fun=max_fun, device=device,
-            dropout=dropout, layers=layers,
-        )  # fmt: skip
-        self.loss = loss
+        _set_parameters(self, locals())
 
     def _targets(
         self, X: Any, y: Any, reset: bool, classes: Any
@@ -739,6 +684,11 @@ _RANGES: dict[str, tuple[Any, float, float]] = {  # kind of number, from, to
 }  # fmt: skip
 _BELOW = {"validation_fraction", "beta_1", "beta_2", "dropout"}  # their last number excluded
 _ABOVE = {"epsilon", "learning_rate_init"}  # their first number excluded
+
+
+def _set_parameters(estimator: _MLP, arguments: dict[str, Any]) -> None:
+    """Every argument of `__init__` as an attribute of its name, which is all it may do."""
+    estimator.__dict__.update({k: v for k, v in arguments.items() if k != "self"})
 
 
 def _check_parameters(estimator: _MLP) -> None:

@@ -233,7 +233,7 @@ class Parts:
             return picked
         size = self.plan.block_rows
         parts = [
-            self._part(block)[max(start - block * size, 0) : stop - block * size]
+            read_part(self.plan, block)[max(start - block * size, 0) : stop - block * size]
             for block in range(start // size, -(-stop // size)) if start < stop
         ]  # fmt: skip
         if not parts:
@@ -255,11 +255,8 @@ class Parts:
         blocks, places = np.divmod(numbers, self.plan.block_rows)
         out = np.empty((*numbers.shape, *self.shape[1:]), self.dtype)
         for block in np.unique(blocks):
-            out[blocks == block] = self._part(int(block))[places[blocks == block]]
+            out[blocks == block] = read_part(self.plan, int(block))[places[blocks == block]]
         return out
-
-    def _part(self, block: int) -> HostArray:
-        return read_part(self.plan, block)
 
     def __repr__(self) -> str:
         return f"Parts({self.shape}, {self.dtype}, {len(self.plan):,} blocks in {self.plan.folder})"

@@ -161,44 +161,36 @@ class LpPool(_Pool):
         yield cls((2, 2), p=3.5, stride=1), (2, 3, 4, 2)
 
 
-class GlobalAveragePool(Layer):
+class _Global(Layer):
+    keepdims: bool
+
+    def __init__(self, *, keepdims: bool = False) -> None:
+        self.keepdims = keepdims
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(), (3, 4, 5, 2)
+        yield cls(keepdims=True), (3, 7, 2)
+
+
+class GlobalAveragePool(_Global):
     """y = the mean of each channel over all of space   [Lin, Chen, Yan 2013, arXiv:1312.4400]
 
     x (rows, *space, channels) -> y (rows, channels), or (rows, 1, ..., channels) with `keepdims`.
     """
 
-    keepdims: bool
-
-    def __init__(self, *, keepdims: bool = False) -> None:
-        self.keepdims = keepdims
-
     def __call__(self, x: Array) -> Array:
         return kernels.global_average_pool(x, keepdims=self.keepdims)
 
-    @classmethod
-    def examples(cls) -> Iterator[Example]:
-        yield cls(), (3, 4, 5, 2)
-        yield cls(keepdims=True), (3, 7, 2)
 
-
-class GlobalMaxPool(Layer):
+class GlobalMaxPool(_Global):
     """y = the largest of each channel over all of space.
 
     x (rows, *space, channels) -> y (rows, channels), or (rows, 1, ..., channels) with `keepdims`.
     """
 
-    keepdims: bool
-
-    def __init__(self, *, keepdims: bool = False) -> None:
-        self.keepdims = keepdims
-
     def __call__(self, x: Array) -> Array:
         return kernels.global_max_pool(x, keepdims=self.keepdims)
-
-    @classmethod
-    def examples(cls) -> Iterator[Example]:
-        yield cls(), (3, 4, 5, 2)
-        yield cls(keepdims=True), (3, 7, 2)
 
 
 class _Adaptive(Layer):
