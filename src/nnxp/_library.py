@@ -8,6 +8,7 @@ function of the module, arrives at one hook, `apply(name, arrays, options, out)`
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from functools import cache
 from math import prod
@@ -164,7 +165,8 @@ def _scatter(xp: Any, *values: Array, shape: Shape, keys: tuple[Any, ...]) -> Ar
         return type(values[0]).apply("scatter", values, options, None)
     y = xp.zeros(shape, values[0].dtype)
     for value, key in zip(values, keys, strict=True):
-        if any(isinstance(index, list) or hasattr(index, "shape") for index in _as_tuple(key)):
+        indices = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(index, list) or hasattr(index, "shape") for index in indices):
             xp.add.at(y, key, value)  # an index may come twice
         else:
             y[key] += value
@@ -178,10 +180,6 @@ def _segment_sum(xp: Any, values: Array, ids: Array, size: int) -> Array:
     y = xp.zeros((size, *values.shape[ids.ndim :]), values.dtype)
     xp.add.at(y, ids, values)
     return y
-
-
-def _as_tuple(key: Any) -> tuple[Any, ...]:
-    return key if isinstance(key, tuple) else (key,)
 
 
 def _windows(xp: Any, x: Array, window_shape: Any, axis: Any = None) -> Array:
@@ -254,6 +252,28 @@ class ndarray(NDArrayOperatorsMixin):
 
     def __array__(self, *args: object, **options: object) -> Any:
         raise TypeError(f"{self!r} does not become a NumPy array implicitly")
+
+    def _numbers(self, what: str) -> Any:
+        """The array of its numbers, at which `what`, such as float, is about to look."""
+        raise NotImplementedError
+
+    def item(self) -> Any:
+        return self._numbers("item").item()
+
+    def tolist(self) -> Any:
+        return self._numbers("tolist").tolist()
+
+    def __bool__(self) -> bool:
+        return bool(self._numbers("bool"))
+
+    def __float__(self) -> float:
+        return float(self._numbers("float"))
+
+    def __int__(self) -> int:
+        return int(self._numbers("int"))
+
+    def __index__(self) -> int:
+        return operator.index(self._numbers("int"))
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **options: Any) -> Any:
         if method != "__call__":

@@ -24,3 +24,12 @@ def aligned(table: Sequence[Sequence[str]], right: int | None = None) -> list[st
         padded = (text.ljust(n) if i < right else text.rjust(n) for i, (text, n) in cells)
         lines.append("  ".join(padded).rstrip())
     return lines
+
+
+def beside(label: str, text: str, indent: int, joint: str = "", width: int = 80) -> str:
+    """The text beside its label, its further lines below one another; `joint` ends all but one."""
+    import textwrap
+
+    room = width - indent - len(joint)
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    return label.ljust(indent) + f"{joint}\n{' ' * indent}".join(lines)

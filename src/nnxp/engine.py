@@ -34,7 +34,7 @@ from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer, whole
 from nnxp.program.fused import fused
-from nnxp.program.mixing import looked_into, mixing
+from nnxp.program.mixing import expanded_as_needed, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
 from nnxp.program.recordings import IDLE_BYTES, HostRecording, Recordings
@@ -187,7 +187,7 @@ class Engine:
                 return recording.host(x)
         inputs = inputs_of(self.model, x)
         present = tuple(x for x in inputs if x is not None)
-        replica, arrays = self._at_home(present)
+        replica, arrays = self._replica_of(present)
         if replica is not None:
             convert = _to_library_of(present[0])
             answers = self._resident(replica, inputs, arrays, out)
@@ -270,7 +270,7 @@ class Engine:
             if self.memory_limit is None and len(x) <= replica.backend.plan(len(x), budget).rows:
                 replica.record(x, prepared)
 
-    def _at_home(self, inputs: tuple[Any, ...]) -> tuple[Replica | None, tuple[Array, ...]]:
+    def _replica_of(self, inputs: tuple[Any, ...]) -> tuple[Replica | None, tuple[Array, ...]]:
         """The replica where all inputs are already, and they as arrays of ours; None for the host.
 
         Raises DeviceMismatch for what is on a device that is not the engine's.
@@ -630,7 +630,7 @@ class Prepared:
     def __init__(
         self, program: Program, kinds: tuple[Kind | None, ...], backend: Backend, sparing: bool
     ) -> None:
-        if mixed := mixing(looked_into(program)):
+        if mixed := mixing(expanded_as_needed(program)):
             raise ShapeError(
                 f"an engine takes rows in blocks, but {mixed}; call the model on all of them"
             )

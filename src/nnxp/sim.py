@@ -23,7 +23,6 @@ a device may read it late. Copies queue in the current `Stream()`, as in CuPy: a
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -306,27 +305,9 @@ class ndarray(_library.ndarray):
     def __dlpack__(self, **options: object) -> Any:
         return self._host.__dlpack__()
 
-    def _crossing(self) -> HostArray:
+    def _numbers(self, what: str) -> HostArray:
         self.device.tally("implicit")
         return self._host
-
-    def item(self) -> Any:
-        return self._crossing().item()
-
-    def tolist(self) -> Any:
-        return self._crossing().tolist()
-
-    def __float__(self) -> float:
-        return float(self.item())
-
-    def __int__(self) -> int:
-        return int(self.item())
-
-    def __index__(self) -> int:
-        return operator.index(self.item())
-
-    def __bool__(self) -> bool:
-        return bool(self.item())
 
     # computing
     @classmethod

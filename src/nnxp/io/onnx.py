@@ -332,7 +332,7 @@ class _Reading:
                 nodes.append(self._node(node))
         sizes: Counter[str] = Counter()
         for array in self.arrays.values():
-            if array.ndim and _is_float(array):
+            if array.ndim and "float" in str(array.dtype):
                 sizes[str(array.dtype)] += array.nbytes
         inputs = [self._input(value) for value in graph.input if value.name not in self.arrays]
         floats = [entry["dtype"] for entry in inputs if "float" in entry["dtype"]]
@@ -438,10 +438,6 @@ RESIZED_BEFORE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode"
 
 _UPGRADED = ("Upsample", "Scatter")
 """Operators of old versions that others have taken the place of."""
-
-
-def _is_float(array: HostArray) -> bool:
-    return "float" in str(array.dtype)
 
 
 def _operator_name(node: Any) -> str:

@@ -109,7 +109,7 @@ class Layer(metaclass=_Assembly):
         super().__init_subclass__()
         formula = cls.__dict__.get("__call__")
         if formula is not None:
-            cls.__call__ = _entrance(formula)  # type: ignore[method-assign]
+            cls.__call__ = _checked_formula(formula)  # type: ignore[method-assign]
         taken_names = {*dir(Layer), "output"} & cls.__annotations__.keys()
         if taken_names:
             names = ", ".join(sorted(taken_names))
@@ -439,7 +439,7 @@ class Layer(metaclass=_Assembly):
         if whole:
             known = tuple(outline if is_array(outline) else None for outline in outlines)
             kinds = tuple(self._outline(outline, None) for outline in outlines)
-            return _written(self, kinds, None, known)
+            return _traced_model(self, kinds, None, known)
         kinds = tuple(map(self._outline, outlines))
         return self._program(kinds, int(shape_and_dtype(outlines[0])[0][0]))
 
@@ -451,7 +451,7 @@ class Layer(metaclass=_Assembly):
             if len(programs) >= MOST_KINDS:
                 programs.clear()
             try:
-                program = _written(self, kinds, rows)
+                program = _traced_model(self, kinds, rows)
             except Untraceable as error:
                 program = error
             programs[kinds] = program
@@ -584,8 +584,8 @@ def _changed(name: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
     return change(name, value)
 
 
-def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The formula, guarded: what does not fit is refused before any work; errors name layers."""
+def _checked_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula, with its inputs checked before any work, and the layer named in errors."""
     signature = inspect.signature(formula)
 
     @wraps(formula)
@@ -595,7 +595,7 @@ def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
         x = inputs[0] if inputs else None
         try:
             if type(x) is traced.ndarray or any(type(value) is traced.ndarray for value in inputs):
-                return _noted(self, formula, inputs)
+                return _traced_call(self, formula, inputs)
             kind = (x.dtype, x.shape[1:]) if type(x) is np.ndarray and x.ndim else None
             taken = self.__dict__.get("_taken")
             if taken is None:
@@ -679,7 +679,7 @@ def outline_of(x: Any) -> Any:
     return (x.shape, x.dtype) if is_array(x) else None
 
 
-def _written(
+def _traced_model(
     model: Layer,
     outlines: tuple[Outline | None, ...],
     rows: int | None,
@@ -731,8 +731,8 @@ def _inputs_of(kind: type[Layer]) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in own if p.kind is not p.KEYWORD_ONLY}
 
 
-def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    """The formula on arrays without numbers, noted as the layer's; run as Python if it must be."""
+def _traced_call(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """The formula on traced arrays, recorded under the layer's path; or else one opaque step."""
     tape = traced.current_tape()
     path, original = tape.layers.get(id(layer), (tape.path, None))
     outer, mark, called = tape.path, len(tape.steps), len(tape.calls)

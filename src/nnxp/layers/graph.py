@@ -1,4 +1,4 @@
-"""A model in ONNX's words: nodes, each an operator's name, what it takes and what it makes."""
+"""An ONNX graph as a layer: nodes, each with an operator's name, its inputs and its outputs."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ class Graph(Layer):
         inputs = tuple(self._fitting(i, x) for i, x in enumerate(inputs))
         if any(type(x) is traced.ndarray for x in inputs):
             try:
-                outputs = self._noted(inputs)
+                outputs = self._traced(inputs)
             except (Untraceable, UnsupportedFunction) as error:
                 raise ShapeError(
                     f"the graph is not the same for any number of rows: {error}; call it as it is"
@@ -263,7 +263,7 @@ class Graph(Layer):
 
     # rows
 
-    def _noted(self, inputs: tuple[Any, ...]) -> list[Any]:
+    def _traced(self, inputs: tuple[Any, ...]) -> list[Any]:
         """The outputs for arrays without numbers, whose axis 0 counts rows.
 
         A graph that was made for one row is written out for any number of them: what it says of
@@ -410,9 +410,9 @@ def _branch(node: _Node, branches: list[Body], inputs: list[Any]) -> tuple[Any, 
 
 
 def _loop(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]:
-    """Loop: a graph of the number of the step, and of what it made itself in the step before.
+    """Loop: the body is run on the iteration's number and on the state that the last one left.
 
-    At most so many times, and while it says so itself. What it makes besides is stacked.
+    At most so many times, and while its condition holds. Its other outputs are stacked.
     """
     (body,), (most, on, *state) = bodies, inputs
     count, step, stacks = len(state), 0, []
@@ -427,7 +427,7 @@ def _loop(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]
 
 
 def _scan(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]:
-    """Scan: a graph of what it made itself in the step before, and of slices of arrays."""
+    """Scan: the body is run on slices of arrays, and on the state that the last run left."""
     (body,), options = bodies, node.attributes
     count = len(inputs) - options["num_scan_inputs"]
     state, arrays = inputs[:count], inputs[count:]
@@ -458,7 +458,7 @@ def _scan(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]
 
 
 def _map(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]:
-    """SequenceMap: a graph of each item of a sequence, and of arrays or other sequences' items."""
+    """SequenceMap: the body is run on each item of a sequence, and on arrays or other items."""
     (body,), (items, *others) = bodies, inputs
     results = []
     for i, x in enumerate(items):
@@ -513,7 +513,7 @@ class _Nodes:
 
     @classmethod
     def of(cls, graph: Mapping[str, Any], retyped: Any) -> _Nodes:
-        """The nodes as they are run, each with the names that nobody asks for after it."""
+        """The nodes as they are run, each with the names of values whose last use it is."""
         wanted, compiled = set(graph["outputs"]), []
         for node in reversed(graph["nodes"]):
             uses = set(_uses(node))

@@ -29,10 +29,8 @@ class _Pool(Layer):
         stride = window if self.stride is None else self.stride
         axes = len(window)
         self.stride = per_axis(f"stride of {name}", stride, axes)
-        padding = padding_option(f"padding of {name}", self.padding, axes)
-        self.padding = padding
-        dilation = per_axis(f"dilation of {name}", self.dilation, axes)
-        self.dilation = dilation
+        padding = self.padding = padding_option(f"padding of {name}", self.padding, axes)
+        dilation = self.dilation = per_axis(f"dilation of {name}", self.dilation, axes)
         reach = reach_of(window, dilation)
         if not isinstance(padding, str) and any(
             max(pair) >= r for pair, r in zip(padding, reach, strict=True)
@@ -47,12 +45,9 @@ class _Pool(Layer):
 
     def __repr__(self) -> str:
         axes = len(self.window)
-        plain: dict[str, Any] = {
-            "stride": self.window,
-            "padding": ((0, 0),) * axes,
-            "dilation": (1,) * axes,
-        }
-        plain |= {"ceil_mode": False, "count_include_pad": False, "window": self.window}
+        plain: dict[str, Any] = {"window": self.window, "ceil_mode": False}
+        plain |= {"stride": self.window, "padding": ((0, 0),) * axes, "dilation": (1,) * axes}
+        plain |= {"count_include_pad": False}
         options = [f"{n}={v}" for n, v in self._fields() if plain.get(n, ()) != v]
         return f"{type(self).__name__}({', '.join([str(self.window), *options])})"
 

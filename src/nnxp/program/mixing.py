@@ -16,8 +16,8 @@ from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows, full_in
 def mixing(program: Program) -> str:
     """What mixes rows, in words; empty if each row is treated on its own.
 
-    Kernels are to be written out, by `looked_into`, but for those that are known to treat each row
-    on its own.
+    Kernels are to be expanded, by `expanded_as_needed`, but for those that are known to treat each
+    row on its own.
     """
     outer = dict.fromkeys(program.inputs, 1)
     for step in program.steps:
@@ -34,8 +34,8 @@ def mixing(program: Program) -> str:
     return ""
 
 
-def looked_into(program: Program) -> Program:
-    """The program with kernels written out as far as is needed to see whether rows are mixed."""
+def expanded_as_needed(program: Program) -> Program:
+    """The program with those kernels expanded that are not known to treat each row on its own."""
 
     def noted(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
         known = kernel.outlines is not None or kernel.on_library("numpy") is not None

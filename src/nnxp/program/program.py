@@ -84,7 +84,7 @@ class Program(Printed):
         return tuple(results) if self.several else results[0]
 
     def run(self, arrays: Sequence[Array], wanted: Sequence[Value] | None = None) -> list[Any]:
-        """The outputs, or the `wanted` values, as a list; what nobody needs any more is let go."""
+        """The outputs, or the `wanted` values, as a list; others are freed after their last use."""
         xp = xp_of(arrays[0]) if arrays else np
         rows = self._rows(arrays)
         known: dict[Value, Any] = dict(zip(self.inputs, arrays, strict=True))
@@ -167,10 +167,10 @@ class Program(Printed):
 
 
 class Lives:
-    """How long the values of a program are needed, until it has these `goals`.
+    """The liveness of a program's values, until it has these `goals`.
 
-    `ended` has, for each step, the values that nobody looks at after it, and `reused` the value
-    in whose memory its result may be written, because it ends there.
+    `ended` has, for each step, the values whose last use it is, and `reused` the one of them in
+    whose memory its result may be written.
     """
 
     def __init__(self, program: Program, goals: Sequence[Value]) -> None:
@@ -229,7 +229,7 @@ def trace(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """A block without garbage collections: of the many steps of a long program none is garbage."""
+    """A block without garbage collection: a long program is many objects, none of them garbage."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -246,7 +246,7 @@ def _calls(tape: Tape) -> Iterator[Call]:
 
 
 def _needed(steps: Sequence[Step], outputs: Sequence[Value]) -> tuple[Step, ...]:
-    """Without the steps that nobody looks at."""
+    """The steps without dead ones, whose results are not used."""
     wanted, kept = set(outputs), []
     for step in reversed(steps):
         if wanted.intersection(step.outputs):
@@ -313,7 +313,7 @@ def replay(
 
 
 def expanded(program: Program, expands: bool | Callable[..., Any] = True) -> Program:
-    """The program with every kernel written out as what its reference body does.
+    """The program with every kernel replaced by the steps of its reference body.
 
     `expands` is as for a Tape.
     """
@@ -323,7 +323,7 @@ def expanded(program: Program, expands: bool | Callable[..., Any] = True) -> Pro
 
 
 def _known(x: Any, known: Mapping[Value, Any], xp: Any) -> Any:
-    """What x stands for; a constant that was computed while tracing is brought to the others."""
+    """The array for a step's input; a constant that tracing made is moved to the library xp."""
     if not isinstance(x, Value):
         return x
     if x in known:
@@ -340,7 +340,7 @@ def sized(shape: Shape, rows: int) -> Shape:
 
 
 def scaled(step: Step, rows: int) -> Step:
-    """The step for so many rows: what its options say of rows is said of so many."""
+    """The step for so many rows: numbers of rows in its options are replaced."""
     options = {name: _scaled(value, rows) for name, value in step.options.items()}
     if options == step.options:
         return step

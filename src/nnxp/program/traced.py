@@ -1,8 +1,9 @@
 """Arrays that have a shape and a type but no numbers: a formula run on them is written down.
 
-A traced array stands for a `Value`: of an input, or of what a `Step` makes. What has numbers, such
-as a parameter, is a constant, and what follows from constants alone is computed at once. Arrays of
-the dialect all: what writes into one gives it another value, unless a view looks on.
+A traced array stands for a `Value`: an input, or a result of a `Step`. What has numbers, such as a
+parameter, is a constant, and functions of constants alone are computed at once (constant folding).
+Writing into a traced array rebinds it to a new value; that is refused where a view shares its
+memory.
 """
 
 from __future__ import annotations
@@ -108,13 +109,13 @@ class Drawn(NamedTuple):
 
 @dataclass(slots=True)
 class Tape:
-    """What is being written: steps, the path of the layer at work, and what layers were called.
+    """A trace in progress: its steps, the path of the current layer, and the calls of layers.
 
-    `layers` tells a layer's path and the layer itself by the id of the copy that is run, `rows` how
-    many there are, for what is said to people. `expands` says whether kernels are written out as
-    what their reference bodies do, or is a function of (kernel, arrays, options) that notes one.
-    `drawn` are inputs that are drawn at random before each run, `told` what layers tell besides
-    their result, by name, `outlines` what steps like those that are noted make.
+    `layers` has a layer's path and the layer itself by the id of the copy that is run; `rows` is
+    the number of rows that error messages name. `expands` says whether kernels are replaced by the
+    steps of their reference bodies, or is a function of (kernel, arrays, options) that records one.
+    `drawn` are inputs that are drawn at random before each run, `told` the auxiliary outputs of
+    layers by name, `outlines` a cache of the shapes and types of results.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -133,7 +134,7 @@ _tape: ContextVar[Tape | None] = ContextVar("nnxp_tape", default=None)
 
 @contextmanager
 def writing(tape: Tape) -> Iterator[Tape]:
-    """Within the block steps are noted on this tape."""
+    """Within the block steps are recorded on this tape."""
     outer = _tape.get()
     _tape.set(tape)
     try:
@@ -143,7 +144,7 @@ def writing(tape: Tape) -> Iterator[Tape]:
 
 
 def current_tape() -> Tape:
-    """The tape that is written on; Untraceable outside of `trace`."""
+    """The tape that records steps now; Untraceable outside of `trace`."""
     tape = _tape.get()
     if tape is None:
         raise Untraceable("an array without numbers is used after its formula has ended")
@@ -186,7 +187,7 @@ class ndarray(_library.ndarray):
 
     @classmethod
     def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """A whole kernel is one step; one with a body of its own for NumPy is never written out."""
+        """A kernel is one step, or expanded if the tape says so and NumPy has no fused body."""
         out = options.get("out")
         options = {name: value for name, value in options.items() if name != "out"}
         expands = current_tape().expands
@@ -205,7 +206,7 @@ class ndarray(_library.ndarray):
         _write_into(self, record("assign", (self, value), {"key": key}))
 
     def _become(self, other: ndarray) -> None:
-        """Stand for another value: what is left of writing in place."""
+        """Rebind to another value, which is what writing in place comes to."""
         if self._sharing is not None and len(self._sharing) > 1:
             raise Untraceable("an array is written into while another one looks at its memory")
         root = self.value.root
@@ -213,31 +214,13 @@ class ndarray(_library.ndarray):
             raise Untraceable(f"{root.name or 'an input'} is written into")
         self.value = other.value
 
-    def _number(self, what: str) -> Any:
+    def _numbers(self, what: str) -> Any:
         if self.value.numbers is None:
             raise Untraceable(f"{what}(x): the formula looks at the numbers in x")
         return self.value.numbers
 
-    def __bool__(self) -> bool:
-        return bool(self._number("bool"))
-
-    def __float__(self) -> float:
-        return float(self._number("float"))
-
-    def __int__(self) -> int:
-        return int(self._number("int"))
-
-    def __index__(self) -> int:
-        return int(self._number("int"))
-
     def __array__(self, *args: object, **options: object) -> Any:
-        return np.asarray(self._number("numpy.asarray"))
-
-    def item(self) -> Any:
-        return self._number("item").item()
-
-    def tolist(self) -> Any:
-        return self._number("tolist").tolist()
+        return np.asarray(self._numbers("numpy.asarray"))
 
     def __repr__(self) -> str:
         return f"<traced {self.dtype}{list(self.shape)}>"
@@ -285,7 +268,7 @@ def value_of(x: Any) -> Any:
 
 
 def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The result of a function of traced arrays, and a note of it; of constants, the numbers."""
+    """Record a step and return its result; a function of constants alone is computed instead."""
     if function == "reshape" and not _in_place(value_of(arrays[0]), options["shape"]):
         arrays = (record("copy", arrays, {}),)
     inputs = tuple([x.value if type(x) is ndarray else value_of(x) for x in arrays])
@@ -312,7 +295,7 @@ def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, A
 
 
 def drawn(shape: Shape, dtype: Any, draw: Callable[[np.random.Generator], HostArray]) -> ndarray:
-    """Random numbers, other ones at each run: drawn on the host, an input more of the program."""
+    """Random numbers, drawn on the host anew for each run: an extra input of the program."""
     tape = current_tape()
     value = Value(shape, np.dtype(dtype), name=f"drawn{len(tape.drawn)}")
     tape.drawn.append(Drawn(value, draw))
@@ -320,7 +303,7 @@ def drawn(shape: Shape, dtype: Any, draw: Callable[[np.random.Generator], HostAr
 
 
 def tell(name: str, x: ndarray) -> None:
-    """What the layer at work tells besides its result: an output more of the program."""
+    """Add an auxiliary output to the program, such as a running mean, named after the layer."""
     tape = current_tape()
     tape.told[f"{tape.path}.{name}" if tape.path else name] = x.value
 
@@ -346,7 +329,7 @@ def opaque(layer: Any, arrays: tuple[Any, ...], outlines: Any, reason: str) -> A
 
 
 def again(step: Step, arrays: tuple[Any, ...]) -> Any:
-    """The step noted anew, of these arrays: a kernel as the tape that is written on wants it."""
+    """Record the step again, for these arrays; a kernel is expanded if the current tape says so."""
     current_tape().path = step.path
     if isinstance(step.function, str):
         return record(step.function, arrays, step.options)
@@ -415,8 +398,7 @@ def _is_view(step: Step) -> bool:
 
 
 def _in_place(x: Value, shape: Any) -> bool:
-    """Whether an array of this shape can look at the memory of x: else a reshape is a copy,
-    first."""
+    """Whether x can be reshaped as a view; otherwise it is to be copied first."""
     if x.memory is None or x.numbers is not None:
         return True
     try:
@@ -427,7 +409,7 @@ def _in_place(x: Value, shape: Any) -> bool:
 
 
 def _laid_out(x: Value) -> Any:
-    """An array that lies as x does, in memory that is in order and that nobody reads."""
+    """A dummy array with the strides of x, whose memory is taken to be contiguous."""
     if x.memory is None or x.step is None:
         strides = (x.dtype.itemsize * math.prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
         return as_strided(np.zeros((), x.dtype), x.shape, tuple(strides))
@@ -443,7 +425,7 @@ Outlines: TypeAlias = "tuple[list[tuple[Shape, np.dtype[Any]]], bool]"
 
 
 def _outlined(step: Step) -> Outlines:
-    """The outlines of a step; without computing them where one like it is on the same tape."""
+    """The outlines of a step, cached on the tape for equal steps."""
     known, key = current_tape().outlines, _outline_key(step)
     if key is None:
         return _computed(step)
@@ -454,14 +436,14 @@ def _outlined(step: Step) -> Outlines:
 
 
 def _reuse_outlines(step: Step) -> None:
-    """Have the outlines of a step of another tape for those like it on this one."""
+    """Cache the outlines of another tape's step for equal steps on the current tape."""
     outlines = [(value.shape, value.dtype) for value in step.outputs]
     if (key := _outline_key(step)) is not None:
         current_tape().outlines.setdefault(key, ((outlines, step.several), step.values))
 
 
 def _outline_key(step: Step) -> Any:
-    """What the outlines of a step follow from; None if that has an array or what has no hash."""
+    """The cache key of a step's outlines; None if it has an array, or anything without a hash."""
     looks = not isinstance(step.function, str)  # a kernel may, at a constant's numbers
     key = (
         step.function,
@@ -484,7 +466,7 @@ def _computed(step: Step) -> Outlines:
 
 
 def _key(option: Any) -> Any:
-    """An option to be looked up: 1, 1.0 and True are three."""
+    """An option as part of a cache key, in which 1, 1.0 and True differ."""
     if isinstance(option, tuple | list):
         return (type(option), *map(_key, option))
     if isinstance(option, slice):
@@ -567,10 +549,10 @@ def _scan(step: Step) -> Any:
 
 
 def _picked(step: Step) -> Any:
-    """x[key]; by arrays of places it would be a copy, so their shapes alone are asked about.
+    """The outline of x[key], without the copy that an index with arrays would make.
 
-    Axes that are sliced get a length of their own instead, a prime, by which it is known afterwards
-    where in the result they are.
+    The key is tried on an array without memory, in which each sliced axis has another prime as its
+    length: so it is known where in the result that axis is.
     """
     (x,) = step.values
     key = step.options["key"]

@@ -153,29 +153,14 @@ class ndarray(_library.ndarray):
         new, key = _lifted(value, self.dtype).astype(self.dtype), _plain(key)
         self.value[key], self.error[key] = new.value, new.error
 
-    def _decided(self) -> HostArray:
+    def _numbers(self, what: str = "") -> HostArray:
         """The value of an array whose number decides what is computed: it must not be in doubt."""
         if not is_floating(self.dtype) and self.error.any():
             raise NoBound("a branch is taken on a number that rounding may change")
         return self.value
 
-    def __bool__(self) -> bool:
-        return bool(self._decided())
-
     def __float__(self) -> float:
         return float(self.value)
-
-    def __int__(self) -> int:
-        return int(self._decided())
-
-    def __index__(self) -> int:
-        return int(self._decided())
-
-    def item(self) -> Any:
-        return self._decided().item()
-
-    def tolist(self) -> Any:
-        return self._decided().tolist()
 
     def __array__(self, *args: object, **kwargs: object) -> Any:
         raise TypeError("a bounded array does not become a NumPy array: take its .value")
@@ -210,7 +195,7 @@ def _plain(option: Any) -> Any:
     """An index or option as NumPy takes it; it must not be in doubt."""
     if isinstance(option, tuple | list):
         return type(option)(map(_plain, option))
-    return option._decided() if isinstance(option, ndarray) else option
+    return option._numbers() if isinstance(option, ndarray) else option
 
 
 def _lifted(x: Any, dtype: Any) -> ndarray:

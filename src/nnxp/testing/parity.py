@@ -588,12 +588,12 @@ def _judge_parts(model: Layer, rows: Inputs, backends: Sequence[Backend]) -> lis
         return [_run("output", repr(model), model, rows, backend, expected) for backend in backends]
     alike = [step.name for step in exact.steps] == [step.name for step in program.steps]
     ran, inputs = (exact, wide) if alike else (program, rows)  # types make other steps of some
+    known: dict[Value, HostArray] = dict(zip(program.inputs, _present(rows), strict=True))
+    values = [value for step in program.steps for value in step.outputs]
     with np.errstate(all="ignore"):
         arrays = ran.run(_present(inputs), [value for step in ran.steps for value in step.outputs])
-    known: dict[Value, HostArray] = dict(zip(program.inputs, _present(rows), strict=True))
-    made_here = (value for step in program.steps for value in step.outputs)
-    for value, array in zip(made_here, arrays, strict=True):
-        known[value] = _as(np.asarray(array), value.dtype)
+        for value, array in zip(values, arrays, strict=True):
+            known[value] = np.asarray(array).astype(value.dtype)
 
     def judged(part: Part, at: Sequence[Backend]) -> list[Check]:
         inputs = [known.get(v, v.numbers) if isinstance(v, Value) else v for v in part.inputs]
@@ -736,11 +736,6 @@ def _on_host(answer: Any, backend: Backend) -> Any:
     return (
         tuple(map(backend.get, answer)) if isinstance(answer, tuple | list) else backend.get(answer)
     )
-
-
-def _as(x: HostArray, dtype: Any) -> HostArray:
-    with np.errstate(all="ignore"):
-        return x.astype(dtype)
 
 
 def _run(
