@@ -300,10 +300,10 @@ class ndarray(NDArrayOperatorsMixin):
         return self.apply("transpose", (self,), {"axes": axes} if axes else {}, None)
 
     def astype(self, dtype: Any, copy: bool = True) -> Any:
-        kind = dtype_of(dtype)
-        if not copy and kind == self.dtype:
+        dtype = dtype_of(dtype)
+        if not copy and dtype == self.dtype:
             return self
-        return self.apply("astype", (self,), {"dtype": kind}, None)
+        return self.apply("astype", (self,), {"dtype": dtype}, None)
 
     def clip(self, min: Any = None, max: Any = None, out: Any = None) -> Any:
         return function(type(self), "clip")(self, min, max, out=out)

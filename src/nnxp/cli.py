@@ -662,16 +662,16 @@ def convert(
     from nnxp.io.onnx import load_model as load
     from nnxp.io.onnx_export import save_onnx
 
-    kind = output.suffix.lower()
-    if kind not in (".safetensors", ".onnx"):
+    suffix = output.suffix.lower()
+    if suffix not in (".safetensors", ".onnx"):
         raise OptionError(f"{output}: a model is written to a .safetensors or an .onnx file")
     _check_folder(output)
     if model.exists() and output.exists() and output.samefile(model):
         raise OptionError(f"{output}: the output would replace the model, which is read")
-    if shape and kind != ".onnx":
+    if shape and suffix != ".onnx":
         raise OptionError(f"--shape is for an .onnx file; {output} holds a model for any rows")
     net = load(model)
-    if kind == ".onnx":
+    if suffix == ".onnx":
         save_onnx(net, output, _rows_of(net, shape))
     else:
         save(net, output)

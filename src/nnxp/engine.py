@@ -44,7 +44,7 @@ from nnxp.program.traced import Untraceable
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 MOST_ENGINES = 4  # that a process keeps for tasks that bring their model: mostly it is one
-MOST_KINDS = 256  # kinds of rows that an engine remembers
+MOST_TYPES = 256  # kinds of rows that an engine remembers
 MOST_RECORDED = 32  # on a device, where each holds buffers
 FEW_NUMBERS = 16  # in an input that decides what a model does
 FEW_ROWS = 512  # at most, to be recorded on a device: with more, starting the work is little of it
@@ -53,12 +53,16 @@ FEW_ROWS = 512  # at most, to be recorded on a device: with more, starting the w
 Ready: TypeAlias = "HostRecording | DeviceRecording"
 
 
-class Kind(NamedTuple):
+class InputType(NamedTuple):
     """What an input's rows are: their shape, the type they come in, and the one computed in."""
 
     row: Shape
-    travels: np.dtype[Any]
+    source_dtype: np.dtype[Any]
     dtype: np.dtype[Any]
+
+
+InputTypes: TypeAlias = tuple[InputType | None, ...]
+"""Of all inputs; None for one that is left out."""
 
 
 class Engine:
@@ -195,11 +199,11 @@ class Engine:
         columns = getattr(self.model, "columns", None)
         sources = tuple(in_order(source_of(x), columns) for x in present)
         rows = _row_count(self.model, sources)
-        kinds = _kinds(self.model, inputs, sources)
-        prepared = self._first().prepared(kinds, rows)
+        input_types = _input_types(self.model, inputs, sources)
+        prepared = self._first().prepared(input_types, rows)
         results = _results(out, rows, prepared, sources)
         if rows:
-            self._sweep(sources, results, kinds, progress)
+            self._sweep(sources, results, input_types, progress)
         if rows and out is None and len(sources) == 1 and type(sources[0]) is np.ndarray:
             self._record(sources[0], prepared)
         return results if prepared.program.several else results[0]
@@ -231,26 +235,26 @@ class Engine:
             raise ShapeError(f"{replica.model!r:.200} takes one input, not {len(inputs)}")
         inputs = inputs_of(replica.model, inputs if len(inputs) != 1 else inputs[0])
         arrays = [host_rows(x) for x in inputs if x is not None]
-        kinds = _kinds(replica.model, inputs, arrays)
+        input_types = _input_types(replica.model, inputs, arrays)
         shapes = iter(arrays)
-        outlines = tuple(kind and Outline(next(shapes).shape, kind.dtype) for kind in kinds)
+        outlines = tuple(t and Outline(next(shapes).shape, t.dtype) for t in input_types)
         return replica.whole(outlines, arrays)(arrays)
 
     def _sweep(
         self,
         sources: tuple[Source, ...],
         results: tuple[HostArray, ...],
-        kinds: tuple[Kind | None, ...],
+        input_types: InputTypes,
         progress: Progress,
     ) -> None:
         """All rows through the model, on every device that has a part in them."""
         rows = sources[0].shape[0]
-        replicas, plans = self._plans(rows, kinds)
+        replicas, plans = self._plans(rows, input_types)
         cursor = Cursor(rows)
         with told(rows, progress) as done:
 
             def sweep(replica: Replica, plan: Plan) -> None:
-                prepared = replica.prepared(kinds)
+                prepared = replica.prepared(input_types)
                 dtypes = tuple(value.dtype for value in prepared.program.inputs)
                 fitted = replica.backend.sweep(
                     Sweep(
@@ -328,7 +332,7 @@ class Engine:
             if not is_numeric(array.dtype):
                 raise DtypeMismatch(f"rows are real numbers, but x is {array.dtype}")
         rows = _row_count(replica.model, arrays)
-        prepared = replica.prepared(_kinds(replica.model, inputs, arrays), rows)
+        prepared = replica.prepared(_input_types(replica.model, inputs, arrays), rows)
         outlines = prepared.program.outline(rows)
         outs = _device_results(out, outlines, prepared, backend)
         with backend.current():
@@ -372,22 +376,22 @@ class Engine:
         if not present or shapes[0] is None:
             raise OptionError("plan takes the shape of x, such as (1000, 784)")
         dtypes = map(np.dtype, self.model.input_dtypes(len(shapes)))
-        kinds = [
-            None if shape is None else Kind(tuple(shape[1:]), dtype, dtype)
+        input_types = [
+            None if shape is None else InputType(tuple(shape[1:]), dtype, dtype)
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
-        plans = self._plans(present[0][0], tuple(kinds))[1]
+        plans = self._plans(present[0][0], tuple(input_types))[1]
         return Plan(
             max(plan.rows for plan in plans),
             sum(plan.workers for plan in plans),
             sum(plan.working_set for plan in plans),
         )
 
-    def _plans(self, rows: int, kinds: tuple[Kind | None, ...]) -> tuple[list[Replica], list[Plan]]:
+    def _plans(self, rows: int, input_types: InputTypes) -> tuple[list[Replica], list[Plan]]:
         """The replicas that have a part in so many rows, and how each would cut its part."""
 
         def plan(replica: Replica, rows: int) -> Plan:
-            budget = self._budget(replica, replica.prepared(kinds))
+            budget = self._budget(replica, replica.prepared(input_types))
             return replica.backend.plan(rows, budget)
 
         replicas = self._open()
@@ -502,38 +506,39 @@ class Replica:
         self.precision, self.sparing, self.rewrite = precision, sparing, rewrite
         self.lanes = LanePool()
         self.ready: dict[tuple[np.dtype[Any], Shape], Ready] = {}
-        self._prepared: dict[tuple[Kind | None, ...], Prepared] = {}
+        self._prepared: dict[InputTypes, Prepared] = {}
         self._wholes: dict[Any, Whole] = {}
         self._asked: set[Any] = set()  # for models without a program: few whole numbers that came
         self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
 
-    def prepared(self, kinds: tuple[Kind | None, ...], rows: int = 1) -> Prepared:
+    def prepared(self, input_types: InputTypes, rows: int = 1) -> Prepared:
         """The program for such rows; so many of them, for what errors say.
 
         Raises ShapeError for rows that do not fit, and for a model that mixes rows.
         """
-        prepared = self._prepared.get(kinds)
+        prepared = self._prepared.get(input_types)
         if prepared is None:
-            prepared = Prepared(self._program(kinds, rows), kinds, self.backend, self.sparing)
-            if len(self._prepared) >= MOST_KINDS:
+            prepared = Prepared(
+                self._program(input_types, rows), input_types, self.backend, self.sparing
+            )
+            if len(self._prepared) >= MOST_TYPES:
                 self._prepared.clear()
-            self._prepared[kinds] = prepared
+            self._prepared[input_types] = prepared
         return prepared
 
-    def _program(self, kinds: tuple[Kind | None, ...], rows: int) -> Program:
+    def _program(self, input_types: InputTypes, rows: int) -> Program:
         try:
-            program = self.model.program(
-                *(kind and ((rows, *kind.row), kind.dtype) for kind in kinds)
-            )
+            outlines = (t and ((rows, *t.row), t.dtype) for t in input_types)
+            program = self.model.program(*outlines)
         except Untraceable as error:
             raise ShapeError(
                 f"{self.model!r:.200} does not go through an engine: {error}"
             ) from None
-        first = next(filter(None, kinds))
+        first = next(filter(None, input_types))
         if len(program.inputs) == 1:
-            program = in_their_own_type(program, first.travels)
+            program = in_their_own_type(program, first.source_dtype)
         return self._rewritten(program)
 
     def _rewritten(self, program: Program) -> Program:
@@ -588,7 +593,7 @@ class Replica:
         if not x.dtype.isnative:
             return
         if isinstance(prepared.run, Recordings):
-            if len(self.ready) >= MOST_KINDS:
+            if len(self.ready) >= MOST_TYPES:
                 self.ready.clear()
             self.ready[key] = HostRecording(prepared.run, x)
             return
@@ -596,7 +601,7 @@ class Replica:
         if (
             not self._close.alive
             or not 0 < len(x) <= FEW_ROWS
-            or len(self._seen) > MOST_KINDS
+            or len(self._seen) > MOST_TYPES
             or prepared.program.opaque
         ):
             return
@@ -628,7 +633,7 @@ class Prepared:
     """
 
     def __init__(
-        self, program: Program, kinds: tuple[Kind | None, ...], backend: Backend, sparing: bool
+        self, program: Program, input_types: InputTypes, backend: Backend, sparing: bool
     ) -> None:
         if mixed := mixing(expanded_as_needed(program)):
             raise ShapeError(
@@ -646,7 +651,7 @@ class Prepared:
             self.program = placed(at_home, partial(to_backend, backend=backend))
             self.run = partial(_run, self.program)
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
-        self.costs = _costs(at_work, kinds, self.outputs, backend)
+        self.costs = _costs(at_work, input_types, self.outputs, backend)
         self.most_rows: int | None = None
 
 
@@ -720,12 +725,12 @@ def _run(program: Program, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _costs(
-    program: Program, kinds: tuple[Kind | None, ...], outputs: tuple[Outline, ...], backend: Backend
+    program: Program, input_types: InputTypes, outputs: tuple[Outline, ...], backend: Backend
 ) -> Costs:
     """What rows cost where they are at work, as they are read and as they are answered."""
-    at_work = [kind for kind in kinds if kind]
-    counted = costs(program, [kind.travels for kind in at_work])
-    own = sum(prod(kind.row) * kind.travels.itemsize for kind in at_work)
+    at_work = [t for t in input_types if t]
+    counted = costs(program, [t.source_dtype for t in at_work])
+    own = sum(prod(t.row) * t.source_dtype.itemsize for t in at_work)
     if isinstance(backend, DeviceBackend):
         own += sum(prod(shape) * dtype.itemsize for shape, dtype in outputs)
     return counted._replace(row_bytes=counted.row_bytes + own)
@@ -764,13 +769,15 @@ def _row_count(model: Layer, inputs: Sequence[Any]) -> int:
     return counts[0]
 
 
-def _kinds(model: Layer, inputs: Sequence[Any], sources: Sequence[Any]) -> tuple[Kind | None, ...]:
+def _input_types(model: Layer, inputs: Sequence[Any], sources: Sequence[Any]) -> InputTypes:
     """What the rows of each input are; None for one that is left out."""
     rows = iter(sources)
-    return tuple(None if x is None else _kind(model, i, next(rows)) for i, x in enumerate(inputs))
+    return tuple(
+        None if x is None else _input_type(model, i, next(rows)) for i, x in enumerate(inputs)
+    )
 
 
-def _kind(model: Layer, index: int, rows: Any) -> Kind:
+def _input_type(model: Layer, index: int, rows: Any) -> InputType:
     """What the rows of one input are, and what they are computed in."""
     own = getattr(rows, "dtype", None)
     own = own.newbyteorder("=") if isinstance(own, np.dtype) else None
@@ -786,7 +793,7 @@ def _kind(model: Layer, index: int, rows: Any) -> Kind:
     else:
         dtype = dtype_of(takes)
     unsaid = np.dtype("float64") if dtype.kind == "f" else dtype  # it may be as wide as that
-    return Kind(tuple(map(int, rows.shape[1:])), own or unsaid, dtype)
+    return InputType(tuple(map(int, rows.shape[1:])), own or unsaid, dtype)
 
 
 def _backends(backend: str | Backend | Sequence[str | Backend]) -> list[Backend]:

@@ -202,9 +202,9 @@ def _judge(backend: Backend, cases: Sequence[tuple[Layer, Rows]]) -> tuple[Found
     products = product_checks(backend)
     checks = list(products)
     for layer, rows in cases:
-        kind = ", ".join(str(x.dtype) for x in rows if x is not None)
+        types = ", ".join(str(x.dtype) for x in rows if x is not None)
         judged = parity_report(layer, *rows, backends=[backend]).checks
-        named = f"{layer!r:.60} {kind}: " if len(cases) > 1 else ""
+        named = f"{layer!r:.60} {types}: " if len(cases) > 1 else ""
         checks += [replace(check, name=named + check.name) for check in judged]
     failed = [check for check in checks if not check.ok]
     return Found(

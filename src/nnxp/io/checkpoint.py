@@ -222,12 +222,12 @@ def _read(file: Any) -> Layer:
     """The model in an open safetensors file."""
     described = _described_in(file.metadata() or {})
     names = set(file.keys())
-    kinds = {file.get_slice(name).get_dtype() for name in names}
-    if not kinds <= _DTYPES.keys() or len(kinds - {"F64"}) > 1:
-        types = " and ".join(sorted(kinds))
+    dtypes = {file.get_slice(name).get_dtype() for name in names}
+    if not dtypes <= _DTYPES.keys() or len(dtypes - {"F64"}) > 1:
+        types = " and ".join(sorted(dtypes))
         raise CheckpointError(f"its tensors are {types}; they are all of one floating type")
-    for kind in kinds:
-        float_dtype(_DTYPES[kind])  # bfloat16 wants a package: say so before anything is read
+    for dtype in dtypes:
+        float_dtype(_DTYPES[dtype])  # bfloat16 wants a package: say so before anything is read
 
     def take(name: str) -> Array:
         if name not in names:

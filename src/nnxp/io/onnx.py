@@ -251,12 +251,12 @@ class _Reading:
                     tensor.shape.SetInParent()
         self.onnx.checker.check_model(model)
 
-    def _dtype(self, kind: int, who: str) -> np.dtype[Any]:
+    def _dtype(self, code: int, who: str) -> np.dtype[Any]:
         """The type of numbers for ONNX's code of it."""
         try:
-            name = self.onnx.TensorProto.DataType.Name(kind).lower()
+            name = self.onnx.TensorProto.DataType.Name(code).lower()
         except ValueError:
-            raise CheckpointError(f"{who!r} is of an unknown type {kind}") from None
+            raise CheckpointError(f"{who!r} is of an unknown type {code}") from None
         name = {"float": "float32", "double": "float64"}.get(name, name)
         if name not in DTYPES:
             raise ConversionError(
@@ -375,12 +375,12 @@ class _Reading:
         if isinstance(value, dict) and "data" in value:
             array: HostArray = unpacked(value)
             return array
-        kind = {"value_float": "float32", "value_floats": "float32", "value_int": "int64",
+        dtype = {"value_float": "float32", "value_floats": "float32", "value_int": "int64",
                 "value_ints": "int64"}.get(attribute.name)  # fmt: skip
-        if kind is None:
+        if dtype is None:
             raise ConversionError(f"Constant {node.output[0]!r} has a {attribute.name}")
         value = float(value["float"]) if isinstance(value, dict) else value
-        return np.asarray(value, kind)
+        return np.asarray(value, dtype)
 
     def _node(self, node: Any) -> dict[str, Any]:
         return {

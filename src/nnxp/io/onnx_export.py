@@ -154,8 +154,8 @@ class _Writing:
             ("rows" if n == ROWS else f"rows_{n // ROWS}") if counts_rows(n) else n
             for n in value.shape
         ]
-        kind = self.onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-        return self.onnx.helper.make_tensor_value_info(name, kind, sizes)
+        code = self.onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        return self.onnx.helper.make_tensor_value_info(name, code, sizes)
 
     # names, nodes and constants
 
@@ -247,17 +247,17 @@ class _Writing:
 
     def _alike(self, step: Step) -> list[str]:
         """The inputs, brought to one type as the library does."""
-        kinds = [v.dtype for v in step.values]
+        dtypes = [v.dtype for v in step.values]
         if step.name == "where":
             condition, *others = step.inputs
-            kind = step.outputs[0].dtype
-            return [self.name(condition, "bool"), *(self.name(x, kind) for x in others)]
+            result_dtype = step.outputs[0].dtype
+            return [self.name(condition, "bool"), *(self.name(x, result_dtype) for x in others)]
         compares = KINDS[step.name] == "comparison"
         if step.name.startswith("logical"):
             dtype: Any = np.dtype("bool")
         elif compares:
             scalars = [x for x in step.inputs if isinstance(x, int | float)]
-            dtype = np.result_type(*kinds, *scalars)
+            dtype = np.result_type(*dtypes, *scalars)
         else:
             dtype = step.outputs[0].dtype
         return [self.name(x, dtype) for x in step.inputs if x is not None]

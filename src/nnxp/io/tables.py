@@ -474,8 +474,8 @@ class ArrowTable(Table):
             except (arrow.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
-                kind = ending(self.path)
-                raise RowsError(f"{self.path} is not a whole {kind} file: {error}") from error
+                suffix = ending(self.path)
+                raise RowsError(f"{self.path} is not a whole {suffix} file: {error}") from error
 
     def _of_parquet(self, file: Any) -> Iterator[Any]:
         names = list(dict.fromkeys(self.names[index] for index in self.chosen))

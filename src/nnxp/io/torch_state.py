@@ -97,19 +97,19 @@ def _tensors(path: str) -> dict[str, HostArray]:
     from safetensors import SafetensorError, safe_open
 
     _readable(path)
-    kinds: set[str] = set()
+    dtypes: set[str] = set()
     try:
         with safe_open(os.fspath(path), framework="numpy", backend="pread") as file:
             ours, names = "nnxp" in (file.metadata() or {}), list(file.keys())
-            kinds = {file.get_slice(name).get_dtype() for name in names}
-            if "BF16" in kinds:
+            dtypes = {file.get_slice(name).get_dtype() for name in names}
+            if "BF16" in dtypes:
                 float_dtype("bfloat16")  # which wants a package, and says so
             tensors = {} if ours else {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         reason = _foreign(path) or f"it is no whole safetensors file ({error})"
         raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
     except (TypeError, AttributeError):
-        types = " and ".join(sorted(kinds))
+        types = " and ".join(sorted(dtypes))
         raise CheckpointError(
             f"{path} has tensors of {types}, not all types of NumPy's; module.float() makes them "
             "so, before they are saved"

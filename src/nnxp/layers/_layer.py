@@ -328,9 +328,9 @@ class Layer(metaclass=_Assembly):
             )
         for name, value in parameters.items():
             if not is_array(value):
-                kind = f"{type(value).__module__}.{type(value).__qualname__}"
+                type_name = f"{type(value).__module__}.{type(value).__qualname__}"
                 raise DtypeMismatch(
-                    f"{name} of {self} is an array of NumPy or CuPy, not {kind}; "
+                    f"{name} of {self} is an array of NumPy or CuPy, not {type_name}; "
                     "numpy.asarray(value) may make it one"
                 )
             if value.shape != own[name].shape:
@@ -412,8 +412,8 @@ class Layer(metaclass=_Assembly):
             with home_of(place_of(value)).current():
                 return value.astype(wanted)
 
-        kinds = {v.dtype for v in self.parameters().values() if id(v) not in exempt}
-        return self if kinds <= {wanted} else self.map_arrays(_once(converted))
+        dtypes = {v.dtype for v in self.parameters().values() if id(v) not in exempt}
+        return self if dtypes <= {wanted} else self.map_arrays(_once(converted))
 
     # what it does
 
@@ -438,23 +438,23 @@ class Layer(metaclass=_Assembly):
             raise ShapeError(f"{self} takes {self.input_names[0]}, which cannot be left out")
         if whole:
             known = tuple(outline if is_array(outline) else None for outline in outlines)
-            kinds = tuple(self._outline(outline, None) for outline in outlines)
-            return _traced_model(self, kinds, None, known)
-        kinds = tuple(map(self._outline, outlines))
-        return self._program(kinds, int(shape_and_dtype(outlines[0])[0][0]))
+            parsed = tuple(self._outline(outline, None) for outline in outlines)
+            return _traced_model(self, parsed, None, known)
+        parsed = tuple(map(self._outline, outlines))
+        return self._program(parsed, int(shape_and_dtype(outlines[0])[0][0]))
 
-    def _program(self, kinds: tuple[Outline | None, ...], rows: int | None) -> Program:
+    def _program(self, outlines: tuple[Outline | None, ...], rows: int | None) -> Program:
         """The program for these kinds of inputs; `rows` is what errors say, None for short ones."""
         programs: dict[Any, Program | Untraceable] = self.__dict__.setdefault("_programs", {})
-        program = programs.get(kinds)
+        program = programs.get(outlines)
         if program is None:
             if len(programs) >= MOST_KINDS:
                 programs.clear()
             try:
-                program = _traced_model(self, kinds, rows)
+                program = _traced_model(self, outlines, rows)
             except Untraceable as error:
                 program = error
-            programs[kinds] = program
+            programs[outlines] = program
         if isinstance(program, Untraceable):
             raise program
         return program
@@ -467,11 +467,11 @@ class Layer(metaclass=_Assembly):
         shape, dtype = shape_and_dtype(outline)
         shape = _sizes(shape) if rows is None else self._shape(shape)
         try:
-            kind = np.dtype(dtype or self.dtype or "float32")
+            dtype = np.dtype(dtype or self.dtype or "float32")
         except TypeError:
             message = f"the type of an input is one of NumPy's, not {dtype!r:.60}"
             raise DtypeMismatch(message) from None
-        return Outline(shape if rows is None else (rows, *shape[1:]), kind)
+        return Outline(shape if rows is None else (rows, *shape[1:]), dtype)
 
     def _shape(self, shape: Any) -> Shape:
         """The shape of an input as whole numbers; ShapeError for anything else."""
@@ -489,8 +489,8 @@ class Layer(metaclass=_Assembly):
         if not shapes:
             raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
         shapes = tuple(None if shape is None else self._shape(shape) for shape in shapes)
-        kinds = zip(shapes, self.input_dtypes(len(shapes)), strict=True)
-        program = self.program(*(None if shape is None else (shape, kind) for shape, kind in kinds))
+        pairs = zip(shapes, self.input_dtypes(len(shapes)), strict=True)
+        program = self.program(*(None if s is None else (s, dtype) for s, dtype in pairs))
         outputs = tuple(outline.shape for outline in program.outline(shapes[0][0]))
         return outputs if program.several else outputs[0]
 
@@ -512,10 +512,10 @@ class Layer(metaclass=_Assembly):
 
     def input_dtypes(self, count: int) -> list[np.dtype[Any]]:
         """The types in which so many inputs are computed, where the rows do not tell."""
-        kinds = [*self.takes, *["float"] * count][:count]
+        takes = [*self.takes, *["float"] * count][:count]
         return [
-            np.dtype("int64") if kind == "int" else self.dtype or np.dtype("float32")
-            for kind in kinds
+            np.dtype("int64") if taken == "int" else self.dtype or np.dtype("float32")
+            for taken in takes
         ]
 
     def activations(self, *inputs: Array) -> dict[str, Array]:
@@ -596,15 +596,15 @@ def _checked_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if type(x) is traced.ndarray or any(type(value) is traced.ndarray for value in inputs):
                 return _traced_call(self, formula, inputs)
-            kind = (x.dtype, x.shape[1:]) if type(x) is np.ndarray and x.ndim else None
+            key = (x.dtype, x.shape[1:]) if type(x) is np.ndarray and x.ndim else None
             taken = self.__dict__.get("_taken")
             if taken is None:
                 taken = self.__dict__["_taken"] = set()
-            if kind is None or kind not in taken or len(inputs) > 1:
+            if key is None or key not in taken or len(inputs) > 1:
                 _check(self, inputs)
                 if len(taken) >= MOST_KINDS:
                     taken.clear()
-                taken.add(kind)
+                taken.add(key)
             if type(x) is np.ndarray:
                 with np.errstate(under="ignore"):  # what is too small for its type is rightly zero
                     return formula(self, *inputs)
@@ -725,9 +725,9 @@ def _traced_model(
 
 
 @cache
-def _inputs_of(kind: type[Layer]) -> dict[str, inspect.Parameter]:
+def _inputs_of(cls: type[Layer]) -> dict[str, inspect.Parameter]:
     """The inputs of a formula by name, without `self`."""
-    own = list(inspect.signature(kind.__call__).parameters.items())[1:]
+    own = list(inspect.signature(cls.__call__).parameters.items())[1:]
     return {name: p for name, p in own if p.kind is not p.KEYWORD_ONLY}
 
 
@@ -853,11 +853,11 @@ def _check_types(layer: Layer, inputs: tuple[Any, ...]) -> None:
     """Raise DtypeMismatch unless the inputs are of the types that the layer takes."""
     own = layer.dtype
     for i, x in enumerate(inputs):
-        kind = layer.takes[i] if i < len(layer.takes) else "float"
+        takes = layer.takes[i] if i < len(layer.takes) else "float"
         dtype = getattr(x, "dtype", None)
-        if dtype is None or kind not in ("float", "int"):
+        if dtype is None or takes not in ("float", "int"):
             continue
-        if kind == "int":
+        if takes == "int":
             if dtype.kind not in "iu":
                 raise DtypeMismatch(f"{layer} takes whole numbers, but x is {dtype}")
         elif own is not None and dtype != own:
@@ -915,8 +915,8 @@ def whole(what: str, value: Any, least: int = 1) -> int:
 
 def is_real(value: Any) -> bool:
     """Whether an option is a finite number; truth values are none."""
-    kinds = int | float | np.integer | np.floating
-    return isinstance(value, kinds) and not isinstance(value, bool) and isfinite(value)
+    numbers = int | float | np.integer | np.floating
+    return isinstance(value, numbers) and not isinstance(value, bool) and isfinite(value)
 
 
 def generator(rng: Rng) -> np.random.Generator:

@@ -68,8 +68,8 @@ class Summary(Printed):
 def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
     """The summary of a layer for inputs of these shapes; ShapeError if such inputs do not fit."""
     output = model.output_shape(*shapes)
-    kinds = zip(shapes, model.input_dtypes(len(shapes)), strict=True)
-    program = model.program(*(None if shape is None else (shape, kind) for shape, kind in kinds))
+    pairs = zip(shapes, model.input_dtypes(len(shapes)), strict=True)
+    program = model.program(*(None if shape is None else (shape, dtype) for shape, dtype in pairs))
     rows = shapes[0][0]
     work: dict[str, int] = {}
     for step in program.steps:

@@ -610,9 +610,7 @@ def _same(step: Step) -> Any:
 
 
 def _astype(step: Step) -> Any:
-    dtype = step.options["dtype"]
-    kind = dtype_of(dtype)
-    return step.inputs[0].shape, kind
+    return step.inputs[0].shape, dtype_of(step.options["dtype"])
 
 
 def _concatenate(step: Step) -> Any:

@@ -95,12 +95,12 @@ def unit_roundoff(dtype: Any) -> float:
 
 
 def _finfo(dtype: Any) -> Any:
-    kind = np.dtype(dtype)
-    if kind.kind == "V":
+    dtype = np.dtype(dtype)
+    if dtype.kind == "V":
         import ml_dtypes
 
-        return ml_dtypes.finfo(kind)  # type: ignore[no-untyped-call]
-    return np.finfo(kind)
+        return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return np.finfo(dtype)
 
 
 def _rounding(value: HostArray, dtype: Any, times: float | HostArray = 1.0) -> HostArray:
@@ -238,8 +238,8 @@ def _all_lifted(args: Sequence[Any], dtype: Any) -> list[ndarray]:
 
 
 def _common(arrays: Sequence[Any]) -> np.dtype[Any]:
-    kinds = [x.dtype for x in arrays if hasattr(x, "dtype")]
-    dtype = fold(np.promote_types, kinds) if kinds else np.dtype("float64")
+    dtypes = [x.dtype for x in arrays if hasattr(x, "dtype")]
+    dtype = fold(np.promote_types, dtypes) if dtypes else np.dtype("float64")
     real = any(isinstance(x, float) for x in arrays) and not is_floating(dtype)
     return np.dtype("float64") if real else dtype
 
@@ -617,20 +617,20 @@ def _nan_to_num(
 
 @_rule
 def _astype(x: ndarray, dtype: Any) -> ndarray:
-    kind = dtype_of(dtype)
-    if kind == np.dtype(bool):
+    dtype = dtype_of(dtype)
+    if dtype == np.dtype(bool):
         return _decision(*_truth(x))
-    if not is_floating(kind):
+    if not is_floating(dtype):
         cut = _step("trunc", x) if is_floating(x.dtype) else x
-        return ndarray(cut.value.astype(kind), cut.error.copy(), kind)
+        return ndarray(cut.value.astype(dtype), cut.error.copy(), dtype)
     value = x.value.astype("float64")
     if not is_floating(x.dtype):  # a whole number, rounded once: what that does is known
-        off = np.abs(value.astype(kind).astype("float64") - value)
-        return ndarray(value, x.error + off, kind)
+        off = np.abs(value.astype(dtype).astype("float64") - value)
+        return ndarray(value, x.error + off, dtype)
     error = x.error
-    if unit_roundoff(kind) > unit_roundoff(x.dtype):
-        error = error + _rounding(x.value, kind)
-    return ndarray(value.copy(), error.copy(), kind)
+    if unit_roundoff(dtype) > unit_roundoff(x.dtype):
+        error = error + _rounding(x.value, dtype)
+    return ndarray(value.copy(), error.copy(), dtype)
 
 
 # What moves elements and computes nothing
@@ -880,15 +880,15 @@ def _linear(
     sum has its size, so that it is rounded K times: where the products are small beside the bias,
     that is up to sqrt(K) times as much as adding it at the end. 16-bit types are summed in float32.
     """
-    kind = x.dtype
-    if kind.itemsize == 2:
+    own = x.dtype
+    if own.itemsize == 2:
         x, weight = x.astype("float32"), weight.astype("float32")
         bias = None if bias is None else bias.astype("float32")
     if bias is not None:
         one = np.ones((*x.shape[:-1], 1))
         x = _together("concatenate", x, ndarray(one, np.zeros(one.shape), x.dtype), axis=-1)
         weight = _together("concatenate", weight, bias.reshape(1, -1), axis=0)
-    return activation(matmul_kernel(x, weight)).astype(kind)
+    return activation(matmul_kernel(x, weight)).astype(own)
 
 
 # Sums and what else looks along axes

@@ -50,14 +50,14 @@ def layer_examples() -> list[tuple[Layer, Shape]]:
 
     With the shapes of rows they take.
     """
-    kinds = [
+    classes = [
         getattr(import_module(f"nnxp.layers.{module}"), name)
         for name, module in sorted(MODULES.items())
     ]
     return [
         (layer, shape)
-        for kind in kinds
-        for layer, shape in kind.examples()
+        for cls in classes
+        for layer, shape in cls.examples()
         if not isinstance(shape, list) and layer.takes[:1] != ("int",)
         if type(layer.output_shape(shape)[0]) is int
     ]

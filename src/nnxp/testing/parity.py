@@ -329,8 +329,8 @@ def _expected(function: Layer | Function, inputs: Sequence[Any]) -> Expected:
     if isinstance(function, Layer):
         arrays += function.parameters().values()
         function = function.map_arrays(lambda name, value: _lift(value))
-    kinds = [x.dtype for x in arrays if is_floating(x.dtype)]
-    coarsest = max(kinds, key=bounded.unit_roundoff, default=None)
+    dtypes = [x.dtype for x in arrays if is_floating(x.dtype)]
+    coarsest = max(dtypes, key=bounded.unit_roundoff, default=None)
     with np.errstate(all="ignore"), bounded.no_coarser_than(coarsest):
         answer = function(*map(_lift, inputs))
     results = answer if isinstance(answer, tuple | list) else (answer,)
@@ -537,10 +537,11 @@ def _judge_model(model: Layer, inputs: Sequence[Any], backends: Sequence[Backend
     host = model.to("numpy")
     host_rows = tuple(None if x is None else _numeric(x) for x in inputs)
     takes = (*host.takes, *("float" for _ in host_rows))
+    dtypes = host.input_dtypes(len(host_rows))
     rows = tuple(
-        x if x is None or kind == "any" or (host.dtype is None and is_floating(x.dtype))
+        x if x is None or wanted == "any" or (host.dtype is None and is_floating(x.dtype))
         else x.astype(dtype)
-        for x, kind, dtype in zip(host_rows, takes, host.input_dtypes(len(host_rows)), strict=False)
+        for x, wanted, dtype in zip(host_rows, takes, dtypes, strict=False)
     )  # fmt: skip
     checks = _judge_parts(host, rows, backends)
     exactly = tuple(map(_in_own_type, host_rows, rows))
