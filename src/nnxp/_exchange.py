@@ -558,11 +558,11 @@ def _memory_of(source: Any) -> Iterator[HostArray]:
     elif _is_sparse(source):
         yield from (part for part in vars(source).values() if isinstance(part, np.ndarray))
     else:
-        yield from _held_by(source)
-        yield from _given_by(source)
+        yield from _arrays_held_by(source)
+        yield from _memory_of_views(source)
 
 
-def _held_by(source: Any) -> Iterator[HostArray]:
+def _arrays_held_by(source: Any) -> Iterator[HostArray]:
     """The arrays in the attributes of an object of the user's, and in what those hold."""
     waiting, seen = deque([(source, 0)]), set[int]()
     while waiting and len(seen) < MOST_HELD:
@@ -579,7 +579,7 @@ def _held_by(source: Any) -> Iterator[HostArray]:
             waiting.extend((item, depth + 1) for item in islice(inside, MOST_HELD))
 
 
-def _given_by(source: Any) -> Iterator[HostArray]:
+def _memory_of_views(source: Any) -> Iterator[HostArray]:
     """All rows of a source whose blocks are views of some memory, told from its first row."""
     block = source[0:1] if hasattr(source, "shape") and source.shape and source.shape[0] else None
     if not isinstance(block, np.ndarray) and block is not None and hasattr(block, "__array__"):

@@ -216,11 +216,11 @@ def main() -> NoReturn:
     try:
         app(prog_name="nnxp")
     finally:
-        _forget_the_unsaid()
+        _discard_unwritten_output()
     raise AssertionError("typer ends the process")
 
 
-def _forget_the_unsaid() -> None:
+def _discard_unwritten_output() -> None:
     """Python tries once more to write what could not be written, and would end with a code of its
     own and a traceback: it has nowhere to write then."""
     try:

@@ -314,10 +314,10 @@ class ndarray(_library.ndarray):
     def apply(cls, name: str, arrays: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
         """NumPy's function of this name, on the host arrays behind the wall."""
         anywhere = name in _ANYWHERE
-        hosts = tuple(_behind(x, name, anywhere) for x in arrays)
+        hosts = tuple(_host_of(x, name, anywhere) for x in arrays)
         options = {key: _unwrap(value) for key, value in options.items()}
         if out is not None:
-            _library.compute(np, name, hosts, options | {"out": _behind(out, name)})
+            _library.compute(np, name, hosts, options | {"out": _host_of(out, name)})
             return out
         result = _library.compute(np, name, hosts, options)
         if name.startswith("empty"):
@@ -326,7 +326,7 @@ class ndarray(_library.ndarray):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._check_current()
-        self._host[_unwrap(key)] = _behind(value, "x[...] = y")
+        self._host[_unwrap(key)] = _host_of(value, "x[...] = y")
 
     def _check_current(self) -> None:
         current = Device.current()
@@ -337,7 +337,7 @@ class ndarray(_library.ndarray):
             )
 
 
-def _behind(x: Any, name: str, anywhere: bool = False) -> Any:
+def _host_of(x: Any, name: str, anywhere: bool = False) -> Any:
     """The host array behind an argument of a function; scalars and None as they are."""
     if isinstance(x, ndarray):
         if not anywhere:

@@ -275,7 +275,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
                 order = shuffle(order, random_state=self._random_state)
             self.n_iter_ += 1
             batches = batches_of(order, batch, joined=self.layers is not None)
-            total = self._epoch(trainer, (_taken(X, y, counts, ids) for ids in batches), noise)
+            total = self._epoch(trainer, (_rows_at(X, y, counts, ids) for ids in batches), noise)
             self.loss_ = total / rows
             self.t_ += rows
             self.loss_curve_.append(self.loss_)
@@ -389,7 +389,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         """All rows at once, by scipy's L-BFGS-B   [Byrd, Lu, Nocedal, Zhu 1995]"""
         from scipy.optimize import minimize
 
-        arrays = _taken(X, y, counts, np.arange(X.shape[0]))
+        arrays = _rows_at(X, y, counts, np.arange(X.shape[0]))
         if trainer.place != "cpu":
             arrays = tuple(to_backend(array, self.device) for array in arrays)
         noise = self._random_state.randint(2**31) if trainer.draws(arrays) else 0
@@ -648,7 +648,9 @@ class _DenseRows:
         return dense
 
 
-def _taken(X: Any, y: HostArray, counts: HostArray | None, ids: HostArray) -> tuple[HostArray, ...]:
+def _rows_at(
+    X: Any, y: HostArray, counts: HostArray | None, ids: HostArray
+) -> tuple[HostArray, ...]:
     """(rows, targets) or (rows, targets, counts), dense."""
     x = X[ids].toarray() if issparse(X) else X[ids]
     return (x, y[ids]) if counts is None else (x, y[ids], counts[ids])

@@ -67,7 +67,7 @@ def run_block(plan: Plan, block: int, setting: Setting = DEFAULT) -> dict[str, A
     """
     if not isinstance(plan, Plan):
         raise OptionError(f"run_block takes a plan, as Plan.load(folder) gives, not {plan!r:.60}")
-    with _alone(plan, block):
+    with _claimed_block(plan, block):
         return done_record(plan, block) or _done(plan, block, setting)
 
 
@@ -141,7 +141,7 @@ def read_record(plan: Plan, block: int) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _alone(plan: Plan, block: int) -> Iterator[None]:
+def _claimed_block(plan: Plan, block: int) -> Iterator[None]:
     """A stretch in which nobody else does this block, and the folder says who does it.
 
     The system lets go of the lock when the process ends, however that happens.

@@ -309,7 +309,7 @@ def _answer(
 # running
 
 
-class _Here(Executor):
+class _InThisThread(Executor):
     """Calls are made in this thread, at once."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
@@ -335,7 +335,7 @@ class _Pool:
 
     def _started(self) -> Executor:
         if self._processes is None:
-            return _Here()
+            return _InThisThread()
         return ProcessPoolExecutor(
             self._processes, multiprocessing.get_context("spawn"), _end_with_parent
         )
@@ -402,13 +402,13 @@ class _Run:
             try:
                 while self.queue or self.running:
                     self._fill()
-                    self._settle(done)
+                    self._collect(done)
             except BaseException:
                 wait([future for future in self.running if not future.cancel()])
                 raise
         report = self._report(kept, perf_counter() - start, before)
         if self.failed:
-            error = SweepError(self._what_failed())
+            error = SweepError(self._failures_text())
             error.report = report
             raise error
         return report
@@ -429,13 +429,13 @@ class _Run:
             try:
                 self.running[self.pool.submit(*call)] = block
             except BrokenExecutor as error:
-                self._broke([block], error)
+                self._executor_broke([block], error)
 
-    def _settle(self, done: Callable[[int], None]) -> None:
+    def _collect(self, done: Callable[[int], None]) -> None:
         """Take in what has ended."""
         finished, _ = wait(self.running, self.patience, FIRST_COMPLETED)
         if not finished and self.running:
-            self.say(self._who_does_what())
+            self.say(self._workers_text())
         broken: list[int] = []
         cause: BaseException | None = None
         for future in finished:
@@ -449,26 +449,26 @@ class _Run:
                 raise  # no fault of the block: whoever works there has no device
             except Exception as error:
                 self._check_room(error)
-                self._went_wrong(block, f"{type(error).__name__}: {error}")
+                self._block_failed(block, f"{type(error).__name__}: {error}")
             else:
                 self.full = 0
                 self.suspects.discard(block)
                 done(self._rows(block))
         if cause is not None:
-            self._broke(broken, cause)
+            self._executor_broke(broken, cause)
 
-    def _broke(self, blocks: list[int], error: BaseException) -> None:
+    def _executor_broke(self, blocks: list[int], error: BaseException) -> None:
         """A process died, and the pool with it."""
         blocks = sorted({*blocks, *self.running.values()})
         self.running.clear()
         self.pool.renew(error)
         if len(blocks) == 1 and blocks[0] in self.suspects:
-            self._went_wrong(blocks[0], "its process died: killed, or out of memory?")
+            self._block_failed(blocks[0], "its process died: killed, or out of memory?")
             return
         self.suspects.update(blocks)
         self.queue.extendleft(reversed(blocks))
 
-    def _went_wrong(self, block: int, problem: str) -> None:
+    def _block_failed(self, block: int, problem: str) -> None:
         self.tries[block] = self.tries.get(block, 0) + 1
         if self.tries[block] < TRIES:
             self.queue.append(block)
@@ -476,7 +476,7 @@ class _Run:
         self.failed[block] = problem
         self.suspects.discard(block)
         if len(self.failed) >= HOPELESS and not self.records:
-            raise SweepError(f"nothing goes well, so it ends here: {self._what_failed()}")
+            raise SweepError(f"nothing goes well, so it ends here: {self._failures_text()}")
 
     def _check_room(self, error: Exception) -> None:
         """End it if the disk is full, and stays so: blocks would be computed for nothing."""
@@ -489,7 +489,7 @@ class _Run:
                 f"{len(self.records):,} blocks were done; make room and run again, and it goes on"
             ) from error
 
-    def _what_failed(self) -> str:
+    def _failures_text(self) -> str:
         block, problem = next(iter(self.failed.items()))
         start, stop = self.plan.span(block)
         others = [str(other) for other in self.failed if other != block]
@@ -499,7 +499,7 @@ class _Run:
             f"(rows {start} to {stop - 1}): {problem}{more}. Run again to try only these"
         )
 
-    def _who_does_what(self) -> str:
+    def _workers_text(self) -> str:
         workers = map(folders.at_work_line, folders.at_work(self.plan))
         listed = "\n".join(workers) or "  nobody says that it is at work"
         return f"no block has ended for {self.patience:g} s\n{listed}"

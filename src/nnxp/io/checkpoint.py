@@ -73,8 +73,8 @@ def save(model: Layer, path: str | os.PathLike[str]) -> None:
     path_of(path)
     model._home  # raises if the arrays are a mixture  # noqa: B018
     arrays = model.parameters()
-    described = _described(model)
-    _built(described, arrays.__getitem__)  # what could not be loaded is refused here
+    described = _to_json(model)
+    _from_json(described, arrays.__getitem__)  # what could not be loaded is refused here
     text = json.dumps({"version": VERSION, "model": described}, separators=(",", ":"))
     if len(text) > LONGEST:
         raise CheckpointError(f"the model's description has {len(text):,} characters: too many")
@@ -91,7 +91,7 @@ def model_sha256(model: Layer) -> str:
     """
     import hashlib  # takes as long to import as all layers
 
-    digest = hashlib.sha256(json.dumps(_described(model)).encode())
+    digest = hashlib.sha256(json.dumps(_to_json(model)).encode())
     for name, value in model.parameters().items():
         array = np.asarray(asnumpy(value), order="C")
         digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
@@ -175,7 +175,7 @@ def _readable(path: str) -> None:
 # writing
 
 
-def _described(layer: Layer, path: str = "") -> dict[str, Any]:
+def _to_json(layer: Layer, path: str = "") -> dict[str, Any]:
     """The layer as JSON."""
     cls = type(layer)
     who = f"{path or 'the model'} ({cls.__name__})"
@@ -190,7 +190,7 @@ def _described(layer: Layer, path: str = "") -> dict[str, Any]:
         if is_array(value):
             return {"tensor": name}
         if isinstance(value, Layer):
-            return _described(value, name)
+            return _to_json(value, name)
         if isinstance(value, tuple) and any(isinstance(item, Layer) for item in value):
             return [written(f"{name}.{i}", item) for i, item in enumerate(value)]
         return _plain(name, value)
@@ -234,7 +234,7 @@ def _read(file: Any) -> Layer:
             raise KeyError(name)
         return file.get_tensor(name)
 
-    model = _built(described, take)
+    model = _from_json(described, take)
     try:
         model._home  # raises if the arrays are a mixture  # noqa: B018
     except NnxpError as error:
@@ -267,14 +267,14 @@ def _described_in(metadata: dict[str, str]) -> Any:
     return entry.get("model")
 
 
-def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int = 0) -> Layer:
+def _from_json(node: Any, take: Callable[[str], Array], path: str = "", depth: int = 0) -> Layer:
     """The layer of a description; `take` gives a tensor by its name, or raises KeyError."""
     who = path or "the model"
     if depth > DEEPEST:
         _refuse(f"{who} is more than {DEEPEST} layers deep")
     if not (type(node) is dict and node.keys() == {"layer", "fields"}):
         _refuse(f"{who} is not described as a layer")
-    cls, fields = _known(who, node["layer"]), node["fields"]
+    cls, fields = _layer_class(who, node["layer"]), node["fields"]
     if type(fields) is not dict:
         _refuse(f"{who} has no fields")
 
@@ -282,7 +282,7 @@ def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int =
         if type(value) is list:
             return tuple(read(f"{name}.{i}", item) for i, item in enumerate(value))
         if type(value) is not dict:
-            return _sound(name, value)
+            return _finite(name, value)
         match value:
             case {"tensor": str(tensor)} if value.keys() == {"tensor"}:
                 if tensor != name:
@@ -293,9 +293,9 @@ def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int =
                     _refuse(f"the tensor {name} is missing")
             case {"dict": dict(items)} if value.keys() == {"dict"}:
                 return {key: read(f"{name}.{key}", item) for key, item in items.items()}
-        return _built(value, take, name, depth + 1)
+        return _from_json(value, take, name, depth + 1)
 
-    _all_there(who, cls, fields)
+    _check_fields(who, cls, fields)
     hints = _hints(cls)
     prefix = f"{path}." if path else ""
     values = {name: read(prefix + name, value) for name, value in fields.items()}
@@ -316,7 +316,7 @@ def _registered(name: str) -> type[Layer] | None:
     return Layer.known.get(name)
 
 
-def _known(who: str, name: Any) -> type[Layer]:
+def _layer_class(who: str, name: Any) -> type[Layer]:
     """The layer class of this name."""
     cls = _registered(name) if type(name) is str else None
     if cls is None:
@@ -329,7 +329,7 @@ def _known(who: str, name: Any) -> type[Layer]:
     return cls
 
 
-def _all_there(who: str, cls: type[Layer], fields: dict[str, Any]) -> None:
+def _check_fields(who: str, cls: type[Layer], fields: dict[str, Any]) -> None:
     """Refuse unless these are the class's fields; one that has a default may be absent."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     needed = [name for name, default in defaults.items() if default is dataclasses.MISSING]
@@ -343,7 +343,7 @@ def _all_there(who: str, cls: type[Layer], fields: dict[str, Any]) -> None:
         )
 
 
-def _sound(name: str, value: Any) -> Any:
+def _finite(name: str, value: Any) -> Any:
     if type(value) is float and not isfinite(value):  # 1e999
         _refuse(f"{name} is {value}")
     return value

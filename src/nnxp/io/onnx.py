@@ -136,7 +136,7 @@ class _Reading:
         if model.functions:
             self.model = model = self.onnx.inliner.inline_local_functions(model)
         self._refuse_unknown(version)
-        self._put_aside()
+        self._detach_large_arrays()
         if 3 <= model.ir_version < 4:  # initialisers had to be inputs, too, and are not always
             model.ir_version = 4
         self._check()
@@ -144,7 +144,7 @@ class _Reading:
             not n.domain or n.domain == "ai.onnx" for n in model.graph.node
         ):
             self._upgrade(version)
-        return self._described()
+        return self._to_graph()
 
     # before anything is done
 
@@ -217,7 +217,7 @@ class _Reading:
         if unknown:
             raise ConversionError(unknown_operators(unknown))
 
-    def _put_aside(self) -> None:
+    def _detach_large_arrays(self) -> None:
         """Take large arrays out, so that what checks and upgrades the model has little to carry."""
         graph = self.model.graph
         inputs = {value.name for value in graph.input}
@@ -289,9 +289,9 @@ class _Reading:
             self._reshape_slopes()
         self.model = self.onnx.version_converter.convert_version(self.model, OPSET)
         if version < 11:
-            self._place_as_before()
+            self._keep_old_resize()
 
-    def _place_as_before(self) -> None:
+    def _keep_old_resize(self) -> None:
         """Before opset 11 a resized array had its places at multiples, not between pixels."""
         for node in _nodes(self.model.graph):
             if node.op_type == "Resize" and not node.domain:
@@ -320,7 +320,7 @@ class _Reading:
 
     # as a Graph
 
-    def _described(self) -> Graph:
+    def _to_graph(self) -> Graph:
         graph = self.model.graph
         for tensor in graph.initializer:
             self.arrays.setdefault(tensor.name, self._array(tensor))

@@ -239,13 +239,13 @@ class _Writing:
         elif step.name in SAME:
             truths = step.outputs[0].dtype == np.bool_
             name = OF_TRUTHS.get(step.name) if truths else None
-            results = self.node(name or SAME[step.name], self._alike(step))
+            results = self.node(name or SAME[step.name], self._inputs_of_one_type(step))
         else:
             raise _refusal(step, f"ONNX has no {step.name}")
         names = results if isinstance(results, list) else [results]
         self.names.update(zip(step.outputs, names, strict=True))
 
-    def _alike(self, step: Step) -> list[str]:
+    def _inputs_of_one_type(self, step: Step) -> list[str]:
         """The inputs, brought to one type as the library does."""
         dtypes = [v.dtype for v in step.values]
         if step.name == "where":
@@ -606,7 +606,7 @@ def _logarithm(factor: float) -> Callable[[_Writing, Step], str]:
 
 
 def _not(op: str) -> Callable[[_Writing, Step], str]:
-    return lambda w, step: w.node("Not", [w.node(op, w._alike(step))])
+    return lambda w, step: w.node("Not", [w.node(op, w._inputs_of_one_type(step))])
 
 
 def _finite(w: _Writing, step: Step) -> str:

@@ -204,7 +204,7 @@ class _Model:
 def _transform(model: _Model, step: _Step) -> None:
     """What the step does to the rows, added to the model."""
     if step.name not in _TRANSFORMERS:
-        raise ConversionError(f"{step} has no counterpart{_way_on(step)}")
+        raise ConversionError(f"{step} has no counterpart{_advice(step)}")
     _fitted(step)
     if step.name in _SCALERS:
         model.standardize(step, *_scaling(step, model.dtype))
@@ -261,7 +261,7 @@ def _normalize(model: _Model, step: _Step) -> None:
     """x / sqrt(sum(x²)) is a root mean square norm with another gain."""
     if step.estimator.norm != "l2":
         raise ConversionError(
-            f"{step} with norm={step.estimator.norm!r} has no counterpart{_way_on(step)}"
+            f"{step} with norm={step.estimator.norm!r} has no counterpart{_advice(step)}"
         )
     size = step.estimator.n_features_in_
     eps = 1e-300 if model.dtype == np.float64 else 1e-30  # so that rows of zeros stay zeros
@@ -401,7 +401,7 @@ def _fitted(step: _Step, attribute: str = "n_features_in_") -> None:
         raise ConversionError(f"{step} is not fitted; call its fit(X, y) first")
 
 
-def _way_on(step: _Step) -> str:
+def _advice(step: _Step) -> str:
     """How rows still come to a model that begins behind the step."""
     if step.place is None:
         return "; transform the rows with it first, and convert what follows it"

@@ -229,7 +229,7 @@ class _Reading:
         if isinstance(x, torch.device | torch.memory_format):
             return None
         if isinstance(x, torch.Tensor):
-            return self._kept(x)
+            return self._constant_step(x)
         return encoded(x)
 
     def _step(self, what: str, args: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
@@ -249,9 +249,9 @@ class _Reading:
         value: Any = self.module
         for name in target.split("."):
             value = getattr(value, name)
-        return self._kept(value)
+        return self._constant_step(value)
 
-    def _kept(self, tensor: Any) -> Any:
+    def _constant_step(self, tensor: Any) -> Any:
         number = self._layer(f"constant {id(tensor)}", lambda: Constant(self.take(tensor)))
         return self._step(number.replace("layers", "constant"), ())
 

@@ -579,9 +579,10 @@ class Layer(metaclass=_Assembly):
 
 def _changed(name: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
     """What a field becomes; no closure, which by calling itself would keep alive what it holds."""
-    if isinstance(value, tuple):
-        return tuple(_changed(f"{name}.{i}", item, change) for i, item in enumerate(value))
-    return change(name, value)
+    if not isinstance(value, tuple):
+        return change(name, value)
+    items = tuple(_changed(f"{name}.{i}", item, change) for i, item in enumerate(value))
+    return value if all(map(operator.is_, items, value)) else items  # it may be a named tuple
 
 
 def _checked_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
@@ -871,24 +872,17 @@ def _check_types(layer: Layer, inputs: tuple[Any, ...]) -> None:
 
 def _hides(value: Any) -> bool:
     """Whether a list, tuple or dict hides arrays or layers: in it, or deeper than one level."""
-    if isinstance(value, dict):
-        return _holds_layers(value.values())
-    if not isinstance(value, list | tuple):
-        return False
-    if isinstance(value, list) and any(isinstance(item, Layer) for item in value):
-        return True
-    return any(
-        is_array(item) or (isinstance(item, list | tuple) and _holds_layers(item)) for item in value
-    )
+    if isinstance(value, tuple):
+        return any(_holds(item) for item in value if not isinstance(item, Layer))
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list) and any(map(_holds, items))
 
 
-def _holds_layers(value: Any) -> bool:
-    return any(
-        isinstance(item, Layer)
-        or is_array(item)
-        or (isinstance(item, list | tuple) and _holds_layers(item))
-        for item in value
-    )
+def _holds(item: Any) -> bool:
+    """Whether it is an array or a layer, or a list or tuple with one."""
+    if isinstance(item, list | tuple):
+        return any(map(_holds, item))
+    return isinstance(item, Layer) or is_array(item)
 
 
 def array_shape(layer: Layer, name: str) -> Shape:

@@ -44,7 +44,7 @@ from nnxp.layers.operators import (
 )
 from nnxp.program import traced
 from nnxp.program.mixing import mixing
-from nnxp.program.program import Program
+from nnxp.program.program import Program, shape_text
 from nnxp.program.traced import Untraceable
 
 DTYPES = frozenset(
@@ -223,7 +223,7 @@ class Graph(Layer):
             )
             if not fits:
                 wanted = ", ".join("any" if n is None else str(n) for n in shape)
-                raise ShapeError(f"{who} is ({wanted}), not {_said(x.shape)}")
+                raise ShapeError(f"{who} is ({wanted}), not {shape_text(x.shape)}")
         free = self.dtype is None and entry["dtype"] == self.kind  # without weights, of any width
         if x.dtype == dtype or (free and is_floating(x.dtype)):
             return x
@@ -554,7 +554,7 @@ class _Nodes:
             except (ValueError, IndexError, TypeError, ArithmeticError, AttributeError) as error:
                 if isinstance(error, NnxpError):
                     raise
-                shapes = [_said(getattr(values.get(n), "shape", ())) for n in node.inputs if n]
+                shapes = [shape_text(getattr(values.get(n), "shape", ())) for n in node.inputs if n]
                 raise ShapeError(f"{node.label} of {', '.join(shapes)}: {error}") from error
             for name in () if keep else node.ended:
                 values.pop(name, None)
@@ -568,10 +568,6 @@ def _uses(node: Mapping[str, Any]) -> Iterator[str]:
             for inner in value["nodes"]:
                 yield from _uses(inner)
             yield from value["outputs"]
-
-
-def _said(shape: Shape) -> str:
-    return str(tuple("rows" if traced.counts_rows(n) else n for n in shape)).replace("'", "")
 
 
 # Constants and attributes, as a file holds them

@@ -125,10 +125,10 @@ class TorchGraph(Layer):
             )
         for step in self.steps:
             fits = type(step) is tuple and len(step) == 3 and isinstance(step[0], str)
-            if not fits or not _knows(step[0], self.layers) or not _sound(step[1:], count):
+            if not fits or not _is_known(step[0], self.layers) or not _is_sound(step[1:], count):
                 raise OptionError(f"a step of a TorchGraph has no meaning: {step!r:.100}")
             count += 1
-        if not self.answers or not _sound(self.answers, count):
+        if not self.answers or not _is_sound(self.answers, count):
             raise OptionError(
                 f"the answers of a TorchGraph are values of it: {self.answers!r:.100}"
             )
@@ -137,8 +137,8 @@ class TorchGraph(Layer):
         values: list[Any] = list(inputs)
         xp = library_of(inputs)
         for what, arguments, options in self.steps:
-            arrays = [_known(x, values) for x in arguments]
-            named = {name: _known(x, values) for name, x in options.items()}
+            arrays = [_argument(x, values) for x in arguments]
+            named = {name: _argument(x, values) for name, x in options.items()}
             kind, _, number = what.partition(".")
             if kind == "layers":
                 values.append(self.layers[int(number)](*arrays, **named))
@@ -149,7 +149,7 @@ class TorchGraph(Layer):
                 values.append(MAKERS[kind](xp, *arrays, **named))
             else:
                 values.append(FUNCTIONS[kind](*arrays, **named))
-        answers = tuple(_known(x, values) for x in self.answers)
+        answers = tuple(_argument(x, values) for x in self.answers)
         answers = tuple(xp.asarray(y) if not is_array(y) else y for y in answers)
         return answers if len(answers) > 1 else answers[0]
 
@@ -185,21 +185,21 @@ def encoded(x: Any) -> Any:
     return x
 
 
-def _known(x: Any, values: list[Any]) -> Any:
+def _argument(x: Any, values: list[Any]) -> Any:
     """What an argument stands for."""
     if type(x) is tuple:
-        return tuple(_known(item, values) for item in x)
+        return tuple(_argument(item, values) for item in x)
     if type(x) is dict:
         ((kind, what),) = x.items()
         if kind == "value":
             return values[what]
         if kind == "slice":
-            return slice(*(_known(bound, values) for bound in what))
+            return slice(*(_argument(bound, values) for bound in what))
         return Ellipsis if kind == "ellipsis" else float(what)
     return x
 
 
-def _knows(what: str, layers: tuple[Layer, ...]) -> bool:
+def _is_known(what: str, layers: tuple[Layer, ...]) -> bool:
     kind, _, number = what.partition(".")
     if kind in ("layers", "constant"):
         known = number.isdecimal() and int(number) < len(layers)
@@ -207,14 +207,14 @@ def _knows(what: str, layers: tuple[Layer, ...]) -> bool:
     return what in FUNCTIONS or what in MAKERS
 
 
-def _sound(x: Any, count: int) -> bool:
+def _is_sound(x: Any, count: int) -> bool:
     """Whether the arguments look at nothing but the first `count` values."""
     if type(x) is tuple:
-        return all(_sound(item, count) for item in x)
+        return all(_is_sound(item, count) for item in x)
     if type(x) is not dict:
         return True
     if "value" in x:
         return len(x) == 1 and type(x["value"]) is int and 0 <= x["value"] < count
     if len(x) == 1 and {"slice", "ellipsis", "float"} & x.keys():
-        return _sound(x.get("slice", ()), count)
-    return all(isinstance(name, str) and _sound(item, count) for name, item in x.items())
+        return _is_sound(x.get("slice", ()), count)
+    return all(isinstance(name, str) and _is_sound(item, count) for name, item in x.items())

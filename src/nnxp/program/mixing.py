@@ -96,7 +96,7 @@ def _along(default: Any) -> Any:
     return rule
 
 
-def _picked(step: Step) -> bool:
+def _index_mixes(step: Step) -> bool:
     """Whether an index or an assignment tells one row from another."""
     shape = step.values[0].shape
     sizes = iter(shape)
@@ -108,17 +108,17 @@ def _picked(step: Step) -> bool:
     return False
 
 
-def _joined(step: Step) -> bool:
+def _concatenate_mixes(step: Step) -> bool:
     axis = step.options.get("axis", 0)
     return any(counts_rows(value.shape[axis]) for value in step.values)
 
 
-def _taken(step: Step) -> bool:
+def _take_mixes(step: Step) -> bool:
     """Rows may pick from a constant table, but nobody may pick rows."""
     return step.values[0].numbers is None and _along(None)(step)
 
 
-def _summed_out(step: Step) -> bool:
+def _einsum_mixes(step: Step) -> bool:
     parts = step.values
     terms, result = einsum_terms(step.options["subscripts"], [len(v.shape) for v in parts])
     return any(
@@ -128,7 +128,7 @@ def _summed_out(step: Step) -> bool:
     )
 
 
-def _contracted(step: Step) -> bool:
+def _tensordot_mixes(step: Step) -> bool:
     a = step.values[0]
     axes = step.options.get("axes", 2)
     left = axes[0] if isinstance(axes, tuple | list) else range(len(a.shape) - axes, len(a.shape))
@@ -136,25 +136,25 @@ def _contracted(step: Step) -> bool:
     return any(counts_rows(a.shape[axis]) for axis in left)
 
 
-def _tiled(step: Step) -> bool:
+def _tile_mixes(step: Step) -> bool:
     """Whether the rows themselves are repeated as a whole."""
     before, after = step.values[0].shape, step.outputs[0].shape
     pairs = zip(reversed(before), reversed(after), strict=False)
     return any(counts_rows(a) and a != b for a, b in pairs)
 
 
-def _triangle(step: Step) -> bool:
+def _triangle_mixes(step: Step) -> bool:
     return any(map(counts_rows, step.values[0].shape[-2:]))
 
 
 _RULES = {
     "reduction": _along(None), "sort": _along(-1), "argsort": _along(-1),
     "cumsum": _along(None), "cumprod": _along(None), "flip": _along(None), "roll": _along(None),
-    "diff": _along(-1), "take_along_axis": _along(None), "take": _taken,
-    "getitem": _picked, "assign": _picked, "concatenate": _joined,
+    "diff": _along(-1), "take_along_axis": _along(None), "take": _take_mixes,
+    "getitem": _index_mixes, "assign": _index_mixes, "concatenate": _concatenate_mixes,
     "matmul": lambda step: counts_rows(step.values[0].shape[-1]),
     "dot": lambda step: counts_rows(step.values[0].shape[-1]),
-    "einsum": _summed_out, "tensordot": _contracted, "tile": _tiled,
-    "tril": _triangle, "triu": _triangle, "diagonal": _triangle,
+    "einsum": _einsum_mixes, "tensordot": _tensordot_mixes, "tile": _tile_mixes,
+    "tril": _triangle_mixes, "triu": _triangle_mixes, "diagonal": _triangle_mixes,
     "sliding_window_view": lambda step: step.values[0].shape[0] != step.outputs[0].shape[0],
 }  # fmt: skip

@@ -91,7 +91,7 @@ class Program(Printed):
         goals = self.outputs if wanted is None else tuple(wanted)
         lives = self.lives if wanted is None else Lives(self, goals)
         for step, reused, ended in zip(self.steps, lives.reused, lives.ended, strict=True):
-            inputs = [_known(x, known, xp) for x in step.inputs]
+            inputs = [_array_for(x, known, xp) for x in step.inputs]
             now = step if rows is None else scaled(step, rows)
             try:
                 if reused is not None and not isinstance(known[reused], np.generic):
@@ -108,7 +108,7 @@ class Program(Printed):
             known.update(zip(step.outputs, results if step.several else (results,), strict=True))
             for value in ended:
                 known.pop(value, None)
-        return [_known(value, known, xp) for value in goals]
+        return [_array_for(value, known, xp) for value in goals]
 
     @cached_property
     def lives(self) -> Lives:
@@ -157,13 +157,15 @@ class Program(Printed):
         names |= {value: f"v{i}" for i, value in enumerate(values)}
         lines = [f"{names[v]}: {v.dtype}{shape_text(v.shape)}" for v in self.inputs]
         for step in self.steps:
-            inputs = [_said(x, names) for x in step.inputs]
+            inputs = [_value_text(x, names) for x in step.inputs]
             options = [f"{name}={_option(v)}" for name, v in step.options.items()]
             results = ", ".join(names[value] for value in step.outputs)
             shape = ", ".join(shape_text(value.shape) for value in step.outputs)
             text = f"{results} = {step.name}({', '.join(inputs + options)})"
             lines.append(f"{text:<60}  # {shape} {step.path}".rstrip())
-        return "\n".join([*lines, "return " + ", ".join(_said(v, names) for v in self.outputs)])
+        return "\n".join(
+            [*lines, "return " + ", ".join(_value_text(v, names) for v in self.outputs)]
+        )
 
 
 class Lives:
@@ -322,7 +324,7 @@ def expanded(program: Program, expands: bool | Callable[..., Any] = True) -> Pro
     return Program(written_out.inputs, written_out.outputs, written_out.steps, (), program.several)
 
 
-def _known(x: Any, known: Mapping[Value, Any], xp: Any) -> Any:
+def _array_for(x: Any, known: Mapping[Value, Any], xp: Any) -> Any:
     """The array for a step's input; a constant that tracing made is moved to the library xp."""
     if not isinstance(x, Value):
         return x
@@ -408,7 +410,7 @@ def shape_text(shape: Shape) -> str:
     return f"({', '.join(map(size, shape))}{',' if len(shape) == 1 else ''})"
 
 
-def _said(x: Any, names: Mapping[Value, str]) -> str:
+def _value_text(x: Any, names: Mapping[Value, str]) -> str:
     if not isinstance(x, Value):
         return f"{x!r:.40}"
     if x in names:

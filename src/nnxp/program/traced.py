@@ -548,7 +548,7 @@ def _scan(step: Step) -> Any:
     return ((math.prod(x.shape),) if flat else x.shape), dtype
 
 
-def _picked(step: Step) -> Any:
+def _index(step: Step) -> Any:
     """The outline of x[key], without the copy that an index with arrays would make.
 
     The key is tried on an array without memory, in which each sliced axis has another prime as its
@@ -775,7 +775,7 @@ _OUTLINES: dict[str, Callable[[Step], Any]] = {
     "astype": _astype, "concatenate": _concatenate, "stack": _stack, "pad": _pad,
     "repeat": _repeat, "tile": _tile, "take": _take, "take_along_axis": _take_along_axis,
     "dot": _dot, "outer": _outer, "tensordot": _tensordot, "einsum": _einsum, "diff": _diff,
-    "getitem": _picked, "roll": _same, "flip": _same, "scatter": _scatter,
+    "getitem": _index, "roll": _same, "flip": _same, "scatter": _scatter,
     "segment_sum": _segment_sum,
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ from nnxp._arrays import HostArray, Shape
 from nnxp._errors import CheckpointError, OptionError
 from nnxp.backend import Backend, asnumpy, get_backend
 from nnxp.io._atomic import path_of, written_beside
-from nnxp.io.checkpoint import _built, _described, _readable
+from nnxp.io.checkpoint import _from_json, _readable, _to_json
 from nnxp.layers import MODULES
 from nnxp.layers._layer import Layer
 from nnxp.testing.parity import (
@@ -140,7 +140,7 @@ def record(
         with where.current(), np.errstate(all="ignore"):
             tensors[f"{i}.y"] = where.get(host.to(where)(where.put(rows)))
         tensors[f"{i}.x"] = rows
-        models.append(_described(host))
+        models.append(_to_json(host))
     about = provenance(where) | {"precision": "as the dtype: no TF32"}
     text = json.dumps({"version": VERSION, "about": about, "models": models})
     with written_beside(path) as beside:
@@ -184,7 +184,7 @@ def check(
     checks: list[Check] = []
     for i, described in enumerate(entry["models"]):
         try:
-            model = _built(described, lambda name, i=i: tensors[f"{i}.p.{name}"])  # type: ignore[misc]
+            model = _from_json(described, lambda name, i=i: tensors[f"{i}.p.{name}"])  # type: ignore[misc]
             x, y = tensors[f"{i}.x"], tensors[f"{i}.y"]
         except KeyError as error:
             raise CheckpointError(f"{os.fspath(path)}: the tensor {error} is missing") from None

@@ -467,7 +467,7 @@ def compare(
     if not worst <= limit:
         problem = (
             f"{int((ratio > limit).sum())} of {ratio.size} elements are off; at {list(where)} "
-            f"{_said(computed[where])} where {_said(value[where])} "
+            f"{_number_text(computed[where])} where {_number_text(value[where])} "
             f"± {limit * error[where]:.2g} was due"
         )
     return Check(name, what, backend, worst, float(ulps[where]), float(off[where]), where, problem)
@@ -478,7 +478,7 @@ def failed(name: str, what: str, backend: str, problem: str) -> Check:
     return Check(name, what, backend, np.inf, np.inf, np.inf, (), problem)
 
 
-def _said(number: Any) -> str:
+def _number_text(number: Any) -> str:
     return f"{number:.9g}" if isinstance(number, np.floating) else str(number)
 
 
@@ -606,7 +606,7 @@ def _judge_parts(model: Layer, rows: Inputs, backends: Sequence[Backend]) -> lis
     def narrowed(check: Check, part: Part, backend: Backend) -> Check:
         """The check of a layer that diverges, as that of the first of its steps that does."""
         for step in part.steps:
-            (inner,) = judged(_alone(step, len(_present(rows)[0])), [backend])
+            (inner,) = judged(_step_alone(step, len(_present(rows)[0])), [backend])
             if not inner.ok:
                 return replace(inner, what=part.what, problem=f"{step.name}: {inner.problem}")
         return check
@@ -646,13 +646,13 @@ def _parts(model: Layer, program: Program, rows: int) -> list[Part]:
         parts.append((at.get(outputs[0], -1), part))
     inside = {call.path for call in program.leaves}
     parts += [
-        (at[step.outputs[0]], _alone(step, rows))
+        (at[step.outputs[0]], _step_alone(step, rows))
         for path, own in steps.items() if path not in inside for step in own
     ]  # fmt: skip
     return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
 
 
-def _alone(step: Step, rows: int) -> Part:
+def _step_alone(step: Step, rows: int) -> Part:
     """A step of a program as a function of arrays of any library."""
     name = step.path or "output"
     if isinstance(step.function, Layer):
