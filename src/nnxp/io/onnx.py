@@ -81,7 +81,7 @@ def load_onnx(source: Any) -> Graph:
             f"load_onnx takes a path, bytes or a ModelProto, not {type(source).__name__}"
         )
     try:
-        return _Reading(onnx, _parsed(onnx, source), folder).graph()
+        return _Reader(onnx, _parsed(onnx, source), folder).graph()
     except (OSError, MemoryError, ConversionError):
         raise
     except NnxpError as error:
@@ -112,8 +112,8 @@ def _parsed(onnx: Any, source: Any) -> Any:
     return model
 
 
-class _Reading:
-    """One model that is being read."""
+class _Reader:
+    """Reads one ONNX model as a Graph."""
 
     def __init__(self, onnx: Any, model: Any, folder: Path | None) -> None:
         self.onnx, self.model, self.folder = onnx, model, folder

@@ -72,7 +72,7 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
     rows = [model.row_shape()] if row is None else row if isinstance(row, list) else [row]
     outlines = map(_outline, rows, model.input_dtypes(len(rows)))
     program = model.to("numpy").program(*outlines)
-    proto = _Writing(onnx, program).model()
+    proto = _Writer(onnx, program).model()
     onnx.checker.check_model(proto)
     size = sum(tensor.ByteSize() for tensor in proto.graph.initializer)
     if size > LARGEST:
@@ -118,8 +118,8 @@ MOST = np.iinfo("int64").max
 OPTIONS = {"alpha": "alpha", "negative_slope": "alpha"}
 
 
-class _Writing:
-    """A program that is being written."""
+class _Writer:
+    """Writes a program as an ONNX model."""
 
     def __init__(self, onnx: Any, program: Program) -> None:
         self.onnx, self.program = onnx, program
@@ -405,8 +405,8 @@ def _axis(step: Step, default: Any, ndim: int) -> int:
 # Functions that take more than their name
 
 
-def _reduction(op: str) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _reduction(op: str) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         (x,), options = step.values, step.options
         dtype = step.outputs[0].dtype
         axes = axes_of(options.get("axis"), len(x.shape))
@@ -416,8 +416,8 @@ def _reduction(op: str) -> Callable[[_Writing, Step], str]:
     return write
 
 
-def _truths(op: str) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _truths(op: str) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         (x,), options = step.values, step.options
         axes = axes_of(options.get("axis"), len(x.shape))
         truth = w.cast(w.name(x, "bool"), np.dtype("int32"))
@@ -427,8 +427,8 @@ def _truths(op: str) -> Callable[[_Writing, Step], str]:
     return write
 
 
-def _variance(root: bool) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _variance(root: bool) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         (x,), options = step.values, step.options
         dtype, axes = step.outputs[0].dtype, axes_of(options.get("axis"), len(step.values[0].shape))
         name, along = w.name(x, dtype), w.ints(*axes)
@@ -443,7 +443,7 @@ def _variance(root: bool) -> Callable[[_Writing, Step], str]:
     return write
 
 
-def _flat(w: _Writing, step: Step, dtype: Any = None) -> tuple[str, int]:
+def _flat(w: _Writer, step: Step, dtype: Any = None) -> tuple[str, int]:
     """The input of a function along one axis, and the axis: the only one where none is named."""
     (x,) = step.values
     if step.options.get("axis") is None:
@@ -451,8 +451,8 @@ def _flat(w: _Writing, step: Step, dtype: Any = None) -> tuple[str, int]:
     return w.name(x, dtype), _axis(step, None, len(x.shape))
 
 
-def _arg(op: str) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _arg(op: str) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         name, axis = _flat(w, step)
         y = w.node(op, [name], axis=axis, keepdims=0)
         keeps = step.options.get("keepdims", False)
@@ -461,7 +461,7 @@ def _arg(op: str) -> Callable[[_Writing, Step], str]:
     return write
 
 
-def _reshape(w: _Writing, step: Step) -> str:
+def _reshape(w: _Writer, step: Step) -> str:
     """To the shape of the result: reshape, expand_dims and squeeze."""
     shape = step.outputs[0].shape
     counted = [i for i, n in enumerate(shape) if counts_rows(n)]
@@ -471,14 +471,14 @@ def _reshape(w: _Writing, step: Step) -> str:
     return w.node("Reshape", [w.name(step.values[0]), w.sizes(shape)], allowzero=1)
 
 
-def _transpose(w: _Writing, step: Step) -> str:
+def _transpose(w: _Writer, step: Step) -> str:
     (x,) = step.values
     numbered = np.empty(range(len(x.shape)))  # an axis is as long as its number: it takes no memory
     perm = compute(np, step.name, (numbered,), step.options).shape
     return w.node("Transpose", [w.name(x)], perm=list(perm))
 
 
-def _concatenate(w: _Writing, step: Step) -> str:
+def _concatenate(w: _Writer, step: Step) -> str:
     dtype = step.outputs[0].dtype
     names = [w.name(x, dtype) for x in step.values]
     axis = _axis(step, 0, len(step.outputs[0].shape))
@@ -487,7 +487,7 @@ def _concatenate(w: _Writing, step: Step) -> str:
     return w.node("Concat", names, axis=axis)
 
 
-def _getitem(w: _Writing, step: Step) -> str:
+def _getitem(w: _Writer, step: Step) -> str:
     """Slices, then single places, then new axes; or one array of places."""
     (x,) = step.values
     key = step.options["key"]
@@ -534,14 +534,14 @@ def _getitem(w: _Writing, step: Step) -> str:
     return w.node("Unsqueeze", [name, w.ints(*new)]) if new else name
 
 
-def _split(w: _Writing, step: Step) -> Any:
+def _split(w: _Writer, step: Step) -> Any:
     (x,) = step.values
     axis = _axis(step, 0, len(x.shape))
     sizes = [value.shape[axis] for value in step.outputs]
     return w.operator("Split", [w.name(x), w.sizes(sizes)], len(sizes), axis=axis)
 
 
-def _pad(w: _Writing, step: Step) -> str:
+def _pad(w: _Writer, step: Step) -> str:
     (x,), options = step.values, step.options
     widths = np.broadcast_to(np.asarray(options["pad_width"]), (len(x.shape), 2))
     names = [w.name(x), w.ints(*widths[:, 0], *widths[:, 1])]
@@ -551,7 +551,7 @@ def _pad(w: _Writing, step: Step) -> str:
     return w.node("Pad", names, mode=mode)
 
 
-def _clip(w: _Writing, step: Step) -> str:
+def _clip(w: _Writer, step: Step) -> str:
     x, low, high = (*step.inputs, None)[:3]
     dtype = step.outputs[0].dtype
     name = w.name(x, dtype)
@@ -559,7 +559,7 @@ def _clip(w: _Writing, step: Step) -> str:
     return name if high is None else w.node("Min", [name, w.name(high, dtype)])
 
 
-def _take(w: _Writing, step: Step) -> str:
+def _take(w: _Writer, step: Step) -> str:
     x, ids = step.inputs
     axis, name = step.options.get("axis"), w.name(x)
     if axis is None:
@@ -567,14 +567,14 @@ def _take(w: _Writing, step: Step) -> str:
     return w.node("Gather", [name, w.name(ids, "int64")], axis=int(axis))
 
 
-def _einsum(w: _Writing, step: Step) -> str:
+def _einsum(w: _Writer, step: Step) -> str:
     dtype, parts = step.outputs[0].dtype, step.values
     terms, result = einsum_terms(step.options["subscripts"], [len(v.shape) for v in parts])
     equation = f"{','.join(terms)}->{result}"
     return w.node("Einsum", [w.name(v, dtype) for v in parts], equation=equation)
 
 
-def _creation(w: _Writing, step: Step) -> str:
+def _creation(w: _Writer, step: Step) -> str:
     out = step.outputs[0]
     fill = {"ones": 1, "zeros": 0, "empty": 0}.get(step.name.removesuffix("_like"))
     fill = step.options["fill_value"] if fill is None else fill
@@ -582,10 +582,10 @@ def _creation(w: _Writing, step: Step) -> str:
     return w.node("ConstantOfShape", [w.sizes(out.shape)], value=value)
 
 
-def _with_one(op: str, first: str) -> Callable[[_Writing, Step], str]:
+def _with_one(op: str, first: str) -> Callable[[_Writer, Step], str]:
     """exp(x) - 1 and log(1 + x), for which ONNX has no name."""
 
-    def write(w: _Writing, step: Step) -> str:
+    def write(w: _Writer, step: Step) -> str:
         (x,) = step.values
         dtype = step.outputs[0].dtype
         name, one = w.name(x, dtype), w.constant(np.asarray(1, dtype))
@@ -596,8 +596,8 @@ def _with_one(op: str, first: str) -> Callable[[_Writing, Step], str]:
     return write
 
 
-def _logarithm(factor: float) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _logarithm(factor: float) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         dtype = step.outputs[0].dtype
         logs = w.node("Log", [w.name(step.values[0], dtype)])
         return w.node("Mul", [logs, w.constant(np.asarray(factor, dtype))])
@@ -605,26 +605,26 @@ def _logarithm(factor: float) -> Callable[[_Writing, Step], str]:
     return write
 
 
-def _not(op: str) -> Callable[[_Writing, Step], str]:
+def _not(op: str) -> Callable[[_Writer, Step], str]:
     return lambda w, step: w.node("Not", [w.node(op, w._inputs_of_one_type(step))])
 
 
-def _finite(w: _Writing, step: Step) -> str:
+def _finite(w: _Writer, step: Step) -> str:
     name = w.name(step.values[0])
     return w.node("Not", [w.node("Or", [w.node("IsInf", [name]), w.node("IsNaN", [name])])])
 
 
-def _square(w: _Writing, step: Step) -> str:
+def _square(w: _Writer, step: Step) -> str:
     name = w.name(step.values[0])
     return w.node("Mul", [name, name])
 
 
-def _cumsum(w: _Writing, step: Step) -> str:
+def _cumsum(w: _Writer, step: Step) -> str:
     name, axis = _flat(w, step, step.outputs[0].dtype)
     return w.node("CumSum", [name, w.ints(axis)])
 
 
-def _flip(w: _Writing, step: Step) -> str:
+def _flip(w: _Writer, step: Step) -> str:
     (x,) = step.values
     axes = axes_of(step.options.get("axis"), len(x.shape))
     n, least = len(axes), int(np.iinfo("int64").min)
@@ -632,7 +632,7 @@ def _flip(w: _Writing, step: Step) -> str:
     return w.node("Slice", [w.name(x), *ends, w.ints(*axes), w.ints(*[-1] * n)])
 
 
-def _repeat(w: _Writing, step: Step) -> str:
+def _repeat(w: _Writer, step: Step) -> str:
     (x,) = step.values
     axis = step.options.get("axis")
     if axis is None or counts_rows(x.shape[axis]):
@@ -641,7 +641,7 @@ def _repeat(w: _Writing, step: Step) -> str:
     return w.node("Gather", [w.name(x), w.ints(*ids)], axis=int(axis))
 
 
-def _tile(w: _Writing, step: Step) -> str:
+def _tile(w: _Writer, step: Step) -> str:
     (x,) = step.values
     reps = list(np.atleast_1d(step.options["reps"]))
     name, lead = w.name(x), len(step.outputs[0].shape) - len(x.shape)
@@ -651,15 +651,15 @@ def _tile(w: _Writing, step: Step) -> str:
     return w.node("Tile", [name, w.ints(*reps)])
 
 
-def _triangle(upper: int) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _triangle(upper: int) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         names = [w.name(step.values[0]), w.ints(step.options.get("k", 0))]
         return w.node("Trilu", names, upper=upper)
 
     return write
 
 
-_SPECIAL: dict[str, Callable[[_Writing, Step], Any]] = {
+_SPECIAL: dict[str, Callable[[_Writer, Step], Any]] = {
     "sum": _reduction("ReduceSum"), "mean": _reduction("ReduceMean"),
     "max": _reduction("ReduceMax"),
     "min": _reduction("ReduceMin"), "prod": _reduction("ReduceProd"), "any": _truths("ReduceMax"),

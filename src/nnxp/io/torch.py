@@ -63,7 +63,7 @@ def from_torch(
         )
     with torch.no_grad(), _evaluating(module):
         graph = _traced(module, inputs)
-        return _Reading(module, None if dtype is None else float_dtype(dtype)).model(graph)
+        return _Reader(module, None if dtype is None else float_dtype(dtype)).model(graph)
 
 
 @contextmanager
@@ -74,8 +74,8 @@ def _evaluating(module: Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for each in training:
-            each.training = True
+        for m in training:
+            m.training = True
 
 
 def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
@@ -139,7 +139,7 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
 _ROAD = "torch.onnx.export writes such a module as ONNX, which nnxp.load_onnx reads"
 
 
-class _Reading:
+class _Reader:
     """A graph of torch.fx, node by node, as the steps of a TorchGraph."""
 
     def __init__(self, module: Module, dtype: Any) -> None:
@@ -493,7 +493,7 @@ def _needed(nodes: list[Any]) -> set[Any]:
 # Modules that are called with more than one argument, or answer more than one array
 
 
-def _batch_first(self: _Reading, path: str, module: Module, x: Any) -> Any:
+def _batch_first(self: _Reader, path: str, module: Module, x: Any) -> Any:
     """x with its rows on axis 0"""
     if module.batch_first:
         return x
@@ -505,7 +505,7 @@ def _batch_first(self: _Reading, path: str, module: Module, x: Any) -> Any:
     return _swapped(self, x)
 
 
-def _swapped(self: _Reading, x: Any) -> Any:
+def _swapped(self: _Reader, x: Any) -> Any:
     """x with its first two axes exchanged: rows and time"""
     return self._step("transpose", (x, 0, 1))
 
@@ -516,7 +516,7 @@ def _states(arguments: dict[str, Any]) -> tuple[Any, ...]:
     return () if states is None else states if type(states) is tuple else (states,)
 
 
-def _recurrent(self: _Reading, path: str, module: Module, arguments: dict[str, Any]) -> Any:
+def _recurrent(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
     turned = [_swapped(self, state) for state in _states(arguments)]
     x = _batch_first(self, path, module, arguments["input"])
@@ -530,7 +530,7 @@ def _recurrent(self: _Reading, path: str, module: Module, arguments: dict[str, A
     return y, (tuple(last) if len(last) > 1 else last[0])
 
 
-def _cell(self: _Reading, path: str, module: Module, arguments: dict[str, Any]) -> Any:
+def _cell(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
     result = self._step(what, (arguments["input"], *_states(arguments)))
     if kind_of(module) != "LSTMCell":
@@ -539,7 +539,7 @@ def _cell(self: _Reading, path: str, module: Module, arguments: dict[str, Any]) 
 
 
 def _mask(
-    self: _Reading, x: Any, padding: Any, attn: Any, heads: int, dtype: str
+    self: _Reader, x: Any, padding: Any, attn: Any, heads: int, dtype: str
 ) -> tuple[Any, ...]:
     if padding is None and attn is None:
         return ()
@@ -547,7 +547,7 @@ def _mask(
     return (self._step("mask_of_attention", (padding, attn, rows, heads, dtype)),)
 
 
-def _attention(self: _Reading, path: str, module: Module, arguments: dict[str, Any]) -> Any:
+def _attention(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     arrays = [
         _batch_first(self, path, module, arguments[name]) for name in ("query", "key", "value")
     ]
@@ -558,7 +558,7 @@ def _attention(self: _Reading, path: str, module: Module, arguments: dict[str, A
 
 
 def _attended(
-    self: _Reading, path: str, module: Module, arrays: Sequence[Any], padding: Any, attn: Any
+    self: _Reader, path: str, module: Module, arrays: Sequence[Any], padding: Any, attn: Any
 ) -> Any:
     """What MultiheadAttention makes of a query, keys and values with their rows on axis 0."""
     what = self._layer(path, lambda: MODULES["MultiheadAttention"](module, self.take))
@@ -567,7 +567,7 @@ def _attended(
     return self._step(what, (*arrays, *mask))
 
 
-def _encoder(self: _Reading, path: str, module: Module, arguments: dict[str, Any]) -> Any:
+def _encoder(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
     first = module.layers[0] if hasattr(module, "layers") else module
     attention = first.self_attn
@@ -579,7 +579,7 @@ def _encoder(self: _Reading, path: str, module: Module, arguments: dict[str, Any
     return y if attention.batch_first else _swapped(self, y)
 
 
-def _decoder(self: _Reading, path: str, module: Module, arguments: dict[str, Any]) -> Any:
+def _decoder(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     """norm(last(... first(tgt, memory))), of one layer or a stack of them"""
     stack = hasattr(module, "layers")
     layers = dict(module.layers.named_children()) if stack else {"": module}
@@ -596,7 +596,7 @@ def _decoder(self: _Reading, path: str, module: Module, arguments: dict[str, Any
 
 
 def _decoded(
-    self: _Reading, path: str, module: Module, x: Any, memory: Any, arguments: dict[str, Any]
+    self: _Reader, path: str, module: Module, x: Any, memory: Any, arguments: dict[str, Any]
 ) -> Any:
     """One layer of a decoder: attention to itself, to the memory, and the inner layers; each is
     added to what it takes, which is normed before it or after."""
@@ -635,7 +635,7 @@ def _below(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _transformer(self: _Reading, path: str, module: Module, arguments: dict[str, Any]) -> Any:
+def _transformer(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     """decoder(tgt, encoder(src))"""
     _batch_first(self, path, module, arguments["src"])  # which refuses what it does
     parts = {"encoder": module.encoder, "decoder": module.decoder}

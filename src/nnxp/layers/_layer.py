@@ -49,7 +49,7 @@ Example: TypeAlias = "tuple[Layer, Any]"
 MOST_KINDS = 1000  # shapes of rows that a layer remembers
 
 
-class _Assembly(type):
+class _LayerType(type):
     """Makes layers: what `__init__` has assigned is checked, and from then on it is fixed."""
 
     @property
@@ -72,7 +72,7 @@ def _check_derived(cls: type) -> None:
 
 
 @dataclass_transform(eq_default=False)
-class Layer(metaclass=_Assembly):
+class Layer(metaclass=_LayerType):
     """A formula with parameters, rows in and rows out.
 
     Axis 0 of x holds rows, each treated on its own. Layers know nothing of devices, buffers or
