@@ -81,8 +81,8 @@ def _names(config: pytest.Config, option: str) -> Sequence[str]:
         known = dict.fromkeys(word for row in TABLE for word in row[:2])
         for name in names:
             if name.partition(":")[0] not in known:
-                said = ", ".join(known)
-                raise pytest.UsageError(f"{option}: no backend {name!r}; there are {said}")
+                listed = ", ".join(known)
+                raise pytest.UsageError(f"{option}: no backend {name!r}; there are {listed}")
     return names
 
 
@@ -187,25 +187,25 @@ class Run:
 
     def _ran(self, name: str) -> str:
         tests, comparisons = self.tests[name], self.comparisons[name]
-        said = [_count(tests, "test"), _count(comparisons, "comparison")]
-        return ", ".join(filter(None, said))
+        counts = [_count(tests, "test"), _count(comparisons, "comparison")]
+        return ", ".join(filter(None, counts))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not (self.asked or self.tests or self.comparisons or self.skipped):
             return
         for name in NAMES:
             ran = self._ran(name)
-            said = ran or f"nothing ran: {self._why_nothing(name)}"
-            terminalreporter.write_line(f"nnxp: {name}: {said}", yellow=not ran)
+            outcome = ran or f"nothing ran: {self._why_nothing(name)}"
+            terminalreporter.write_line(f"nnxp: {name}: {outcome}", yellow=not ran)
         for name in self._missing():
             terminalreporter.write_line(f"nnxp: {name} is required: the run failed", red=True)
 
     def _why_nothing(self, name: str) -> str:
         import nnxp
 
-        found = nnxp.available_backends()[name]
-        if name in self.skipped or not found.ok:
-            return self.skipped.get(name, found.reason)
+        availability = nnxp.available_backends()[name]
+        if name in self.skipped or not availability.ok:
+            return self.skipped.get(name, availability.reason)
         chosen = name in map(_library, self.chosen)
         return "no test that ran asked for it" if chosen else "not among --nnxp-backends"
 
@@ -224,15 +224,15 @@ def connect(item: pytest.Item, name: str) -> Any:
     import nnxp
 
     try:
-        found = nnxp.get_backend(name)
+        usable = nnxp.get_backend(name)
     except nnxp.BackendUnavailable as error:
         reason = error.reason.removeprefix(f"backend={name!r}: ")
         item.user_properties.append((_SKIPPED, f"{name} {reason}"))
         pytest.skip(f"{name}: {reason}")
-    if _is_gpu(found.name):
+    if _is_gpu(usable.name):
         _prepare_gpu(item)
-    item.user_properties.append((_RAN, found.device))
-    return found
+    item.user_properties.append((_RAN, usable.device))
+    return usable
 
 
 def _prepare_gpu(item: pytest.Item) -> None:
@@ -268,10 +268,10 @@ def fixtures(names: Sequence[str]) -> object:
         @pytest.fixture(params=names)
         def backend(self, request: pytest.FixtureRequest) -> Generator[Any, None, None]:
             """Each backend in turn, as nnxp.get_backend gives it; its device is the current one."""
-            found = connect(request.node, request.param)
-            with found.current():
-                yield found
-                found.synchronize()
+            connected = connect(request.node, request.param)
+            with connected.current():
+                yield connected
+                connected.synchronize()
 
         @pytest.fixture
         def xp(self, backend: Any) -> Any:

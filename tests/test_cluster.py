@@ -262,7 +262,7 @@ def test_a_block_that_somebody_does_is_waited_for_and_not_done_again(room, monke
 def test_a_new_start_does_not_meet_workers_of_the_old_one(room):
     sweep()
     plan = cluster.Plan.load("y")
-    with blocks._alone(plan, 5):
+    with blocks._claimed_block(plan, 5):
         assert [(each["block"], each["pid"]) for each in cluster.status("y").at_work] == [
             (5, os.getpid())
         ]

@@ -522,9 +522,9 @@ def test_a_module_in_training_is_read_as_it_is_in_eval():
 
 
 def test_tensors_that_come_and_go_are_not_taken_for_each_other():
-    from nnxp.io.torch import _Reading
+    from nnxp.io.torch import _Reader
 
-    reading = _Reading(nn.Identity(), None)
+    reading = _Reader(nn.Identity(), None)
     for size in (3, 64, 4096):  # of some, memory is given out again at once
         taken = [reading.take(torch.arange(size).float() * 0 + i) for i in range(60)]
         assert [float(each[0]) for each in taken] == list(range(60))

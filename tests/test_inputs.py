@@ -210,7 +210,7 @@ def test_a_rate_that_decides_is_written_out_when_it_comes_again(backend):
         for rate in range(100):  # one that never comes again is not written out, nor kept
             engine.whole(draw((3, 8)), np.array(rate))
         assert len(engine._replicas[0]._wholes) == 3
-        assert len(engine._replicas[0]._came) <= 32
+        assert len(engine._replicas[0]._asked) <= 32
 
 
 @pytest.mark.parametrize("limit", [None, "1 MiB"])

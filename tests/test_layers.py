@@ -459,3 +459,11 @@ def test_glu_halves_its_last_axis():
     assert kernels.glu(np.ones((2, 4, 3)), axis=1).shape == (2, 2, 3)
     with pytest.raises(nnxp.ShapeError, match="one of 3 has no halves"):
         nnxp.GLU()(np.ones((2, 3)))
+
+
+def test_with_parameters_keeps_wide_fields_in_float64_in_every_layer_of_a_model():
+    net = nnxp.Sequential(nnxp.Standardize.of(np.zeros(3), np.ones(3)), nnxp.Dense(3, 2, rng=0))
+    narrow = {name: value.astype("float32") for name, value in net.parameters().items()}
+    dtypes = {name: str(v.dtype) for name, v in net.with_parameters(narrow).parameters().items()}
+    assert dtypes["layers.0.mean"] == dtypes["layers.0.scale"] == "float64"
+    assert dtypes["layers.1.weight"] == "float32"

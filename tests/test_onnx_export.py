@@ -136,6 +136,25 @@ def test_functions_of_the_dialect_go_out(tmp_path):
     np.testing.assert_allclose(nnxp.load_onnx(path)(x), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda xp, x: x + xp.argmax(x).astype(x.dtype),
+        lambda xp, x: x + xp.argmin(x, keepdims=True).astype(x.dtype),
+        lambda xp, x: xp.cumsum(x).reshape(x.shape),
+        lambda xp, x: xp.swapaxes(xp.moveaxis(x.reshape(-1, 2, 2, 1), (1, 3), (3, 2)), 1, 2),
+    ],
+)
+def test_functions_along_no_axis_go_out_along_all_of_them(function, tmp_path):
+    class Along(nnxp.Layer):
+        def __call__(self, x):
+            return function(xp_of(x), x)
+
+    path, x = tmp_path / "net.onnx", draw((5, 4))
+    nnxp.save_onnx(Along(), path, row=(4,))
+    np.testing.assert_allclose(run(path, x)[0], Along()(x), rtol=1e-5, atol=1e-6)
+
+
 class Looks(nnxp.Layer):
     def __call__(self, x):
         return x * 2 if float(x.max()) > 1 else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -350,3 +351,27 @@ def test_a_formula_that_answers_nothing_is_refused():
     for call in (engine, engine.whole):
         with pytest.raises(nnxp.ShapeError, match="answers arrays, not"):
             call(np.ones((3, 4), "float32"))
+
+
+class Window(NamedTuple):
+    low: float
+    high: float
+
+
+class Clips(Layer):
+    shift: np.ndarray
+    window: Window
+
+    def __init__(self):
+        self.shift, self.window = np.zeros(3, "float32"), Window(-0.5, 0.5)
+
+    def __call__(self, x):
+        return (x + self.shift).clip(self.window.low, self.window.high)
+
+
+def test_a_named_tuple_stays_one_wherever_the_model_goes():
+    layer = Clips()
+    for other in (layer.astype("float64"), layer.with_parameters(layer.parameters())):
+        assert other.window is layer.window
+    np.testing.assert_array_equal(layer.astype("float64")(X.astype("float64")), X.clip(-0.5, 0.5))
+    assert layer.training() is layer

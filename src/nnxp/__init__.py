@@ -137,13 +137,13 @@ def __getattr__(name: str) -> object:
     import importlib
 
     if name in _PACKAGES:
-        found: object = importlib.import_module(f"nnxp.{_PACKAGES[name]}")
+        attribute: object = importlib.import_module(f"nnxp.{_PACKAGES[name]}")
     elif name in _MODULES:
-        found = getattr(importlib.import_module(f"nnxp.{_MODULES[name]}"), name)
+        attribute = getattr(importlib.import_module(f"nnxp.{_MODULES[name]}"), name)
     else:
         raise AttributeError(f"module 'nnxp' has no attribute {name!r}")
-    globals()[name] = found
-    return found
+    globals()[name] = attribute
+    return attribute
 
 
 def __dir__() -> list[str]:

@@ -94,14 +94,14 @@ def get_array_module(*arrays: object) -> Any:
     Raises:
         DeviceMismatch: there are arrays of two libraries.
     """
-    found = {id(xp_of(x)): xp_of(x) for x in arrays if is_array(x)}
-    if len(found) > 1:
+    libraries = {id(xp_of(x)): xp_of(x) for x in arrays if is_array(x)}
+    if len(libraries) > 1:
         names = " and ".join(sorted({place_of(x) for x in arrays if is_array(x)}))
         raise DeviceMismatch(
             f"arrays in different places: {names}; nnxp.asnumpy(x) or "
             "nnxp.to_backend(x, ...) brings them together"
         )
-    return next(iter(found.values()), np)
+    return next(iter(libraries.values()), np)
 
 
 def place_of(x: Array) -> str:
@@ -138,6 +138,11 @@ def float_dtype(dtype: object) -> np.dtype[Any]:
     if result is None or not is_floating(result):
         raise DtypeMismatch(f"a model's dtype is one of {', '.join(FLOATS)}, not {dtype!r}")
     return result.newbyteorder("=")
+
+
+def dtype_of(dtype: Any) -> np.dtype[Any]:
+    """The dtype for any name or dtype that NumPy knows, and for bfloat16, which is ml_dtypes'."""
+    return float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
 
 
 def is_numeric(dtype: np.dtype[Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._printed import Printed
+from nnxp._printed import Printed, aligned
 from nnxp.backend._machine import core_quota, cores
 from nnxp.doctor.facts import blas, cpu
 
@@ -89,15 +89,12 @@ class Comparison(Printed):
         from nnxp.testing import LIMIT
 
         header = ("", "median [quartiles]", "of the floor", "rows/s", "error", "peak MiB")
-        table = [header, *(self._cells(each) for each in self.results if each.seconds)]
+        table = [header, *(self._cells(result) for result in self.results if result.seconds)]
         shown = [i for i in range(len(header)) if i == 0 or any(line[i] for line in table[1:])]
-        widths = [max(len(line[i]) for line in table) for i in shown]
         title = f"{self.title}, {count(self.rows, 'row')}"
         lines = [fill(line, 80) for line in (title, *_where(self.place))]
-        for line in table:
-            cells = (line[i].ljust(width) for i, width in zip(shown, widths, strict=True))
-            lines.append("  ".join(cells).rstrip())
-        lines += [f"{each.name}: {each.problem}" for each in self.results if each.problem]
+        lines += aligned([[line[i] for i in shown] for line in table])
+        lines += [f"{result.name}: {result.problem}" for result in self.results if result.problem]
         lines += [f"{count(self.rounds, 'round')}, in turns", MEANING]
         lines.append(f"error: of float64, in units of the computed bound; {LIMIT:g} are allowed")
         return "\n".join(lines)
@@ -105,7 +102,7 @@ class Comparison(Printed):
     def _cells(self, result: Result) -> tuple[str, ...]:
         low, median, high = result.quartiles or (0.0, 0.0, 0.0)
         unit, scale = next(unit for unit in _UNITS if median * unit[1] < 1000 or unit[1] == 1)
-        first, middle, last = (figures(each * scale) for each in (low, median, high))
+        first, middle, last = (figures(seconds * scale) for seconds in (low, median, high))
         share, peak = result.share, result.peak_bytes
         return (
             result.name,

@@ -193,10 +193,10 @@ def order_of(columns: tuple[str | None, ...], names: Any, fix: str) -> list[int]
         )
     missing, extra = Counter(names) - Counter(columns), Counter(columns) - Counter(names)
     if missing or extra:
-        said = [f"{_some(missing)} missing"] if missing else []
-        said += [f"{_some(extra)} too many"] if extra else []
+        differences = [f"{_some(missing)} missing"] if missing else []
+        differences += [f"{_some(extra)} too many"] if extra else []
         raise ShapeError(
-            f"these are not the columns that the model was trained with: {', '.join(said)}"
+            f"these are not the columns that the model was trained with: {', '.join(differences)}"
             + ("" if missing else f"; {fix}")
         )
     if len(set(names)) < len(names):
@@ -209,9 +209,9 @@ def order_of(columns: tuple[str | None, ...], names: Any, fix: str) -> list[int]
 
 
 def _some(names: Counter[Any]) -> str:
-    said = ["one without a name" if name is None else repr(name) for name in names]
-    more = f" and {len(said) - 5} more" if len(said) > 5 else ""
-    return f"{', '.join(said[:5])}{more} {'is' if len(said) == 1 else 'are'}"
+    words = ["one without a name" if name is None else repr(name) for name in names]
+    more = f" and {len(words) - 5} more" if len(words) > 5 else ""
+    return f"{', '.join(words[:5])}{more} {'is' if len(words) == 1 else 'are'}"
 
 
 # arrays and lists
@@ -323,10 +323,8 @@ def _of_objects(block: HostArray) -> HostArray:
 def _not_real(kind: type, block: HostArray) -> str:
     example = next(item for item in block.ravel().tolist() if type(item) is kind)
     fix = {
-        "NoneType": "numpy.nan in its place is a missing number",
-        "NAType": "numpy.nan in its place is a missing number",
-        "str": "convert the column, or leave it out",
-        "bytes": "convert the column, or leave it out",
+        **dict.fromkeys(("NoneType", "NAType"), "numpy.nan in its place is a missing number"),
+        **dict.fromkeys(("str", "bytes"), "convert the column, or leave it out"),
     }.get(kind.__name__, "convert it, or leave it out")
     return f"rows are real numbers, but one of them holds {example!r:.40} ({kind.__name__}); {fix}"
 
@@ -399,22 +397,13 @@ def _names(x: Any) -> Any:
     return getattr(x, "columns", None) if names is None or callable(names) else names
 
 
-def _frame_dtypes(x: Any) -> np.dtype[Any] | None:
-    """The type that holds all columns of a frame, None if some are not NumPy's numbers."""
-    dtypes = list(x.dtypes) if hasattr(x.dtypes, "__iter__") else [x.dtypes]
-    if dtypes and all(isinstance(dtype, np.dtype) and is_numeric(dtype) for dtype in dtypes):
-        return np.result_type(*dtypes)
-    return None
-
-
 def _of_table(x: Any) -> HostArray:
     """The columns of a table side by side, each converted on its own."""
     if _is_frame(x):
-        if (
-            _frame_dtypes(x) is not None
-            and len({str(each) for each in np.atleast_1d(x.dtypes)}) == 1
-        ):
-            return host_rows(x.to_numpy())  # all of one type
+        dtypes = list(np.atleast_1d(x.dtypes))
+        numeric = all(isinstance(dtype, np.dtype) and is_numeric(dtype) for dtype in dtypes)
+        if numeric and len(set(map(str, dtypes))) == 1:
+            return host_rows(x.to_numpy())
         if len(x.shape) == 1:
             return _of_column(x)
         columns = [x.iloc[:, index] for index in range(x.shape[1])]
@@ -509,21 +498,14 @@ def _overlap(memory: HostArray, out: HostArray) -> bool:
         shared = True
     if not shared:
         return _overlap_in_file(memory, out)
-    same = (memory.ctypes.data, memory.strides, memory.dtype, memory.shape) == (
-        out.ctypes.data,
-        out.strides,
-        out.dtype,
-        out.shape,
-    )
-    return not (same and _disjoint(out))
+    one, two = ((x.ctypes.data, x.strides, x.dtype, x.shape) for x in (memory, out))
+    return not (one == two and _disjoint(out))
 
 
 def _disjoint(x: HostArray) -> bool:
     """Whether no two elements of an array lie in the same place."""
     extent = x.itemsize
-    for step, size in sorted(
-        (abs(step), size) for step, size in zip(x.strides, x.shape, strict=True)
-    ):
+    for step, size in sorted(zip(map(abs, x.strides), x.shape, strict=True)):
         if size > 1:
             if step < extent:
                 return False
@@ -572,15 +554,15 @@ def _memory_of(source: Any) -> Iterator[HostArray]:
     elif hasattr(source, "column_names") and hasattr(source, "schema"):
         for column in source.columns:
             for chunk in getattr(column, "chunks", [column]):
-                yield from (np.frombuffer(each, "uint8") for each in chunk.buffers() if each)
+                yield from (np.frombuffer(buffer, "uint8") for buffer in chunk.buffers() if buffer)
     elif _is_sparse(source):
         yield from (part for part in vars(source).values() if isinstance(part, np.ndarray))
     else:
-        yield from _held_by(source)
-        yield from _given_by(source)
+        yield from _arrays_held_by(source)
+        yield from _memory_of_views(source)
 
 
-def _held_by(source: Any) -> Iterator[HostArray]:
+def _arrays_held_by(source: Any) -> Iterator[HostArray]:
     """The arrays in the attributes of an object of the user's, and in what those hold."""
     waiting, seen = deque([(source, 0)]), set[int]()
     while waiting and len(seen) < MOST_HELD:
@@ -597,7 +579,7 @@ def _held_by(source: Any) -> Iterator[HostArray]:
             waiting.extend((item, depth + 1) for item in islice(inside, MOST_HELD))
 
 
-def _given_by(source: Any) -> Iterator[HostArray]:
+def _memory_of_views(source: Any) -> Iterator[HostArray]:
     """All rows of a source whose blocks are views of some memory, told from its first row."""
     block = source[0:1] if hasattr(source, "shape") and source.shape and source.shape[0] else None
     if not isinstance(block, np.ndarray) and block is not None and hasattr(block, "__array__"):
@@ -610,7 +592,7 @@ def _given_by(source: Any) -> Iterator[HostArray]:
     rows = np.lib.stride_tricks.as_strided(
         np.asarray(block), (source.shape[0], *block.shape[1:]), block.strides, writeable=False
     )
-    (low, high), (start, stop) = (np.lib.array_utils.byte_bounds(each) for each in (rows, memory))
+    (low, high), (start, stop) = (np.lib.array_utils.byte_bounds(x) for x in (rows, memory))
     yield rows if start <= low and high <= stop else np.asarray(memory)
 
 

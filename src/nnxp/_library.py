@@ -8,6 +8,7 @@ function of the module, arrives at one hook, `apply(name, arrays, options, out)`
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from functools import cache
 from math import prod
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from nnxp._arrays import Array, Shape, float_dtype
+from nnxp._arrays import Array, Shape, dtype_of
 from nnxp._errors import UnsupportedFunction
 
 _REDUCE = "axis=None, dtype=None, *, keepdims=False"
@@ -139,7 +140,7 @@ def form(name: str) -> tuple[int | None, inspect.Signature]:
     arrays, options = (part.strip() for part in text.split(";"))
     parameters = ", ".join(filter(None, [arrays.removeprefix("*"), options]))
     signature = inspect.signature(eval(f"lambda {parameters}: 0"))
-    count = len([each for each in arrays.split(",") if each.strip(" /")])
+    count = len([name for name in arrays.split(",") if name.strip(" /")])
     return None if arrays.startswith("*") else count, signature
 
 
@@ -164,7 +165,8 @@ def _scatter(xp: Any, *values: Array, shape: Shape, keys: tuple[Any, ...]) -> Ar
         return type(values[0]).apply("scatter", values, options, None)
     y = xp.zeros(shape, values[0].dtype)
     for value, key in zip(values, keys, strict=True):
-        if any(isinstance(each, list) or hasattr(each, "shape") for each in _as_tuple(key)):
+        indices = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(index, list) or hasattr(index, "shape") for index in indices):
             xp.add.at(y, key, value)  # an index may come twice
         else:
             y[key] += value
@@ -178,10 +180,6 @@ def _segment_sum(xp: Any, values: Array, ids: Array, size: int) -> Array:
     y = xp.zeros((size, *values.shape[ids.ndim :]), values.dtype)
     xp.add.at(y, ids, values)
     return y
-
-
-def _as_tuple(key: Any) -> tuple[Any, ...]:
-    return key if isinstance(key, tuple) else (key,)
 
 
 def _windows(xp: Any, x: Array, window_shape: Any, axis: Any = None) -> Array:
@@ -255,10 +253,32 @@ class ndarray(NDArrayOperatorsMixin):
     def __array__(self, *args: object, **options: object) -> Any:
         raise TypeError(f"{self!r} does not become a NumPy array implicitly")
 
+    def _numbers(self, what: str) -> Any:
+        """The array of its numbers, at which `what`, such as float, is about to look."""
+        raise NotImplementedError
+
+    def item(self) -> Any:
+        return self._numbers("item").item()
+
+    def tolist(self) -> Any:
+        return self._numbers("tolist").tolist()
+
+    def __bool__(self) -> bool:
+        return bool(self._numbers("bool"))
+
+    def __float__(self) -> float:
+        return float(self._numbers("float"))
+
+    def __int__(self) -> int:
+        return int(self._numbers("int"))
+
+    def __index__(self) -> int:
+        return operator.index(self._numbers("int"))
+
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **options: Any) -> Any:
         if method != "__call__":
             raise self.refusal(f"{self.library} has no {ufunc.__name__}.{method}: {_SHARED}")
-        if any(_foreign(each, type(self)) for each in args):
+        if any(_foreign(x, type(self)) for x in args):
             return NotImplemented
         out = options.pop("out", None)
         (out,) = out if isinstance(out, tuple) else (out,)
@@ -280,10 +300,10 @@ class ndarray(NDArrayOperatorsMixin):
         return self.apply("transpose", (self,), {"axes": axes} if axes else {}, None)
 
     def astype(self, dtype: Any, copy: bool = True) -> Any:
-        kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
-        if not copy and kind == self.dtype:
+        dtype = dtype_of(dtype)
+        if not copy and dtype == self.dtype:
             return self
-        return self.apply("astype", (self,), {"dtype": kind}, None)
+        return self.apply("astype", (self,), {"dtype": dtype}, None)
 
     def clip(self, min: Any = None, max: Any = None, out: Any = None) -> Any:
         return function(type(self), "clip")(self, min, max, out=out)
@@ -351,16 +371,16 @@ def function(array: type[ndarray], name: str) -> Callable[..., Any]:
         if name == "einsum":
             args = (args[1:], *args[:1])
         try:
-            given = signature.bind(*args, **options).arguments
+            arguments = signature.bind(*args, **options).arguments
         except TypeError as error:
             raise TypeError(f"{name}{signature}, as NumPy and CuPy share it: {error}") from None
-        values = list(given.values())
-        names = list(given)
+        values = list(arguments.values())
+        names = list(arguments)
         if count is None:
             arrays, names = tuple(values[0]), names[1:]
         else:
             arrays, names = tuple(values[:count]), names[count:]
-        return array.apply(name, arrays, {name: given[name] for name in names}, out)
+        return array.apply(name, arrays, {name: arguments[name] for name in names}, out)
 
     call.__name__ = name
     return call

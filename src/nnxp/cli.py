@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from nnxp._errors import NnxpError, OptionError, ShapeError
@@ -50,8 +51,8 @@ def _plain_errors() -> Iterator[None]:
     except OptionError as error:
         code = _failed(error, 2)
     except OSError as error:
-        said = error.strerror or str(error)
-        code = _failed(f"{error.filename}: {said}" if error.filename else said)
+        reason = error.strerror or str(error)
+        code = _failed(f"{error.filename}: {reason}" if error.filename else reason)
     except MemoryError as error:
         code = _failed(f"not enough memory. {error}".removesuffix(". "))
     except NnxpError as error:
@@ -71,7 +72,9 @@ def _say(text: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stdout
     if stream.isatty():
         width = shutil.get_terminal_size().columns
-        text = "\n".join(line for each in text.split("\n") for line in _folded(each, width))
+        text = "\n".join(
+            line for paragraph in text.split("\n") for line in _folded(paragraph, width)
+        )
     typer.echo(text, file=stream)
 
 
@@ -132,45 +135,38 @@ def _import(names: list[str] | None) -> list[str] | None:
         try:
             importlib.import_module(name)
         except Exception as error:  # whatever a module of somebody's does
-            said = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
             fix = f"; --import {name[:-3]} names the module" if name.endswith(".py") else ""
-            raise OptionError(f"--import {name}: it cannot be imported: {said}{fix}") from error
+            raise OptionError(f"--import {name}: it cannot be imported: {reason}{fix}") from error
     return names
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+_WHERE = 'Where to compute: "auto", "numpy", "cupy", "cuda:1", "sim"'
+_NAMED = "What is named but cannot be used is an error."
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object and nothing else.")]
 OnBackend = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        callback=_known_backends,
-        help='Where to compute: "auto", "numpy", "cupy", "cuda:1", "sim". '
-        "What is named but cannot be used is an error.",
-    ),
+    str, Option("--backend", metavar="NAME", callback=_known_backends, help=f"{_WHERE}. {_NAMED}")
 ]
-MemoryLimit = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help='Bytes for the rows at work, such as "256 MiB".'),
-]
-Workers = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads on the CPU.")]
 OnBackends = Annotated[
     str,
-    typer.Option(
+    Option(
         "--backend",
         metavar="NAMES",
         callback=_known_backends,
-        help='Where to compute: "auto", "numpy", "cupy", "cuda:1", "sim", or several devices, '
-        '"cuda:0,cuda:1". What is named but cannot be used is an error.',
+        help=f'{_WHERE}, or several devices, "cuda:0,cuda:1". {_NAMED}',
     ),
 ]
+MemoryLimit = Annotated[
+    str | None, Option(metavar="SIZE", help='Bytes for the rows at work, such as "256 MiB".')
+]
+Workers = Annotated[int | None, Option(metavar="N", min=1, help="Threads on the CPU.")]
 Precision = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help='"tf32": a GPU may round factors to ten bits for speed.'),
+    Option(metavar="NAME", help='"tf32": a GPU may round factors to ten bits for speed.'),
 ]
 Header = Annotated[
     bool | None,
-    typer.Option(
+    Option(
         "--header/--no-header",
         help="Whether the first line of a text is names. Default: if it looks like names, or is "
         "0, 1, ... n-1; where in doubt, stderr tells.",
@@ -178,31 +174,28 @@ Header = Annotated[
 ]
 Delimiter = Annotated[
     str | None,
-    typer.Option(
-        metavar="MARK", help='What stands between the fields of a text, such as ";" or "tab".'
-    ),
+    Option(metavar="MARK", help='What stands between the fields of a text, such as ";" or "tab".'),
 ]
 Columns = Annotated[
     str | None,
-    typer.Option(metavar="NAMES", help="The columns of a table to take, names or numbers from 0."),
+    Option(metavar="NAMES", help="The columns of a table to take, names or numbers from 0."),
 ]
 Missing = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="NUMBER", help='What missing values are: "nan", or a number. Default: an error.'
     ),
 ]
 RowShapes = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="SIZES",
-        help='The shape of one row, such as "784" or "28,28"; once for each input.',
+    Option(
+        metavar="SIZES", help='The shape of one row, such as "784" or "28,28"; once for each input.'
     ),
 ]
-Key = Annotated[str | None, typer.Option(metavar="NAME", help="Which array of a .npz file.")]
+Key = Annotated[str | None, Option(metavar="NAME", help="Which array of a .npz file.")]
 Imports = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--import",
         metavar="MODULE",
         callback=_import,
@@ -211,7 +204,7 @@ Imports = Annotated[
 ]
 ROWS = ".npy, .npz, .csv, .tsv (.gz), .parquet, .arrow or .feather"
 Model = Annotated[
-    Path, typer.Argument(help="A model, as nnxp.save writes it, or in ONNX.", metavar="MODEL")
+    Path, Argument(help="A model, as nnxp.save writes it, or in ONNX.", metavar="MODEL")
 ]
 
 
@@ -223,11 +216,11 @@ def main() -> NoReturn:
     try:
         app(prog_name="nnxp")
     finally:
-        _forget_the_unsaid()
+        _discard_unwritten_output()
     raise AssertionError("typer ends the process")
 
 
-def _forget_the_unsaid() -> None:
+def _discard_unwritten_output() -> None:
     """Python tries once more to write what could not be written, and would end with a code of its
     own and a traceback: it has nowhere to write then."""
     try:
@@ -248,7 +241,7 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--version", "-V", help="Print the version and end.", is_eager=True, callback=_version
         ),
     ] = False,
@@ -259,7 +252,7 @@ def _options(
 @app.command()
 def demo(
     rows: Annotated[
-        int, typer.Option(metavar="N", min=1, max=1 << 40, help="How many rows to predict.")
+        int, Option(metavar="N", min=1, max=1 << 40, help="How many rows to predict.")
     ] = 1_000_000,
     backend: OnBackend = "auto",
     as_json: AsJson = False,
@@ -277,44 +270,38 @@ def demo(
 def train(
     data: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="DATA",
             help="A table that fits into memory: .csv, .tsv (.gz), .parquet, .arrow or .feather.",
         ),
     ],
     target: Annotated[
-        str,
-        typer.Option(metavar="COLUMN", help="The column to predict, a name or a number from 0."),
+        str, Option(metavar="COLUMN", help="The column to predict, a name or a number from 0.")
     ],
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", metavar="MODEL", help="Where the network goes, .safetensors."
-        ),
+        Option("--output", "-o", metavar="MODEL", help="Where the network goes, .safetensors."),
     ],
     task: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="NAME",
             help='"classes" or "numbers". Default: text and whole numbers of at most 20 values are '
             "classes.",
         ),
     ] = "auto",
-    hidden: Annotated[
-        str, typer.Option(metavar="SIZES", help="Units of the hidden layers.")
-    ] = "128,64",
+    hidden: Annotated[str, Option(metavar="SIZES", help="Units of the hidden layers.")] = "128,64",
     epochs: Annotated[
         int,
-        typer.Option(
+        Option(
             metavar="N", min=1, help="At most; training ends when held-back rows get no better."
         ),
     ] = 100,
     seed: Annotated[
-        int, typer.Option(metavar="N", min=0, help="The same one gives the same network.")
+        int, Option(metavar="N", min=0, help="The same one gives the same network.")
     ] = 0,
     plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw the learning curve: .svg, .png or .pdf."),
+        Path | None, Option(metavar="FILE", help="Draw the learning curve: .svg, .png or .pdf.")
     ] = None,
     backend: OnBackend = "auto",
     header: Header = None,
@@ -335,8 +322,7 @@ def train(
 
     if output.suffix != ".safetensors":
         raise OptionError(f"{output}: a network goes to a file ending in .safetensors")
-    if not output.parent.is_dir():
-        raise OptionError(f"{output.parent}: there is no such folder to write to")
+    _check_folder(output)
     sizes = _listed(hidden)
     if not all(re.fullmatch("[1-9][0-9]{0,5}", size) for size in sizes):
         raise OptionError(f'--hidden {hidden!r} is not a list of sizes; "128,64" is')
@@ -367,14 +353,10 @@ def predict(
     model: Model,
     rows: Annotated[
         Path,
-        typer.Argument(
-            metavar="INPUT",
-            help=f"The rows: {ROWS}. Only a .npz file must fit into memory.",
-        ),
+        Argument(metavar="INPUT", help=f"The rows: {ROWS}. Only a .npz file must fit into memory."),
     ],
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="Where the model's outputs go: as for INPUT."),
+        Path, Option("--output", "-o", help="Where the model's outputs go: as for INPUT.")
     ],
     backend: OnBackends = "auto",
     memory_limit: MemoryLimit = None,
@@ -387,8 +369,7 @@ def predict(
     missing: Missing = None,
     imports: Imports = None,
     labels: Annotated[
-        bool,
-        typer.Option("--labels", help="Write the class of each row's largest output instead."),
+        bool, Option("--labels", help="Write the class of each row's largest output instead.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -411,18 +392,13 @@ def predict(
         if taken.exists() and output.exists() and output.samefile(taken):
             raise OptionError(f"{output}: the output would replace {taken}, which is read")
     net = load(model)
+    reading = _of_model(reading, net)
     engine = Engine(
-        net,
-        _listed(backend),
-        memory_limit=memory_limit,
-        workers=workers,
-        precision=precision,
+        net, _listed(backend), memory_limit=memory_limit, workers=workers, precision=precision
     )
     start = perf_counter()
-    if net.required_inputs > 1:
-        x: Any = read_inputs(rows, net.input_names)
-    else:
-        x = open_rows(rows, key, _of_model(reading, net))
+    several = net.required_inputs > 1
+    x: Any = read_inputs(rows, net.input_names) if several else open_rows(rows, key, reading)
     if isinstance(x, dict) or (not isinstance(x, Table) and len(_answers(net, x)) > 1):
         if labels:
             raise OptionError("--labels are those of a model of one input and one output")
@@ -436,9 +412,9 @@ def predict(
     seconds = perf_counter() - start  # reading and writing included
     where = engine.backend
     if as_json:
-        made = {"output": str(output), "rows": shape[0], "shape": shape, "dtype": dtype}
+        written = {"output": str(output), "rows": shape[0], "shape": shape, "dtype": dtype}
         ran = {"backend": where.name, "device": _names(engine), "why": where.why}
-        _print_json({**made, "seconds": seconds, **ran})
+        _print_json({**written, "seconds": seconds, **ran})
     else:
         name = typer.format_filename(output)
         _say(f"{name}: {shape[0]:,} rows, {dtype} {shape}, in {seconds:.3g} s")
@@ -450,12 +426,11 @@ def _answers(model: Layer, x: Any) -> tuple[Outline, ...]:
     from nnxp.engine import float_type, inputs_of
 
     inputs = inputs_of(model, x)
-    outlines = [
-        None
-        if each is None
-        else (each.shape, float_type(each) if model.dtype is None and kind.kind == "f" else kind)
-        for each, kind in zip(inputs, model.input_dtypes(len(inputs)), strict=True)
-    ]
+    outlines: list[Any] = []
+    for rows, dtype in zip(inputs, model.input_dtypes(len(inputs)), strict=True):
+        if rows is not None and model.dtype is None and dtype.kind == "f":
+            dtype = float_type(rows)
+        outlines.append(None if rows is None else (rows.shape, dtype))
     return model.program(*outlines).outline(len(inputs[0]))
 
 
@@ -487,12 +462,12 @@ def _arrays_through(engine: Engine, x: Any, output: Path) -> tuple[Shape, str]:
             f"{output}: the model has {len(outlines)} outputs ({', '.join(names)}): they go to a "
             ".npz file, by their names"
         )
-    made = engine(x, progress=True)
+    results = engine(x, progress=True)
     if len(outlines) > 1:
-        write_arrays(output, dict(zip(names, made, strict=True)), _note)
+        write_arrays(output, dict(zip(names, results, strict=True)), _note)
     else:
         with written_rows(output, shape, dtype, _output_names(model, shape), _note) as out:
-            out[...] = made
+            out[...] = results
             del out
     inputs = x.values() if isinstance(x, dict) else [x]
     _note_nonfinite(max(map(nonfinite_rows, inputs)), shape[0])
@@ -533,13 +508,10 @@ def _table_through(engine: Engine, table: Table, output: Path, labelled: bool) -
     if labels is not None:
         shape, dtype, names = shape[:1], labels.dtype, ["label"]
     count = nonfinite = 0
-    with (
-        appended_rows(output, shape[1:], dtype, names, _note) as append,
-        _progress(table) as tell,
-    ):
+    with appended_rows(output, shape[1:], dtype, names, _note) as append, _progress(table) as tell:
         for batch in chain([first], batches):
-            made = engine(batch)
-            append(made if labels is None else labels(made))
+            results = engine(batch)
+            append(results if labels is None else labels(results))
             count += len(batch)
             nonfinite += nonfinite_rows(batch)
             tell()
@@ -549,52 +521,39 @@ def _table_through(engine: Engine, table: Table, output: Path, labelled: bool) -
 
 @app.command()
 def sweep(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="A model, as nnxp.save writes it, or in ONNX."),
-    ],
+    model: Model,
     rows: Annotated[
-        list[Path],
-        typer.Argument(metavar="ROWS", help="The rows: .npy, .h5, .zarr or .parquet files."),
+        list[Path], Argument(metavar="ROWS", help="The rows: .npy, .h5, .zarr or .parquet files.")
     ],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="The folder of the results."),
+        Path | None, Option("--output", "-o", metavar="FOLDER", help="The folder of the results.")
     ] = None,
     processes: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Start so many worker processes here."),
+        int | None, Option(metavar="N", min=1, help="Start so many worker processes here.")
     ] = None,
     dask: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Let the workers of this Dask scheduler do it."),
+        str | None, Option(metavar="ADDRESS", help="Let the workers of this Dask scheduler do it.")
     ] = None,
     devices: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="NAMES",
             callback=_known_backends,
             help='Devices such as "cuda:0,cuda:1", one for each process.',
         ),
     ] = "",
-    per_device: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Processes on each device.")
-    ] = 1,
+    per_device: Annotated[int, Option(metavar="N", min=1, help="Processes on each device.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads of a process.")
+        int | None, Option(metavar="N", min=1, help="CPU threads of a process.")
     ] = None,
-    block_rows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Rows of a block.")
-    ] = None,
-    format: Annotated[
-        str, typer.Option(metavar="NAME", help='"npy", "parquet" or "zarr".')
-    ] = "npy",
+    block_rows: Annotated[int | None, Option(metavar="N", min=1, help="Rows of a block.")] = None,
+    format: Annotated[str, Option(metavar="NAME", help='"npy", "parquet" or "zarr".')] = "npy",
     precision: Precision = None,
     key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which array or columns of a file.")
+        str | None, Option(metavar="NAME", help="Which array or columns of a file.")
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away another sweep's results in FOLDER.")
+        bool, Option("--restart", help="Throw away another sweep's results in FOLDER.")
     ] = False,
     imports: Imports = None,
     as_json: AsJson = False,
@@ -688,8 +647,7 @@ def _progress(table: Table) -> Iterator[Callable[[], None]]:
 def convert(
     model: Model,
     output: Annotated[
-        Path,
-        typer.Argument(metavar="OUTPUT", help="The file to write, .safetensors or .onnx."),
+        Path, Argument(metavar="OUTPUT", help="The file to write, .safetensors or .onnx.")
     ],
     shape: RowShapes = None,
     imports: Imports = None,
@@ -704,17 +662,16 @@ def convert(
     from nnxp.io.onnx import load_model as load
     from nnxp.io.onnx_export import save_onnx
 
-    kind = output.suffix.lower()
-    if kind not in (".safetensors", ".onnx"):
+    suffix = output.suffix.lower()
+    if suffix not in (".safetensors", ".onnx"):
         raise OptionError(f"{output}: a model is written to a .safetensors or an .onnx file")
-    if not output.parent.is_dir():
-        raise OptionError(f"{output.parent}: there is no such folder to write to")
+    _check_folder(output)
     if model.exists() and output.exists() and output.samefile(model):
         raise OptionError(f"{output}: the output would replace the model, which is read")
-    if shape and kind != ".onnx":
+    if shape and suffix != ".onnx":
         raise OptionError(f"--shape is for an .onnx file; {output} holds a model for any rows")
     net = load(model)
-    if kind == ".onnx":
+    if suffix == ".onnx":
         save_onnx(net, output, _rows_of(net, shape))
     else:
         save(net, output)
@@ -729,11 +686,10 @@ def convert(
 @app.command()
 def summary(
     model: Model,
-    rows: Annotated[int, typer.Option(metavar="N", min=1, help="How many rows.")] = 1,
+    rows: Annotated[int, Option(metavar="N", min=1, help="How many rows.")] = 1,
     shape: RowShapes = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw the model's steps: .svg, .png or .pdf."),
+        Path | None, Option(metavar="FILE", help="Draw the model's steps: .svg, .png or .pdf.")
     ] = None,
     backend: OnBackends = "auto",
     memory_limit: MemoryLimit = None,
@@ -752,16 +708,16 @@ def summary(
     _check_picture(plot)
     engine = Engine(load(model), _listed(backend), memory_limit=memory_limit, workers=workers)
     whole = [(rows, *row) for row in _rows_of(engine.model, shape)]
-    found, plan = engine.model.summary(*whole), engine.plan(*whole)
+    totals, plan = engine.model.summary(*whole), engine.plan(*whole)
     if plot is not None:
         from nnxp.plots import program
 
         program(engine.model.program(*whole)).savefig(plot)
     if as_json:
         device = {"device": _names(engine), "working_set": plan.working_set}
-        _print_json({**found.to_dict(), "plan": {**asdict(plan), **device}})
+        _print_json({**totals.to_dict(), "plan": {**asdict(plan), **device}})
     else:
-        _say(str(found))
+        _say(str(totals))
         cut = f"{plan.rows:,} at a time on {plan.workers} workers"
         _say(f"{rows:,} rows on {_names(engine)}: {cut}")
         _say(f"{plan.working_set:,} bytes of rows at work")
@@ -775,6 +731,10 @@ def _check_picture(path: Path | None) -> None:
 
     if path.suffix not in endings():
         raise OptionError(f"--plot {path}: a picture ends in {', '.join(endings())}")
+    _check_folder(path)
+
+
+def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
         raise OptionError(f"{path.parent}: there is no such folder to write to")
 
@@ -788,9 +748,9 @@ def doctor(backend: OnBackend = "auto", as_json: AsJson = False) -> None:
     """
     from nnxp.doctor import diagnose
 
-    found = diagnose(backend)
-    _print(found, as_json)
-    if found.broken:
+    report = diagnose(backend)
+    _print(report, as_json)
+    if report.broken:
         raise typer.Exit(1)
 
 
@@ -798,16 +758,12 @@ def doctor(backend: OnBackend = "auto", as_json: AsJson = False) -> None:
 def verify(
     model: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="MODEL", help="A model to judge, as nnxp.save writes it, or in ONNX."
-        ),
+        Argument(metavar="MODEL", help="A model to judge, as nnxp.save writes it, or in ONNX."),
     ] = None,
-    rows: Annotated[
-        Path | None, typer.Argument(metavar="INPUT", help=f"Rows for it: {ROWS}.")
-    ] = None,
+    rows: Annotated[Path | None, Argument(metavar="INPUT", help=f"Rows for it: {ROWS}.")] = None,
     backend: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="NAMES",
             callback=_known_backends,
             help="Where, such as numpy,cupy; default: wherever usable.",
@@ -815,21 +771,18 @@ def verify(
     ] = "auto",
     require: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="NAMES",
             callback=_known_backends,
             help="Fail unless these can be used, such as cupy.",
         ),
     ] = "",
     receipt: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write what ran where, with what result, as JSON."),
+        Path | None, Option(metavar="FILE", help="Write what ran where, with what result, as JSON.")
     ] = None,
     record_goldens: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Record what each backend answers, for other machines."
-        ),
+        Option(metavar="FOLDER", help="Record what each backend answers, for other machines."),
     ] = None,
     key: Key = None,
     header: Header = None,
@@ -855,18 +808,14 @@ def verify(
         x = read_inputs(rows, net.input_names)
     elif rows:
         x = read_rows(rows, key, reading)
-    found = verifying.verify(
-        net,
-        x,
-        [] if backend == "auto" else _listed(backend),
-        _listed(require),
-    )
+    backends = [] if backend == "auto" else _listed(backend)
+    report = verifying.verify(net, x, backends, _listed(require))
     if receipt:
-        verifying.write_receipt(found, receipt)
+        verifying.write_receipt(report, receipt)
     if record_goldens:
-        verifying.record_goldens(found, record_goldens)
-    _print(found, as_json)
-    if not found.ok:
+        verifying.record_goldens(report, record_goldens)
+    _print(report, as_json)
+    if not report.ok:
         raise typer.Exit(1)
 
 
@@ -874,18 +823,15 @@ def verify(
 def bench(
     model: Annotated[
         Path | None,
-        typer.Argument(
+        Argument(
             metavar="MODEL",
             help="A model, as nnxp.save writes it, or in ONNX; without it, the demo's.",
         ),
     ] = None,
     rows: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="How many rows go through it at once."),
+        int | None, Option(metavar="N", min=1, help="How many rows go through it at once.")
     ] = None,
-    rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="How many turns everybody has.")
-    ] = 15,
+    rounds: Annotated[int, Option(metavar="N", min=1, help="How many turns everybody has.")] = 15,
     shape: RowShapes = None,
     imports: Imports = None,
     as_json: AsJson = False,
@@ -908,9 +854,9 @@ def bench(
             f"bench is for models of one input, but {path.name} takes {1 + len(others)}"
         )
     with _status() as say:
-        found = against_floor(net, row, title=path.name, rows=rows, rounds=rounds, say=say)
-    _print(found, as_json)
-    if any(result.problem for result in found.results):
+        report = against_floor(net, row, title=path.name, rows=rows, rounds=rounds, say=say)
+    _print(report, as_json)
+    if any(result.problem for result in report.results):
         raise typer.Exit(1)
 
 
@@ -935,7 +881,7 @@ def _listed(names: str) -> list[str]:
 
 
 def _names(engine: Engine) -> str:
-    return " and ".join(each.device for each in engine.backends)
+    return " and ".join(backend.device for backend in engine.backends)
 
 
 def _parse_shape(text: str) -> Shape:
@@ -952,9 +898,9 @@ def _rows_of(model: Layer, shapes: list[str] | None) -> list[Shape]:
             return [model.row_shape()]
         except OptionError:
             names, several = model.input_names, model.required_inputs > 1
-            each = f" of each of {', '.join(names)}, in this order" if several else ""
+            of_inputs = f" of each of {', '.join(names)}, in this order" if several else ""
             raise OptionError(
-                f"the model does not tell the shape of its rows{each}: give it with --shape"
+                f"the model does not tell the shape of its rows{of_inputs}: give it with --shape"
             ) from None
     rows = [_parse_shape(shape) for shape in shapes]
     try:

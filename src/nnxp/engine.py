@@ -17,7 +17,7 @@ from nnxp._arrays import (
     Array,
     HostArray,
     Shape,
-    float_dtype,
+    dtype_of,
     is_array,
     is_floating,
     is_numeric,
@@ -34,7 +34,7 @@ from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.layers._layer import Layer, whole
 from nnxp.program.fused import fused
-from nnxp.program.mixing import looked_into, mixing
+from nnxp.program.mixing import expanded_as_needed, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
 from nnxp.program.recordings import IDLE_BYTES, HostRecording, Recordings
@@ -44,7 +44,7 @@ from nnxp.program.traced import Untraceable
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 MOST_ENGINES = 4  # that a process keeps for tasks that bring their model: mostly it is one
-MOST_KINDS = 256  # kinds of rows that an engine remembers
+MOST_TYPES = 256  # kinds of rows that an engine remembers
 MOST_RECORDED = 32  # on a device, where each holds buffers
 FEW_NUMBERS = 16  # in an input that decides what a model does
 FEW_ROWS = 512  # at most, to be recorded on a device: with more, starting the work is little of it
@@ -53,12 +53,16 @@ FEW_ROWS = 512  # at most, to be recorded on a device: with more, starting the w
 Ready: TypeAlias = "HostRecording | DeviceRecording"
 
 
-class Kind(NamedTuple):
+class InputType(NamedTuple):
     """What an input's rows are: their shape, the type they come in, and the one computed in."""
 
     row: Shape
-    travels: np.dtype[Any]
+    source_dtype: np.dtype[Any]
     dtype: np.dtype[Any]
+
+
+InputTypes: TypeAlias = tuple[InputType | None, ...]
+"""Of all inputs; None for one that is left out."""
 
 
 class Engine:
@@ -124,7 +128,7 @@ class Engine:
         self.precision, self.rewrite = precision, rewrite
         sparing = self.memory_limit is not None
         self._replicas = [
-            Replica(model, each, precision, sparing, rewrite) for each in _backends(backend)
+            Replica(model, device, precision, sparing, rewrite) for device in _backends(backend)
         ]
         self.backend = self._replicas[0].backend
 
@@ -185,23 +189,23 @@ class Engine:
             recording = replicas[0].ready.get((x.dtype, x.shape))
             if recording is not None:
                 return recording.host(x)
-        given = inputs_of(self.model, x)
-        inputs = tuple(each for each in given if each is not None)
-        replica, arrays = self._at_home(inputs)
+        inputs = inputs_of(self.model, x)
+        present = tuple(x for x in inputs if x is not None)
+        replica, arrays = self._replica_of(present)
         if replica is not None:
-            in_kind = _in_kind(inputs[0])
-            made = self._resident(replica, given, arrays, out)
-            return tuple(map(in_kind, made)) if isinstance(made, tuple) else in_kind(made)
+            convert = _to_library_of(present[0])
+            answers = self._resident(replica, inputs, arrays, out)
+            return tuple(map(convert, answers)) if isinstance(answers, tuple) else convert(answers)
         columns = getattr(self.model, "columns", None)
-        sources = tuple(in_order(source_of(each), columns) for each in inputs)
+        sources = tuple(in_order(source_of(x), columns) for x in present)
         rows = _row_count(self.model, sources)
-        kinds = _kinds(self.model, given, sources)
-        prepared = self._first().prepared(kinds, rows)
+        input_types = _input_types(self.model, inputs, sources)
+        prepared = self._first().prepared(input_types, rows)
         results = _results(out, rows, prepared, sources)
         if rows:
-            self._sweep(sources, results, kinds, progress)
+            self._sweep(sources, results, input_types, progress)
         if rows and out is None and len(sources) == 1 and type(sources[0]) is np.ndarray:
-            self._remember(sources[0], prepared)
+            self._record(sources[0], prepared)
         return results if prepared.program.several else results[0]
 
     def whole(self, *inputs: Any) -> Any:
@@ -229,28 +233,28 @@ class Engine:
         replica = self._first()
         if len(inputs) > 1 == replica.model.most_inputs:
             raise ShapeError(f"{replica.model!r:.200} takes one input, not {len(inputs)}")
-        given = inputs_of(replica.model, inputs if len(inputs) != 1 else inputs[0])
-        arrays = [host_rows(x) for x in given if x is not None]
-        kinds = _kinds(replica.model, given, arrays)
+        inputs = inputs_of(replica.model, inputs if len(inputs) != 1 else inputs[0])
+        arrays = [host_rows(x) for x in inputs if x is not None]
+        input_types = _input_types(replica.model, inputs, arrays)
         shapes = iter(arrays)
-        outlines = tuple(kind and Outline(next(shapes).shape, kind.dtype) for kind in kinds)
+        outlines = tuple(t and Outline(next(shapes).shape, t.dtype) for t in input_types)
         return replica.whole(outlines, arrays)(arrays)
 
     def _sweep(
         self,
         sources: tuple[Source, ...],
         results: tuple[HostArray, ...],
-        kinds: tuple[Kind | None, ...],
+        input_types: InputTypes,
         progress: Progress,
     ) -> None:
         """All rows through the model, on every device that has a part in them."""
         rows = sources[0].shape[0]
-        replicas, plans = self._plans(rows, kinds)
+        replicas, plans = self._plans(rows, input_types)
         cursor = Cursor(rows)
         with told(rows, progress) as done:
 
             def sweep(replica: Replica, plan: Plan) -> None:
-                prepared = replica.prepared(kinds)
+                prepared = replica.prepared(input_types)
                 dtypes = tuple(value.dtype for value in prepared.program.inputs)
                 fitted = replica.backend.sweep(
                     Sweep(
@@ -263,25 +267,25 @@ class Engine:
             parts = zip(replicas, plans, strict=True)
             together([partial(sweep, *part) for part in parts], cursor.stop)
 
-    def _remember(self, x: HostArray, prepared: Prepared) -> None:
+    def _record(self, x: HostArray, prepared: Prepared) -> None:
         """Make the next call with such rows a short one, if they are few enough for one tile."""
         for replica in self._replicas[:1]:  # none, if it was closed meanwhile
             budget = self._budget(replica, prepared)
             if self.memory_limit is None and len(x) <= replica.backend.plan(len(x), budget).rows:
-                replica.remember(x, prepared)
+                replica.record(x, prepared)
 
-    def _at_home(self, inputs: tuple[Any, ...]) -> tuple[Replica | None, tuple[Array, ...]]:
+    def _replica_of(self, inputs: tuple[Any, ...]) -> tuple[Replica | None, tuple[Array, ...]]:
         """The replica where all inputs are already, and they as arrays of ours; None for the host.
 
         Raises DeviceMismatch for what is on a device that is not the engine's.
         """
-        found = [self._place(x) for x in inputs]
-        replicas = {id(replica) for replica, _ in found}
+        places = [self._place(x) for x in inputs]
+        replicas = {id(replica) for replica, _ in places}
         if len(replicas) > 1:
             raise DeviceMismatch(
                 "the inputs are in several places; bring them all to the host or to one device"
             )
-        return found[0][0], tuple(array for _, array in found)
+        return places[0][0], tuple(array for _, array in places)
 
     def _place(self, x: Any) -> tuple[Replica | None, Array]:
         if is_array(x):
@@ -298,18 +302,18 @@ class Engine:
             for replica in self._open():
                 at = replica.backend
                 if isinstance(at, DeviceBackend) and (at.dlpack, at.index) == (code, index):
-                    return replica, _taken(at.xp, x)
+                    return replica, _from_dlpack(at.xp, x)
             device = f"device {index} of kind {code.real} in DLPack's count"
         else:
             return None, x
-        places = " and ".join(each.backend.device for each in self._open())
+        places = " and ".join(replica.backend.device for replica in self._open())
         raise DeviceMismatch(
             f"an engine on {places} takes rows that are there or in host memory, but x is on "
             f"{device}; bring it to the host, with nnxp.asnumpy(x) if it is an array of CuPy"
         )
 
     def _resident(
-        self, replica: Replica, given: tuple[Any, ...], arrays: tuple[Array, ...], out: Any
+        self, replica: Replica, inputs: tuple[Any, ...], arrays: tuple[Array, ...], out: Any
     ) -> Any:
         """Rows that are on the device, through the model, there."""
         x, backend = arrays[0], replica.backend
@@ -328,24 +332,23 @@ class Engine:
             if not is_numeric(array.dtype):
                 raise DtypeMismatch(f"rows are real numbers, but x is {array.dtype}")
         rows = _row_count(replica.model, arrays)
-        prepared = replica.prepared(_kinds(replica.model, given, arrays), rows)
+        prepared = replica.prepared(_input_types(replica.model, inputs, arrays), rows)
         outlines = prepared.program.outline(rows)
         outs = _device_results(out, outlines, prepared, backend)
         with backend.current():
             if rows == 0:
-                empty = tuple(backend.xp.empty(*outline) for outline in outlines)
-                made = outs or empty
+                results = outs or tuple(backend.xp.empty(*outline) for outline in outlines)
             else:
                 block = rows
                 if self.memory_limit is not None or rows > BLOCK_ROWS[0]:  # to ask takes long
                     block = backend.together(rows, self._budget(replica, prepared))
-                made = backend.through(
+                results = backend.through(
                     prepared.run, arrays, outs, outlines, block, replica.lanes,
                     prepared.borrowed,
                 )  # fmt: skip
         if out is None and rows and self.memory_limit is None and len(arrays) == 1:
-            replica.remember(x, prepared)
-        return made if prepared.program.several else made[0]
+            replica.record(x, prepared)
+        return results if prepared.program.several else results[0]
 
     def plan(self, *shapes: Shape | None) -> Plan:
         """How an x of this shape would be cut: rows together, workers, and the working set.
@@ -363,39 +366,39 @@ class Engine:
             ShapeError: such an x does not fit.
             OutOfMemory: the limit holds not one row.
         """
-        given = [shape for shape in shapes if shape is not None]
-        for shape in given:
+        present = [shape for shape in shapes if shape is not None]
+        for shape in present:
             whole = isinstance(shape, tuple | list) and all(hasattr(n, "__index__") for n in shape)
             if not whole or not shape:
                 raise OptionError(
                     f"plan takes the shape of x, such as (1000, 784), not {shape!r:.60}"
                 )
-        if not given or shapes[0] is None:
+        if not present or shapes[0] is None:
             raise OptionError("plan takes the shape of x, such as (1000, 784)")
         dtypes = map(np.dtype, self.model.input_dtypes(len(shapes)))
-        kinds = [
-            None if shape is None else Kind(tuple(shape[1:]), dtype, dtype)
+        input_types = [
+            None if shape is None else InputType(tuple(shape[1:]), dtype, dtype)
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
-        plans = self._plans(given[0][0], tuple(kinds))[1]
+        plans = self._plans(present[0][0], tuple(input_types))[1]
         return Plan(
-            max(each.rows for each in plans),
-            sum(each.workers for each in plans),
-            sum(each.working_set for each in plans),
+            max(plan.rows for plan in plans),
+            sum(plan.workers for plan in plans),
+            sum(plan.working_set for plan in plans),
         )
 
-    def _plans(self, rows: int, kinds: tuple[Kind | None, ...]) -> tuple[list[Replica], list[Plan]]:
+    def _plans(self, rows: int, input_types: InputTypes) -> tuple[list[Replica], list[Plan]]:
         """The replicas that have a part in so many rows, and how each would cut its part."""
 
         def plan(replica: Replica, rows: int) -> Plan:
-            budget = self._budget(replica, replica.prepared(kinds))
+            budget = self._budget(replica, replica.prepared(input_types))
             return replica.backend.plan(rows, budget)
 
         replicas = self._open()
         first = plan(replicas[0], rows)
         if len(replicas) == 1 or rows <= first.rows:
             return replicas[:1], [first]
-        return replicas, [plan(each, -(-rows // len(replicas))) for each in replicas]
+        return replicas, [plan(replica, -(-rows // len(replicas))) for replica in replicas]
 
     def _budget(self, replica: Replica, prepared: Prepared) -> Budget:
         held = replica.lanes.unused()
@@ -424,14 +427,14 @@ class Engine:
             return None
 
     def __reduce__(self) -> Any:
-        devices = tuple(each.device for each in self.backends)
+        devices = tuple(backend.device for backend in self.backends)
         options = devices, self.memory_limit, self.workers, self.precision, self.rewrite
-        return _arrived, (self._sha256, self.model.to("numpy"), *options)
+        return _unpickled, (self._sha256, self.model.to("numpy"), *options)
 
     def __repr__(self) -> str:
         if not self._replicas:
             return "Engine(closed)"
-        devices = " and ".join(each.device for each in self.backends)
+        devices = " and ".join(backend.device for backend in self.backends)
         return f"Engine({self.model!r} on {devices})"
 
 
@@ -457,7 +460,7 @@ def forget_engines() -> None:
         _kept.clear()
 
 
-def _arrived(
+def _unpickled(
     sha256: str | None,
     model: Layer,
     devices: tuple[str, ...],
@@ -471,16 +474,18 @@ def _arrived(
     The same class may have been defined anew in between, with another formula: classes count, too.
     """
 
-    def made() -> Engine:
+    def new_engine() -> Engine:
         return Engine(
             model, devices, memory_limit=memory_limit, workers=workers, precision=precision,
             rewrite=rewrite,
         )  # fmt: skip
 
     if sha256 is None:
-        return made()
+        return new_engine()
     classes = type(model), *(type(layer) for _, layer in model.walk())
-    return kept_engine((sha256, classes, devices, memory_limit, workers, precision, rewrite), made)
+    return kept_engine(
+        (sha256, classes, devices, memory_limit, workers, precision, rewrite), new_engine
+    )
 
 
 class Replica:
@@ -501,38 +506,39 @@ class Replica:
         self.precision, self.sparing, self.rewrite = precision, sparing, rewrite
         self.lanes = LanePool()
         self.ready: dict[tuple[np.dtype[Any], Shape], Ready] = {}
-        self._prepared: dict[tuple[Kind | None, ...], Prepared] = {}
+        self._prepared: dict[InputTypes, Prepared] = {}
         self._wholes: dict[Any, Whole] = {}
-        self._came: set[Any] = set()  # few whole numbers that a model without a program was given
+        self._asked: set[Any] = set()  # for models without a program: few whole numbers that came
         self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
 
-    def prepared(self, kinds: tuple[Kind | None, ...], rows: int = 1) -> Prepared:
+    def prepared(self, input_types: InputTypes, rows: int = 1) -> Prepared:
         """The program for such rows; so many of them, for what errors say.
 
         Raises ShapeError for rows that do not fit, and for a model that mixes rows.
         """
-        prepared = self._prepared.get(kinds)
+        prepared = self._prepared.get(input_types)
         if prepared is None:
-            prepared = Prepared(self._program(kinds, rows), kinds, self.backend, self.sparing)
-            if len(self._prepared) >= MOST_KINDS:
+            prepared = Prepared(
+                self._program(input_types, rows), input_types, self.backend, self.sparing
+            )
+            if len(self._prepared) >= MOST_TYPES:
                 self._prepared.clear()
-            self._prepared[kinds] = prepared
+            self._prepared[input_types] = prepared
         return prepared
 
-    def _program(self, kinds: tuple[Kind | None, ...], rows: int) -> Program:
+    def _program(self, input_types: InputTypes, rows: int) -> Program:
         try:
-            program = self.model.program(
-                *(kind and ((rows, *kind.row), kind.dtype) for kind in kinds)
-            )
+            outlines = (t and ((rows, *t.row), t.dtype) for t in input_types)
+            program = self.model.program(*outlines)
         except Untraceable as error:
             raise ShapeError(
                 f"{self.model!r:.200} does not go through an engine: {error}"
             ) from None
-        first = next(filter(None, kinds))
+        first = next(filter(None, input_types))
         if len(program.inputs) == 1:
-            program = in_their_own_type(program, first.travels)
+            program = in_their_own_type(program, first.source_dtype)
         return self._rewritten(program)
 
     def _rewritten(self, program: Program) -> Program:
@@ -547,34 +553,37 @@ class Replica:
 
     def whole(self, outlines: tuple[Outline | None, ...], arrays: Sequence[HostArray]) -> Whole:
         """What answers inputs of these outlines, and of these few numbers, as they are."""
-        made = self._whole(outlines, outlines)
-        if made.written:
-            return made
+        whole = self._whole(outlines, outlines)
+        if whole.written:
+            return whole
         rest = iter(arrays)
-        few = [None if each is None else _few(next(rest), each.dtype) for each in outlines]
+        few = [
+            None if outline is None else _few_whole_numbers(next(rest), outline.dtype)
+            for outline in outlines
+        ]
         if not any(x is not None for x in few):
-            return made
+            return whole
         key = outlines, tuple(None if x is None else x.tobytes() for x in few)
-        if key not in self._came:  # what is another number every time is not written out for it
-            if len(self._came) >= MOST_RECORDED:
-                self._came.clear()
-            self._came.add(key)
-            return made
+        if key not in self._asked:  # what is another number every time is not written out for it
+            if len(self._asked) >= MOST_RECORDED:
+                self._asked.clear()
+            self._asked.add(key)
+            return whole
         known = (one if x is None else x for one, x in zip(outlines, few, strict=True))
         return self._whole(key, tuple(known))
 
     def _whole(self, key: Any, outlines: tuple[Any, ...]) -> Whole:
-        made = self._wholes.get(key)
-        if made is None:
+        whole = self._wholes.get(key)
+        if whole is None:
             most = 0 if self.sparing else IDLE_BYTES
-            made = Whole(self.model, outlines, self.backend, self._rewritten, most)
+            whole = Whole(self.model, outlines, self.backend, self._rewritten, most)
             others = list(self._wholes.values())
-            if len(others) >= MOST_RECORDED or sum(each.idle for each in others) > IDLE_BYTES:
+            if len(others) >= MOST_RECORDED or sum(other.idle for other in others) > IDLE_BYTES:
                 self._wholes.clear()
-            self._wholes[key] = made
-        return made
+            self._wholes[key] = whole
+        return whole
 
-    def remember(self, x: Array, prepared: Prepared) -> None:
+    def record(self, x: Array, prepared: Prepared) -> None:
         """Have a recording ready for the next call with such rows.
 
         On a device few rows are recorded when they have come twice, unless layers are run as
@@ -584,7 +593,7 @@ class Replica:
         if not x.dtype.isnative:
             return
         if isinstance(prepared.run, Recordings):
-            if len(self.ready) >= MOST_KINDS:
+            if len(self.ready) >= MOST_TYPES:
                 self.ready.clear()
             self.ready[key] = HostRecording(prepared.run, x)
             return
@@ -592,7 +601,7 @@ class Replica:
         if (
             not self._close.alive
             or not 0 < len(x) <= FEW_ROWS
-            or len(self._seen) > MOST_KINDS
+            or len(self._seen) > MOST_TYPES
             or prepared.program.opaque
         ):
             return
@@ -613,7 +622,7 @@ class Replica:
         self._forget()
 
     def _forget(self) -> None:
-        for kept in (self.ready, self._prepared, self._wholes, self._came):
+        for kept in (self.ready, self._prepared, self._wholes, self._asked):
             kept.clear()
 
 
@@ -624,9 +633,9 @@ class Prepared:
     """
 
     def __init__(
-        self, program: Program, kinds: tuple[Kind | None, ...], backend: Backend, sparing: bool
+        self, program: Program, input_types: InputTypes, backend: Backend, sparing: bool
     ) -> None:
-        if mixed := mixing(looked_into(program)):
+        if mixed := mixing(expanded_as_needed(program)):
             raise ShapeError(
                 f"an engine takes rows in blocks, but {mixed}; call the model on all of them"
             )
@@ -642,11 +651,11 @@ class Prepared:
             self.program = placed(at_home, partial(to_backend, backend=backend))
             self.run = partial(_run, self.program)
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
-        self.costs = _costs(at_work, kinds, self.outputs, backend)
+        self.costs = _costs(at_work, input_types, self.outputs, backend)
         self.most_rows: int | None = None
 
 
-def _few(x: HostArray, dtype: np.dtype[Any]) -> HostArray | None:
+def _few_whole_numbers(x: HostArray, dtype: np.dtype[Any]) -> HostArray | None:
     """An input of a few whole numbers, which may decide what a model does; None for any other."""
     return x.astype(dtype) if dtype.kind in "iub" and x.size <= FEW_NUMBERS else None
 
@@ -691,22 +700,22 @@ class Whole:
 
     def __call__(self, arrays: Sequence[HostArray]) -> Any:
         if self._recordings is not None:
-            made = self._recordings.answer((1, *(x.dtype for x in arrays)), *arrays)
+            results = self._recordings.answer((1, *(x.dtype for x in arrays)), *arrays)
             self._recordings.spare(self._most_idle)
-            return made
-        given = iter(arrays)
-        there = [
+            return results
+        host = iter(arrays)
+        inputs = [
             None
-            if each is None
-            else to_backend(next(given).astype(each.dtype, copy=False), self._backend)
-            for each in self._outlines
+            if outline is None
+            else to_backend(next(host).astype(outline.dtype, copy=False), self._backend)
+            for outline in self._outlines
         ]
         with self._backend.current(), np.errstate(all="ignore"):
             if self._program is None:
-                made = self._model(*there)
+                results = self._model(*inputs)
             else:
-                made = self._program(*(x for x in there if x is not None))
-        return tuple(map(asnumpy, made)) if isinstance(made, tuple) else asnumpy(made)
+                results = self._program(*(x for x in inputs if x is not None))
+        return tuple(map(asnumpy, results)) if isinstance(results, tuple) else asnumpy(results)
 
 
 def _run(program: Program, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -716,12 +725,12 @@ def _run(program: Program, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _costs(
-    program: Program, kinds: tuple[Kind | None, ...], outputs: tuple[Outline, ...], backend: Backend
+    program: Program, input_types: InputTypes, outputs: tuple[Outline, ...], backend: Backend
 ) -> Costs:
     """What rows cost where they are at work, as they are read and as they are answered."""
-    at_work = [kind for kind in kinds if kind]
-    counted = costs(program, [kind.travels for kind in at_work])
-    own = sum(prod(kind.row) * kind.travels.itemsize for kind in at_work)
+    at_work = [t for t in input_types if t]
+    counted = costs(program, [t.source_dtype for t in at_work])
+    own = sum(prod(t.row) * t.source_dtype.itemsize for t in at_work)
     if isinstance(backend, DeviceBackend):
         own += sum(prod(shape) * dtype.itemsize for shape, dtype in outputs)
     return counted._replace(row_bytes=counted.row_bytes + own)
@@ -742,15 +751,15 @@ def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
         return tuple(x.get(name) for name in names[: max(count, required)])
     if isinstance(x, Mapping) and len(names) > 1:
         raise ShapeError(f"{model!r:.200} takes {', '.join(names)}, not {', '.join(map(str, x))}")
-    given: tuple[Any, ...] = x if isinstance(x, tuple) and most != 1 else (x,)
-    if not required <= len(given) <= (most or len(given)):
+    inputs: tuple[Any, ...] = x if isinstance(x, tuple) and most != 1 else (x,)
+    if not required <= len(inputs) <= (most or len(inputs)):
         raise ShapeError(
-            f"{model!r:.200} takes {', '.join(names)}: {len(given)} inputs are not so many; "
+            f"{model!r:.200} takes {', '.join(names)}: {len(inputs)} inputs are not so many; "
             "give a tuple of them, or a dict"
         )
-    if given[0] is None:
+    if inputs[0] is None:
         raise OptionError(f"{model!r:.200} takes {', '.join(names)}, but {names[0]} is None")
-    return given
+    return inputs
 
 
 def _row_count(model: Layer, inputs: Sequence[Any]) -> int:
@@ -760,44 +769,44 @@ def _row_count(model: Layer, inputs: Sequence[Any]) -> int:
     return counts[0]
 
 
-def _kinds(model: Layer, given: Sequence[Any], sources: Sequence[Any]) -> tuple[Kind | None, ...]:
+def _input_types(model: Layer, inputs: Sequence[Any], sources: Sequence[Any]) -> InputTypes:
     """What the rows of each input are; None for one that is left out."""
     rows = iter(sources)
-    return tuple(None if x is None else _kind(model, i, next(rows)) for i, x in enumerate(given))
+    return tuple(
+        None if x is None else _input_type(model, i, next(rows)) for i, x in enumerate(inputs)
+    )
 
 
-def _kind(model: Layer, index: int, rows: Any) -> Kind:
+def _input_type(model: Layer, index: int, rows: Any) -> InputType:
     """What the rows of one input are, and what they are computed in."""
-    given = getattr(rows, "dtype", None)
-    given = given.newbyteorder("=") if isinstance(given, np.dtype) else None
+    own = getattr(rows, "dtype", None)
+    own = own.newbyteorder("=") if isinstance(own, np.dtype) else None
     takes = model.takes[index] if index < len(model.takes) else "float"
     if takes == "float":
         dtype = model.dtype or float_type(rows)
     elif takes == "int":
-        if given is not None and given.kind not in "iub":
-            raise DtypeMismatch(f"{model!r:.200} takes whole numbers, but the rows are {given}")
+        if own is not None and own.kind not in "iub":
+            raise DtypeMismatch(f"{model!r:.200} takes whole numbers, but the rows are {own}")
         dtype = np.dtype("int64")
     elif takes == "any":
-        dtype = given or np.dtype("float32")
+        dtype = own or np.dtype("float32")
     else:
-        dtype = float_dtype(takes) if takes == "bfloat16" else np.dtype(takes)
+        dtype = dtype_of(takes)
     unsaid = np.dtype("float64") if dtype.kind == "f" else dtype  # it may be as wide as that
-    return Kind(tuple(map(int, rows.shape[1:])), given or unsaid, dtype)
+    return InputType(tuple(map(int, rows.shape[1:])), own or unsaid, dtype)
 
 
-def _backends(
-    backend: str | Backend | Sequence[str | Backend],
-) -> list[Backend]:
+def _backends(backend: str | Backend | Sequence[str | Backend]) -> list[Backend]:
     """The backend, or all of a list of devices. OptionError for a list that names none or two."""
     if isinstance(backend, str) or not isinstance(backend, Sequence):
         return [get_backend(backend)]
-    found = [get_backend(each) for each in backend]
-    devices = [each.device for each in found]
-    if not found or len(set(devices)) < len(devices):
+    backends = [get_backend(name) for name in backend]
+    devices = [backend.device for backend in backends]
+    if not backends or len(set(devices)) < len(devices):
         raise OptionError(f"several backends are different devices, not {devices}")
-    if len(found) > 1 and "cpu" in devices:
+    if len(backends) > 1 and "cpu" in devices:
         raise OptionError(f"rows are shared among devices, and the CPU is none: {devices}")
-    return found
+    return backends
 
 
 def _shared(model: Layer, backend: Backend) -> Layer:
@@ -805,18 +814,18 @@ def _shared(model: Layer, backend: Backend) -> Layer:
     if backend.device == "cpu":
         return model.to(backend)
     copies = model.__dict__.setdefault("_copies", weakref.WeakValueDictionary())
-    there: Layer | None = copies.get(backend.device)
-    if there is None:
-        there = model.to(backend)
-        if there is not model:
-            copies[backend.device] = there
-    return there
+    copy: Layer | None = copies.get(backend.device)
+    if copy is None:
+        copy = model.to(backend)
+        if copy is not model:
+            copies[backend.device] = copy
+    return copy
 
 
 _HOST = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: a slice becomes a NumPy array
 
 
-def _taken(xp: Any, x: Any) -> Array:
+def _from_dlpack(xp: Any, x: Any) -> Array:
     """Another library's array on our device, as one of ours, sharing its memory."""
     try:
         return xp.from_dlpack(x)
@@ -824,7 +833,7 @@ def _taken(xp: Any, x: Any) -> Array:
         raise DtypeMismatch(f"x cannot be lent ({error}); x.detach() may help") from None
 
 
-def _in_kind(x: Any) -> Callable[[Array], Any]:
+def _to_library_of(x: Any) -> Callable[[Array], Any]:
     """What makes an array of ours one of the library of x, sharing its memory."""
     if is_array(x):
         return lambda y: y
@@ -942,8 +951,8 @@ def _results(
     outlines = [((rows, *shape), dtype) for shape, dtype in prepared.outputs]
     if out is None:
         return tuple(np.empty(shape, dtype) for shape, dtype in outlines)
-    given = _outs(out, prepared)
-    for array, (shape, dtype) in zip(given, outlines, strict=True):
+    outs = _outs(out, prepared)
+    for array, (shape, dtype) in zip(outs, outlines, strict=True):
         if not isinstance(array, np.ndarray):
             raise OptionError(f"out is a NumPy array or memory map, not {type(array).__name__}")
         if array.shape != shape:
@@ -956,7 +965,7 @@ def _results(
             raise OptionError(
                 "out overlaps x, whose rows would be overwritten before they are read"
             )
-    return given
+    return outs
 
 
 def _device_results(
@@ -965,20 +974,20 @@ def _device_results(
     """The device arrays given as `out`, if they fit; None without."""
     if out is None:
         return None
-    given = _outs(out, prepared)
-    for array, (shape, dtype) in zip(given, outlines, strict=True):
+    outs = _outs(out, prepared)
+    for array, (shape, dtype) in zip(outs, outlines, strict=True):
         if not (is_array(array) and place_of(array) == backend.device):
             raise OptionError(f"x is on {backend.device}, so out is an array there, too")
         if array.shape != shape:
             raise ShapeError(f"out is {array.shape} but the output is {shape}")
         if array.dtype != dtype:
             raise DtypeMismatch(f"out is {array.dtype} but the output is {dtype}")
-    return given
+    return outs
 
 
 def _outs(out: Any, prepared: Prepared) -> tuple[Any, ...]:
     """`out` as a tuple, one for each output."""
-    given = tuple(out) if prepared.program.several and isinstance(out, tuple | list) else (out,)
-    if len(given) != len(prepared.outputs):
+    outs = tuple(out) if prepared.program.several and isinstance(out, tuple | list) else (out,)
+    if len(outs) != len(prepared.outputs):
         raise OptionError(f"out is a tuple of {len(prepared.outputs)} arrays, one for each output")
-    return given
+    return outs

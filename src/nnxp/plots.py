@@ -105,10 +105,11 @@ def activations(model: Layer, *inputs: Array) -> Figure:
         ShapeError, DtypeMismatch, DeviceMismatch: as of `model.activations`.
         OptionError: matplotlib is not installed.
     """
-    made = {name: asnumpy(y).astype("float64") for name, y in _arrays(model.activations(*inputs))}
-    figure, axes = _figure(7, 0.35 * len(made) + 1)
-    names = list(made)[::-1]  # matplotlib draws upwards
-    boxes = [made[name].ravel() for name in names]
+    arrays = _arrays(model.activations(*inputs))
+    outputs = {name: asnumpy(y).astype("float64") for name, y in arrays}
+    figure, axes = _figure(7, 0.35 * len(outputs) + 1)
+    names = list(outputs)[::-1]  # matplotlib draws upwards
+    boxes = [outputs[name].ravel() for name in names]
     axes.boxplot(boxes, orientation="horizontal", whis=(0, 100), tick_labels=names)
     axes.set_xlabel("least, quartiles, largest")
     return figure
@@ -230,12 +231,12 @@ def _counted(labels: HostArray, guesses: HostArray, size: int | None) -> HostArr
     return counts
 
 
-def _arrays(made: Mapping[str, Any]) -> list[tuple[str, Array]]:
+def _arrays(outputs: Mapping[str, Any]) -> list[tuple[str, Array]]:
     """The arrays by name; of a layer that answers several, by name and number."""
     return [
-        (f"{name}[{i}]" if isinstance(y, tuple) else name, each)
-        for name, y in made.items()
-        for i, each in enumerate(y if isinstance(y, tuple) else (y,))
+        (f"{name}[{i}]" if isinstance(y, tuple) else name, array)
+        for name, y in outputs.items()
+        for i, array in enumerate(y if isinstance(y, tuple) else (y,))
     ]
 
 
@@ -247,7 +248,7 @@ def endings() -> list[str]:
     Raises:
         OptionError: matplotlib is not installed.
     """
-    return sorted(f".{each}" for each in _matplotlib("backend_bases").FigureCanvasBase.filetypes)
+    return sorted(f".{name}" for name in _matplotlib("backend_bases").FigureCanvasBase.filetypes)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

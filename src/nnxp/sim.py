@@ -23,7 +23,6 @@ a device may read it late. Copies queue in the current `Stream()`, as in CuPy: a
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,8 +126,8 @@ class Device:
         """End the copies of this stream, or of all."""
         with self._lock:
             begun = self._under_way
-            ending = [each for each in begun if stream in (None, each[0])]
-            self._under_way = [each for each in begun if each not in ending]
+            ending = [copy for copy in begun if stream in (None, copy[0])]
+            self._under_way = [copy for copy in begun if copy not in ending]
         for _, end in ending:
             end()
 
@@ -173,7 +172,7 @@ class Stream:
     def current(cls) -> Stream:
         """The stream of this thread and device; without one of its own, the device's default."""
         stack = getattr(cls._current, "stack", [])
-        mine = [each for each in stack if each.device is Device.current()]
+        mine = [stream for stream in stack if stream.device is Device.current()]
         return mine[-1] if mine else cls._default(Device.current())
 
     @classmethod
@@ -212,9 +211,9 @@ class _Memory:
     @classmethod
     def of(cls, owner: Any, host: HostArray, device: Device) -> _Memory:
         """Memory that is another's: neither counted nor poisoned, but kept alive."""
-        made = cls.__new__(cls)
-        made.host, made.device, made.size, made.owner = host, device, 0, owner
-        return made
+        memory = cls.__new__(cls)
+        memory.host, memory.device, memory.size, memory.owner = host, device, 0, owner
+        return memory
 
     def __del__(self) -> None:
         if self.size:
@@ -306,46 +305,28 @@ class ndarray(_library.ndarray):
     def __dlpack__(self, **options: object) -> Any:
         return self._host.__dlpack__()
 
-    def _crossing(self) -> HostArray:
+    def _numbers(self, what: str) -> HostArray:
         self.device.tally("implicit")
         return self._host
-
-    def item(self) -> Any:
-        return self._crossing().item()
-
-    def tolist(self) -> Any:
-        return self._crossing().tolist()
-
-    def __float__(self) -> float:
-        return float(self.item())
-
-    def __int__(self) -> int:
-        return int(self.item())
-
-    def __index__(self) -> int:
-        return operator.index(self.item())
-
-    def __bool__(self) -> bool:
-        return bool(self.item())
 
     # computing
     @classmethod
     def apply(cls, name: str, arrays: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
         """NumPy's function of this name, on the host arrays behind the wall."""
         anywhere = name in _ANYWHERE
-        given = tuple(_behind(each, name, anywhere) for each in arrays)
+        hosts = tuple(_host_of(x, name, anywhere) for x in arrays)
         options = {key: _unwrap(value) for key, value in options.items()}
         if out is not None:
-            _library.compute(np, name, given, options | {"out": _behind(out, name)})
+            _library.compute(np, name, hosts, options | {"out": _host_of(out, name)})
             return out
-        made = _library.compute(np, name, given, options)
+        result = _library.compute(np, name, hosts, options)
         if name.startswith("empty"):
-            _poison(made)
-        return _wrap(made, arrays[0].device if anywhere else Device.current(), arrays)
+            _poison(result)
+        return _wrap(result, arrays[0].device if anywhere else Device.current(), arrays)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._check_current()
-        self._host[_unwrap(key)] = _behind(value, "x[...] = y")
+        self._host[_unwrap(key)] = _host_of(value, "x[...] = y")
 
     def _check_current(self) -> None:
         current = Device.current()
@@ -356,7 +337,7 @@ class ndarray(_library.ndarray):
             )
 
 
-def _behind(x: Any, name: str, anywhere: bool = False) -> Any:
+def _host_of(x: Any, name: str, anywhere: bool = False) -> Any:
     """The host array behind an argument of a function; scalars and None as they are."""
     if isinstance(x, ndarray):
         if not anywhere:

@@ -100,41 +100,6 @@ class _PenalisedLoss:
 class _MLP(BaseEstimator):  # type: ignore[misc]
     """What both estimators share: the parameters, the network, and its training."""
 
-    def __init__(
-        self, hidden_layer_sizes: Any, activation: str, *, solver: str, alpha: float,
-        batch_size: Any, learning_rate: str, learning_rate_init: float, power_t: float,
-        max_iter: int, shuffle: bool, random_state: Any, tol: float, verbose: bool,
-        warm_start: bool, momentum: float, nesterovs_momentum: bool, early_stopping: bool,
-        validation_fraction: float, beta_1: float, beta_2: float, epsilon: float,
-        n_iter_no_change: float, max_fun: int, device: str, dropout: float, layers: Any,
-    ) -> None:  # fmt: skip
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.power_t = power_t
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.tol = tol
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.n_iter_no_change = n_iter_no_change
-        self.max_fun = max_fun
-        self.device = device
-        self.dropout = dropout
-        self.layers = layers
-
     _trainer: Trainer | None
 
     # what the two differ in
@@ -228,8 +193,8 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         last = _ACTIVATIONS[self.out_activation_]
         about = {"columns": column_names_of(self), "classes": class_names_of(self)}
         if self.layers is not None:
-            given = self.layers if isinstance(self.layers, list | tuple) else (self.layers,)
-            hidden = Sequential(*given).astype(dtype)
+            own = self.layers if isinstance(self.layers, list | tuple) else (self.layers,)
+            hidden = Sequential(*own).astype(dtype)
             shape = hidden.output_shape((1, columns))
             if len(shape) != 2:
                 raise OptionError(
@@ -257,7 +222,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         """What trains `model_` there."""
         model = self.model_.to(home)
         parameters = model.parameters()
-        held = {f"{path}.{name}" for path, each in model.walk() for name in each.fixed}
+        held = {f"{path}.{name}" for path, layer in model.walk() for name in layer.fixed}
         matrices = frozenset(n for n, p in parameters.items() if p.ndim > 1 and n not in held)
         loss = _PenalisedLoss(_LOSSES[self.out_activation_], float(self.alpha), matrices)
         return Trainer(model, loss, self._optimizer())
@@ -296,8 +261,8 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             X, y, counts, seen = self._split(X, y, counts)
         rows = X.shape[0]
         if self.batch_size != "auto" and self.batch_size > rows:
-            said = f"batch_size={self.batch_size} is more than the {rows} rows: it is clipped"
-            warnings.warn(said, UserWarning, stacklevel=4)
+            message = f"batch_size={self.batch_size} is more than the {rows} rows: it is clipped"
+            warnings.warn(message, UserWarning, stacklevel=4)
         batch = min(200 if self.batch_size == "auto" else self.batch_size, rows)
         noise = None
         if self.dropout or self.layers is not None:
@@ -310,7 +275,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
                 order = shuffle(order, random_state=self._random_state)
             self.n_iter_ += 1
             batches = batches_of(order, batch, joined=self.layers is not None)
-            total = self._epoch(trainer, (_taken(X, y, counts, ids) for ids in batches), noise)
+            total = self._epoch(trainer, (_rows_at(X, y, counts, ids) for ids in batches), noise)
             self.loss_ = total / rows
             self.t_ += rows
             self.loss_curve_.append(self.loss_)
@@ -344,13 +309,13 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         told: list[tuple[int, float, Any, Any]] = []
         loss: _PenalisedLoss = trainer.loss  # type: ignore[assignment]
         outputs = self.n_outputs_ if loss.kind == "squared_error" else 1
-        for given in batches:
-            count = len(given[0])
-            total = count if len(given) < 3 else float(given[2].sum())
+        for batch in batches:
+            count = len(batch[0])
+            total = count if len(batch) < 3 else float(batch[2].sum())
             penalty = loss.penalty(trainer.arrays) if outputs > 1 else 0.0
-            moved = given
+            moved = batch
             if trainer.place != "cpu":
-                moved = tuple(to_backend(each, self.device) for each in given)
+                moved = tuple(to_backend(array, self.device) for array in batch)
             value = trainer.step(moved, noise if noise and trainer.draws(moved) else None)
             told.append((count, total, value, penalty))
         sums = 0.0
@@ -404,7 +369,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
     def _stops(self, trainer: Trainer) -> bool:
         """Stop, or with learning_rate="adaptive" go on with a fifth of the rate."""
         what = "Validation score" if self.early_stopping else "Training loss"
-        said = (f"{what} did not improve more than tol={self.tol:f} for {self.n_iter_no_change} "
+        message = (f"{what} did not improve more than tol={self.tol:f} for {self.n_iter_no_change} "
                 "consecutive epochs.")  # fmt: skip
         adaptive = self.solver == "sgd" and self.learning_rate == "adaptive"
         rate: Any = trainer.current.rate
@@ -412,10 +377,10 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             trainer.current = replace(trainer.current, rate=rate / 5)
             self._waited = 0
             if self.verbose:
-                print(f"{said} Setting learning rate to {rate / 5:f}")
+                print(f"{message} Setting learning rate to {rate / 5:f}")
             return False
         if self.verbose:
-            print(f"{said}{' Learning rate too small.' if adaptive else ''} Stopping.")
+            print(f"{message}{' Learning rate too small.' if adaptive else ''} Stopping.")
         return True
 
     # by L-BFGS
@@ -424,28 +389,28 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         """All rows at once, by scipy's L-BFGS-B   [Byrd, Lu, Nocedal, Zhu 1995]"""
         from scipy.optimize import minimize
 
-        given = _taken(X, y, counts, np.arange(X.shape[0]))
+        arrays = _rows_at(X, y, counts, np.arange(X.shape[0]))
         if trainer.place != "cpu":
-            given = tuple(to_backend(each, self.device) for each in given)
-        noise = self._random_state.randint(2**31) if trainer.draws(given) else 0
+            arrays = tuple(to_backend(array, self.device) for array in arrays)
+        noise = self._random_state.randint(2**31) if trainer.draws(arrays) else 0
 
         def loss_and_slopes(vector: HostArray) -> tuple[float, HostArray]:
             v: Any = vector.astype(trainer.vector.dtype)
             trainer.vector[...] = v if trainer.place == "cpu" else to_backend(v, self.device)
-            loss = trainer.slope(given, np.random.default_rng(noise))
+            loss = trainer.slope(arrays, np.random.default_rng(noise))
             return float(asnumpy(loss)), asnumpy(trainer.slopes).astype("float64")
 
-        found = minimize(
+        minimum = minimize(
             loss_and_slopes, asnumpy(trainer.vector).astype("float64"), method="L-BFGS-B",
             jac=True, options={"maxfun": self.max_fun, "maxiter": self.max_iter, "gtol": self.tol},
         )  # fmt: skip
-        self.loss_, self.n_iter_ = float(found.fun), min(found.nit, self.max_iter)
-        if found.status:
+        self.loss_, self.n_iter_ = float(minimum.fun), min(minimum.nit, self.max_iter)
+        if minimum.status:
             warnings.warn(
-                f"lbfgs failed to converge after {found.nit} iteration(s): {found.message}",
+                f"lbfgs failed to converge after {minimum.nit} iteration(s): {minimum.message}",
                 ConvergenceWarning, stacklevel=4,
             )  # fmt: skip
-        loss_and_slopes(found.x)
+        loss_and_slopes(minimum.x)
 
     # answering
 
@@ -521,17 +486,7 @@ class MLPClassifier(ClassifierMixin, _MLP):  # type: ignore[misc]
         epsilon: float = 1e-8, n_iter_no_change: float = 10, max_fun: int = 15000,
         device: str = "auto", class_weight: Any = None, dropout: float = 0.0, layers: Any = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            hidden_layer_sizes, activation, solver=solver, alpha=alpha, batch_size=batch_size,
-            learning_rate=learning_rate, learning_rate_init=learning_rate_init, power_t=power_t,
-            max_iter=max_iter, shuffle=shuffle, random_state=random_state, tol=tol,
-            verbose=verbose, warm_start=warm_start, momentum=momentum,
-            nesterovs_momentum=nesterovs_momentum, early_stopping=early_stopping,
-            validation_fraction=validation_fraction, beta_1=beta_1, beta_2=beta_2,
-            epsilon=epsilon, n_iter_no_change=n_iter_no_change, max_fun=max_fun, device=device,
-            dropout=dropout, layers=layers,
-        )  # fmt: skip
-        self.class_weight = class_weight
+        _set_parameters(self, locals())
 
     def _targets(
         self, X: Any, y: Any, reset: bool, classes: Any
@@ -547,14 +502,14 @@ class MLPClassifier(ClassifierMixin, _MLP):  # type: ignore[misc]
             raise OptionError(
                 f"classes={classes!r:.60} are not those of the first call, {self.classes_!r:.60}"
             )
-        found, known = set(unique_labels(y).tolist()), set(self.classes_.tolist())
-        if self.warm_start and not reset and found != known:
+        labels, known = set(unique_labels(y).tolist()), set(self.classes_.tolist())
+        if self.warm_start and not reset and labels != known:
             raise OptionError(
                 "warm_start can only be used where `y` has the same classes as in the previous "
-                f"call to fit: {sorted(known)}, not {sorted(found)}"
+                f"call to fit: {sorted(known)}, not {sorted(labels)}"
             )
-        if not found <= known:
-            raise OptionError(f"y has classes that were not there before: {sorted(found - known)}")
+        if not labels <= known:
+            raise OptionError(f"y has classes that were not there before: {sorted(labels - known)}")
         weights = None
         if self.class_weight is not None:
             weights = compute_sample_weight(self.class_weight, y)
@@ -642,17 +597,7 @@ class MLPRegressor(RegressorMixin, _MLP):  # type: ignore[misc]
         epsilon: float = 1e-8, n_iter_no_change: float = 10, max_fun: int = 15000,
         device: str = "auto", dropout: float = 0.0, layers: Any = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            hidden_layer_sizes, activation, solver=solver, alpha=alpha, batch_size=batch_size,
-            learning_rate=learning_rate, learning_rate_init=learning_rate_init, power_t=power_t,
-            max_iter=max_iter, shuffle=shuffle, random_state=random_state, tol=tol,
-            verbose=verbose, warm_start=warm_start, momentum=momentum,
-            nesterovs_momentum=nesterovs_momentum, early_stopping=early_stopping,
-            validation_fraction=validation_fraction, beta_1=beta_1, beta_2=beta_2,
-            epsilon=epsilon, n_iter_no_change=n_iter_no_change, max_fun=max_fun, device=device,
-            dropout=dropout, layers=layers,
-        )  # fmt: skip
-        self.loss = loss
+        _set_parameters(self, locals())
 
     def _targets(
         self, X: Any, y: Any, reset: bool, classes: Any
@@ -703,7 +648,9 @@ class _DenseRows:
         return dense
 
 
-def _taken(X: Any, y: HostArray, counts: HostArray | None, ids: HostArray) -> tuple[HostArray, ...]:
+def _rows_at(
+    X: Any, y: HostArray, counts: HostArray | None, ids: HostArray
+) -> tuple[HostArray, ...]:
     """(rows, targets) or (rows, targets, counts), dense."""
     x = X[ids].toarray() if issparse(X) else X[ids]
     return (x, y[ids]) if counts is None else (x, y[ids], counts[ids])
@@ -741,15 +688,20 @@ _BELOW = {"validation_fraction", "beta_1", "beta_2", "dropout"}  # their last nu
 _ABOVE = {"epsilon", "learning_rate_init"}  # their first number excluded
 
 
+def _set_parameters(estimator: _MLP, arguments: dict[str, Any]) -> None:
+    """Every argument of `__init__` as an attribute of its name, which is all it may do."""
+    estimator.__dict__.update({k: v for k, v in arguments.items() if k != "self"})
+
+
 def _check_parameters(estimator: _MLP) -> None:
     """Raise OptionError for a parameter that means nothing, as scikit-learn does."""
     _sizes(estimator.hidden_layer_sizes)
-    given = estimator.get_params(deep=False)
+    options = estimator.get_params(deep=False)
     for name, words in _NAMES.items():
-        if name in given and given[name] not in words:
-            raise OptionError(f"{name} is one of {', '.join(words)}, not {given[name]!r:.60}")
+        if name in options and options[name] not in words:
+            raise OptionError(f"{name} is one of {', '.join(words)}, not {options[name]!r:.60}")
     for name, (kind, low, high) in _RANGES.items():
-        value = given[name]
+        value = options[name]
         if name == "batch_size" and isinstance(value, str) and value == "auto":
             continue
         right = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high

@@ -87,7 +87,7 @@ class Verification(Printed):
     @property
     def missing(self) -> list[str]:
         """The required backends that cannot be used here."""
-        usable = {each.name for each in self.found if each.usable}
+        usable = {report.name for report in self.found if report.usable}
         return [name for name in self.required if name not in usable]
 
     @property
@@ -102,16 +102,17 @@ class Verification(Printed):
             "what": self.what,
             "limit": LIMIT,
             "missing": self.missing,
-            "backends": [each.to_dict() for each in self.found],
-            "failures": [each.to_dict() for each in self.failures],
+            "backends": [report.to_dict() for report in self.found],
+            "failures": [check.to_dict() for check in self.failures],
         }
 
     def __str__(self) -> str:
         lines = [self.what]
-        for each in self.found:
-            lines.append(f"  {each.name:6}  " + (_said(each) if each.usable else each.reason))
-            if not each.usable and each.name in self.required:
-                lines.append(f"          it is required. {each.hint}")
+        for report in self.found:
+            outcome = _outcome(report) if report.usable else report.reason
+            lines.append(f"  {report.name:6}  {outcome}")
+            if not report.usable and report.name in self.required:
+                lines.append(f"          it is required. {report.hint}")
         lines += [
             f"FAILED on {check.backend}: {check.name} {check.what}: {check.problem}"
             for check in self.failures[:20]
@@ -121,12 +122,12 @@ class Verification(Printed):
         return "\n".join([*lines, "all agree with float64" if self.ok else "NOT VERIFIED"])
 
 
-def _said(found: Found) -> str:
-    kind = "TF32 IS ON: float32 products are rounded" if found.tf32 else "float32 is float32"
+def _outcome(report: Found) -> str:
+    kind = "TF32 IS ON: float32 products are rounded" if report.tf32 else "float32 is float32"
     return (
-        f"{found.device}: {found.checks:,} checks, {found.failed:,} failed; largest error "
-        f"{found.largest:.2f} of {LIMIT:g} units; {kind} ({found.product:.2f}); "
-        f"{found.seconds:.1f} s"
+        f"{report.device}: {report.checks:,} checks, {report.failed:,} failed; largest error "
+        f"{report.largest:.2f} of {LIMIT:g} units; {kind} ({report.product:.2f}); "
+        f"{report.seconds:.1f} s"
     )
 
 
@@ -151,35 +152,33 @@ def verify(
     if model is None or rows is None:
         cases, what = list(_own_cases()), "every layer, in every type, and the demo's network"
     else:
-        given = inputs_of(model, rows)
-        sources = [None if each is None else source_of(each) for each in given]
-        count = len(source_of(given[0]))
+        inputs = inputs_of(model, rows)
+        sources = [None if x is None else source_of(x) for x in inputs]
+        count = len(source_of(inputs[0]))
         if count == 0:
             raise OptionError("there are no rows: nothing would be verified")
         every = slice(None, None, max(1, -(-count // MOST_ROWS)))
-        some: Rows = tuple(None if each is None else host_rows(each[every]) for each in sources)
-        cases, what = (
-            [(model, some)],
-            f"{model!r} on {len(range(count)[every]):,} of {count:,} rows",
-        )
-        if odd := max(nonfinite_rows(each) for each in some if each is not None):
+        some: Rows = tuple(None if x is None else host_rows(x[every]) for x in sources)
+        cases = [(model, some)]
+        what = f"{model!r} on {len(range(count)[every]):,} of {count:,} rows"
+        if odd := max(nonfinite_rows(x) for x in some if x is not None):
             what += f", {odd:,} of which hold NaN or infinity"
-    found, failures = [], []
+    reports, failures = [], []
     names = [get_backend(name).device for name in asked] or list(available_backends())
     for name in dict.fromkeys([*names, *needed]):
         try:
             backend = get_backend(name)
         except BackendUnavailable as error:
             reason = error.reason.removeprefix(f"backend={name!r}: ")
-            found.append(Found(name, "", False, reason, error.hint))
+            reports.append(Found(name, "", False, reason, error.hint))
             continue
-        if any(each.device == backend.device for each in found):
+        if any(report.device == backend.device for report in reports):
             continue
-        made, failed = _judge(backend, cases)
-        found.append(made)
+        report, failed = _judge(backend, cases)
+        reports.append(report)
         failures += failed
     wanted = tuple({"cpu": "numpy", "cuda": "cupy"}.get(name, name) for name in needed)
-    return Verification(what, tuple(found), tuple(failures), wanted)
+    return Verification(what, tuple(reports), tuple(failures), wanted)
 
 
 def _own_cases() -> Iterator[tuple[Layer, Rows]]:
@@ -192,8 +191,8 @@ def _own_cases() -> Iterator[tuple[Layer, Rows]]:
         except DtypeMismatch:  # bfloat16 without ml_dtypes
             continue
         for layer, shape in layer_examples():
-            made = layer.astype(dtype)
-            yield made, (rng.normal(size=shape).astype(made.dtype or float_dtype(dtype)),)
+            model = layer.astype(dtype)
+            yield model, (rng.normal(size=shape).astype(model.dtype or float_dtype(dtype)),)
     digits, pixels, *_ = load_digits()
     yield digits, (pixels[::7],)
 
@@ -203,11 +202,11 @@ def _judge(backend: Backend, cases: Sequence[tuple[Layer, Rows]]) -> tuple[Found
     products = product_checks(backend)
     checks = list(products)
     for layer, rows in cases:
-        kind = ", ".join(str(each.dtype) for each in rows if each is not None)
-        made = parity_report(layer, *rows, backends=[backend]).checks
-        named = f"{layer!r:.60} {kind}: " if len(cases) > 1 else ""
-        checks += [replace(each, name=named + each.name) for each in made]
-    failed = [each for each in checks if not each.ok]
+        types = ", ".join(str(x.dtype) for x in rows if x is not None)
+        judged = parity_report(layer, *rows, backends=[backend]).checks
+        named = f"{layer!r:.60} {types}: " if len(cases) > 1 else ""
+        checks += [replace(check, name=named + check.name) for check in judged]
+    failed = [check for check in checks if not check.ok]
     return Found(
         backend.name,
         backend.device,
@@ -215,8 +214,8 @@ def _judge(backend: Backend, cases: Sequence[tuple[Layer, Rows]]) -> tuple[Found
         reason=backend.why,
         checks=len(checks),
         failed=len(failed),
-        largest=max(each.ratio for each in checks),
-        product=max(each.ratio for each in products),
+        largest=max(check.ratio for check in checks),
+        product=max(check.ratio for check in products),
         seconds=perf_counter() - start,
         about=provenance(backend),
     ), failed
@@ -233,35 +232,35 @@ def product_checks(backend: Backend) -> list[Check]:
     value, bound = x.astype("float64") @ weight, product_bound(x, weight)
     checks = []
     with backend.current():
-        there = backend.put(x), backend.put(weight)
+        operands = backend.put(x), backend.put(weight)
         for kernel in (kernels.matmul, kernels.linear):
-            name, what, made = f"product by {kernel.__name__}", "zero-mean", kernel(*there)
-            checks.append(compare(name, what, backend.device, backend.get(made), value, bound))
+            name, what, y = f"product by {kernel.__name__}", "zero-mean", kernel(*operands)
+            checks.append(compare(name, what, backend.device, backend.get(y), value, bound))
     return checks
 
 
 def newest_receipt(folder: str | Path, backend: str) -> dict[str, Any] | None:
     """What the latest of the receipts in a folder says of this backend; None if none does."""
-    found = [
-        each
+    entries = [
+        entry
         for path in Path(folder).glob("*.json")
-        for each in json.loads(path.read_text())["backends"]
-        if each["name"] == backend and each["usable"]
+        for entry in json.loads(path.read_text())["backends"]
+        if entry["name"] == backend and entry["usable"]
     ]
-    return max(found, key=lambda each: str(each["about"]["date"]), default=None)
+    return max(entries, key=lambda entry: str(entry["about"]["date"]), default=None)
 
 
-def write_receipt(found: Verification, path: str | Path) -> None:
+def write_receipt(verification: Verification, path: str | Path) -> None:
     """Write what was verified, where, and with what result: JSON."""
     with written_beside(path) as beside:
-        beside.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        beside.write_text(json.dumps(verification.to_dict(), indent=1) + "\n")
 
 
-def record_goldens(found: Verification, folder: str | Path) -> None:
+def record_goldens(verification: Verification, folder: str | Path) -> None:
     """Record a golden on each backend that was verified: <hardware>.safetensors in the folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for each in found.found:
-        if each.usable and not each.failed:  # what is wrong is no golden
-            hardware = f"{each.name} {(each.about or {})['hardware']}"
+    for report in verification.found:
+        if report.usable and not report.failed:  # what is wrong is no golden
+            hardware = f"{report.name} {(report.about or {})['hardware']}"
             name = "-".join(re.findall(r"[a-z0-9]+", hardware.lower()))
-            record(Path(folder) / f"{name}.safetensors", each.device)
+            record(Path(folder) / f"{name}.safetensors", report.device)

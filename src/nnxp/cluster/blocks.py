@@ -67,7 +67,7 @@ def run_block(plan: Plan, block: int, setting: Setting = DEFAULT) -> dict[str, A
     """
     if not isinstance(plan, Plan):
         raise OptionError(f"run_block takes a plan, as Plan.load(folder) gives, not {plan!r:.60}")
-    with _alone(plan, block):
+    with _claimed_block(plan, block):
         return done_record(plan, block) or _done(plan, block, setting)
 
 
@@ -141,7 +141,7 @@ def read_record(plan: Plan, block: int) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _alone(plan: Plan, block: int) -> Iterator[None]:
+def _claimed_block(plan: Plan, block: int) -> Iterator[None]:
     """A stretch in which nobody else does this block, and the folder says who does it.
 
     The system lets go of the lock when the process ends, however that happens.
@@ -218,11 +218,11 @@ def _loaded(plan: Plan, setting: Setting) -> Engine:
     for name in setting.imports:
         importlib.import_module(name)
     backend = claimed_backend(setting)
-    found = sha256(plan.model)
-    if found != plan.model_sha256:
+    digest = sha256(plan.model)
+    if digest != plan.model_sha256:
         raise CheckpointError(
             f"{plan.model} is another model than was planned for: its sha256 begins with "
-            f"{found[:12]}, not {plan.model_sha256[:12]}"
+            f"{digest[:12]}, not {plan.model_sha256[:12]}"
         )
     from nnxp.io.checkpoint import load
 
@@ -302,8 +302,8 @@ def hardware(device: str) -> str:
 
     if device != "cpu":
         return str(provenance(get_backend(device)).get("hardware", device))
-    of_numpy = [each for each in threadpool_info() if "numpy" in each["filepath"]]
-    kernels = [str(each["architecture"]) for each in of_numpy if each.get("architecture")]
+    of_numpy = [library for library in threadpool_info() if "numpy" in library["filepath"]]
+    kernels = [str(library["architecture"]) for library in of_numpy if library.get("architecture")]
     return ", ".join([processor(), *kernels[:1]])
 
 

@@ -87,14 +87,14 @@ def recorded(plan: Plan) -> list[int]:
 
 def at_work(plan: Plan) -> tuple[dict[str, Any], ...]:
     """What workers say that they do; those of this host only if they are alive."""
-    found = []
+    workers = []
     for path in Path(plan.folder, "workers").glob("*.json"):
         with suppress(OSError, ValueError, KeyError):
             worker = json.loads(path.read_text())
             if worker["host"] == socket.gethostname() and not _is_alive(worker["pid"]):
                 continue
-            found.append({**worker, "seconds": max(0.0, time.time() - worker["since"])})
-    return tuple(sorted(found, key=lambda worker: worker["block"]))
+            workers.append({**worker, "seconds": max(0.0, time.time() - worker["since"])})
+    return tuple(sorted(workers, key=lambda worker: worker["block"]))
 
 
 def _is_alive(pid: int) -> bool:
@@ -232,13 +232,13 @@ class Parts:
             picked: HostArray = self._rows(np.arange(start, stop, step))
             return picked
         size = self.plan.block_rows
-        found = [
-            self._part(block)[max(start - block * size, 0) : stop - block * size]
+        parts = [
+            read_part(self.plan, block)[max(start - block * size, 0) : stop - block * size]
             for block in range(start // size, -(-stop // size)) if start < stop
         ]  # fmt: skip
-        if not found:
+        if not parts:
             return np.empty((0, *self.shape[1:]), self.dtype)
-        rows: HostArray = found[0] if len(found) == 1 else np.concatenate(found)
+        rows: HostArray = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return rows
 
     def _rows(self, wanted: HostArray) -> Any:
@@ -255,11 +255,8 @@ class Parts:
         blocks, places = np.divmod(numbers, self.plan.block_rows)
         out = np.empty((*numbers.shape, *self.shape[1:]), self.dtype)
         for block in np.unique(blocks):
-            out[blocks == block] = self._part(int(block))[places[blocks == block]]
+            out[blocks == block] = read_part(self.plan, int(block))[places[blocks == block]]
         return out
-
-    def _part(self, block: int) -> HostArray:
-        return read_part(self.plan, block)
 
     def __repr__(self) -> str:
         return f"Parts({self.shape}, {self.dtype}, {len(self.plan):,} blocks in {self.plan.folder})"

@@ -67,13 +67,13 @@ class Plan:
 
     def read(self, start: int, stop: int) -> HostArray:
         """The rows from start to stop, from whichever files they are in."""
-        found, first = [], 0
+        parts, first = [], 0
         for source in self.sources:
             begin, end = max(start - first, 0), min(stop - first, source.rows)
             if begin < end:
-                found.append(source.read(begin, end))
+                parts.append(source.read(begin, end))
             first += source.rows
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def part(self, block: int) -> Path:
         """The file of a block's results; a chunk of Zarr's is called c, its block, and zeros."""
@@ -103,7 +103,7 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """What results depend on: not where model, rows and folder lie."""
-        plain = asdict(self) | {"sources": [each.identity for each in self.sources]}
+        plain = asdict(self) | {"sources": [source.identity for source in self.sources]}
         return {name: value for name, value in plain.items() if name not in ("folder", "model")}
 
     @cached_property
@@ -142,7 +142,7 @@ class Plan:
             raise RowsError(f"{path} has version {version}; this nnxp reads {VERSION}")
         try:
             sources = tuple(
-                Source(**{**each, "row": tuple(each["row"])}) for each in plain.pop("sources")
+                Source(**{**source, "row": tuple(source["row"])}) for source in plain.pop("sources")
             )
             plan = cls(folder=os.path.abspath(folder), sources=sources, **plain)
             return replace(plan, output=tuple(plan.output))
@@ -158,8 +158,8 @@ def _short(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return value[:12]
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        named = [f"{each['path']} ({each['rows']:,} rows, {each['bytes']:,} bytes, "
-                 f"changed {each['changed']})" for each in value]  # fmt: skip
+        named = [f"{source['path']} ({source['rows']:,} rows, {source['bytes']:,} bytes, "
+                 f"changed {source['changed']})" for source in value]  # fmt: skip
         return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
     return str(value)
 

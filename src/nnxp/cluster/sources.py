@@ -75,13 +75,11 @@ def source(path: str | os.PathLike[str], key: str | None = None) -> Source:
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    found = os.stat(path)
+    status = os.stat(path)
     if os.path.isdir(path):
-        found = next(
-            (os.stat(each) for each in (f"{path}/zarr.json", f"{path}/.zarray", f"{path}/.zgroup")
-             if os.path.exists(each)), found,
-        )  # fmt: skip
-    return found.st_size, found.st_mtime_ns
+        files = (f"{path}/{name}" for name in ("zarr.json", ".zarray", ".zgroup"))
+        status = next((os.stat(file) for file in files if os.path.exists(file)), status)
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,9 @@ def _hdf5(path: str, key: str | None) -> Iterator[_File]:
 
 @contextmanager
 def _zarr(path: str, key: str | None) -> Iterator[_File]:
-    found = _module("zarr", path).open(path, mode="r")
+    group = _module("zarr", path).open(path, mode="r")
     yield _array_file(
-        found if key is None and hasattr(found, "shape") else _chosen(path, key, found)
+        group if key is None and hasattr(group, "shape") else _chosen(path, key, group)
     )
 
 

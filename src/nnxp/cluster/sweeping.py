@@ -215,13 +215,13 @@ def _sources(rows: Any, key: str | None) -> tuple[Source, ...]:
     if not isinstance(paths, Iterable):
         raise OptionError(f"rows are a file, or a list of files, not {rows!r:.60}")
     sources = tuple(source(path_of(path), key) for path in paths)
-    if not sources or not sum(each.rows for each in sources):
+    if not sources or not sum(file.rows for file in sources):
         raise OptionError("there are no rows to sweep")
     first = sources[0]
-    for each in sources:
-        if (each.row, each.dtype) != (first.row, first.dtype):
+    for file in sources:
+        if (file.row, file.dtype) != (first.row, first.dtype):
             raise ShapeError(
-                f"{each.path} has rows {each.row} of {each.dtype}, but {first.path} {first.row} "
+                f"{file.path} has rows {file.row} of {file.dtype}, but {first.path} {first.row} "
                 f"of {first.dtype}"
             )
     return sources
@@ -243,7 +243,7 @@ def _planned(
         from nnxp.io.tables import required_pyarrow
 
         required_pyarrow("part.parquet")
-    path, loaded, made = _model_file(model, home)
+    path, loaded, saved = _model_file(model, home)
     try:
         output, dtype = _answer(loaded, sources[0], precision)
         if block_rows is None:
@@ -254,14 +254,14 @@ def _planned(
             str(home), str(path), sha256(path), sources, output, dtype.name, rows, precision, format
         )
         folders.prepare(plan, restart=restart)
-        if made:
+        if saved:
             final = home / "model.safetensors"
             os.replace(path, final)
             plan = replace(plan, model=str(final))
             plan.save()
         return plan
     finally:
-        if made:
+        if saved:
             path.unlink(missing_ok=True)
 
 
@@ -309,7 +309,7 @@ def _answer(
 # running
 
 
-class _Here(Executor):
+class _InThisThread(Executor):
     """Calls are made in this thread, at once."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
@@ -335,7 +335,7 @@ class _Pool:
 
     def _started(self) -> Executor:
         if self._processes is None:
-            return _Here()
+            return _InThisThread()
         return ProcessPoolExecutor(
             self._processes, multiprocessing.get_context("spawn"), _end_with_parent
         )
@@ -402,13 +402,13 @@ class _Run:
             try:
                 while self.queue or self.running:
                     self._fill()
-                    self._settle(done)
+                    self._collect(done)
             except BaseException:
                 wait([future for future in self.running if not future.cancel()])
                 raise
         report = self._report(kept, perf_counter() - start, before)
         if self.failed:
-            error = SweepError(self._what_failed())
+            error = SweepError(self._failures_text())
             error.report = report
             raise error
         return report
@@ -429,13 +429,13 @@ class _Run:
             try:
                 self.running[self.pool.submit(*call)] = block
             except BrokenExecutor as error:
-                self._broke([block], error)
+                self._executor_broke([block], error)
 
-    def _settle(self, done: Callable[[int], None]) -> None:
+    def _collect(self, done: Callable[[int], None]) -> None:
         """Take in what has ended."""
         finished, _ = wait(self.running, self.patience, FIRST_COMPLETED)
         if not finished and self.running:
-            self.say(self._who_does_what())
+            self.say(self._workers_text())
         broken: list[int] = []
         cause: BaseException | None = None
         for future in finished:
@@ -449,26 +449,26 @@ class _Run:
                 raise  # no fault of the block: whoever works there has no device
             except Exception as error:
                 self._check_room(error)
-                self._went_wrong(block, f"{type(error).__name__}: {error}")
+                self._block_failed(block, f"{type(error).__name__}: {error}")
             else:
                 self.full = 0
                 self.suspects.discard(block)
                 done(self._rows(block))
         if cause is not None:
-            self._broke(broken, cause)
+            self._executor_broke(broken, cause)
 
-    def _broke(self, blocks: list[int], error: BaseException) -> None:
+    def _executor_broke(self, blocks: list[int], error: BaseException) -> None:
         """A process died, and the pool with it."""
         blocks = sorted({*blocks, *self.running.values()})
         self.running.clear()
         self.pool.renew(error)
         if len(blocks) == 1 and blocks[0] in self.suspects:
-            self._went_wrong(blocks[0], "its process died: killed, or out of memory?")
+            self._block_failed(blocks[0], "its process died: killed, or out of memory?")
             return
         self.suspects.update(blocks)
         self.queue.extendleft(reversed(blocks))
 
-    def _went_wrong(self, block: int, problem: str) -> None:
+    def _block_failed(self, block: int, problem: str) -> None:
         self.tries[block] = self.tries.get(block, 0) + 1
         if self.tries[block] < TRIES:
             self.queue.append(block)
@@ -476,7 +476,7 @@ class _Run:
         self.failed[block] = problem
         self.suspects.discard(block)
         if len(self.failed) >= HOPELESS and not self.records:
-            raise SweepError(f"nothing goes well, so it ends here: {self._what_failed()}")
+            raise SweepError(f"nothing goes well, so it ends here: {self._failures_text()}")
 
     def _check_room(self, error: Exception) -> None:
         """End it if the disk is full, and stays so: blocks would be computed for nothing."""
@@ -489,52 +489,52 @@ class _Run:
                 f"{len(self.records):,} blocks were done; make room and run again, and it goes on"
             ) from error
 
-    def _what_failed(self) -> str:
+    def _failures_text(self) -> str:
         block, problem = next(iter(self.failed.items()))
         start, stop = self.plan.span(block)
-        others = [str(each) for each in self.failed if each != block]
+        others = [str(other) for other in self.failed if other != block]
         more = f"; so did {', '.join(others[:20])}" if others else ""
         return (
             f"{len(self.failed)} of {len(self.plan):,} blocks failed {TRIES} times: block {block} "
             f"(rows {start} to {stop - 1}): {problem}{more}. Run again to try only these"
         )
 
-    def _who_does_what(self) -> str:
+    def _workers_text(self) -> str:
         workers = map(folders.at_work_line, folders.at_work(self.plan))
         listed = "\n".join(workers) or "  nobody says that it is at work"
         return f"no block has ended for {self.patience:g} s\n{listed}"
 
     def _report(self, kept: dict[int, Any], seconds: float, before: int) -> Report:
-        made = list(self.records.values())
+        records = list(self.records.values())
         workers: dict[tuple[str, int], int] = {}
-        for record in made:
+        for record in records:
             worker = record["host"], record["pid"]
             workers[worker] = max(workers.get(worker, 0), record["loads"])
-        here = (made[0]["host"] if made else "", os.getpid())
+        here = (records[0]["host"] if records else "", os.getpid())
         if here in workers:
             workers[here] -= before
         hardware: dict[str, int] = {}
-        for record in [*kept.values(), *made]:
+        for record in [*kept.values(), *records]:
             name = f"{record['device'].partition(':')[0]}: {record['hardware']}"
             hardware[name] = hardware.get(name, 0) + 1
         rows = sum(map(self._rows, self.records))
-        threads = len({(record["host"], record["pid"], record["thread"]) for record in made})
-        work = sum(record[part] for record in made for part in ("read", "compute", "write"))
+        threads = len({(record["host"], record["pid"], record["thread"]) for record in records})
+        work = sum(record[part] for record in records for part in ("read", "compute", "write"))
         return Report(
             folder=self.plan.folder,
             rows=self.plan.rows,
             blocks=len(self.plan),
             kept=len(kept),
-            nonfinite=sum(record["nonfinite"] for record in [*kept.values(), *made]),
+            nonfinite=sum(record["nonfinite"] for record in [*kept.values(), *records]),
             seconds=seconds,
             rows_per_second=rows / seconds,
-            read=sum(record["read"] for record in made),
-            compute=sum(record["compute"] for record in made),
-            write=sum(record["write"] for record in made),
+            read=sum(record["read"] for record in records),
+            compute=sum(record["compute"] for record in records),
+            write=sum(record["write"] for record in records),
             overhead=threads * seconds / work if work else 1.0,
             workers=len(workers),
             loads=sum(workers.values()),
-            peak_memory=max((record["peak_memory"] for record in made), default=0),
+            peak_memory=max((record["peak_memory"] for record in records), default=0),
             hardware=hardware,
             failed=self.failed,
         )

@@ -49,7 +49,9 @@ class Verified(Printed):
             f"{self.folder}: {self.rows_found:,} of {self.rows:,} rows in {self.blocks:,} blocks; "
             f"{self.judged:,} rows judged against float64, largest error {self.largest:.2f} units"
         ]
-        lines += [f"block {block}: {said}" for block, said in list(self.problems.items())[:20]]
+        lines += [
+            f"block {block}: {problem}" for block, problem in list(self.problems.items())[:20]
+        ]
         if len(self.problems) > 20:
             lines.append(f"and {len(self.problems) - 20} more")
         return "\n".join([*lines, "all is whole and right" if self.ok else "NOT VERIFIED"])
@@ -66,18 +68,18 @@ def verify(folder: str | os.PathLike[str], *, rows: int = 4) -> Verified:
     plan, count = Plan.load(folder), whole("rows, those to judge in a block,", rows)
     if sha256(plan.model) != plan.model_sha256:
         raise CheckpointError(f"{plan.model} is not the model of this sweep any more")
-    model, found = load(plan.model), folders.whole(plan)
+    model, records = load(plan.model), folders.whole(plan)
     recorded = set(folders.recorded(plan))
     problems: dict[int, str] = {}
-    largest, judged, there = 0.0, 0, 0
+    largest, judged, rows_found = 0.0, 0, 0
     for block in range(len(plan)):
-        if block not in found:
+        if block not in records:
             damaged = "damaged: not what was recorded" if block in recorded else "missing"
             problems[block] = damaged
             continue
         try:
             results = folders.read_part(plan, block)
-            there += len(results)
+            rows_found += len(results)
             chosen = np.unique(np.linspace(0, len(results) - 1, count).astype(int))
             ratio, problem = _judged(plan, model, block, results, chosen)
         except (RowsError, OSError) as error:
@@ -86,7 +88,7 @@ def verify(folder: str | os.PathLike[str], *, rows: int = 4) -> Verified:
         largest, judged = max(largest, ratio), judged + len(chosen)
         if problem:
             problems[block] = problem
-    return Verified(plan.folder, len(plan), plan.rows, there, judged, largest, problems)
+    return Verified(plan.folder, len(plan), plan.rows, rows_found, judged, largest, problems)
 
 
 def _judged(plan: Plan, model: Layer, block: int, results: Any, chosen: Any) -> tuple[float, str]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray
-from nnxp._printed import Printed
+from nnxp._printed import Printed, beside
 from nnxp.engine import Engine
 from nnxp.io.checkpoint import load
 from nnxp.layers._layer import Layer, whole
@@ -60,7 +59,7 @@ class DemoReport(Printed):
 
     def __str__(self) -> str:
         times = self.rows_per_second / self.plain_rows_per_second
-        told = {
+        lines = {
             "what": f"a trained network read {self.rows:,} pictures of handwritten digits",
             "where": f"on {self.backend}, {self.device}: {self.why}",
             "speed": f"{self.seconds:.3g} s: {self.rows_per_second:,.0f} rows/s, "
@@ -74,13 +73,7 @@ class DemoReport(Printed):
             "next": "nnxp predict MODEL ROWS -o ANSWERS runs a model of yours, nnxp bench times "
             "one, nnxp doctor says what could make it faster here",
         }
-        return "\n".join(_beside(label, text) for label, text in told.items())
-
-
-def _beside(label: str, text: str) -> str:
-    """The text in 80 columns, its further lines below the first."""
-    lines = textwrap.wrap(text, 71, break_long_words=False, break_on_hyphens=False)
-    return label.ljust(8) + "\n        ".join(lines)
+        return "\n".join(beside(label, text, 8, width=79) for label, text in lines.items())
 
 
 def load_digits() -> tuple[Layer, HostArray, HostArray, HostArray]:
@@ -98,15 +91,15 @@ def run(rows: int = 1_000_000, backend: str = "auto", progress: bool = False) ->
     """Sweep the digits, repeated up to this number of rows, through the network, and judge it."""
     rows = whole("rows of the demo", rows)
     model, pixels, labels, unseen = load_digits()
-    each = np.arange(rows) % len(pixels)
-    x = pixels[each]
+    which = np.arange(rows) % len(pixels)
+    x = pixels[which]
     engine = Engine(model, backend)
     engine(x[:_WARM_UP])
     start = time.perf_counter()
     y = engine(x, progress=progress)
     seconds = time.perf_counter() - start
-    judged = unseen[each]  # the first digit is unseen, so there is always one
-    right = y[judged].argmax(axis=1) == labels[each][judged]
+    judged = unseen[which]  # the first digit is unseen, so there is always one
+    right = y[judged].argmax(axis=1) == labels[which][judged]
     work = model.summary((1, *pixels.shape[1:])).multiply_adds
     return DemoReport(
         backend=engine.backend.name,

@@ -29,7 +29,7 @@ def train(folder: Path) -> float:
     """Write digits.safetensors and digits.npz to the folder; the accuracy on the unseen rows."""
     from sklearn.datasets import load_digits
 
-    pixels, labels = (each.astype("uint8") for each in load_digits(return_X_y=True))
+    pixels, labels = (array.astype("uint8") for array in load_digits(return_X_y=True))
     unseen = np.arange(len(pixels)) % 5 == 0
     x, y, rng = pixels[~unseen], labels[~unseen], np.random.default_rng(0)
     scale = x.std(axis=0)
@@ -48,8 +48,8 @@ def train(folder: Path) -> float:
     model = fitted.model.astype("float32")
     save(model, folder / "digits.safetensors")
     np.savez_compressed(folder / "digits.npz", pixels=pixels, labels=labels, unseen=unseen)
-    found = predict(model, pixels[unseen], "numpy").argmax(axis=1)
-    return float(np.mean(found == labels[unseen]))
+    predicted = predict(model, pixels[unseen], "numpy").argmax(axis=1)
+    return float(np.mean(predicted == labels[unseen]))
 
 
 if __name__ == "__main__":

@@ -155,8 +155,8 @@ def _version(distribution: str) -> str | None:
 def _in_proc(file: str, pattern: str) -> str | None:
     """What the pattern's group finds in a file of the kernel's, if that is there."""
     path = PROC / file
-    found = re.search(pattern, path.read_text(), re.MULTILINE) if path.exists() else None
-    return found[1] if found else None
+    match = re.search(pattern, path.read_text(), re.MULTILINE) if path.exists() else None
+    return match[1] if match else None
 
 
 def cpu() -> str:
@@ -169,17 +169,17 @@ def _simd() -> str | None:
     """The newest of SIMD that NumPy has found in the CPU; None if that is not x86."""
     with redirect_stdout(io.StringIO()) as text:
         np.show_runtime()
-    there = set(re.findall(r"'(\w+)'", text.getvalue().partition("'not_found'")[0]))
-    return next((name for name in reversed(SIMD) if there & {*SIMD[name][0].split()}), None)
+    features = set(re.findall(r"'(\w+)'", text.getvalue().partition("'not_found'")[0]))
+    return next((name for name in reversed(SIMD) if features & {*SIMD[name][0].split()}), None)
 
 
 def _memory(psutils: str, linux: str) -> Bytes:
     if importlib.util.find_spec("psutil"):
         return Bytes(getattr(import_module("psutil").virtual_memory(), psutils))
-    found = _in_proc("meminfo", rf"^{linux}:\s*(\d+) kB$")
-    if found is None:
+    kibibytes = _in_proc("meminfo", rf"^{linux}:\s*(\d+) kB$")
+    if kibibytes is None:
         raise LookupError("the package psutil would tell")
-    return Bytes(int(found) * 1024)
+    return Bytes(int(kibibytes) * 1024)
 
 
 # NumPy
@@ -187,8 +187,8 @@ def _memory(psutils: str, linux: str) -> Bytes:
 
 def blas() -> list[dict[str, Any]]:
     """What threadpoolctl tells of every BLAS in this process, NumPy's own first."""
-    found = [library for library in threadpool_info() if library["user_api"] == "blas"]
-    return sorted(found, key=lambda library: "numpy" not in library["filepath"])
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    return sorted(libraries, key=lambda library: "numpy" not in library["filepath"])
 
 
 def _blas(what: str) -> Any:
@@ -251,8 +251,8 @@ def _nvrtc() -> Answer | None:
     try:
         reason = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
         if _version("cuda-pathfinder"):
-            found = import_module("cuda.pathfinder").load_nvidia_dynamic_lib("nvrtc")
-            reason += f", from {found.found_via}"
+            library = import_module("cuda.pathfinder").load_nvidia_dynamic_lib("nvrtc")
+            reason += f", from {library.found_via}"
         return {"ok": True, "reason": reason}
     except Exception as error:
         return {"ok": False, "reason": one_line(error)}
@@ -299,16 +299,16 @@ def _devices() -> dict[str, Answer]:
 
 
 def _device(cupy: Any, index: int) -> Answer:
-    found = {**asdict(probe(index)), "name": None}
+    facts = {**asdict(probe(index)), "name": None}
     try:
         properties = cupy.cuda.runtime.getDeviceProperties(index)
-        found["name"] = properties["name"].decode()
-        found["compute_capability"] = f"{properties['major']}.{properties['minor']}"
+        facts["name"] = properties["name"].decode()
+        facts["compute_capability"] = f"{properties['major']}.{properties['minor']}"
         with cupy.cuda.Device(index):
-            found["free"], found["memory"] = map(Bytes, cupy.cuda.runtime.memGetInfo())
+            facts["free"], facts["memory"] = map(Bytes, cupy.cuda.runtime.memGetInfo())
     except Exception as error:
-        found["unknown"] = one_line(error)
-    return found
+        facts["unknown"] = one_line(error)
+    return facts
 
 
 # nnxp
@@ -322,11 +322,11 @@ def _chosen(name: str) -> Answer:
     """The backend that this name leads to."""
     asked = name if name != "auto" else variable("NNXP_BACKEND") or "auto"
     try:
-        found = get_backend(name)
+        backend = get_backend(name)
     except BackendUnavailable as error:
         return {"asked": asked, "ok": False, "reason": error.reason, "hint": error.hint}
-    where = {"backend": found.name, "device": found.device}
-    return {"asked": asked, "ok": True, "reason": f"{found.device}: {found.why}", **where}
+    where = {"backend": backend.name, "device": backend.device}
+    return {"asked": asked, "ok": True, "reason": f"{backend.device}: {backend.why}", **where}
 
 
 def _workers() -> Answer:

@@ -27,15 +27,15 @@ class Problem:
 
 def problems_in(facts: Facts) -> tuple[Problem, ...]:
     """The problems that the facts show, the worst first."""
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for topic, look in TOPICS.items():
         try:
-            found += look(facts)
+            problems += look(facts)
         except Exception as error:  # a fact is missing
             what = f"{topic}: not all facts could be found out ({one_line(error)})"
-            found.append(Problem("note", what, "nnxp doctor --json"))
-    found.sort(key=lambda problem: ("broken", "slow", "note").index(problem.severity))
-    return tuple(found)
+            problems.append(Problem("note", what, "nnxp doctor --json"))
+    problems.sort(key=lambda problem: ("broken", "slow", "note").index(problem.severity))
+    return tuple(problems)
 
 
 def _asked_for(facts: Facts) -> Iterator[Problem]:
@@ -56,17 +56,20 @@ def _asked_for(facts: Facts) -> Iterator[Problem]:
 
 def _cuda(facts: Facts) -> Iterator[Problem]:
     """Every cause for which CUDA cannot be used; what the probe itself said if none is known."""
-    cuda, found = facts["cuda"], facts["backends"]["cupy"]
-    asked = [each.get("asked", "") for each in facts["chosen"].values() if each and not each["ok"]]
+    cuda, cupy = facts["cuda"], facts["backends"]["cupy"]
+    refused = [answer for answer in facts["chosen"].values() if answer and not answer["ok"]]
+    asked = [answer.get("asked", "") for answer in refused]
     severity: Severity = "note"
-    if (found is None or not found["ok"]) and cuda["traces"]:
+    if (cupy is None or not cupy["ok"]) and cuda["traces"]:
         severity = "slow"
         if any(str(name).lower().startswith(("cupy", "cuda")) for name in asked):
             severity = "broken"
     causes = list(_causes(cuda) if cuda["traces"] else _no_card(cuda))
     if not causes and cuda["traces"]:
-        answers = [found, *(cuda["devices"] or {}).values()]
-        causes = [(each["reason"], each["hint"]) for each in answers if each and not each["ok"]]
+        answers = [cupy, *(cuda["devices"] or {}).values()]
+        causes = [
+            (answer["reason"], answer["hint"]) for answer in answers if answer and not answer["ok"]
+        ]
     for what, fix in dict.fromkeys(causes):
         yield Problem(severity, what, fix)
 
@@ -139,8 +142,8 @@ def _causes(cuda: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _products(facts: Facts) -> Iterator[Problem]:
     """A GPU that works, without the bindings that make the most of it."""
-    cuda, found = facts["cuda"], facts["backends"]["cupy"]
-    if not (found and found["ok"]) or cuda["cublaslt"] is None or cuda["cublaslt"]["ok"]:
+    cuda, cupy = facts["cuda"], facts["backends"]["cupy"]
+    if not (cupy and cupy["ok"]) or cuda["cublaslt"] is None or cuda["cublaslt"]["ok"]:
         return
     bindings = ">=12.9.2,<13" if _major(cuda["cupy_cuda"]) == 12 else ">=13.0.1,<14"
     yield Problem(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nnxp._printed import Printed
+from nnxp._printed import Printed, beside
 from nnxp.doctor.facts import Facts
 from nnxp.doctor.problems import Problem
-
-WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,13 @@ class Diagnosis(Printed):
             for name, value in facts.items():
                 missing = self.unknown.get(f"{section}.{name}")
                 text = f"could not be found out ({missing})" if missing else in_words(value)
-                lines.append(_beside(f"  {name}", text, width))
+                lines.append(beside(f"  {name}", text, width))
         lines.append("problems" if self.problems else "problems: none")
         for problem in self.problems:
-            lines.append(_beside(f"  {problem.severity}", problem.what, 10))
+            lines.append(beside(f"  {problem.severity}", problem.what, 10))
             # A command is one for the shell, however many lines it has; a sentence needs nothing.
             sentence = problem.fix[:1].isupper()
-            lines.append(_beside("  fix", problem.fix, 10, "" if sentence else " \\"))
+            lines.append(beside("  fix", problem.fix, 10, "" if sentence else " \\"))
         return "\n".join(lines)
 
 
@@ -59,13 +56,6 @@ def in_words(value: Any) -> str:
         return str(value)
     if "ok" not in value:
         return "; ".join(f"{name} {in_words(part)}" for name, part in value.items())
-    told = ("ok", "reason", "hint", "asked", "backend", "device", "count", "name")
-    more = [f"{name} {part}" for name, part in value.items() if name not in told]
+    shown = ("ok", "reason", "hint", "asked", "backend", "device", "count", "name")
+    more = [f"{name} {part}" for name, part in value.items() if name not in shown]
     return ", ".join([("" if value["ok"] else "not usable: ") + value["reason"], *more])
-
-
-def _beside(label: str, text: str, indent: int, joint: str = "") -> str:
-    """The text beside its label, its further lines below one another; `joint` ends all but one."""
-    width = WIDTH - indent - len(joint)
-    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-    return label.ljust(indent) + f"{joint}\n{' ' * indent}".join(lines)

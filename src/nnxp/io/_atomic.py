@@ -59,15 +59,15 @@ def written_beside(
     try:
         yield beside
         if not _is_at(claim, beside):  # the block has put another file there
-            claim = _claimed_anew(beside, claim)
+            claim = _claimed_again(beside, claim)
         with suppress(PermissionError):  # some mounted file systems have no permissions to set
             os.chmod(beside, created if inherited is None else inherited)
-        _settle(beside)
+        _sync(beside)
         os.replace(beside, target)
     except BaseException:
         with suppress(OSError):
             if not _is_at(claim, beside):
-                claim = _claimed_anew(beside, claim)
+                claim = _claimed_again(beside, claim)
             os.unlink(beside)
         raise
     finally:
@@ -78,21 +78,21 @@ def written_beside(
 def _mode_of(target: Path) -> int | None:
     """The permissions of the file there, None if there is none; OSError if it has to stay."""
     try:
-        found = target.stat().st_mode
+        mode = target.stat().st_mode
     except FileNotFoundError:
         if target.parent.is_dir():
             return None
         raise FileNotFoundError(
             errno.ENOENT, "there is no such folder to write to", str(target.parent)
         ) from None
-    if stat.S_ISDIR(found):
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "a folder stands where to write", str(target))
-    if not stat.S_ISREG(found):
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file, so it cannot be replaced", str(target))
     if not os.access(target, os.W_OK):
         # Renaming asks for no permission on the file itself, but its owner said: not this one.
         raise PermissionError(errno.EACCES, "this file may not be written to", str(target))
-    return found & 0o777
+    return mode & 0o777
 
 
 def _claimed(target: Path, say: Callable[[str], object]) -> tuple[Path, int | None, int]:
@@ -154,7 +154,7 @@ def _removed(beside: Path) -> int | None:
             os.close(handle)
 
 
-def _claimed_anew(beside: Path, claim: int | None) -> int | None:
+def _claimed_again(beside: Path, claim: int | None) -> int | None:
     """The claim on the file that the block has put in place of the one it was given."""
     if claim is None:
         return None
@@ -192,7 +192,7 @@ def _is_at(handle: int | None, path: Path) -> bool:
     return (at.st_dev, at.st_ino) == (held.st_dev, held.st_ino)
 
 
-def _settle(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Wait until the bytes are on the disk: a rename may otherwise outlive them in a power cut."""
     handle = os.open(path, os.O_RDWR)
     try:

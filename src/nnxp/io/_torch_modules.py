@@ -42,11 +42,8 @@ def kind_of(module: Module) -> str:
     cls = type(module)
     if parametrize.is_parametrized(module):
         cls = cls.__mro__[1]
-    return (
-        cls.__name__
-        if cls.__module__.startswith("torch.nn.") and cls.__name__ in (*MODULES, *WRITTEN_OUT)
-        else ""
-    )
+    known = cls.__module__.startswith("torch.nn.") and cls.__name__ in (*MODULES, *WRITTEN_OUT)
+    return cls.__name__ if known else ""
 
 
 def _bias(bias: Any, take: Take) -> Array | None:
@@ -146,10 +143,10 @@ def _pool(kind: Callable[..., Layer], *options: str) -> Callable[[Module, Take],
         name, axes = type(m).__name__, _axes(m)
         if getattr(m, "return_indices", False) or getattr(m, "divisor_override", None):
             raise Unknown(f"{name} with return_indices or divisor_override")
-        given = {each: getattr(m, each) for each in options}
+        values = {option: getattr(m, option) for option in options}
         stride = m.kernel_size if m.stride is None else m.stride
         window = _each(m.kernel_size, axes)
-        return ChannelsFirst(kind(window, stride=_each(stride, axes), **given))
+        return ChannelsFirst(kind(window, stride=_each(stride, axes), **values))
 
     return make
 
@@ -273,19 +270,17 @@ def _multi_head(m: Module, take: Take) -> Layer:
     )
 
 
-def activation_of(given: Any, take: Take) -> str:
+def activation_of(activation: Any, take: Take) -> str:
     """The name of an activation that is a module or a function of torch's."""
     layer: Any = None
-    if hasattr(given, "forward"):
-        layer = MODULES[kind_of(given)](given, take) if kind_of(given) else None
-    elif str(getattr(given, "__module__", "torch") or "torch").startswith("torch"):
+    if hasattr(activation, "forward"):
+        layer = MODULES[kind_of(activation)](activation, take) if kind_of(activation) else None
+    elif str(getattr(activation, "__module__", "torch") or "torch").startswith("torch"):
         with suppress(OptionError):
-            layer = Activation.of(getattr(given, "__name__", ""), {})
-    plain = (
-        isinstance(layer, Activation) and not layer.options and "softmax" not in layer.activation
-    )
-    if not plain:
-        raise Unknown(f"the activation {given!r:.60}")
+            layer = Activation.of(getattr(activation, "__name__", ""), {})
+    plain = isinstance(layer, Activation) and not layer.options
+    if not plain or "softmax" in layer.activation:
+        raise Unknown(f"the activation {activation!r:.60}")
     return str(layer.activation)
 
 
@@ -303,12 +298,12 @@ def _encoder_layer(m: Module, take: Take) -> Layer:
 
 
 def _encoder_stack(m: Module, take: Take) -> Layer:
-    if any(kind_of(each) != "TransformerEncoderLayer" for each in m.layers):
+    if any(kind_of(layer) != "TransformerEncoderLayer" for layer in m.layers):
         raise Unknown("TransformerEncoder of layers that are not torch's own")
     norm = None if m.norm is None else kind_of(m.norm) and MODULES[kind_of(m.norm)](m.norm, take)
     if not (norm is None or isinstance(norm, Layer)):
         raise Unknown(f"TransformerEncoder with the norm {m.norm!r:.60}")
-    return TransformerEncoder(*(_encoder_layer(each, take) for each in m.layers), norm=norm)
+    return TransformerEncoder(*(_encoder_layer(layer, take) for layer in m.layers), norm=norm)
 
 
 WRITTEN_OUT = "TransformerDecoderLayer", "TransformerDecoder", "Transformer"
@@ -320,9 +315,7 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "Embedding": _embedding,
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
-    "BatchNorm1d": _batch_norm,
-    "BatchNorm2d": _batch_norm,
-    "BatchNorm3d": _batch_norm,
+    **{f"BatchNorm{n}d": _batch_norm for n in (1, 2, 3)},
     **{f"Conv{n}d": _conv for n in (1, 2, 3)},
     **{f"ConvTranspose{n}d": _conv_transpose for n in (1, 2, 3)},
     **{f"MaxPool{n}d": _pool(MaxPool, "padding", "dilation", "ceil_mode") for n in (1, 2, 3)},
@@ -346,9 +339,7 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "TransformerEncoder": _encoder_stack,
     "Identity": _identity,
     "Dropout": _identity,
-    "Dropout1d": _identity,
-    "Dropout2d": _identity,
-    "Dropout3d": _identity,
+    **{f"Dropout{n}d": _identity for n in (1, 2, 3)},
     "AlphaDropout": _identity,
     "FeatureAlphaDropout": _identity,
     "Flatten": _flatten,

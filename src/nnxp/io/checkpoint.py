@@ -73,8 +73,8 @@ def save(model: Layer, path: str | os.PathLike[str]) -> None:
     path_of(path)
     model._home  # raises if the arrays are a mixture  # noqa: B018
     arrays = model.parameters()
-    described = _described(model)
-    _built(described, arrays.__getitem__)  # what could not be loaded is refused here
+    described = _to_json(model)
+    _from_json(described, arrays.__getitem__)  # what could not be loaded is refused here
     text = json.dumps({"version": VERSION, "model": described}, separators=(",", ":"))
     if len(text) > LONGEST:
         raise CheckpointError(f"the model's description has {len(text):,} characters: too many")
@@ -91,7 +91,7 @@ def model_sha256(model: Layer) -> str:
     """
     import hashlib  # takes as long to import as all layers
 
-    digest = hashlib.sha256(json.dumps(_described(model)).encode())
+    digest = hashlib.sha256(json.dumps(_to_json(model)).encode())
     for name, value in model.parameters().items():
         array = np.asarray(asnumpy(value), order="C")
         digest.update(f"{name} {array.dtype.name} {array.shape}".encode())
@@ -156,17 +156,17 @@ def _foreign(path: str) -> str:
     """What a file is that is no safetensors file; "" if it does not tell."""
     with open(path, "rb") as file:
         start = file.read(200)
-    found = (said for begins, said in _FOREIGN if re.match(begins, start, re.DOTALL))
+    reasons = (reason for begins, reason in _FOREIGN if re.match(begins, start, re.DOTALL))
     onnx = "it is an ONNX file: nnxp.load_onnx reads it" if path.endswith(".onnx") else ""
-    return next(found, onnx)
+    return next(reasons, onnx)
 
 
 def _readable(path: str) -> None:
     """Raise the OSError that says why a file cannot be read; safetensors would not say."""
-    found = os.stat(path).st_mode
-    if stat.S_ISDIR(found):
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "a folder, not a model's file", path)
-    if not stat.S_ISREG(found):
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
     with open(path, "rb"):
         pass
@@ -175,7 +175,7 @@ def _readable(path: str) -> None:
 # writing
 
 
-def _described(layer: Layer, path: str = "") -> dict[str, Any]:
+def _to_json(layer: Layer, path: str = "") -> dict[str, Any]:
     """The layer as JSON."""
     cls = type(layer)
     who = f"{path or 'the model'} ({cls.__name__})"
@@ -190,14 +190,9 @@ def _described(layer: Layer, path: str = "") -> dict[str, Any]:
         if is_array(value):
             return {"tensor": name}
         if isinstance(value, Layer):
-            return _described(value, name)
-        if isinstance(value, tuple) and any(isinstance(each, Layer) for each in value):
-            return [
-                _described(each, f"{name}.{i}")
-                if isinstance(each, Layer)
-                else _plain(f"{name}.{i}", each)
-                for i, each in enumerate(value)
-            ]
+            return _to_json(value, name)
+        if isinstance(value, tuple) and any(isinstance(item, Layer) for item in value):
+            return [written(f"{name}.{i}", item) for i, item in enumerate(value)]
         return _plain(name, value)
 
     prefix = f"{path}." if path else ""
@@ -210,9 +205,9 @@ def _plain(name: str, value: Any) -> Any:
     if type(value) in (str, int, bool, NoneType) or (type(value) is float and isfinite(value)):
         return value
     if type(value) is tuple:
-        return [_plain(name, each) for each in value]
+        return [_plain(name, item) for item in value]
     if type(value) is dict and all(type(key) is str for key in value):
-        return {"dict": {key: _plain(name, each) for key, each in value.items()}}
+        return {"dict": {key: _plain(name, item) for key, item in value.items()}}
     raise CheckpointError(
         f"{name} = {value!r:.60} ({type(value).__name__}) cannot be saved: a field is an array, a "
         "layer, a tuple of layers, or a str, int, finite float, bool, None, or tuple or dict of "
@@ -227,19 +222,19 @@ def _read(file: Any) -> Layer:
     """The model in an open safetensors file."""
     described = _described_in(file.metadata() or {})
     names = set(file.keys())
-    kinds = {file.get_slice(name).get_dtype() for name in names}
-    if not kinds <= _DTYPES.keys() or len(kinds - {"F64"}) > 1:
-        said = " and ".join(sorted(kinds))
-        raise CheckpointError(f"its tensors are {said}; they are all of one floating type")
-    for kind in kinds:
-        float_dtype(_DTYPES[kind])  # bfloat16 wants a package: say so before anything is read
+    dtypes = {file.get_slice(name).get_dtype() for name in names}
+    if not dtypes <= _DTYPES.keys() or len(dtypes - {"F64"}) > 1:
+        types = " and ".join(sorted(dtypes))
+        raise CheckpointError(f"its tensors are {types}; they are all of one floating type")
+    for dtype in dtypes:
+        float_dtype(_DTYPES[dtype])  # bfloat16 wants a package: say so before anything is read
 
     def take(name: str) -> Array:
         if name not in names:
             raise KeyError(name)
         return file.get_tensor(name)
 
-    model = _built(described, take)
+    model = _from_json(described, take)
     try:
         model._home  # raises if the arrays are a mixture  # noqa: B018
     except NnxpError as error:
@@ -254,8 +249,8 @@ def _described_in(metadata: dict[str, str]) -> Any:
     """The description of the model in a file's metadata."""
     text = metadata.get("nnxp")
     if text is None:
-        found = f"; it says {metadata!r:.100}" if metadata else ""
-        _refuse(f"it is a safetensors file, but not one that nnxp.save wrote{found}")
+        content = f"; it says {metadata!r:.100}" if metadata else ""
+        _refuse(f"it is a safetensors file, but not one that nnxp.save wrote{content}")
     if len(text) > LONGEST:
         _refuse(f"its description has {len(text):,} characters: too many")
     try:
@@ -272,22 +267,22 @@ def _described_in(metadata: dict[str, str]) -> Any:
     return entry.get("model")
 
 
-def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int = 0) -> Layer:
+def _from_json(node: Any, take: Callable[[str], Array], path: str = "", depth: int = 0) -> Layer:
     """The layer of a description; `take` gives a tensor by its name, or raises KeyError."""
     who = path or "the model"
     if depth > DEEPEST:
         _refuse(f"{who} is more than {DEEPEST} layers deep")
     if not (type(node) is dict and node.keys() == {"layer", "fields"}):
         _refuse(f"{who} is not described as a layer")
-    cls, given = _known(who, node["layer"]), node["fields"]
-    if type(given) is not dict:
+    cls, fields = _layer_class(who, node["layer"]), node["fields"]
+    if type(fields) is not dict:
         _refuse(f"{who} has no fields")
 
     def read(name: str, value: Any) -> Any:
         if type(value) is list:
-            return tuple(read(f"{name}.{i}", each) for i, each in enumerate(value))
+            return tuple(read(f"{name}.{i}", item) for i, item in enumerate(value))
         if type(value) is not dict:
-            return _sound(name, value)
+            return _finite(name, value)
         match value:
             case {"tensor": str(tensor)} if value.keys() == {"tensor"}:
                 if tensor != name:
@@ -297,19 +292,19 @@ def _built(node: Any, take: Callable[[str], Array], path: str = "", depth: int =
                 except KeyError:
                     _refuse(f"the tensor {name} is missing")
             case {"dict": dict(items)} if value.keys() == {"dict"}:
-                return {key: read(f"{name}.{key}", each) for key, each in items.items()}
-        return _built(value, take, name, depth + 1)
+                return {key: read(f"{name}.{key}", item) for key, item in items.items()}
+        return _from_json(value, take, name, depth + 1)
 
-    _all_there(who, cls, given)
+    _check_fields(who, cls, fields)
     hints = _hints(cls)
     prefix = f"{path}." if path else ""
-    fields = {name: read(prefix + name, value) for name, value in given.items()}
-    for name in fields:
-        if name in hints and not _fits(fields[name], hints[name]):
+    values = {name: read(prefix + name, value) for name, value in fields.items()}
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
             wanted = getattr(hints[name], "__name__", hints[name])
-            _refuse(f"{prefix}{name} is {fields[name]!r:.60}, but {cls.__name__} wants {wanted}")
+            _refuse(f"{prefix}{name} is {value!r:.60}, but {cls.__name__} wants {wanted}")
     try:
-        return cls.of(**fields)
+        return cls.of(**values)
     except NnxpError as error:
         _refuse(f"{who}: {error}")
 
@@ -321,7 +316,7 @@ def _registered(name: str) -> type[Layer] | None:
     return Layer.known.get(name)
 
 
-def _known(who: str, name: Any) -> type[Layer]:
+def _layer_class(who: str, name: Any) -> type[Layer]:
     """The layer class of this name."""
     cls = _registered(name) if type(name) is str else None
     if cls is None:
@@ -334,12 +329,12 @@ def _known(who: str, name: Any) -> type[Layer]:
     return cls
 
 
-def _all_there(who: str, cls: type[Layer], given: dict[str, Any]) -> None:
+def _check_fields(who: str, cls: type[Layer], fields: dict[str, Any]) -> None:
     """Refuse unless these are the class's fields; one that has a default may be absent."""
-    fields = {each.name: each.default for each in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    needed = [name for name, default in fields.items() if default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in given]
-    unknown = [name for name in given if name not in fields]
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    needed = [name for name, default in defaults.items() if default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in fields]
+    unknown = [name for name in fields if name not in defaults]
     if missing or unknown:
         _refuse(
             f"{who} does not have the fields of {cls.__name__}"
@@ -348,7 +343,7 @@ def _all_there(who: str, cls: type[Layer], given: dict[str, Any]) -> None:
         )
 
 
-def _sound(name: str, value: Any) -> Any:
+def _finite(name: str, value: Any) -> Any:
     if type(value) is float and not isfinite(value):  # 1e999
         _refuse(f"{name} is {value}")
     return value
@@ -371,15 +366,15 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
+        return any(_fits(value, kind) for kind in inner)
     if origin is Literal:
         return value in inner
     if origin is tuple and type(value) is tuple:
         if inner[-1:] == (Ellipsis,):
-            return all(_fits(each, inner[0]) for each in value)
+            return all(_fits(item, inner[0]) for item in value)
         return len(value) == len(inner) and all(map(_fits, value, inner))
     if origin is dict and type(value) is dict:
-        return all(_fits(each, inner[1]) for each in value.values())
+        return all(_fits(item, inner[1]) for item in value.values())
     if hint is float and type(value) is int:
         return True
     kind = origin or hint

@@ -27,21 +27,21 @@ class Columns:
     """
 
     def __init__(self, *inputs: Any) -> None:
-        shapes = [tuple(getattr(each, "shape", ())) for each in inputs]
+        shapes = [tuple(getattr(array, "shape", ())) for array in inputs]
         if not inputs or not all(len(shape) in (1, 2) for shape in shapes):
             raise ShapeError(f"Columns takes inputs (rows, columns) or (rows,); got {shapes}")
         if len({shape[0] for shape in shapes}) > 1:
             raise ShapeError(f"the inputs of Columns share axis 0; got {shapes}")
         self.reads = tuple(map(source_of, inputs))
-        dtypes = [getattr(each, "dtype", None) for each in self.reads]
+        dtypes = [getattr(source, "dtype", None) for source in self.reads]
         known = [dtype if isinstance(dtype, np.dtype) else "float64" for dtype in dtypes]
         self.dtype = np.result_type(*known)
         widths = [shape[1] if shape[1:] else 1 for shape in shapes]
         self.shape: Shape = (shapes[0][0], sum(widths))
         self.columns = [
             name
-            for each, width in zip(self.reads, widths, strict=True)
-            for name in _names(each, width)
+            for source, width in zip(self.reads, widths, strict=True)
+            for name in _names(source, width)
         ]
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class Columns:
     def __getitem__(self, rows: slice) -> HostArray:
         if not isinstance(rows, slice):
             raise OptionError(f"Columns gives slices of rows, not [{rows!r}]")
-        parts = [host_rows(each[rows]) for each in self.reads]
+        parts = [host_rows(source[rows]) for source in self.reads]
         return np.concatenate([part[:, None] if part.ndim == 1 else part for part in parts], axis=1)
 
 

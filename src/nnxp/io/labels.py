@@ -49,8 +49,8 @@ class Labels:
             row = self._rows + int(unknown.argmax())
             raise RowsError(f"row {row} has no label: the model answers NaN for it")
         self._rows += len(y)
-        found = (y[:, 0] > self.above).astype(int) if self.single else y.argmax(axis=1)
-        labels: HostArray = self.classes[found]
+        indices = (y[:, 0] > self.above).astype(int) if self.single else y.argmax(axis=1)
+        labels: HostArray = self.classes[indices]
         return labels
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import HostArray
+from nnxp._arrays import HostArray, dtype_of
 from nnxp._errors import CheckpointError, ConversionError, NnxpError
 from nnxp.io.checkpoint import load
 from nnxp.layers._layer import Layer
@@ -31,7 +31,7 @@ from nnxp.layers.graph import (
     unknown_operators,
     unpacked,
 )
-from nnxp.layers.operators import OPERATORS, dtype_of
+from nnxp.layers.operators import OPERATORS
 
 OPSET = 21
 """Older models are brought to this version of the standard."""
@@ -81,7 +81,7 @@ def load_onnx(source: Any) -> Graph:
             f"load_onnx takes a path, bytes or a ModelProto, not {type(source).__name__}"
         )
     try:
-        return _Reading(onnx, _parsed(onnx, source), folder).graph()
+        return _Reader(onnx, _parsed(onnx, source), folder).graph()
     except (OSError, MemoryError, ConversionError):
         raise
     except NnxpError as error:
@@ -103,17 +103,17 @@ def _parsed(onnx: Any, source: Any) -> Any:
         model.CopyFrom(source)
         return model
     if isinstance(source, str | os.PathLike):
-        found = os.stat(source)
-        if stat.S_ISREG(found.st_mode) and found.st_size > LARGEST:
-            raise CheckpointError(f"{found.st_size:,} bytes, more than protobuf reads")
+        status = os.stat(source)
+        if stat.S_ISREG(status.st_mode) and status.st_size > LARGEST:
+            raise CheckpointError(f"{status.st_size:,} bytes, more than protobuf reads")
         source = Path(source).read_bytes()
     model = onnx.ModelProto()
     model.ParseFromString(bytes(source))
     return model
 
 
-class _Reading:
-    """One model that is being read."""
+class _Reader:
+    """Reads one ONNX model as a Graph."""
 
     def __init__(self, onnx: Any, model: Any, folder: Path | None) -> None:
         self.onnx, self.model, self.folder = onnx, model, folder
@@ -123,7 +123,7 @@ class _Reading:
         model = self.model
         if not model.graph.output:
             raise CheckpointError("it is no ONNX model: its graph has no outputs")
-        opsets = {each.domain or "ai.onnx": each.version for each in model.opset_import}
+        opsets = {opset.domain or "ai.onnx": opset.version for opset in model.opset_import}
         version = opsets.pop("ai.onnx", 1 if not opsets else OPSET)
         if version > NEWEST or model.ir_version > IR_NEWEST:
             raise ConversionError(
@@ -136,7 +136,7 @@ class _Reading:
         if model.functions:
             self.model = model = self.onnx.inliner.inline_local_functions(model)
         self._refuse_unknown(version)
-        self._put_aside()
+        self._detach_large_arrays()
         if 3 <= model.ir_version < 4:  # initialisers had to be inputs, too, and are not always
             model.ir_version = 4
         self._check()
@@ -144,7 +144,7 @@ class _Reading:
             not n.domain or n.domain == "ai.onnx" for n in model.graph.node
         ):
             self._upgrade(version)
-        return self._described()
+        return self._to_graph()
 
     # before anything is done
 
@@ -163,30 +163,36 @@ class _Reading:
 
     def _external(self, tensor: Any, size: int) -> bytes:
         """The bytes of a tensor that lie in a file below the model's folder."""
-        said = {entry.key: entry.value for entry in tensor.external_data}
-        name, who = said.get("location", ""), f"the data of {tensor.name!r}"
+        location = {entry.key: entry.value for entry in tensor.external_data}
+        name, who = location.get("location", ""), f"the data of {tensor.name!r}"
         if self.folder is None:
             raise CheckpointError(f"{who} are in a file {name!r:.80}: load the model by its path")
         folder = self.folder.resolve()
-        given = Path(name)
-        if not name or "\0" in name or given.is_absolute() or ".." in given.parts or "\\" in name:
+        relative = Path(name)
+        if (
+            not name
+            or "\0" in name
+            or relative.is_absolute()
+            or ".." in relative.parts
+            or "\\" in name
+        ):
             raise CheckpointError(
                 f"{who} are in {name!r:.80}, which is not below the model's folder"
             )
-        path = (folder / given).resolve()
+        path = (folder / relative).resolve()
         if not path.is_relative_to(folder):
             raise CheckpointError(f"{who} are in {name!r:.80}, a link out of the model's folder")
         try:
-            offset, length = int(said.get("offset", 0)), int(said.get("length", size))
+            offset, length = int(location.get("offset", 0)), int(location.get("length", size))
         except ValueError:
-            raise CheckpointError(f"{who} are at {said!r:.100}") from None
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{who} are at {location!r:.100}") from None
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{who} are in {name!r:.80}, which is not a regular file")
-        if length != size or offset < 0 or offset + size > found.st_size:
+        if length != size or offset < 0 or offset + size > status.st_size:
             raise CheckpointError(
                 f"{who} are {size:,} bytes, but {name!r:.80} has {length:,} of them at {offset:,} "
-                f"of {found.st_size:,}"
+                f"of {status.st_size:,}"
             )
         with open(path, "rb") as file:
             file.seek(offset)
@@ -198,23 +204,23 @@ class _Reading:
     def _refuse_unknown(self, version: int) -> None:
         """Refuse operators that are not known, all of them at once."""
         unknown = []
-        for each in _nodes(self.model.graph):
-            name = _operator_name(each)
+        for node in _nodes(self.model.graph):
+            name = _operator_name(node)
             if name == "Scan" and version < 9:
                 raise ConversionError(
                     f"Scan of opset {version} goes along axis 1; from 9 on it is read"
                 )
             if name not in OPERATORS and name not in (*BODIES, *_UPGRADED):
                 unknown.append(
-                    {"op": name, "name": each.name, "outputs": list(each.output) or [""]}
+                    {"op": name, "name": node.name, "outputs": list(node.output) or [""]}
                 )
         if unknown:
             raise ConversionError(unknown_operators(unknown))
 
-    def _put_aside(self) -> None:
+    def _detach_large_arrays(self) -> None:
         """Take large arrays out, so that what checks and upgrades the model has little to carry."""
         graph = self.model.graph
-        given = {each.name for each in graph.input}
+        inputs = {value.name for value in graph.input}
         kept = []
         for tensor in graph.initializer:
             size = prod(tensor.dims)
@@ -222,14 +228,14 @@ class _Reading:
                 kept.append(tensor)
                 continue
             self.arrays[tensor.name] = self._array(tensor)
-            if tensor.name not in given:
+            if tensor.name not in inputs:
                 graph.input.append(
                     self.onnx.helper.make_tensor_value_info(
                         tensor.name, tensor.data_type, list(tensor.dims)
                     )
                 )
         if len(kept) != len(graph.initializer):
-            kept = [type(each).FromString(each.SerializeToString()) for each in kept]
+            kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]
             del graph.initializer[:]
             graph.initializer.extend(kept)
 
@@ -238,19 +244,19 @@ class _Reading:
         model = self.onnx.ModelProto()
         model.CopyFrom(self.model)
         for graph in _graphs(model.graph):
-            for each in (*graph.input, *graph.output):
-                if each.type.WhichOneof("value") in (None, "tensor_type"):
-                    tensor = each.type.tensor_type
+            for value in (*graph.input, *graph.output):
+                if value.type.WhichOneof("value") in (None, "tensor_type"):
+                    tensor = value.type.tensor_type
                     tensor.elem_type = tensor.elem_type or self.onnx.TensorProto.FLOAT
                     tensor.shape.SetInParent()
         self.onnx.checker.check_model(model)
 
-    def _dtype(self, kind: int, who: str) -> np.dtype[Any]:
+    def _dtype(self, code: int, who: str) -> np.dtype[Any]:
         """The type of numbers for ONNX's code of it."""
         try:
-            name = self.onnx.TensorProto.DataType.Name(kind).lower()
+            name = self.onnx.TensorProto.DataType.Name(code).lower()
         except ValueError:
-            raise CheckpointError(f"{who!r} is of an unknown type {kind}") from None
+            raise CheckpointError(f"{who!r} is of an unknown type {code}") from None
         name = {"float": "float32", "double": "float64"}.get(name, name)
         if name not in DTYPES:
             raise ConversionError(
@@ -283,13 +289,13 @@ class _Reading:
             self._reshape_slopes()
         self.model = self.onnx.version_converter.convert_version(self.model, OPSET)
         if version < 11:
-            self._place_as_before()
+            self._keep_old_resize()
 
-    def _place_as_before(self) -> None:
+    def _keep_old_resize(self) -> None:
         """Before opset 11 a resized array had its places at multiples, not between pixels."""
-        for each in _nodes(self.model.graph):
-            if each.op_type == "Resize" and not each.domain:
-                each.attribute.extend(
+        for node in _nodes(self.model.graph):
+            if node.op_type == "Resize" and not node.domain:
+                node.attribute.extend(
                     self.onnx.helper.make_attribute(name, value)
                     for name, value in RESIZED_BEFORE.items()
                 )
@@ -301,10 +307,10 @@ class _Reading:
         ndims = {v.name: len(v.type.tensor_type.shape.dim)
                  for v in (*graph.input, *graph.value_info, *graph.output)}  # fmt: skip
         small = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        for each in self.model.graph.node:
-            if each.op_type != "PRelu" or each.domain:
+        for node in self.model.graph.node:
+            if node.op_type != "PRelu" or node.domain:
                 continue
-            tensor, ndim = small.get(each.input[1]), ndims.get(each.input[0], 0)
+            tensor, ndim = small.get(node.input[1]), ndims.get(node.input[0], 0)
             if tensor is not None and len(tensor.dims) == 1 and ndim > 2:
                 tensor.dims.extend([1] * (ndim - 2))
                 for value in self.model.graph.input:
@@ -314,43 +320,43 @@ class _Reading:
 
     # as a Graph
 
-    def _described(self) -> Graph:
+    def _to_graph(self) -> Graph:
         graph = self.model.graph
         for tensor in graph.initializer:
             self.arrays.setdefault(tensor.name, self._array(tensor))
         nodes = []
-        for each in graph.node:
-            if each.op_type == "Constant" and not each.domain:
-                self.arrays[each.output[0]] = self._constant(each)
+        for node in graph.node:
+            if node.op_type == "Constant" and not node.domain:
+                self.arrays[node.output[0]] = self._constant(node)
             else:
-                nodes.append(self._node(each))
+                nodes.append(self._node(node))
         sizes: Counter[str] = Counter()
         for array in self.arrays.values():
-            if array.ndim and _is_float(array):
+            if array.ndim and "float" in str(array.dtype):
                 sizes[str(array.dtype)] += array.nbytes
-        inputs = [self._input(each) for each in graph.input if each.name not in self.arrays]
-        floats = [each["dtype"] for each in inputs if "float" in each["dtype"]]
+        inputs = [self._input(value) for value in graph.input if value.name not in self.arrays]
+        floats = [entry["dtype"] for entry in inputs if "float" in entry["dtype"]]
         if "float32" in floats:  # statistics of a scaler, of twice the width
             del sizes["float64"]
         kind = max(sizes, key=sizes.__getitem__) if sizes else (floats or ["float32"])[0]
-        used = {name for each in _nodes(graph) for name in each.input}
-        used |= {each.name for part in _graphs(graph) for each in part.output}
+        used = {name for node in _nodes(graph) for name in node.input}
+        used |= {value.name for part in _graphs(graph) for value in part.output}
         own = {name: array for name, array in self.arrays.items() if name in used}
         weights = {n: a for n, a in own.items() if a.ndim and str(a.dtype) == kind}
         return Graph.of(
             nodes=tuple(nodes),
             inputs=tuple(inputs),
-            outputs=tuple(each.name for each in graph.output),
+            outputs=tuple(value.name for value in graph.output),
             constants={name: packed(array) for name, array in own.items() if name not in weights},
             names=tuple(weights),
             weights=tuple(map(Weight, weights.values())),
             kind=kind,
         )
 
-    def _input(self, each: Any) -> dict[str, Any]:
-        if each.type.WhichOneof("value") != "tensor_type":
-            raise ConversionError(f"the input {each.name!r} is no tensor")
-        tensor = each.type.tensor_type
+    def _input(self, value: Any) -> dict[str, Any]:
+        if value.type.WhichOneof("value") != "tensor_type":
+            raise ConversionError(f"the input {value.name!r} is no tensor")
+        tensor = value.type.tensor_type
         shape = None
         if tensor.HasField("shape"):
             shape = tuple(
@@ -358,37 +364,37 @@ class _Reading:
                 for d in tensor.shape.dim
             )
         return {
-            "name": each.name,
-            "dtype": str(self._dtype(tensor.elem_type, each.name)),
+            "name": value.name,
+            "dtype": str(self._dtype(tensor.elem_type, value.name)),
             "shape": shape,
         }
 
-    def _constant(self, each: Any) -> HostArray:
-        (attribute,) = each.attribute
-        value = self._attribute(attribute, each)
+    def _constant(self, node: Any) -> HostArray:
+        (attribute,) = node.attribute
+        value = self._attribute(attribute, node)
         if isinstance(value, dict) and "data" in value:
             array: HostArray = unpacked(value)
             return array
-        kind = {"value_float": "float32", "value_floats": "float32", "value_int": "int64",
+        dtype = {"value_float": "float32", "value_floats": "float32", "value_int": "int64",
                 "value_ints": "int64"}.get(attribute.name)  # fmt: skip
-        if kind is None:
-            raise ConversionError(f"Constant {each.output[0]!r} has a {attribute.name}")
+        if dtype is None:
+            raise ConversionError(f"Constant {node.output[0]!r} has a {attribute.name}")
         value = float(value["float"]) if isinstance(value, dict) else value
-        return np.asarray(value, kind)
+        return np.asarray(value, dtype)
 
-    def _node(self, each: Any) -> dict[str, Any]:
+    def _node(self, node: Any) -> dict[str, Any]:
         return {
-            "op": _operator_name(each),
-            "name": each.name,
-            "inputs": tuple(each.input),
-            "outputs": tuple(each.output),
-            "attributes": {a.name: self._attribute(a, each) for a in each.attribute},
+            "op": _operator_name(node),
+            "name": node.name,
+            "inputs": tuple(node.input),
+            "outputs": tuple(node.output),
+            "attributes": {a.name: self._attribute(a, node) for a in node.attribute},
         }
 
-    def _attribute(self, attribute: Any, each: Any) -> Any:
+    def _attribute(self, attribute: Any, node: Any) -> Any:
         value = self.onnx.helper.get_attribute_value(attribute)
         if attribute.name in DTYPE_ATTRIBUTES and isinstance(value, int):
-            return str(self._dtype(value, each.output[0]))
+            return str(self._dtype(value, node.output[0]))
         if isinstance(value, self.onnx.TensorProto):
             return packed(self._array(value))
         if isinstance(value, self.onnx.GraphProto):
@@ -407,7 +413,7 @@ class _Reading:
             items = (None,)
         if not all(isinstance(item, int | float | str) for item in items):
             raise ConversionError(
-                f"{each.op_type} {each.name!r}: attribute {attribute.name!r} is not known"
+                f"{node.op_type} {node.name!r}: attribute {attribute.name!r} is not known"
             )
         return items
 
@@ -420,9 +426,11 @@ class _Reading:
              "attributes": {"value": packed(self._array(tensor))}}
             for tensor in graph.initializer
         ]  # fmt: skip
-        nodes += [self._node(each) for each in graph.node]
-        made = {"nodes": tuple(nodes), "outputs": tuple(each.name for each in graph.output)}
-        return made | ({"inputs": tuple(each.name for each in graph.input)} if graph.input else {})
+        nodes += [self._node(node) for node in graph.node]
+        described = {"nodes": tuple(nodes), "outputs": tuple(value.name for value in graph.output)}
+        return described | (
+            {"inputs": tuple(value.name for value in graph.input)} if graph.input else {}
+        )
 
 
 RESIZED_BEFORE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "simple"}
@@ -432,20 +440,16 @@ _UPGRADED = ("Upsample", "Scatter")
 """Operators of old versions that others have taken the place of."""
 
 
-def _is_float(array: HostArray) -> bool:
-    return "float" in str(array.dtype)
-
-
-def _operator_name(each: Any) -> str:
-    plain = each.domain in ("", "ai.onnx")
-    return each.op_type if plain else f"{each.domain}.{each.op_type}"
+def _operator_name(node: Any) -> str:
+    plain = node.domain in ("", "ai.onnx")
+    return node.op_type if plain else f"{node.domain}.{node.op_type}"
 
 
 def _graphs(graph: Any) -> Iterator[Any]:
     """A graph and those within it."""
     yield graph
-    for each in graph.node:
-        for attribute in each.attribute:
+    for node in graph.node:
+        for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _graphs(attribute.g)
             for inner in attribute.graphs:
@@ -461,8 +465,8 @@ def _tensors(graph: Any, functions: Any) -> Iterator[Any]:
     """Every tensor in a graph, in those within it, and in its functions."""
     for part in _graphs(graph):
         yield from part.initializer
-    for each in [*_nodes(graph), *(node for function in functions for node in function.node)]:
-        for attribute in each.attribute:
+    for node in [*_nodes(graph), *(node for function in functions for node in function.node)]:
+        for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors

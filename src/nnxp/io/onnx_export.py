@@ -11,7 +11,7 @@ import numpy as np
 
 from nnxp._arrays import Shape, is_array
 from nnxp._errors import ConversionError, OptionError, ShapeError
-from nnxp._library import KINDS
+from nnxp._library import KINDS, compute
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import written_beside
 from nnxp.kernels import Kernel
@@ -19,6 +19,7 @@ from nnxp.kernels._windows import per_axis, windows
 from nnxp.kernels.conv import transposed_ways
 from nnxp.kernels.functions import einsum_terms
 from nnxp.layers._layer import Layer
+from nnxp.layers.operators import ELEMENTWISE
 from nnxp.program.program import Program
 from nnxp.program.traced import (
     ROWS,
@@ -27,6 +28,7 @@ from nnxp.program.traced import (
     Value,
     axes_of,
     counts_rows,
+    full_index,
     lifted,
     value_of,
     writing,
@@ -68,12 +70,9 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
     if not isinstance(model, Layer):
         raise OptionError(f"save_onnx takes a model made of nnxp layers, not {model!r:.60}")
     rows = [model.row_shape()] if row is None else row if isinstance(row, list) else [row]
-    outlines = [
-        _outline(each, dtype)
-        for each, dtype in zip(rows, model.input_dtypes(len(rows)), strict=True)
-    ]
+    outlines = map(_outline, rows, model.input_dtypes(len(rows)))
     program = model.to("numpy").program(*outlines)
-    proto = _Writing(onnx, program).model()
+    proto = _Writer(onnx, program).model()
     onnx.checker.check_model(proto)
     size = sum(tensor.ByteSize() for tensor in proto.graph.initializer)
     if size > LARGEST:
@@ -96,19 +95,10 @@ def _outline(row: Any, dtype: Any) -> Any:
 
 # What has a name in ONNX
 
-SAME = {
-    "absolute": "Abs", "arccos": "Acos", "arccosh": "Acosh", "arcsin": "Asin", "arcsinh": "Asinh",
-    "arctan": "Atan", "arctanh": "Atanh", "ceil": "Ceil", "cos": "Cos", "cosh": "Cosh",
-    "exp": "Exp", "floor": "Floor", "log": "Log", "negative": "Neg", "positive": "Identity",
-    "copy": "Identity", "reciprocal": "Reciprocal", "rint": "Round", "sign": "Sign", "sin": "Sin",
-    "sinh": "Sinh", "sqrt": "Sqrt", "tan": "Tan", "tanh": "Tanh", "isnan": "IsNaN",
-    "logical_not": "Not", "add": "Add", "divide": "Div", "maximum": "Max", "minimum": "Min",
-    "multiply": "Mul", "power": "Pow", "remainder": "Mod", "subtract": "Sub", "equal": "Equal",
-    "greater": "Greater", "greater_equal": "GreaterOrEqual", "less": "Less",
-    "less_equal": "LessOrEqual", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
-    "where": "Where", "matmul": "MatMul", "dot": "MatMul", "bitwise_and": "BitwiseAnd",
-    "bitwise_or": "BitwiseOr", "bitwise_xor": "BitwiseXor", "invert": "BitwiseNot",
-    "isinf": "IsInf",
+SAME = {function: op for op, function in ELEMENTWISE.items()} | {
+    "copy": "Identity", "positive": "Identity", "divide": "Div", "maximum": "Max",
+    "minimum": "Min", "power": "Pow", "remainder": "Mod", "matmul": "MatMul", "dot": "MatMul",
+    "isinf": "IsInf", "tanh": "Tanh",
 }  # fmt: skip
 """Functions of the dialect that are one operator."""
 OF_TRUTHS = {"bitwise_and": "And", "bitwise_or": "Or", "bitwise_xor": "Xor", "invert": "Not"}
@@ -124,11 +114,12 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "identity": ("Identity", {}), "matmul": ("MatMul", {}),
 }  # fmt: skip
 """Kernels that are one operator, with its attributes."""
+MOST = np.iinfo("int64").max
 OPTIONS = {"alpha": "alpha", "negative_slope": "alpha"}
 
 
-class _Writing:
-    """A program that is being written."""
+class _Writer:
+    """Writes a program as an ONNX model."""
 
     def __init__(self, onnx: Any, program: Program) -> None:
         self.onnx, self.program = onnx, program
@@ -163,18 +154,18 @@ class _Writing:
             ("rows" if n == ROWS else f"rows_{n // ROWS}") if counts_rows(n) else n
             for n in value.shape
         ]
-        kind = self.onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-        return self.onnx.helper.make_tensor_value_info(name, kind, sizes)
+        code = self.onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        return self.onnx.helper.make_tensor_value_info(name, code, sizes)
 
     # names, nodes and constants
 
     def _fresh(self, name: str) -> str:
-        made, i = name, 0
-        while made in self.taken:
+        unused, i = name, 0
+        while unused in self.taken:
             i += 1
-            made = f"{name}_{i}"
-        self.taken.add(made)
-        return made
+            unused = f"{name}_{i}"
+        self.taken.add(unused)
+        return unused
 
     def name(self, x: Any, dtype: Any = None) -> str:
         """The name of a value, as this type; numbers become constants."""
@@ -188,28 +179,36 @@ class _Writing:
             return self.cast(name, np.dtype(dtype))
         return name
 
+    def names_of(self, *values: Any) -> list[str]:
+        """The names of those that are not left out."""
+        return [self.name(x) for x in values if x is not None]
+
     def constant(self, array: Any, name: str = "") -> str:
         array = np.asarray(array, order="C")
         key = (str(array.dtype), array.shape, array.tobytes()) if array.size < 100 else None
         if key is not None and not name and key in self.shared:
             return self.shared[key]
-        made = self._fresh(name or "constant")
+        unused = self._fresh(name or "constant")
         if key is not None and not name:
-            self.shared[key] = made
-        self.constants.append(self.onnx.numpy_helper.from_array(array, made))
-        return made
+            self.shared[key] = unused
+        self.constants.append(self.onnx.numpy_helper.from_array(array, unused))
+        return unused
 
     def ints(self, *values: Any) -> str:
         return self.constant(np.asarray(values, "int64"))
 
-    def node(self, op: str, inputs: Sequence[str], count: int = 1, **attributes: Any) -> Any:
-        made = [self._fresh(f"{op.lower()}") for _ in range(count)]
-        self.nodes.append(self.onnx.helper.make_node(op, list(inputs), made, **attributes))
-        return made[0] if count == 1 else made
+    def node(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """The output of a new node, which has one."""
+        return self.operator(op, inputs, 1, **attributes)[0]
+
+    def operator(self, op: str, inputs: Sequence[str], count: int, **attributes: Any) -> list[str]:
+        """The outputs of a new node, so many."""
+        outputs = [self._fresh(op.lower()) for _ in range(count)]
+        self.nodes.append(self.onnx.helper.make_node(op, list(inputs), outputs, **attributes))
+        return outputs
 
     def cast(self, name: str, dtype: np.dtype[Any]) -> str:
-        made: str = self.node("Cast", [name], to=self.onnx.helper.np_dtype_to_tensor_dtype(dtype))
-        return made
+        return self.node("Cast", [name], to=self.onnx.helper.np_dtype_to_tensor_dtype(dtype))
 
     def sizes(self, shape: Sequence[int]) -> str:
         """A shape as whole numbers, those that count rows computed from the first input."""
@@ -223,8 +222,7 @@ class _Writing:
             else self.ints(n)
             for n in shape
         ]
-        made: str = self.node("Concat", parts, axis=0) if len(parts) > 1 else parts[0]
-        return made
+        return self.node("Concat", parts, axis=0) if len(parts) > 1 else parts[0]
 
     # steps
 
@@ -234,36 +232,32 @@ class _Writing:
             self._kernel(step, step.function)
             return
         if not isinstance(step.function, str):
-            raise ConversionError(
-                f"{step.path or 'the model'} cannot be written: it is run as Python ({step.reason})"
-            )
+            raise _refusal(step, f"it is run as Python ({step.reason})")
         special = _SPECIAL.get(step.name)
         if special is not None:
-            made = special(self, step)
+            results = special(self, step)
         elif step.name in SAME:
             truths = step.outputs[0].dtype == np.bool_
             name = OF_TRUTHS.get(step.name) if truths else None
-            made = self.node(name or SAME[step.name], self._alike(step))
+            results = self.node(name or SAME[step.name], self._inputs_of_one_type(step))
         else:
-            raise ConversionError(
-                f"{step.path or 'the model'} cannot be written: ONNX has no {step.name}"
-            )
-        names = made if isinstance(made, list) else [made]
+            raise _refusal(step, f"ONNX has no {step.name}")
+        names = results if isinstance(results, list) else [results]
         self.names.update(zip(step.outputs, names, strict=True))
 
-    def _alike(self, step: Step) -> list[str]:
+    def _inputs_of_one_type(self, step: Step) -> list[str]:
         """The inputs, brought to one type as the library does."""
-        kinds = [v.dtype for v in step.values]
+        dtypes = [v.dtype for v in step.values]
         if step.name == "where":
             condition, *others = step.inputs
-            kind = step.outputs[0].dtype
-            return [self.name(condition, "bool"), *(self.name(x, kind) for x in others)]
+            result_dtype = step.outputs[0].dtype
+            return [self.name(condition, "bool"), *(self.name(x, result_dtype) for x in others)]
         compares = KINDS[step.name] == "comparison"
         if step.name.startswith("logical"):
             dtype: Any = np.dtype("bool")
         elif compares:
             scalars = [x for x in step.inputs if isinstance(x, int | float)]
-            dtype = np.result_type(*kinds, *scalars)
+            dtype = np.result_type(*dtypes, *scalars)
         else:
             dtype = step.outputs[0].dtype
         return [self.name(x, dtype) for x in step.inputs if x is not None]
@@ -272,40 +266,38 @@ class _Writing:
         named, options = KERNELS.get(kernel.__name__), step.options
         x = step.values[0]
         if kernel.__name__ == "linear" and len(x.shape) >= 2 and _one_type(step):
-            made = self._linear(step)
+            y = self._linear(step)
         elif kernel.__name__ == "conv" and _one_type(step):
-            made = self._conv(step)
+            y = self._conv(step)
         elif kernel.__name__ == "conv_transpose" and _one_type(step) and _cut_off(step) is not None:
-            made = self._conv_transpose(step)
+            y = self._conv_transpose(step)
         elif kernel.__name__ == "layer_norm" and _one_type(step):
             _, gain, bias = (*step.inputs, None, None)[:3]
-            gain = self.name(gain) if gain is not None else self.constant(
-                np.ones(x.shape[-1:], x.dtype))  # fmt: skip
-            names = [self.name(x), gain] + ([] if bias is None else [self.name(bias)])
-            made = self.node("LayerNormalization", names, axis=-1, epsilon=options.get("eps", 1e-5))
+            gain = np.ones(x.shape[-1:], x.dtype) if gain is None else gain
+            names = self.names_of(x, gain, bias)
+            y = self.node("LayerNormalization", names, axis=-1, epsilon=options.get("eps", 1e-5))
         elif kernel.__name__ == "batch_norm" and len(x.shape) == 2 and _one_type(step):
             _, mean, var, gain, bias = (*step.inputs, None, None)[:5]
-            gain = gain if gain is not None else np.ones(x.shape[1], x.dtype)
-            bias = bias if bias is not None else np.zeros(x.shape[1], x.dtype)
-            names = [self.name(each) for each in (x, gain, bias, mean, var)]
-            made = self.node("BatchNormalization", names, epsilon=options.get("eps", 1e-5))
+            gain = np.ones(x.shape[1], x.dtype) if gain is None else gain
+            bias = np.zeros(x.shape[1], x.dtype) if bias is None else bias
+            names = self.names_of(x, gain, bias, mean, var)
+            y = self.node("BatchNormalization", names, epsilon=options.get("eps", 1e-5))
         elif named and x.dtype.kind == "f" and options.keys() <= OPTIONS.keys():
             attributes = named[1] | {OPTIONS[key]: float(v) for key, v in options.items()}
             if kernel.__name__ == "leaky_relu":
                 attributes = {"alpha": 0.01} | attributes
-            made = self.node(named[0], [self.name(each) for each in step.values], **attributes)
+            y = self.node(named[0], self.names_of(*step.values), **attributes)
         else:
             self._written_out(step, kernel)
             return
-        self.names[step.outputs[0]] = made
+        self.names[step.outputs[0]] = y
 
     def _linear(self, step: Step) -> str:
         x, weight, bias = (*step.inputs, None)[:3]
-        names = [self.name(x), self.name(weight)]
         if len(x.shape) == 2:
-            y = self.node("Gemm", names + ([] if bias is None else [self.name(bias)]))
+            y = self.node("Gemm", self.names_of(x, weight, bias))
         else:
-            y = self.node("MatMul", names)
+            y = self.node("MatMul", self.names_of(x, weight))
             y = y if bias is None else self.node("Add", [y, self.name(bias)])
         return self._activated(step, y)
 
@@ -315,9 +307,9 @@ class _Writing:
         window, options = weight.shape[:-2], step.options
         n, plain = len(window), {k: v for k, v in options.items() if k in _WINDOW_OPTIONS}
         over = windows("conv", lifted(x), window, **plain)
-        first = self.node("Transpose", [self.name(x)], perm=[0, n + 1, *range(1, n + 1)])
+        first = self._channels_first(x)
         turned = self.node("Transpose", [self.name(weight)], perm=[n + 1, n, *range(n)])
-        names = [first, turned] + ([] if bias is None else [self.name(bias)])
+        names = [first, turned, *self.names_of(bias)]
         y = self.node(
             "Conv",
             names,
@@ -326,8 +318,7 @@ class _Writing:
             pads=[before for before, _ in over.pads] + [after for _, after in over.pads],
             group=options.get("groups", 1),
         )
-        y = self.node("Transpose", [y], perm=[0, *range(2, n + 2), 1])
-        return self._activated(step, y)
+        return self._activated(step, self._channels_last(y, n))
 
     def _conv_transpose(self, step: Step) -> str:
         """ONNX has channels first, and weights (channels, outputs / groups, *window)."""
@@ -336,13 +327,13 @@ class _Writing:
         n, options, groups = len(window), step.options, step.options.get("groups", 1)
         pads = _cut_off(step)
         assert pads is not None
-        first = self.node("Transpose", [self.name(x)], perm=[0, n + 1, *range(1, n + 1)])
+        first = self._channels_first(x)
         parts = self.node(
             "Reshape", [self.name(weight), self.ints(*window, c, groups, o // groups)]
         )
         parts = self.node("Transpose", [parts], perm=[n + 1, n, n + 2, *range(n)])
         turned = self.node("Reshape", [parts, self.ints(c * groups, o // groups, *window)])
-        names = [first, turned] + ([] if bias is None else [self.name(bias)])
+        names = [first, turned, *self.names_of(bias)]
         more = per_axis("output_padding", options.get("output_padding", 0), n, 0)
         y = self.node(
             "ConvTranspose",
@@ -353,15 +344,21 @@ class _Writing:
             output_padding=[m - min(0, after) for m, (_, after) in zip(more, pads, strict=True)],
             group=groups,
         )
-        y = self.node("Transpose", [y], perm=[0, *range(2, n + 2), 1])
-        return self._activated(step, y)
+        return self._activated(step, self._channels_last(y, n))
+
+    def _channels_first(self, x: Value) -> str:
+        n = len(x.shape)
+        return self.node("Transpose", [self.name(x)], perm=[0, n - 1, *range(1, n - 1)])
+
+    def _channels_last(self, y: str, axes: int) -> str:
+        return self.node("Transpose", [y], perm=[0, *range(2, axes + 2), 1])
 
     def _activated(self, step: Step, y: str) -> str:
         """The activation of a step's options, of what it has made."""
         x = step.values[0]
         activation = step.options.get("activation")
         if activation is None or activation.__name__ == "identity":
-            return str(y)
+            return y
         sums, out = Value(step.outputs[0].shape, x.dtype), Value(step.outputs[0].shape, x.dtype)
         self.names[sums] = y
         inner = Step(activation, (sums,), {}, step.path, (out,))
@@ -371,10 +368,10 @@ class _Writing:
     def _written_out(self, step: Step, kernel: Kernel) -> None:
         """A kernel as what its reference body does."""
         with writing(Tape(expands=True, path=step.path)) as tape:
-            made = kernel.widened(*map(lifted, step.inputs), **step.options)
+            body = kernel.widened(*map(lifted, step.inputs), **step.options)
         for inner in tape.steps:
             self.write(inner)
-        results = made if isinstance(made, tuple | list) else (made,)
+        results = body if isinstance(body, tuple | list) else (body,)
         for value, result in zip(step.outputs, results, strict=True):
             self.names[value] = self.name(value_of(result))
 
@@ -396,6 +393,10 @@ def _one_type(step: Step) -> bool:
     return len({value.dtype for value in step.values}) == 1
 
 
+def _refusal(step: Step, reason: str) -> ConversionError:
+    return ConversionError(f"{step.path or 'the model'} cannot be written: {reason}")
+
+
 def _axis(step: Step, default: Any, ndim: int) -> int:
     (axis,) = axes_of(step.options.get("axis", default), ndim)
     return axis
@@ -404,22 +405,19 @@ def _axis(step: Step, default: Any, ndim: int) -> int:
 # Functions that take more than their name
 
 
-def _reduction(op: str) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _reduction(op: str) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         (x,), options = step.values, step.options
         dtype = step.outputs[0].dtype
         axes = axes_of(options.get("axis"), len(x.shape))
         names = [w.name(x, dtype if dtype.kind == "f" or op == "ReduceSum" else None)]
-        made: str = w.node(
-            op, [*names, w.ints(*axes)], keepdims=int(options.get("keepdims", False))
-        )
-        return made
+        return w.node(op, [*names, w.ints(*axes)], keepdims=int(options.get("keepdims", False)))
 
     return write
 
 
-def _truths(op: str) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _truths(op: str) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         (x,), options = step.values, step.options
         axes = axes_of(options.get("axis"), len(x.shape))
         truth = w.cast(w.name(x, "bool"), np.dtype("int32"))
@@ -429,8 +427,8 @@ def _truths(op: str) -> Callable[[_Writing, Step], str]:
     return write
 
 
-def _variance(root: bool) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _variance(root: bool) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         (x,), options = step.values, step.options
         dtype, axes = step.outputs[0].dtype, axes_of(options.get("axis"), len(step.values[0].shape))
         name, along = w.name(x, dtype), w.ints(*axes)
@@ -440,239 +438,228 @@ def _variance(root: bool) -> Callable[[_Writing, Step], str]:
                       keepdims=int(options.get("keepdims", False)))  # fmt: skip
         count = prod(x.shape[axis] for axis in axes) - options.get("ddof", 0)
         y = w.node("Div", [sums, w.constant(np.asarray(count, dtype))])
-        return str(w.node("Sqrt", [y]) if root else y)
+        return w.node("Sqrt", [y]) if root else y
 
     return write
 
 
-def _arg(op: str) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
-        (x,), options = step.values, step.options
-        keep = int(options.get("keepdims", False))
-        return str(w.node(op, [w.name(x)], axis=_axis(step, 0, len(x.shape)), keepdims=keep))
+def _flat(w: _Writer, step: Step, dtype: Any = None) -> tuple[str, int]:
+    """The input of a function along one axis, and the axis: the only one where none is named."""
+    (x,) = step.values
+    if step.options.get("axis") is None:
+        return w.node("Reshape", [w.name(x, dtype), w.ints(-1)]), 0
+    return w.name(x, dtype), _axis(step, None, len(x.shape))
+
+
+def _arg(op: str) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
+        name, axis = _flat(w, step)
+        y = w.node(op, [name], axis=axis, keepdims=0)
+        keeps = step.options.get("keepdims", False)
+        return w.node("Reshape", [y, w.sizes(step.outputs[0].shape)]) if keeps else y
 
     return write
 
 
-def _reshape(w: _Writing, step: Step) -> str:
+def _reshape(w: _Writer, step: Step) -> str:
     """To the shape of the result: reshape, expand_dims and squeeze."""
     shape = step.outputs[0].shape
     counted = [i for i, n in enumerate(shape) if counts_rows(n)]
     if len(counted) == 1 and 0 not in shape:
         sizes = w.ints(*(-1 if i in counted else n for i, n in enumerate(shape)))
-        return str(w.node("Reshape", [w.name(step.values[0]), sizes]))
-    return str(w.node("Reshape", [w.name(step.values[0]), w.sizes(shape)], allowzero=1))
+        return w.node("Reshape", [w.name(step.values[0]), sizes])
+    return w.node("Reshape", [w.name(step.values[0]), w.sizes(shape)], allowzero=1)
 
 
-def _transpose(w: _Writing, step: Step) -> str:
-    (x,), options = step.values, step.options
-    axes = list(range(len(x.shape)))
-    if step.name == "transpose":
-        perm = list(options.get("axes") or axes[::-1])
-    elif step.name == "swapaxes":
-        perm = axes
-        a, b = options["axis1"], options["axis2"]
-        perm[a], perm[b] = perm[b], perm[a]
-    else:
-        source = [int(a) % len(axes) for a in np.atleast_1d(options["source"])]
-        target = [int(a) % len(axes) for a in np.atleast_1d(options["destination"])]
-        perm = [a for a in axes if a not in source]
-        for to, at in sorted(zip(target, source, strict=True)):
-            perm.insert(to, at)
-    return str(w.node("Transpose", [w.name(x)], perm=[int(a) % len(axes) for a in perm]))
+def _transpose(w: _Writer, step: Step) -> str:
+    (x,) = step.values
+    numbered = np.empty(range(len(x.shape)))  # an axis is as long as its number: it takes no memory
+    perm = compute(np, step.name, (numbered,), step.options).shape
+    return w.node("Transpose", [w.name(x)], perm=list(perm))
 
 
-def _concatenate(w: _Writing, step: Step) -> str:
+def _concatenate(w: _Writer, step: Step) -> str:
     dtype = step.outputs[0].dtype
     names = [w.name(x, dtype) for x in step.values]
     axis = _axis(step, 0, len(step.outputs[0].shape))
     if step.name == "stack":
         names = [w.node("Unsqueeze", [name, w.ints(axis)]) for name in names]
-    return str(w.node("Concat", names, axis=axis))
+    return w.node("Concat", names, axis=axis)
 
 
-def _getitem(w: _Writing, step: Step) -> str:
+def _getitem(w: _Writer, step: Step) -> str:
     """Slices, then single places, then new axes; or one array of places."""
     (x,) = step.values
     key = step.options["key"]
-    keys = [np.asarray(each) if isinstance(each, list) else each
-            for each in (key if isinstance(key, tuple) else (key,))]  # fmt: skip
-    used = sum(each is not None and each is not Ellipsis for each in keys)
-    if any(each is Ellipsis for each in keys):
-        i = next(i for i, each in enumerate(keys) if each is Ellipsis)
-        keys[i : i + 1] = [slice(None)] * (len(x.shape) - used)
-    else:
-        keys += [slice(None)] * (len(x.shape) - used)
-    name, axis, made, gone, new = w.name(x), 0, 0, [], []
+    keys = [np.asarray(k) if isinstance(k, list) else k for k in full_index(key, len(x.shape))]
+    name, axis, position = w.name(x), 0, 0
+    gone: list[int] = []
+    new: list[int] = []
     slices: list[tuple[int, int, int, int]] = []
-    for each in keys:
-        if each is None:
-            new.append(made)
-            made += 1
+    arrays = sum(map(is_array, keys))
+    for k in keys:
+        if k is None:
+            new.append(position)
+            position += 1
             continue
         n = x.shape[axis]
-        if isinstance(each, slice):
-            if (each.start, each.stop, each.step) != (None, None, None) and each != slice(
-                0, n, None
-            ):
-                step_by = each.step or 1
-                most = np.iinfo("int64").max
-                start = (0 if step_by > 0 else most) if each.start is None else each.start
-                stop = (most if step_by > 0 else -most) if each.stop is None else each.stop
+        if isinstance(k, slice):
+            if k not in (slice(None), slice(0, n)):
+                step_by = k.step or 1
+                start = (0 if step_by > 0 else MOST) if k.start is None else k.start
+                stop = (MOST if step_by > 0 else -MOST) if k.stop is None else k.stop
                 if counts_rows(start) or (counts_rows(stop) and stop != n):
-                    raise ConversionError(
-                        f"{step.path or 'the model'} cannot be written: {key} of rows"
-                    )
-                slices.append((axis, start, most if counts_rows(stop) else stop, step_by))
-            made += 1
-        elif isinstance(each, int | np.integer):
-            index = int(each)
-            end = index + 1 if index != -1 else np.iinfo("int64").max
-            slices.append((axis, index, end, 1))
+                    raise _refusal(step, f"{key} of rows")
+                slices.append((axis, start, MOST if counts_rows(stop) else stop, step_by))
+            position += 1
+        elif isinstance(k, int | np.integer):
+            index = int(k)
+            slices.append((axis, index, MOST if index == -1 else index + 1, 1))
             gone.append(axis)
-        elif (
-            is_array(each)
-            and len(keys) - len(new) == len(x.shape)
-            and sum(map(is_array, keys)) == 1
-        ):
-            if each.dtype == np.bool_:
-                each = np.flatnonzero(asnumpy(each))
-            name = w.node(
-                "Gather", [name, w.constant(np.asarray(asnumpy(each), "int64"))], axis=axis
-            )
-            made += each.ndim
+        elif is_array(k) and len(keys) - len(new) == len(x.shape) and arrays == 1:
+            places = np.asarray(asnumpy(k))
+            places = np.flatnonzero(places) if places.dtype == np.bool_ else places
+            name = w.node("Gather", [name, w.constant(places.astype("int64"))], axis=axis)
+            position += places.ndim
         else:
-            raise ConversionError(f"{step.path or 'the model'} cannot be written: x[{key!r:.60}]")
+            raise _refusal(step, f"x[{key!r:.60}]")
         axis += 1
     if slices:
         axes, starts, stops, steps = zip(*slices, strict=True)
-        name = w.node("Slice", [name, *(w.ints(*each) for each in (starts, stops, axes, steps))])
+        name = w.node(
+            "Slice", [name, *(w.ints(*values) for values in (starts, stops, axes, steps))]
+        )
     if gone:
         name = w.node("Squeeze", [name, w.ints(*gone)])
-    return str(w.node("Unsqueeze", [name, w.ints(*new)]) if new else name)
+    return w.node("Unsqueeze", [name, w.ints(*new)]) if new else name
 
 
-def _split(w: _Writing, step: Step) -> Any:
+def _split(w: _Writer, step: Step) -> Any:
     (x,) = step.values
     axis = _axis(step, 0, len(x.shape))
     sizes = [value.shape[axis] for value in step.outputs]
-    return w.node("Split", [w.name(x), w.sizes(sizes)], count=len(sizes), axis=axis)
+    return w.operator("Split", [w.name(x), w.sizes(sizes)], len(sizes), axis=axis)
 
 
-def _pad(w: _Writing, step: Step) -> str:
+def _pad(w: _Writer, step: Step) -> str:
     (x,), options = step.values, step.options
     widths = np.broadcast_to(np.asarray(options["pad_width"]), (len(x.shape), 2))
     names = [w.name(x), w.ints(*widths[:, 0], *widths[:, 1])]
     mode = options.get("mode", "constant")
     if mode == "constant":
         names.append(w.constant(np.asarray(options.get("constant_values", 0), x.dtype)))
-    return str(w.node("Pad", names, mode=mode))
+    return w.node("Pad", names, mode=mode)
 
 
-def _clip(w: _Writing, step: Step) -> str:
+def _clip(w: _Writer, step: Step) -> str:
     x, low, high = (*step.inputs, None)[:3]
     dtype = step.outputs[0].dtype
     name = w.name(x, dtype)
     name = name if low is None else w.node("Max", [name, w.name(low, dtype)])
-    return str(name if high is None else w.node("Min", [name, w.name(high, dtype)]))
+    return name if high is None else w.node("Min", [name, w.name(high, dtype)])
 
 
-def _take(w: _Writing, step: Step) -> str:
+def _take(w: _Writer, step: Step) -> str:
     x, ids = step.inputs
     axis, name = step.options.get("axis"), w.name(x)
     if axis is None:
-        name = w.node("Reshape", [name, w.ints(-1)])
-    return str(
-        w.node("Gather", [name, w.name(ids, "int64")], axis=0 if axis is None else int(axis))
-    )
+        axis, name = 0, w.node("Reshape", [name, w.ints(-1)])
+    return w.node("Gather", [name, w.name(ids, "int64")], axis=int(axis))
 
 
-def _einsum(w: _Writing, step: Step) -> str:
+def _einsum(w: _Writer, step: Step) -> str:
     dtype, parts = step.outputs[0].dtype, step.values
     terms, result = einsum_terms(step.options["subscripts"], [len(v.shape) for v in parts])
     equation = f"{','.join(terms)}->{result}"
-    return str(w.node("Einsum", [w.name(v, dtype) for v in parts], equation=equation))
+    return w.node("Einsum", [w.name(v, dtype) for v in parts], equation=equation)
 
 
-def _creation(w: _Writing, step: Step) -> str:
+def _creation(w: _Writer, step: Step) -> str:
     out = step.outputs[0]
     fill = {"ones": 1, "zeros": 0, "empty": 0}.get(step.name.removesuffix("_like"))
     fill = step.options["fill_value"] if fill is None else fill
     value = w.onnx.numpy_helper.from_array(np.asarray([fill], out.dtype).reshape(1), "value")
-    return str(w.node("ConstantOfShape", [w.sizes(out.shape)], value=value))
+    return w.node("ConstantOfShape", [w.sizes(out.shape)], value=value)
 
 
-def _with_one(op: str, first: str) -> Callable[[_Writing, Step], str]:
+def _with_one(op: str, first: str) -> Callable[[_Writer, Step], str]:
     """exp(x) - 1 and log(1 + x), for which ONNX has no name."""
 
-    def write(w: _Writing, step: Step) -> str:
+    def write(w: _Writer, step: Step) -> str:
         (x,) = step.values
         dtype = step.outputs[0].dtype
         name, one = w.name(x, dtype), w.constant(np.asarray(1, dtype))
         if first == "Add":
-            return str(w.node(op, [w.node("Add", [name, one])]))
-        return str(w.node("Sub", [w.node(op, [name]), one]))
+            return w.node(op, [w.node("Add", [name, one])])
+        return w.node("Sub", [w.node(op, [name]), one])
 
     return write
 
 
-def _logarithm(factor: float) -> Callable[[_Writing, Step], str]:
-    def write(w: _Writing, step: Step) -> str:
+def _logarithm(factor: float) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
         dtype = step.outputs[0].dtype
         logs = w.node("Log", [w.name(step.values[0], dtype)])
-        return str(w.node("Mul", [logs, w.constant(np.asarray(factor, dtype))]))
+        return w.node("Mul", [logs, w.constant(np.asarray(factor, dtype))])
 
     return write
 
 
-def _not(op: str) -> Callable[[_Writing, Step], str]:
-    return lambda w, step: str(w.node("Not", [w.node(op, w._alike(step))]))
+def _not(op: str) -> Callable[[_Writer, Step], str]:
+    return lambda w, step: w.node("Not", [w.node(op, w._inputs_of_one_type(step))])
 
 
-def _finite(w: _Writing, step: Step) -> str:
+def _finite(w: _Writer, step: Step) -> str:
     name = w.name(step.values[0])
-    return str(w.node("Not", [w.node("Or", [w.node("IsInf", [name]), w.node("IsNaN", [name])])]))
+    return w.node("Not", [w.node("Or", [w.node("IsInf", [name]), w.node("IsNaN", [name])])])
 
 
-def _square(w: _Writing, step: Step) -> str:
+def _square(w: _Writer, step: Step) -> str:
     name = w.name(step.values[0])
-    return str(w.node("Mul", [name, name]))
+    return w.node("Mul", [name, name])
 
 
-def _scan(w: _Writing, step: Step) -> str:
-    (x,) = step.values
-    name = w.name(x, step.outputs[0].dtype)
-    return str(w.node("CumSum", [name, w.ints(_axis(step, 0, len(x.shape)))]))
+def _cumsum(w: _Writer, step: Step) -> str:
+    name, axis = _flat(w, step, step.outputs[0].dtype)
+    return w.node("CumSum", [name, w.ints(axis)])
 
 
-def _flip(w: _Writing, step: Step) -> str:
+def _flip(w: _Writer, step: Step) -> str:
     (x,) = step.values
     axes = axes_of(step.options.get("axis"), len(x.shape))
     n, least = len(axes), int(np.iinfo("int64").min)
-    ends = [w.ints(*[each] * n) for each in (-1, least)]
-    return str(w.node("Slice", [w.name(x), *ends, w.ints(*axes), w.ints(*[-1] * n)]))
+    ends = [w.ints(*[end] * n) for end in (-1, least)]
+    return w.node("Slice", [w.name(x), *ends, w.ints(*axes), w.ints(*[-1] * n)])
 
 
-def _repeat(w: _Writing, step: Step) -> str:
+def _repeat(w: _Writer, step: Step) -> str:
     (x,) = step.values
     axis = step.options.get("axis")
     if axis is None or counts_rows(x.shape[axis]):
-        raise ConversionError(f"{step.path or 'the model'} cannot be written: repeat of rows")
+        raise _refusal(step, "repeat of rows")
     ids = np.repeat(np.arange(x.shape[axis]), step.options["repeats"])
-    return str(w.node("Gather", [w.name(x), w.ints(*ids)], axis=int(axis)))
+    return w.node("Gather", [w.name(x), w.ints(*ids)], axis=int(axis))
 
 
-def _tile(w: _Writing, step: Step) -> str:
+def _tile(w: _Writer, step: Step) -> str:
     (x,) = step.values
     reps = list(np.atleast_1d(step.options["reps"]))
     name, lead = w.name(x), len(step.outputs[0].shape) - len(x.shape)
     if lead:
         name = w.node("Unsqueeze", [name, w.ints(*range(lead))])
     reps = [1] * (len(step.outputs[0].shape) - len(reps)) + reps
-    return str(w.node("Tile", [name, w.ints(*reps)]))
+    return w.node("Tile", [name, w.ints(*reps)])
 
 
-_SPECIAL: dict[str, Callable[[_Writing, Step], Any]] = {
+def _triangle(upper: int) -> Callable[[_Writer, Step], str]:
+    def write(w: _Writer, step: Step) -> str:
+        names = [w.name(step.values[0]), w.ints(step.options.get("k", 0))]
+        return w.node("Trilu", names, upper=upper)
+
+    return write
+
+
+_SPECIAL: dict[str, Callable[[_Writer, Step], Any]] = {
     "sum": _reduction("ReduceSum"), "mean": _reduction("ReduceMean"),
     "max": _reduction("ReduceMax"),
     "min": _reduction("ReduceMin"), "prod": _reduction("ReduceProd"), "any": _truths("ReduceMax"),
@@ -683,7 +670,7 @@ _SPECIAL: dict[str, Callable[[_Writing, Step], Any]] = {
     "getitem": _getitem, "split": _split, "pad": _pad, "clip": _clip, "take": _take,
     "einsum": _einsum, "square": _square, "isfinite": _finite, "not_equal": _not("Equal"),
     "expm1": _with_one("Exp", "Exp"), "log1p": _with_one("Log", "Add"),
-    "log10": _logarithm(log10(e)), "log2": _logarithm(log2(e)), "cumsum": _scan, "flip": _flip,
+    "log10": _logarithm(log10(e)), "log2": _logarithm(log2(e)), "cumsum": _cumsum, "flip": _flip,
     "repeat": _repeat, "tile": _tile,
     "astype": lambda w, step: w.cast(w.name(step.values[0]), step.outputs[0].dtype),
     "broadcast_to": lambda w, step: w.node(
@@ -693,12 +680,7 @@ _SPECIAL: dict[str, Callable[[_Writing, Step], Any]] = {
         "GatherElements", [w.name(step.inputs[0]), w.name(step.inputs[1], "int64")],
         axis=_axis(step, -1, len(step.values[0].shape)),
     ),
-    "tril": lambda w, step: w.node(
-        "Trilu", [w.name(step.values[0]), w.ints(step.options.get("k", 0))], upper=0
-    ),
-    "triu": lambda w, step: w.node(
-        "Trilu", [w.name(step.values[0]), w.ints(step.options.get("k", 0))], upper=1
-    ),
+    "tril": _triangle(upper=0), "triu": _triangle(upper=1),
     **dict.fromkeys(
         ["zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"],
         _creation,

@@ -37,10 +37,10 @@ PASSED = 64 << 20  # bytes of pages to go through before they are let go
 
 def ending(path: Name) -> str:
     """How the file's name ends, one of ENDINGS: ".npy", ".csv.gz"; OptionError for any other."""
-    found = tables.ending(path_of(path))
-    if found not in ENDINGS:
+    suffix = tables.ending(path_of(path))
+    if suffix not in ENDINGS:
         raise OptionError(f"{path}: rows are in files ending in {', '.join(ENDINGS)}")
-    return found
+    return suffix
 
 
 def read_rows(path: Name, key: str | None = None, reading: Reading | None = None) -> HostArray:
@@ -65,10 +65,10 @@ def open_rows(
     path: Name, key: str | None = None, reading: Reading | None = None
 ) -> HostArray | Table:
     """The rows of a file as for `read_rows`; a table is not read yet, but gives them in batches."""
-    kind = ending(path)
-    if key is not None and kind != ".npz":
+    suffix = ending(path)
+    if key is not None and suffix != ".npz":
         raise OptionError(f"{path}: only a .npz file holds several arrays, so there is no {key!r}")
-    if kind in TABLES:
+    if suffix in TABLES:
         return tables.open_table(path, reading or Reading())
     asked = reading or Reading()
     if (asked.header, asked.delimiter, asked.columns, asked.missing) != (None, None, (), None):
@@ -76,8 +76,8 @@ def open_rows(
             f"{path}: only a table ({', '.join(TABLES)}) has a header, a delimiter, columns with "
             "names, and missing values"
         )
-    with _whole(path, kind):
-        rows = open_memmap(path, mode="r") if kind == ".npy" else _read_npz(path, key)
+    with _whole(path, suffix):
+        rows = open_memmap(path, mode="r") if suffix == ".npy" else _read_npz(path, key)
     return _checked(rows, path)
 
 
@@ -92,19 +92,19 @@ def read_inputs(path: Name, names: Sequence[str]) -> dict[str, HostArray]:
             "these names"
         )
     with _whole(path, ".npz"), _opened_npz(path) as file:
-        found = {name: _array_in(file, name, path) for name in file.files}
-    return {name: _checked(rows, path) for name, rows in found.items()}
+        arrays = {name: _array_in(file, name, path) for name in file.files}
+    return {name: _checked(rows, path) for name, rows in arrays.items()}
 
 
 @contextmanager
-def _whole(path: Name, kind: str) -> Iterator[None]:
+def _whole(path: Name, suffix: str) -> Iterator[None]:
     """RowsError for whatever NumPy says of a damaged file."""
     try:
         yield
     except (OSError, MemoryError, NnxpError):
         raise
     except Exception as error:  # NumPy meets a hostile file with ten types of error
-        raise RowsError(f"{path} is not a whole {kind} file of numbers: {error}") from error
+        raise RowsError(f"{path} is not a whole {suffix} file of numbers: {error}") from error
 
 
 def _checked(rows: HostArray, path: Name) -> HostArray:
@@ -229,19 +229,19 @@ def _writable(
     path: Name, shape: tuple[Any, ...], dtype: np.dtype[Any], names: Sequence[str] | None
 ) -> tuple[np.dtype[Any], Sequence[str]]:
     """The type that is written, and the names of a table's columns."""
-    kind, row = ending(path), shape[1:]
-    if kind in TABLES and len(row) > 1:
+    suffix, row = ending(path), shape[1:]
+    if suffix in TABLES and len(row) > 1:
         raise OptionError(
-            f"{path}: a {kind} file has rows and columns, but the output is "
+            f"{path}: a {suffix} file has rows and columns, but the output is "
             f"({', '.join(map(str, shape))})"
         )
-    if kind in tables.BINARIES:
+    if suffix in tables.BINARIES:
         tables.required_pyarrow(path)
     width = prod(row)
-    if kind in TABLES and names is not None and len(names) != width:
+    if suffix in TABLES and names is not None and len(names) != width:
         raise OptionError(f"{path}: {len(names)} names for {width} columns")
     wanted = np.dtype("float32") if dtype.name == "bfloat16" else dtype
-    return wanted, names or [f"y{index}" for index in range(width if kind in TABLES else 0)]
+    return wanted, names or [f"y{index}" for index in range(width if suffix in TABLES else 0)]
 
 
 @contextmanager
@@ -249,10 +249,10 @@ def _appending(
     path: Name, beside: Path, row: Shape, dtype: np.dtype[Any], names: Sequence[str]
 ) -> Iterator[Callable[[HostArray], None]]:
     """What appends blocks of rows to the file beside its place."""
-    kind = ending(path)
+    suffix = ending(path)
     with open(beside, "wb") as file:
-        if kind in TABLES:
-            text = kind in tables.TEXTS
+        if suffix in TABLES:
+            text = suffix in tables.TEXTS
             with (
                 tables.text_writer(path, file, names)
                 if text
@@ -261,7 +261,7 @@ def _appending(
                 yield lambda rows: append(
                     rows.astype(dtype, copy=False).reshape(len(rows), len(names))
                 )
-        elif kind == ".npy":
+        elif suffix == ".npy":
             with _appending_npy(file, row, dtype) as append:
                 yield append
         else:
@@ -325,9 +325,9 @@ class Passing:
     def __init__(self, x: HostArray, *others: HostArray) -> None:
         self.shape, self.dtype, self.reads = x.shape, x.dtype, (x,)
         self._x = x
-        mapped = [(each, _map_of(each)) for each in (x, *others)]
-        self._maps = [found for _, found in mapped if found is not None]
-        self._row = sum(each.nbytes for each, found in mapped if found) // max(1, len(x))
+        mapped = [(array, _map_of(array)) for array in (x, *others)]
+        self._maps = [pages for _, pages in mapped if pages is not None]
+        self._row = sum(array.nbytes for array, pages in mapped if pages) // max(1, len(x))
         self._passed = 0
 
     def __getitem__(self, rows: slice) -> HostArray:
@@ -335,8 +335,8 @@ class Passing:
         self._passed += self._row * len(block)  # threads may lose a count: pages then go later
         if self._passed > PASSED:
             self._passed = 0
-            for each in self._maps:
-                each.madvise(mmap.MADV_DONTNEED)  # a page that is still in use comes back
+            for pages in self._maps:
+                pages.madvise(mmap.MADV_DONTNEED)  # a page that is still in use comes back
         return block
 
 

@@ -71,12 +71,11 @@ def from_sklearn(estimator: Any, dtype: object = "float32") -> Sequential:
             `dtype` cannot hold its parameters; or a scaler between layers, or of the target, has a
             mean so far above the scale that `dtype` would lose more than 1/4096 of it.
     """
-    kind = float_dtype(dtype)
     steps = list(_steps(estimator))
     if not steps:
         raise ConversionError(f"{estimator!r:.100} is empty; {_WANTED}")
     *before, last = steps
-    model = _Model(kind)
+    model = _Model(float_dtype(dtype))
     for step in before:
         _transform(model, step)
     _predict(model, last)
@@ -131,8 +130,8 @@ class _Model:
     rows meet in their own type, and one Take.
     """
 
-    def __init__(self, kind: np.dtype[Any]) -> None:
-        self.kind, self.layers = kind, list[Layer]()
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype, self.layers = dtype, list[Layer]()
         self._names: dict[int, str] = {}
         self._first: tuple[HostArray, HostArray, HostArray] | None = None  # taken, mean, scale
 
@@ -141,7 +140,7 @@ class _Model:
         if not np.all(np.abs(scale) > 0):
             raise ConversionError(f"{step}: the scale has zeros; a column that never changes has 1")
         if self.layers:
-            _refuse_loss(step, mean, scale, self.kind)
+            _refuse_loss(step, mean, scale, self.dtype)
             self.layers.append(Standardize(mean, scale))
             return
         taken, first_mean, first_scale = self._columns(step)
@@ -190,7 +189,7 @@ class _Model:
         def stored(name: str, value: HostArray) -> HostArray:
             if name in ("mean", "scale"):
                 return value  # a Standardize keeps them in float64
-            return _stored(f"{who}: {name}", value, self.kind)
+            return _stored(f"{who}: {name}", value, self.dtype)
 
         layers = []
         for i, layer in enumerate(self.layers):
@@ -205,10 +204,10 @@ class _Model:
 def _transform(model: _Model, step: _Step) -> None:
     """What the step does to the rows, added to the model."""
     if step.name not in _TRANSFORMERS:
-        raise ConversionError(f"{step} has no counterpart{_way_on(step)}")
+        raise ConversionError(f"{step} has no counterpart{_advice(step)}")
     _fitted(step)
     if step.name in _SCALERS:
-        model.standardize(step, *_scaling(step, model.kind))
+        model.standardize(step, *_scaling(step, model.dtype))
         if getattr(step.estimator, "clip", False):
             low, high = step.estimator.feature_range
             model.append(Clip(float(low), float(high)))
@@ -220,14 +219,14 @@ def _transform(model: _Model, step: _Step) -> None:
         _normalize(model, step)
 
 
-def _scaling(step: _Step, kind: np.dtype[Any]) -> tuple[HostArray, HostArray]:
+def _scaling(step: _Step, dtype: np.dtype[Any]) -> tuple[HostArray, HostArray]:
     """(mean, scale) of a scaler that answers (x - mean) / scale."""
     scaler, size = step.estimator, step.estimator.n_features_in_
     zeros, ones = np.zeros(size), np.ones(size)
     match step.name:
         case "StandardScaler":
             if scaler.with_std and not scaler.with_mean and scaler.mean_ is not None:
-                _refuse_loss(step, step.array("mean_"), step.array("scale_"), kind)
+                _refuse_loss(step, step.array("mean_"), step.array("scale_"), dtype)
             return (
                 step.array("mean_") if scaler.with_mean else zeros,
                 step.array("scale_") if scaler.with_std else ones,
@@ -262,10 +261,10 @@ def _normalize(model: _Model, step: _Step) -> None:
     """x / sqrt(sum(x²)) is a root mean square norm with another gain."""
     if step.estimator.norm != "l2":
         raise ConversionError(
-            f"{step} with norm={step.estimator.norm!r} has no counterpart{_way_on(step)}"
+            f"{step} with norm={step.estimator.norm!r} has no counterpart{_advice(step)}"
         )
     size = step.estimator.n_features_in_
-    eps = 1e-300 if model.kind == np.float64 else 1e-30  # so that rows of zeros stay zeros
+    eps = 1e-300 if model.dtype == np.float64 else 1e-30  # so that rows of zeros stay zeros
     model.append(RMSNorm.of(np.full(size, size**-0.5), eps))
 
 
@@ -357,12 +356,11 @@ def _predict_transformed(model: _Model, step: _Step) -> None:
     target = step.estimator
     _fitted(step, "regressor_")
     *before, last = _steps(target.regressor_, f"{step.path}regressor_, ")
-    for each in before:
-        _transform(model, each)
+    for inner in before:
+        _transform(model, inner)
     _predict(model, last)
-    mean, scale = _target_scaling(
-        _Step(f"{step.path}transformer_, ", target.transformer_, None), model
-    )
+    scaler = _Step(f"{step.path}transformer_, ", target.transformer_, None)
+    mean, scale = _target_scaling(scaler, model)
     if isinstance(model.layers[-1], Take):
         model.layers.pop()
     product = model.layers[-1]
@@ -381,8 +379,8 @@ def _target_scaling(step: _Step, model: _Model) -> tuple[Any, Any]:
             f"{step} has no counterpart; convert the regressor_, and give what the model predicts "
             "to transformer_.inverse_transform"
         )
-    mean, scale = _scaling(step, model.kind)
-    _refuse_loss(step, mean, scale, model.kind)
+    mean, scale = _scaling(step, model.dtype)
+    _refuse_loss(step, mean, scale, model.dtype)
     return mean, scale
 
 
@@ -403,7 +401,7 @@ def _fitted(step: _Step, attribute: str = "n_features_in_") -> None:
         raise ConversionError(f"{step} is not fitted; call its fit(X, y) first")
 
 
-def _way_on(step: _Step) -> str:
+def _advice(step: _Step) -> str:
     """How rows still come to a model that begins behind the step."""
     if step.place is None:
         return "; transform the rows with it first, and convert what follows it"
@@ -414,27 +412,27 @@ def _way_on(step: _Step) -> str:
     )
 
 
-def _refuse_loss(step: _Step, mean: HostArray, scale: HostArray, kind: np.dtype[Any]) -> None:
+def _refuse_loss(step: _Step, mean: HostArray, scale: HostArray, dtype: np.dtype[Any]) -> None:
     """Refuse a mean so large that numbers of this type around it have lost what they differ by."""
     # Of 16-bit types nobody expects more than a few digits, wherever the mean lies.
-    lost = np.abs(mean / scale) * (np.finfo(kind).eps / 2 if kind.itemsize > 2 else 0.0)
+    lost = np.abs(mean / scale) * (np.finfo(dtype).eps / 2 if dtype.itemsize > 2 else 0.0)
     if np.any(lost > LOST):
         column = int(np.argmax(lost))
         raise ConversionError(
             f"{step}: column {column} has the mean {mean[column]:.3g} and the scale "
-            f"{scale[column]:.3g}: numbers around it would be rounded to {kind} by up to "
+            f"{scale[column]:.3g}: numbers around it would be rounded to {dtype} by up to "
             f'{lost[column]:.2g} of that scale; dtype="float64" keeps them'
         )
 
 
-def _stored(what: str, values: Any, kind: np.dtype[Any]) -> HostArray:
+def _stored(what: str, values: Any, dtype: np.dtype[Any]) -> HostArray:
     """The values in this type, as long as it can hold them."""
     wide = np.asarray(values, "float64")
     with np.errstate(all="ignore"):
-        stored = wide.astype(kind, order="C")
+        stored = wide.astype(dtype, order="C")
     if np.any(np.isfinite(wide) & ~np.isfinite(stored)):
         raise ConversionError(
-            f"{what} has values up to {np.max(np.abs(wide)):.3g}, too large for {kind}; "
+            f"{what} has values up to {np.max(np.abs(wide)):.3g}, too large for {dtype}; "
             "a wider dtype holds them"
         )
     return stored
@@ -442,8 +440,8 @@ def _stored(what: str, values: Any, kind: np.dtype[Any]) -> HostArray:
 
 def column_names_of(*estimators: Any) -> tuple[str, ...] | None:
     """The names of the columns that the first of these was fitted with, if any."""
-    for each in estimators:
-        names = getattr(each, "feature_names_in_", None)
+    for estimator in estimators:
+        names = getattr(estimator, "feature_names_in_", None)
         if names is not None:
             return tuple(map(str, names))
     return None

@@ -22,7 +22,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any, TypeAlias
@@ -143,18 +143,20 @@ def _chosen(path: Name, asked: Sequence[str | int], names: Sequence[str]) -> lis
     """The numbers of the columns that are asked for; the names are "" where there are none."""
     if not asked:
         return list(range(len(names)))
-    found = []
-    for each in asked:
-        if isinstance(each, str) and names.count(each) > 1:
-            raise OptionError(f"{path} has {names.count(each)} columns {each!r}: take it by number")
-        if isinstance(each, str) and each in names:
-            found.append(names.index(each))
-        elif str(each).isdecimal() and int(each) < len(names):
-            found.append(int(each))
+    numbers = []
+    for column in asked:
+        if isinstance(column, str) and names.count(column) > 1:
+            raise OptionError(
+                f"{path} has {names.count(column)} columns {column!r}: take it by number"
+            )
+        if isinstance(column, str) and column in names:
+            numbers.append(names.index(column))
+        elif str(column).isdecimal() and int(column) < len(names):
+            numbers.append(int(column))
         else:
             held = ", ".join(filter(None, names)) or f"{len(names)} columns without names"
-            raise OptionError(f"{path} has no column {each!r}; it has {held:.500}")
-    return found
+            raise OptionError(f"{path} has no column {column!r}; it has {held:.500}")
+    return numbers
 
 
 # text
@@ -176,13 +178,13 @@ class TextTable(Table):
         if not records:
             raise RowsError(f"{path} holds no rows")
         (line, first), following = records[0], [fields for _, fields in records[1:]]
-        self.header, said = _is_header(first, following)
+        self.header, doubt = _is_header(first, following)
         if reading.header is not None:
-            self.header, said = reading.header, ""
+            self.header, doubt = reading.header, ""
         elif not all(str(name).isdecimal() for name in reading.columns):
-            self.header, said = True, ""  # who asks for names knows that there are some
-        if said:
-            reading.say(f"{path}, line {line}: {said}")
+            self.header, doubt = True, ""  # who asks for names knows that there are some
+        if doubt:
+            reading.say(f"{path}, line {line}: {doubt}")
         if self.header and not following:
             raise RowsError(f"{path} holds no rows, only names")
         self.skipped = line if self.header else 0
@@ -197,16 +199,15 @@ class TextTable(Table):
             for chunk in _chunks(self.path, stream):
                 lines = chunk.count(b"\n") or chunk.count(b"\r")
                 skipped = min(max(0, self.skipped + 1 - line), lines)
-                rows = self._rows(
-                    _without_lines(chunk, skipped) if skipped else chunk, line + skipped
-                )
+                text = _without_lines(chunk, skipped) if skipped else chunk
+                rows = self._rows(text, line + skipped)
                 line += lines
                 self.passed = file.tell()
                 if len(rows):
                     yield rows
 
     def column(self, index: int) -> HostArray:
-        found, line = [], 1
+        values, line = [], 1
         with self._opened() as (_, stream):
             for chunk in _chunks(self.path, stream):
                 for at, fields in _records(_decoded(chunk, self.path), self.delimiter, line):
@@ -216,10 +217,10 @@ class TextTable(Table):
                         raise RowsError(
                             f"{self.path}, line {at}: there is no value in column {index + 1}"
                         )
-                    found.append(fields[index])
+                    values.append(fields[index])
                 line += chunk.count(b"\n") or chunk.count(b"\r")
-        numbers = all(map(_NUMBER.fullmatch, found))
-        return np.array(found, "float64") if numbers else np.array(found)
+        numbers = all(map(_NUMBER.fullmatch, values))
+        return np.array(values, "float64") if numbers else np.array(values)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
@@ -305,14 +306,14 @@ class TextTable(Table):
         if missing and self.reading.missing is not None:
             return float(self.reading.missing)
         name = f" ({self.names[index]})" if self.names[index] else ""
-        said = f"{self.path}, line {line}: {field!r:.60} in column {index + 1}{name} "
+        message = f"{self.path}, line {line}: {field!r:.60} in column {index + 1}{name} "
         if missing:
-            said += "is a missing value; --missing nan reads it as NaN, --missing 0 as 0"
+            message += "is a missing value; --missing nan reads it as NaN, --missing 0 as 0"
         else:
-            said += "is not a number"
+            message += "is not a number"
         if line == 1 and self.reading.header is None and not self.header:
-            said += "; if the line holds names, --header says so"
-        raise RowsError(said)
+            message += "; if the line holds names, --header says so"
+        raise RowsError(message)
 
 
 def _chunks(path: Name, stream: IO[bytes]) -> Iterator[bytes]:
@@ -337,7 +338,7 @@ def _first_lines(chunks: Iterator[bytes]) -> bytes:
         text += chunk
         start = len(text) - len(text.lstrip())
         ends = islice(re.finditer(rb"\r\n|\n|\r", text[start:]), SAMPLE)
-        places = [found.end() for found in ends]
+        places = [match.end() for match in ends]
         if len(places) == SAMPLE:
             return text[: start + places[-1]]
     return text
@@ -397,11 +398,8 @@ def _is_header(first: list[str], following: list[list[str]]) -> tuple[bool, str]
     if following and first == count:
         return False, "0 is taken as a row, --header as the name of the column"
     index = [fields[0] for fields in following]
-    if (
-        len(first) > 1
-        and first == ["", *count[:-1]]
-        and index == [str(i) for i in range(len(index))]
-    ):
+    counted = index == [str(i) for i in range(len(index))]
+    if len(first) > 1 and first == ["", *count[:-1]] and counted:
         return True, f"0 to {len(first) - 2} are taken as names of columns, --no-header as a row"
     if not any(first) or not all(field == "" or _is_name(field) for field in first):
         return False, ""
@@ -448,15 +446,17 @@ class ArrowTable(Table):
                     yield rows
 
     def column(self, index: int) -> HostArray:
-        name, found = self.names[index], []
+        name, values = self.names[index], []
         with self._opened() as (_, _, batches):
             for batch in batches:
                 where = name if ending(self.path) == ".parquet" else index
-                found += batch.column(where).to_pylist()
-        if None in found:
-            raise RowsError(f"{self.path}, row {found.index(None)}: there is no value in {name!r}")
-        numbers = all(isinstance(value, int | float) for value in found)  # True and False, too
-        return np.array(found, "float64") if numbers else np.array([str(value) for value in found])
+                values += batch.column(where).to_pylist()
+        if None in values:
+            raise RowsError(f"{self.path}, row {values.index(None)}: there is no value in {name!r}")
+        numbers = all(isinstance(value, int | float) for value in values)  # True and False, too
+        return (
+            np.array(values, "float64") if numbers else np.array([str(value) for value in values])
+        )
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[list[str], int, Iterator[Any]]]:
@@ -474,9 +474,8 @@ class ArrowTable(Table):
             except (arrow.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
-                raise RowsError(
-                    f"{self.path} is not a whole {ending(self.path)} file: {error}"
-                ) from (error)
+                suffix = ending(self.path)
+                raise RowsError(f"{self.path} is not a whole {suffix} file: {error}") from error
 
     def _of_parquet(self, file: Any) -> Iterator[Any]:
         names = list(dict.fromkeys(self.names[index] for index in self.chosen))
@@ -547,22 +546,16 @@ def text_writer(path: Name, file: IO[bytes], names: Sequence[str]) -> Iterator[C
     Numbers are written with as many digits as it takes to read the same ones again.
     """
     delimiter = "\t" if ending(path).startswith(".tsv") else ","
-    compressed: Any = None
-    if ending(path).endswith(".gz"):
-        import gzip
-
-        compressed = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=4)
-    stream: IO[bytes] = compressed or file
-    head = io.StringIO()
-    csv.writer(head, delimiter=delimiter, lineterminator="\n").writerow(names)
-    stream.write(head.getvalue().encode())
     fast = _pyarrow("csv")
+
+    def write_records(records: Sequence[Sequence[Any]]) -> None:
+        text = io.StringIO()
+        csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(records)
+        stream.write(text.getvalue().encode())
 
     def write(rows: HostArray) -> None:
         if rows.dtype.kind in "Ub":  # labels
-            text = io.StringIO()
-            csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows.tolist())
-            stream.write(text.getvalue().encode())
+            write_records(rows.tolist())
             return
         rows = rows if rows.itemsize > 2 else rows.astype("float32")
         if fast and rows.size:
@@ -576,9 +569,15 @@ def text_writer(path: Name, file: IO[bytes], names: Sequence[str]) -> Iterator[C
             digits = "%d" if rows.dtype.kind in "iu" else digits
             np.savetxt(stream, rows, fmt=digits, delimiter=delimiter)
 
-    yield write
-    if compressed is not None:
-        compressed.close()
+    with _compressed(file) if ending(path).endswith(".gz") else nullcontext(file) as stream:
+        write_records([names])
+        yield write
+
+
+def _compressed(file: IO[bytes]) -> Any:
+    import gzip
+
+    return gzip.GzipFile(fileobj=file, mode="wb", compresslevel=4)
 
 
 @contextmanager

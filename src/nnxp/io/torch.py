@@ -63,19 +63,19 @@ def from_torch(
         )
     with torch.no_grad(), _evaluating(module):
         graph = _traced(module, inputs)
-        return _Reading(module, None if dtype is None else float_dtype(dtype)).model(graph)
+        return _Reader(module, None if dtype is None else float_dtype(dtype)).model(graph)
 
 
 @contextmanager
 def _evaluating(module: Module) -> Iterator[None]:
     """The module in eval(), and afterwards as it was."""
-    training = [each for each in module.modules() if each.training]
+    training = [m for m in module.modules() if m.training]
     module.eval()
     try:
         yield
     finally:
-        for each in training:
-            each.training = True
+        for m in training:
+            m.training = True
 
 
 def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
@@ -97,8 +97,8 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
         )
     if kind_of(module):
         graph = fx.Graph(module)
-        given: dict[str, Any] = {name: graph.placeholder(name) for name in wanted}
-        graph.output(graph.call_module("", (), given))
+        arguments: dict[str, Any] = {name: graph.placeholder(name) for name in wanted}
+        graph.output(graph.call_module("", (), arguments))
         return graph
 
     class Writable(fx.Proxy):  # type: ignore[misc]  # fx itself takes x += y for x = x + y, and knows no x[...] = y
@@ -139,7 +139,7 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
 _ROAD = "torch.onnx.export writes such a module as ONNX, which nnxp.load_onnx reads"
 
 
-class _Reading:
+class _Reader:
     """A graph of torch.fx, node by node, as the steps of a TorchGraph."""
 
     def __init__(self, module: Module, dtype: Any) -> None:
@@ -148,9 +148,7 @@ class _Reading:
         self.steps: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.inputs: list[str] = []
         self.problems: list[str] = []
-        self.values: dict[
-            Any, Any
-        ] = {}  # of each node: a value, a tuple of them, or a plain number
+        self.values: dict[Any, Any] = {}  # by node: a value, a tuple of them, or a plain number
         self._arrays: dict[Any, tuple[Array, Any]] = {}
         self._made: dict[str, Any] = {}
         self._same: dict[Any, list[Any]] = {}  # of a node: those that are the same tensor
@@ -176,7 +174,7 @@ class _Reading:
                     self.problems.append(f"{_where(node)}: {error}")
                     self.values[node] = {"value": -1}
         answers = tuple(_flat(answer))
-        if not all(_is_value(each) for each in answers):
+        if not all(_is_value(value) for value in answers):
             self.problems.append(f"the answer is no array: {answers!r:.80}")
         if self.problems:
             name = type(self.module).__name__
@@ -187,30 +185,29 @@ class _Reading:
     # one node
 
     def _node(self, node: Any) -> Any:
-        args = [self._value(each) for each in node.args]
-        options = {name: self._value(each) for name, each in node.kwargs.items()}
+        args = [self._value(x) for x in node.args]
+        options = {name: self._value(x) for name, x in node.kwargs.items()}
         if node.op == "get_attr":
             return self._constant(node.target)
         if node.op == "call_module":
             module = self.module.get_submodule(node.target)
-            made = self._module(node.target, module, args, options)
+            result = self._module(node.target, module, args, options)
             if getattr(module, "inplace", False):
-                self._written(node, made)
-            return made
+                self._written(node, result)
+            return result
         name = node.target if node.op == "call_method" else _function_name(node.target)
         if name == "getitem" and type(args[0]) is tuple and isinstance(args[1], int):
             return args[0][args[1]]
         inplace = _writes(node)
-        own = known(
-            name.removesuffix("_") if inplace and name.endswith("_") and name[-2:] != "__" else name
-        )
+        in_place_form = inplace and name.endswith("_") and not name.endswith("__")
+        own = known(name.removesuffix("_") if in_place_form else name)
         if not own:
             raise Unknown(f"{'method' if node.op == 'call_method' else 'function'} {name}")
         options.pop("inplace", None)
-        made = self._step(own, *_arguments(own, args, options))
+        result = self._step(own, *_arguments(own, args, options))
         if inplace:
-            self._written(node, made)
-        return made
+            self._written(node, result)
+        return result
 
     def _value(self, x: Any) -> Any:
         """An argument of a node: a value, a plain one, or a tuple of them."""
@@ -222,17 +219,17 @@ class _Reading:
                 raise Unknown(f"it looks at {x.name}, which is not among the inputs")
             return self.values[x]
         if isinstance(x, slice):
-            return {"slice": tuple(self._value(each) for each in (x.start, x.stop, x.step))}
+            return {"slice": tuple(self._value(bound) for bound in (x.start, x.stop, x.step))}
         if isinstance(x, dict):
-            return {name: self._value(each) for name, each in x.items()}
+            return {name: self._value(item) for name, item in x.items()}
         if isinstance(x, tuple | list):
-            return tuple(self._value(each) for each in x)
+            return tuple(self._value(item) for item in x)
         if isinstance(x, torch.dtype):
             return str(x)
         if isinstance(x, torch.device | torch.memory_format):
             return None
         if isinstance(x, torch.Tensor):
-            return self._kept(x)
+            return self._constant_step(x)
         return encoded(x)
 
     def _step(self, what: str, args: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
@@ -252,9 +249,9 @@ class _Reading:
         value: Any = self.module
         for name in target.split("."):
             value = getattr(value, name)
-        return self._kept(value)
+        return self._constant_step(value)
 
-    def _kept(self, tensor: Any) -> Any:
+    def _constant_step(self, tensor: Any) -> Any:
         number = self._layer(f"constant {id(tensor)}", lambda: Constant(self.take(tensor)))
         return self._step(number.replace("layers", "constant"), ())
 
@@ -282,24 +279,24 @@ class _Reading:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unknown(f"{type(module).__name__} has hooks")
         names = list(inspect.signature(module.forward).parameters)
-        given = dict(zip(names, args, strict=False)) | options
+        arguments = dict(zip(names, args, strict=False)) | options
         special = _CALLS.get(kind)
         if special is not None:
-            return special(self, path, module, given)
-        made = MODULES[kind](module, self.take)
-        if isinstance(made, tuple):  # a function with these options
-            options = {name: self._value(each) for name, each in made[1].items()}
-            return self._step(made[0], list(given.values()), options)
-        return self._step(self._layer(path, lambda: made), list(given.values()))
+            return special(self, path, module, arguments)
+        counterpart = MODULES[kind](module, self.take)
+        if isinstance(counterpart, tuple):  # a function with these options
+            options = {name: self._value(option) for name, option in counterpart[1].items()}
+            return self._step(counterpart[0], list(arguments.values()), options)
+        return self._step(self._layer(path, lambda: counterpart), list(arguments.values()))
 
     # what writes into its argument
 
-    def _written(self, node: Any, made: Any) -> None:
+    def _written(self, node: Any, result: Any) -> None:
         """All that are the tensor written into by this node now stand for what it wrote."""
         target = node.args[0]
         same = self._same[node] = self._same.setdefault(target, [target])
         same.append(node)
-        self.values.update(dict.fromkeys(same, made))
+        self.values.update(dict.fromkeys(same, result))
 
     def _refuse_hidden_writes(self, nodes: list[Any]) -> None:
         """Refuse a write into an array that another one, needed later, may look at."""
@@ -326,12 +323,10 @@ class _Reading:
     def _finished(self, answers: tuple[Any, ...]) -> Layer:
         """The steps that are needed as a model, of the simplest kind that says it all."""
         wanted = set(_numbers(answers))
-        kept = []
         for i in reversed(range(len(self.steps))):
             if i in wanted:
-                kept.append(i)
                 wanted |= set(_numbers(self.steps[i][1:]))
-        kept.reverse()
+        kept = [i for i in range(len(self.steps)) if i in wanted]
         count = len(self.inputs)
         places = {-1 - i: i for i in range(count)} | {s: count + n for n, s in enumerate(kept)}
         steps = tuple(_renumbered(self.steps[i], places) for i in kept)
@@ -378,10 +373,10 @@ _FIRST = ("input", "self", "tensors", "tensor", "condition")
 
 def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
     """The arguments of a function as it takes them here; Unknown for what it does not take."""
-    first = [options.pop(each) for each in _FIRST if each in options]
-    second = [options.pop(each) for each in ("other", "mask") if each in options and not args[1:]]
+    first = [options.pop(key) for key in _FIRST if key in options]
+    second = [options.pop(key) for key in ("other", "mask") if key in options and not args[1:]]
     args = [*first, *args, *second]
-    options = {_NAMES.get(each, each): value for each, value in options.items()}
+    options = {_NAMES.get(key, key): value for key, value in options.items()}
     function = MAKERS.get(name) or FUNCTIONS[name]
     lead = [None] if name in MAKERS else []
     try:
@@ -398,33 +393,28 @@ def _is_value(x: Any) -> bool:
 
 
 def _flat(x: Any) -> Iterator[Any]:
-    if type(x) is tuple:
-        for each in x:
-            yield from _flat(each)
+    if isinstance(x, tuple | list):
+        for item in x:
+            yield from _flat(item)
     elif type(x) is dict and not _is_value(x):
-        for each in x.values():
-            yield from _flat(each)
+        for item in x.values():
+            yield from _flat(item)
     elif x is not None:
         yield x
 
 
 def _numbers(x: Any) -> Iterator[int]:
-    if isinstance(x, tuple | list):
-        for each in x:
-            yield from _numbers(each)
-    elif _is_value(x):
-        yield x["value"]
-    elif type(x) is dict:
-        yield from _numbers(tuple(x.values()))
+    """The numbers of the values in arguments or answers."""
+    return (leaf["value"] for leaf in _flat(x) if _is_value(leaf))
 
 
 def _renumbered(x: Any, places: dict[int, int]) -> Any:
     if type(x) is tuple:
-        return tuple(_renumbered(each, places) for each in x)
+        return tuple(_renumbered(item, places) for item in x)
     if _is_value(x):
         return {"value": places[x["value"]]}
     if type(x) is dict:
-        return {name: _renumbered(each, places) for name, each in x.items()}
+        return {name: _renumbered(item, places) for name, item in x.items()}
     return x
 
 
@@ -503,7 +493,7 @@ def _needed(nodes: list[Any]) -> set[Any]:
 # Modules that are called with more than one argument, or answer more than one array
 
 
-def _batch_first(self: _Reading, path: str, module: Module, x: Any) -> Any:
+def _batch_first(self: _Reader, path: str, module: Module, x: Any) -> Any:
     """x with its rows on axis 0"""
     if module.batch_first:
         return x
@@ -512,38 +502,44 @@ def _batch_first(self: _Reading, path: str, module: Module, x: Any) -> Any:
             f"{type(module).__name__} has batch_first=False, so that its rows are on axis 1; here "
             "they are on axis 0: set batch_first=True"
         )
+    return _swapped(self, x)
+
+
+def _swapped(self: _Reader, x: Any) -> Any:
+    """x with its first two axes exchanged: rows and time"""
     return self._step("transpose", (x, 0, 1))
 
 
-def _recurrent(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+def _states(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The states that a recurrent module is called with."""
+    states = arguments.get("hx")
+    return () if states is None else states if type(states) is tuple else (states,)
+
+
+def _recurrent(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
-    states = given.get("hx")
-    states = () if states is None else states if type(states) is tuple else (states,)
-    turned = [self._step("transpose", (each, 0, 1)) for each in states]
-    x = _batch_first(self, path, module, given["input"])
-    made = self._step(what, (x, None, *turned) if turned else (x,))
+    turned = [_swapped(self, state) for state in _states(arguments)]
+    x = _batch_first(self, path, module, arguments["input"])
+    result = self._step(what, (x, None, *turned) if turned else (x,))
     count = 3 if kind_of(module) == "LSTM" else 2
-    y, *last = (self._step("getitem", (made, i)) for i in range(count))
+    y, *last = (self._step("getitem", (result, i)) for i in range(count))
     if not path:
         return (y, *last)
-    if not module.batch_first:
-        y = self._step("transpose", (y, 0, 1))
-    last = [self._step("transpose", (each, 0, 1)) for each in last]
+    y = y if module.batch_first else _swapped(self, y)
+    last = [_swapped(self, state) for state in last]
     return y, (tuple(last) if len(last) > 1 else last[0])
 
 
-def _cell(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+def _cell(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
-    states = given.get("hx")
-    states = () if states is None else states if type(states) is tuple else (states,)
-    made = self._step(what, (given["input"], *states))
+    result = self._step(what, (arguments["input"], *_states(arguments)))
     if kind_of(module) != "LSTMCell":
-        return made
-    return tuple(self._step("getitem", (made, i)) for i in range(2))
+        return result
+    return tuple(self._step("getitem", (result, i)) for i in range(2))
 
 
 def _mask(
-    self: _Reading, x: Any, padding: Any, attn: Any, heads: int, dtype: str
+    self: _Reader, x: Any, padding: Any, attn: Any, heads: int, dtype: str
 ) -> tuple[Any, ...]:
     if padding is None and attn is None:
         return ()
@@ -551,17 +547,18 @@ def _mask(
     return (self._step("mask_of_attention", (padding, attn, rows, heads, dtype)),)
 
 
-def _attention(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
-    arrays = [_batch_first(self, path, module, given[name]) for name in ("query", "key", "value")]
-    masks = given.get("key_padding_mask"), given.get("attn_mask")
+def _attention(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
+    arrays = [
+        _batch_first(self, path, module, arguments[name]) for name in ("query", "key", "value")
+    ]
+    masks = arguments.get("key_padding_mask"), arguments.get("attn_mask")
     y = _attended(self, path, module, arrays, *masks)
-    if not module.batch_first:
-        y = self._step("transpose", (y, 0, 1))
+    y = y if module.batch_first else _swapped(self, y)
     return y if not path else (y, None)
 
 
 def _attended(
-    self: _Reading, path: str, module: Module, arrays: Sequence[Any], padding: Any, attn: Any
+    self: _Reader, path: str, module: Module, arrays: Sequence[Any], padding: Any, attn: Any
 ) -> Any:
     """What MultiheadAttention makes of a query, keys and values with their rows on axis 0."""
     what = self._layer(path, lambda: MODULES["MultiheadAttention"](module, self.take))
@@ -570,43 +567,43 @@ def _attended(
     return self._step(what, (*arrays, *mask))
 
 
-def _encoder(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+def _encoder(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     what = self._layer(path, lambda: MODULES[type(module).__name__](module, self.take))
     first = module.layers[0] if hasattr(module, "layers") else module
     attention = first.self_attn
-    x = _batch_first(self, path, attention, given["src"])
+    x = _batch_first(self, path, attention, arguments["src"])
     dtype = str(attention.out_proj.weight.dtype).removeprefix("torch.")
-    attn = given.get("mask", given.get("src_mask"))
-    mask = _mask(self, x, given.get("src_key_padding_mask"), attn, attention.num_heads, dtype)
+    attn = arguments.get("mask", arguments.get("src_mask"))
+    mask = _mask(self, x, arguments.get("src_key_padding_mask"), attn, attention.num_heads, dtype)
     y = self._step(what, (x, *mask))
-    return y if attention.batch_first else self._step("transpose", (y, 0, 1))
+    return y if attention.batch_first else _swapped(self, y)
 
 
-def _decoder(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+def _decoder(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     """norm(last(... first(tgt, memory))), of one layer or a stack of them"""
     stack = hasattr(module, "layers")
     layers = dict(module.layers.named_children()) if stack else {"": module}
     if strangers := {type(m).__name__ for m in layers.values()} - {"TransformerDecoderLayer"}:
         raise Unknown(f"{type(module).__name__} of {', '.join(sorted(strangers))}")
     attention = next(iter(layers.values())).self_attn
-    x, memory = (_batch_first(self, path, attention, given[name]) for name in ("tgt", "memory"))
+    x, memory = (_batch_first(self, path, attention, arguments[name]) for name in ("tgt", "memory"))
     for name, layer in layers.items():
         inner = ".".join(filter(None, (path, f"layers.{name}" if stack else "")))
-        x = _decoded(self, inner, layer, x, memory, given)
+        x = _decoded(self, inner, layer, x, memory, arguments)
     if getattr(module, "norm", None) is not None:
         x = self._module(_below(path, "norm"), module.norm, [x], {})
-    return x if attention.batch_first else self._step("transpose", (x, 0, 1))
+    return x if attention.batch_first else _swapped(self, x)
 
 
 def _decoded(
-    self: _Reading, path: str, module: Module, x: Any, memory: Any, given: dict[str, Any]
+    self: _Reader, path: str, module: Module, x: Any, memory: Any, arguments: dict[str, Any]
 ) -> Any:
     """One layer of a decoder: attention to itself, to the memory, and the inner layers; each is
     added to what it takes, which is normed before it or after."""
 
     def attend(to: str, x: Any, seen: Any) -> Any:
         name = {"tgt": "self_attn", "memory": "multihead_attn"}[to]
-        masks = given.get(f"{to}_key_padding_mask"), given.get(f"{to}_mask")
+        masks = arguments.get(f"{to}_key_padding_mask"), arguments.get(f"{to}_mask")
         inner = getattr(module, name)
         return _attended(self, _below(path, name), inner, [x, seen, seen], *masks)
 
@@ -626,8 +623,8 @@ def _decoded(
     for i, part in enumerate(parts, 1):
         norm = getattr(module, f"norm{i}")
         if module.norm_first:
-            made = part(self._module(_below(path, f"norm{i}"), norm, [x], {}))
-            x = self._step("add", (x, made))
+            y = part(self._module(_below(path, f"norm{i}"), norm, [x], {}))
+            x = self._step("add", (x, y))
         else:
             x = self._step("add", (x, part(x)))
             x = self._module(_below(path, f"norm{i}"), norm, [x], {})
@@ -638,20 +635,15 @@ def _below(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _transformer(self: _Reading, path: str, module: Module, given: dict[str, Any]) -> Any:
+def _transformer(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
     """decoder(tgt, encoder(src))"""
-    _batch_first(self, path, module, given["src"])  # which refuses what it does
+    _batch_first(self, path, module, arguments["src"])  # which refuses what it does
     parts = {"encoder": module.encoder, "decoder": module.decoder}
     for name, part in parts.items():
         if kind_of(part) != f"Transformer{name.capitalize()}":
             raise Unknown(f"Transformer with the {name} {type(part).__name__}")
-    source = {
-        "src": given["src"],
-        "mask": given.get("src_mask"),
-        "src_key_padding_mask": given.get("src_key_padding_mask"),
-    }
-    memory = _encoder(self, _below(path, "encoder"), module.encoder, source)
-    return _decoder(self, _below(path, "decoder"), module.decoder, given | {"memory": memory})
+    memory = _encoder(self, _below(path, "encoder"), module.encoder, arguments)
+    return _decoder(self, _below(path, "decoder"), module.decoder, arguments | {"memory": memory})
 
 
 _CALLS = {

@@ -65,31 +65,30 @@ def load_state(model: Layer, path: str | os.PathLike[str], *, partial: bool = Fa
     parameters, problems = dict(own), []
     for name, value in own.items():
         source = sources[name]
-        absent = [each for each in source.names if each not in tensors]
+        absent = [tensor for tensor in source.names if tensor not in tensors]
         if absent:
             problems.append(f"{name} is not there, as {' and '.join(absent)}")
             continue
-        given = [tensors[each] for each in source.names]
-        shapes = " and ".join(f"{each} {tensors[each].shape}" for each in source.names)
+        arrays = [tensors[tensor] for tensor in source.names]
+        shapes = " and ".join(f"{tensor} {tensors[tensor].shape}" for tensor in source.names)
         try:
-            made = source.turn(*given)
+            converted = source.turn(*arrays)
         except ValueError:  # of another number of axes
-            made = None
-        if made is None or made.shape != value.shape:
+            converted = None
+        if converted is None or converted.shape != value.shape:
             problems.append(f"{name} {value.shape} cannot be {shapes}")
         else:
-            parameters[name] = np.ascontiguousarray(made, value.dtype)
-    used = {each for name in own for each in sources[name].names}
-    stray = sorted(
-        each for each in tensors.keys() - used if not each.endswith("num_batches_tracked")
-    )
+            parameters[name] = np.ascontiguousarray(converted, value.dtype)
+    used = {tensor for name in own for tensor in sources[name].names}
+    unused = tensors.keys() - used
+    stray = sorted(name for name in unused if not name.endswith("num_batches_tracked"))
     if stray:
         problems.append(f"the model has no place for {', '.join(stray)}")
     if problems:
-        said = f"{model!r:.100} does not fit {path_of(path)}: {'; '.join(problems)}"
+        message = f"{model!r:.100} does not fit {path_of(path)}: {'; '.join(problems)}"
         if not partial:
-            raise ConversionError(f"{said}. partial=True takes what fits")
-        warnings.warn(said, UserWarning, stacklevel=2)
+            raise ConversionError(f"{message}. partial=True takes what fits")
+        warnings.warn(message, UserWarning, stacklevel=2)
     return model.with_parameters(parameters)
 
 
@@ -98,21 +97,22 @@ def _tensors(path: str) -> dict[str, HostArray]:
     from safetensors import SafetensorError, safe_open
 
     _readable(path)
-    kinds: set[str] = set()
+    dtypes: set[str] = set()
     try:
         with safe_open(os.fspath(path), framework="numpy", backend="pread") as file:
             ours, names = "nnxp" in (file.metadata() or {}), list(file.keys())
-            kinds = {file.get_slice(name).get_dtype() for name in names}
-            if "BF16" in kinds:
+            dtypes = {file.get_slice(name).get_dtype() for name in names}
+            if "BF16" in dtypes:
                 float_dtype("bfloat16")  # which wants a package, and says so
             tensors = {} if ours else {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         reason = _foreign(path) or f"it is no whole safetensors file ({error})"
         raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
     except (TypeError, AttributeError):
-        said = f"{path} has tensors of {' and '.join(sorted(kinds))}, not all types of NumPy's"
+        types = " and ".join(sorted(dtypes))
         raise CheckpointError(
-            f"{said}; module.float() makes them so, before they are saved"
+            f"{path} has tensors of {types}, not all types of NumPy's; module.float() makes them "
+            "so, before they are saved"
         ) from None
     if ours:
         raise CheckpointError(f"{path} is a model that nnxp.save wrote: nnxp.load reads it")

@@ -49,7 +49,7 @@ Example: TypeAlias = "tuple[Layer, Any]"
 MOST_KINDS = 1000  # shapes of rows that a layer remembers
 
 
-class _Assembly(type):
+class _LayerType(type):
     """Makes layers: what `__init__` has assigned is checked, and from then on it is fixed."""
 
     @property
@@ -61,9 +61,9 @@ class _Assembly(type):
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         _check_derived(cls)
-        made = super().__call__(*args, **options)
-        made._complete()
-        return made
+        layer = super().__call__(*args, **options)
+        layer._complete()
+        return layer
 
 
 def _check_derived(cls: type) -> None:
@@ -72,7 +72,7 @@ def _check_derived(cls: type) -> None:
 
 
 @dataclass_transform(eq_default=False)
-class Layer(metaclass=_Assembly):
+class Layer(metaclass=_LayerType):
     """A formula with parameters, rows in and rows out.
 
     Axis 0 of x holds rows, each treated on its own. Layers know nothing of devices, buffers or
@@ -109,7 +109,7 @@ class Layer(metaclass=_Assembly):
         super().__init_subclass__()
         formula = cls.__dict__.get("__call__")
         if formula is not None:
-            cls.__call__ = _entrance(formula)  # type: ignore[method-assign]
+            cls.__call__ = _checked_formula(formula)  # type: ignore[method-assign]
         taken_names = {*dir(Layer), "output"} & cls.__annotations__.keys()
         if taken_names:
             names = ", ".join(sorted(taken_names))
@@ -122,9 +122,9 @@ class Layer(metaclass=_Assembly):
             dataclasses.dataclass(eq=False, repr=False, init=new)(cls)
         except (TypeError, ValueError) as error:  # a default that may change, or in a wrong place
             raise OptionError(f"the fields of {cls.__name__}: {error}") from None
-        for each in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if isinstance(getattr(cls, each.name, None), property):
-                raise OptionError(f"{each.name} of {cls.__name__} is a field, and a property")
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if isinstance(getattr(cls, field.name, None), property):
+                raise OptionError(f"{field.name} of {cls.__name__} is a field, and a property")
         if cls.__name__.startswith("_"):
             return
         taken = Layer.known.get(cls.__name__)
@@ -157,9 +157,9 @@ class Layer(metaclass=_Assembly):
 
         Dropout drops and BatchNorm normalises by the batch. The parameters keep their names.
         """
-        forms = {name: _in_training(value) for name, value in self._fields()}
-        same = all(forms[name] is value for name, value in self._fields())
-        return self if same else self._copy(forms)
+        form = self._map_fields(lambda _, v: v.training() if isinstance(v, Layer) else v)
+        pairs = zip(self.children(), form.children(), strict=True)
+        return self if all(old is new for (_, old), (_, new) in pairs) else form
 
     # how it is made
 
@@ -171,19 +171,19 @@ class Layer(metaclass=_Assembly):
         """
         _check_derived(cls)
         declared = dataclasses.fields(cls)  # type: ignore[arg-type]
-        names = [each.name for each in declared]
-        given = dict(zip(names, values, strict=False)) | fields
+        names = [field.name for field in declared]
+        values_by_name = dict(zip(names, values, strict=False)) | fields
         twice = fields.keys() & set(names[: len(values)])
-        if len(values) > len(names) or twice or not given.keys() <= set(names):
+        if len(values) > len(names) or twice or not values_by_name.keys() <= set(names):
             raise OptionError(
                 f"{cls.__name__}.of takes each of its fields once ({', '.join(names)}), not "
                 f"{len(values)} values and {', '.join(fields) or 'no names'}"
             )
-        made = object.__new__(cls)
+        layer = object.__new__(cls)
         defaults = {d.name: d.default for d in declared if d.default is not dataclasses.MISSING}
-        made.__dict__.update(defaults | given)
-        made._complete()
-        return made
+        layer.__dict__.update(defaults | values_by_name)
+        layer._complete()
+        return layer
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_fixed" in self.__dict__:
@@ -211,14 +211,14 @@ class Layer(metaclass=_Assembly):
         """Refuse what would not be seen as a parameter or child, ask `validate`, fix the fields."""
         if "_fixed" in self.__dict__:
             return
-        for each in dataclasses.fields(self):  # type: ignore[arg-type]
-            name = each.name
-            if not hasattr(self, name) and each.default_factory is not dataclasses.MISSING:
-                self.__dict__[name] = each.default_factory()
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name = field.name
+            if not hasattr(self, name) and field.default_factory is not dataclasses.MISSING:
+                self.__dict__[name] = field.default_factory()
             if not hasattr(self, name):
                 raise OptionError(f"{type(self).__name__} has no {name}, which __init__ assigns")
             value = self.__dict__.setdefault(name, getattr(self, name))
-            if each.type in ("float", float) and is_real(value):
+            if field.type in ("float", float) and is_real(value):
                 value = self.__dict__[name] = float(value)
             if _hides(value):
                 raise OptionError(
@@ -233,9 +233,9 @@ class Layer(metaclass=_Assembly):
 
     def _copy(self: L, fields: dict[str, Any]) -> L:
         """A layer of this class with fields that are known to fit."""
-        made = object.__new__(type(self))
-        made.__dict__.update(fields, _fixed=True)
-        return made
+        copy = object.__new__(type(self))
+        copy.__dict__.update(fields, _fixed=True)
+        return copy
 
     # what is in it
 
@@ -274,45 +274,36 @@ class Layer(metaclass=_Assembly):
         """How many numbers the parameters hold."""
         return sum(value.size for value in self.parameters().values())
 
+    def _map_fields(self: L, change: Callable[[str, Any], Any], prefix: str = "") -> L:
+        """A layer like this one, with change(dotted name, value) for its fields and their items."""
+        return self._copy({n: _changed(prefix + n, v, change) for n, v in self._fields()})
+
     def map_arrays(self: L, change: Callable[[str, Array], Any], prefix: str = "") -> L:
         """A model like this one, with change(dotted name, array) for every array."""
-
         if not callable(change):
             raise OptionError(f"map_arrays takes a function of name and array, not {change!r:.60}")
 
         def mapped(path: str, value: Any) -> Any:
-            if is_array(value):
-                return change(path, value)
             if isinstance(value, Layer):
                 return value.map_arrays(change, f"{path}.")
-            if isinstance(value, tuple):
-                return tuple(
-                    item.map_arrays(change, f"{path}.{i}.") if isinstance(item, Layer) else item
-                    for i, item in enumerate(value)
-                )
-            return value
+            return change(path, value) if is_array(value) else value
 
-        return self._copy({name: mapped(prefix + name, value) for name, value in self._fields()})
+        return self._map_fields(mapped, prefix)
 
     def map_layers(
         self, change: Callable[[str, Layer], Layer], prefix: str = "", name: str = ""
     ) -> Layer:
         """A model like this one, with change(name, layer) for every layer, children first."""
-
         if not callable(change):
             raise OptionError(f"map_layers takes a function of name and layer, not {change!r:.60}")
 
         def mapped(path: str, value: Any) -> Any:
-            if isinstance(value, Layer):
-                return value.map_layers(change, f"{path}.", path)
-            if isinstance(value, tuple):
-                return tuple(mapped(f"{path}.{i}", item) for i, item in enumerate(value))
-            return value
+            return value.map_layers(change, f"{path}.", path) if isinstance(value, Layer) else value
 
-        made = change(name, self._copy({n: mapped(prefix + n, v) for n, v in self._fields()}))
-        if not isinstance(made, Layer):
-            raise OptionError(f"{name or 'the model'} becomes a layer, not {made!r:.60}")
-        return made
+        changed = change(name, self._map_fields(mapped, prefix))
+        if not isinstance(changed, Layer):
+            raise OptionError(f"{name or 'the model'} becomes a layer, not {changed!r:.60}")
+        return changed
 
     def with_parameters(self: L, parameters: Mapping[str, Array]) -> L:
         """A model like this one with other arrays: all of them, by name, in the same shapes.
@@ -337,24 +328,26 @@ class Layer(metaclass=_Assembly):
             )
         for name, value in parameters.items():
             if not is_array(value):
-                kind = f"{type(value).__module__}.{type(value).__qualname__}"
+                type_name = f"{type(value).__module__}.{type(value).__qualname__}"
                 raise DtypeMismatch(
-                    f"{name} of {self} is an array of NumPy or CuPy, not {kind}; "
+                    f"{name} of {self} is an array of NumPy or CuPy, not {type_name}; "
                     "numpy.asarray(value) may make it one"
                 )
             if value.shape != own[name].shape:
                 raise ShapeError(f"{name} of {self} is {own[name].shape}, not {value.shape}")
 
-        def given(name: str, value: Array) -> Array:
+        wide = self._wide_names()
+
+        def replacement(name: str, value: Array) -> Array:
             array = parameters[name]
             if type(array) is not np.ndarray:
                 return array
-            wide = name.rpartition(".")[2] in self.wide
-            return array.astype("float64" if wide else array.dtype.newbyteorder("="), copy=False)
+            dtype = "float64" if name in wide else array.dtype.newbyteorder("=")
+            return array.astype(dtype, copy=False)
 
-        made = self.map_arrays(given)
-        made._home  # raises if the arrays are a mixture  # noqa: B018
-        return made
+        model = self.map_arrays(replacement)
+        model._home  # raises if the arrays are a mixture  # noqa: B018
+        return model
 
     # where it is, and in which type
 
@@ -363,24 +356,30 @@ class Layer(metaclass=_Assembly):
         """(place, dtype) of the parameters; None for what they do not settle."""
         places: dict[str, str] = {}
         dtypes: dict[np.dtype[Any], str] = {}
-        exempt = {
-            f"{path}.{name}" if path else name
-            for path, layer in [*self.walk(), ("", self)]
-            for name in layer.wide
-        }
+        wide = self._wide_names()
         for name, value in self.parameters().items():
             if not is_floating(value.dtype):
                 raise DtypeMismatch(f"{name} of {self} is {value.dtype}; parameters are floats")
             places.setdefault(place_of(value), name)
-            if name not in exempt:
+            if name not in wide:
                 dtypes.setdefault(value.dtype, name)
         if len(places) > 1:
-            said = " but ".join(f"{name} is on {place}" for place, name in places.items())
-            raise DeviceMismatch(f"{self}: {said}; bring the parameters together with .to(...)")
+            mixture = " but ".join(f"{name} is on {place}" for place, name in places.items())
+            raise DeviceMismatch(f"{self}: {mixture}; bring the parameters together with .to(...)")
         if len(dtypes) > 1:
-            said = " but ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
-            raise DtypeMismatch(f"{self}: {said}; bring the parameters together with .astype(...)")
+            mixture = " but ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+            raise DtypeMismatch(
+                f"{self}: {mixture}; bring the parameters together with .astype(...)"
+            )
         return next(iter(places), None), next(iter(dtypes), None)
+
+    def _wide_names(self) -> set[str]:
+        """The dotted names of the parameters that stay in float64."""
+        return {
+            f"{path}.{name}" if path else name
+            for path, layer in [*self.walk(), ("", self)]
+            for name in layer.wide
+        }
 
     @property
     def place(self) -> str | None:
@@ -413,8 +412,8 @@ class Layer(metaclass=_Assembly):
             with home_of(place_of(value)).current():
                 return value.astype(wanted)
 
-        kinds = {v.dtype for v in self.parameters().values() if id(v) not in exempt}
-        return self if kinds <= {wanted} else self.map_arrays(_once(converted))
+        dtypes = {v.dtype for v in self.parameters().values() if id(v) not in exempt}
+        return self if dtypes <= {wanted} else self.map_arrays(_once(converted))
 
     # what it does
 
@@ -438,43 +437,41 @@ class Layer(metaclass=_Assembly):
         if outlines[0] is None:
             raise ShapeError(f"{self} takes {self.input_names[0]}, which cannot be left out")
         if whole:
-            known = tuple(each if is_array(each) else None for each in outlines)
-            kinds = tuple(self._outline(each, None) for each in outlines)
-            return _written(self, kinds, None, known)
-        return self._program(tuple(map(self._outline, outlines)), _rows_said(outlines[0]))
+            known = tuple(outline if is_array(outline) else None for outline in outlines)
+            parsed = tuple(self._outline(outline, None) for outline in outlines)
+            return _traced_model(self, parsed, None, known)
+        parsed = tuple(map(self._outline, outlines))
+        return self._program(parsed, int(shape_and_dtype(outlines[0])[0][0]))
 
-    def _program(self, kinds: tuple[Outline | None, ...], rows: int | None) -> Program:
+    def _program(self, outlines: tuple[Outline | None, ...], rows: int | None) -> Program:
         """The program for these kinds of inputs; `rows` is what errors say, None for short ones."""
-        programs = self.__dict__.setdefault("_programs", {})
-        made: Program | NnxpError | None = programs.get(kinds)
-        if made is None:
+        programs: dict[Any, Program | Untraceable] = self.__dict__.setdefault("_programs", {})
+        program = programs.get(outlines)
+        if program is None:
             if len(programs) >= MOST_KINDS:
                 programs.clear()
             try:
-                made = _written(self, kinds, rows)
+                program = _traced_model(self, outlines, rows)
             except Untraceable as error:
-                made = error
-            programs[kinds] = made
-        if isinstance(made, Untraceable):
-            raise made
-        return made  # type: ignore[return-value]
+                program = error
+            programs[outlines] = program
+        if isinstance(program, Untraceable):
+            raise program
+        return program
 
     def _outline(self, outline: Any, rows: int | None = ROWS) -> Outline | None:
         if outline is None:
             return None
         if rows is None and is_array(outline):
             return Outline(outline.shape, outline.dtype)
-        shape, dtype = outline, None
-        outline = outline if isinstance(outline, tuple | list) else (outline,)
-        if len(outline) == 2 and isinstance(outline[0], tuple | list):
-            shape, dtype = outline
+        shape, dtype = shape_and_dtype(outline)
         shape = _sizes(shape) if rows is None else self._shape(shape)
         try:
-            kind = np.dtype(dtype or self.dtype or "float32")
+            dtype = np.dtype(dtype or self.dtype or "float32")
         except TypeError:
-            said = f"the type of an input is one of NumPy's, not {dtype!r:.60}"
-            raise DtypeMismatch(said) from None
-        return Outline(shape if rows is None else (rows, *shape[1:]), kind)
+            message = f"the type of an input is one of NumPy's, not {dtype!r:.60}"
+            raise DtypeMismatch(message) from None
+        return Outline(shape if rows is None else (rows, *shape[1:]), dtype)
 
     def _shape(self, shape: Any) -> Shape:
         """The shape of an input as whole numbers; ShapeError for anything else."""
@@ -492,10 +489,10 @@ class Layer(metaclass=_Assembly):
         if not shapes:
             raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
         shapes = tuple(None if shape is None else self._shape(shape) for shape in shapes)
-        kinds = zip(shapes, self.input_dtypes(len(shapes)), strict=True)
-        program = self.program(*(None if shape is None else (shape, kind) for shape, kind in kinds))
-        made = tuple(each.shape for each in program.outline(shapes[0][0]))
-        return made if program.several else made[0]
+        pairs = zip(shapes, self.input_dtypes(len(shapes)), strict=True)
+        program = self.program(*(None if s is None else (s, dtype) for s, dtype in pairs))
+        outputs = tuple(outline.shape for outline in program.outline(shapes[0][0]))
+        return outputs if program.several else outputs[0]
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -505,20 +502,20 @@ class Layer(metaclass=_Assembly):
     @property
     def required_inputs(self) -> int:
         """How many inputs there are at least: those after them may be left out."""
-        return sum(each.default is each.empty for each in _inputs_of(type(self)).values())
+        return sum(p.default is p.empty for p in _inputs_of(type(self)).values())
 
     @property
     def most_inputs(self) -> int | None:
         """How many inputs there may be; None for a formula that takes any number of them."""
         inputs = _inputs_of(type(self)).values()
-        return None if any(each.kind is each.VAR_POSITIONAL for each in inputs) else len(inputs)
+        return None if any(p.kind is p.VAR_POSITIONAL for p in inputs) else len(inputs)
 
     def input_dtypes(self, count: int) -> list[np.dtype[Any]]:
         """The types in which so many inputs are computed, where the rows do not tell."""
-        kinds = [*self.takes, *["float"] * count][:count]
+        takes = [*self.takes, *["float"] * count][:count]
         return [
-            np.dtype("int64") if kind == "int" else self.dtype or np.dtype("float32")
-            for kind in kinds
+            np.dtype("int64") if taken == "int" else self.dtype or np.dtype("float32")
+            for taken in takes
         ]
 
     def activations(self, *inputs: Array) -> dict[str, Array]:
@@ -527,13 +524,13 @@ class Layer(metaclass=_Assembly):
         The last one, "output", is the model's own.
         """
         _check(self, inputs)
-        program = self.program(*map(_outline_of, inputs))
+        program = self.program(*map(outline_of, inputs))
         calls = [call for call in program.calls if call.path]
         inputs = tuple(x for x in inputs if x is not None)
         with _current(self, inputs):
-            made = program.run(inputs, [v for call in calls for v in call.outputs[:1]])
+            outputs = program.run(inputs, [v for call in calls for v in call.outputs[:1]])
             output = program(*inputs)
-        return {call.path: y for call, y in zip(calls, made, strict=True)} | {"output": output}
+        return {call.path: y for call, y in zip(calls, outputs, strict=True)} | {"output": output}
 
     def row_shape(self) -> Shape:
         """The shape of a row that the model takes, if its parameters tell: `(784,)`.
@@ -580,17 +577,16 @@ class Layer(metaclass=_Assembly):
         self.__dict__.update(fields, _fixed=True)
 
 
-def _in_training(value: Any) -> Any:
-    if isinstance(value, Layer):
-        return value.training()
-    if isinstance(value, tuple) and any(isinstance(item, Layer) for item in value):
-        forms = tuple(map(_in_training, value))
-        return value if all(a is b for a, b in zip(forms, value, strict=True)) else forms
-    return value
+def _changed(name: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
+    """What a field becomes; no closure, which by calling itself would keep alive what it holds."""
+    if not isinstance(value, tuple):
+        return change(name, value)
+    items = tuple(_changed(f"{name}.{i}", item, change) for i, item in enumerate(value))
+    return value if all(map(operator.is_, items, value)) else items  # it may be a named tuple
 
 
-def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The formula, guarded: what does not fit is refused before any work; errors name layers."""
+def _checked_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula, with its inputs checked before any work, and the layer named in errors."""
     signature = inspect.signature(formula)
 
     @wraps(formula)
@@ -599,17 +595,17 @@ def _entrance(formula: Callable[..., Any]) -> Callable[..., Any]:
             inputs = _in_order(self, signature, inputs, named)
         x = inputs[0] if inputs else None
         try:
-            if type(x) is traced.ndarray or any(type(each) is traced.ndarray for each in inputs):
-                return _noted(self, formula, inputs)
-            kind = (x.dtype, x.shape[1:]) if type(x) is np.ndarray and x.ndim else None
+            if type(x) is traced.ndarray or any(type(value) is traced.ndarray for value in inputs):
+                return _traced_call(self, formula, inputs)
+            key = (x.dtype, x.shape[1:]) if type(x) is np.ndarray and x.ndim else None
             taken = self.__dict__.get("_taken")
             if taken is None:
                 taken = self.__dict__["_taken"] = set()
-            if kind is None or kind not in taken or len(inputs) > 1:
+            if key is None or key not in taken or len(inputs) > 1:
                 _check(self, inputs)
                 if len(taken) >= MOST_KINDS:
                     taken.clear()
-                taken.add(kind)
+                taken.add(key)
             if type(x) is np.ndarray:
                 with np.errstate(under="ignore"):  # what is too small for its type is rightly zero
                     return formula(self, *inputs)
@@ -627,13 +623,13 @@ def _in_order(
 ) -> tuple[Any, ...]:
     """The inputs in the order of the formula's arguments."""
     try:
-        given = signature.bind(layer, *inputs, **named)
+        bound = signature.bind(layer, *inputs, **named)
     except TypeError as error:
         names = ", ".join(list(signature.parameters)[1:])
         raise ShapeError(f"{layer} takes {names}: {error}") from None
-    if given.kwargs:
-        given.apply_defaults()
-    arrays = list(given.args[1:])
+    if bound.kwargs:
+        bound.apply_defaults()
+    arrays = list(bound.args[1:])
     while len(arrays) > 1 and arrays[-1] is None:  # left out
         arrays.pop()
     return tuple(arrays)
@@ -655,7 +651,7 @@ def _locate(error: Exception, layer: Layer) -> None:
     with suppress(AttributeError):  # an error of someone's own that cannot take it goes on bare
         inner = error.__dict__.get("_layer")
         if inner is not None and inner is not layer:
-            located(error, next((path for path, each in layer.walk() if each is inner), ""))
+            located(error, next((path for path, child in layer.walk() if child is inner), ""))
         error.__dict__["_layer"] = layer
 
 
@@ -673,17 +669,18 @@ def _sizes(shape: Any) -> Shape:
     return sizes
 
 
-def _rows_said(outline: Any) -> int:
-    pair = len(outline) == 2 and isinstance(outline[0], tuple | list)
-    return int((outline[0] if pair else outline)[0])
+def shape_and_dtype(outline: Any) -> tuple[Any, Any]:
+    """The two parts of an outline; of a mere shape, the type is None."""
+    pair = isinstance(outline, tuple | list) and len(outline) == 2
+    return tuple(outline) if pair and isinstance(outline[0], tuple | list) else (outline, None)
 
 
-def _outline_of(x: Any) -> Any:
+def outline_of(x: Any) -> Any:
     """(shape, dtype) of an input, None for one that is left out."""
     return (x.shape, x.dtype) if is_array(x) else None
 
 
-def _written(
+def _traced_model(
     model: Layer,
     outlines: tuple[Outline | None, ...],
     rows: int | None,
@@ -703,20 +700,20 @@ def _written(
     def written(times: int) -> Program:
         values = [
             traced.Value(
-                (times * each.shape[0], *each.shape[1:]) if whole is None else each.shape,
-                each.dtype,
+                (times * outline.shape[0], *outline.shape[1:]) if whole is None else outline.shape,
+                outline.dtype,
                 name=name,
             )
-            for each, name in zip(outlines, names, strict=True)
-            if each is not None
+            for outline, name in zip(outlines, names, strict=True)
+            if outline is not None
         ]
 
         def named(*inputs: Any) -> Any:
             arrays = iter(inputs)
-            given = [None if each is None else next(arrays) for each in outlines]
+            arguments = [None if outline is None else next(arrays) for outline in outlines]
             for i, numbers in enumerate(whole or ()):
-                given[i] = given[i] if numbers is None else traced.lifted(numbers)
-            return formula(lifted, *given)
+                arguments[i] = arguments[i] if numbers is None else traced.lifted(numbers)
+            return formula(lifted, *arguments)
 
         return trace(named, *values, layers=layers, rows=rows)
 
@@ -729,39 +726,39 @@ def _written(
 
 
 @cache
-def _inputs_of(kind: type[Layer]) -> dict[str, inspect.Parameter]:
+def _inputs_of(cls: type[Layer]) -> dict[str, inspect.Parameter]:
     """The inputs of a formula by name, without `self`."""
-    own = list(inspect.signature(kind.__call__).parameters.items())[1:]
-    return {name: each for name, each in own if each.kind is not each.KEYWORD_ONLY}
+    own = list(inspect.signature(cls.__call__).parameters.items())[1:]
+    return {name: p for name, p in own if p.kind is not p.KEYWORD_ONLY}
 
 
-def _noted(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    """The formula on arrays without numbers, noted as the layer's; run as Python if it must be."""
+def _traced_call(layer: Layer, formula: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """The formula on traced arrays, recorded under the layer's path; or else one opaque step."""
     tape = traced.current_tape()
     path, original = tape.layers.get(id(layer), (tape.path, None))
     outer, mark, called = tape.path, len(tape.steps), len(tape.calls)
     tape.path = path
-    given = tuple(map(traced.value_of, inputs))
+    values = tuple(map(traced.value_of, inputs))
     try:
         if original is not None:
             _check_types(original, inputs)
-        made = formula(layer, *inputs)
-        if not path and original is not None and traced.is_constant(made):
+        result = formula(layer, *inputs)
+        if not path and original is not None and traced.is_constant(result):
             raise Untraceable("it answers an array of its own, whatever it is given")
     except (Untraceable, UnsupportedFunction) as error:
         if original is None:
             raise
         del tape.steps[mark:], tape.calls[called:]
         alone = original._copy(dict(original._fields()))  # without its programs, which have it
-        made = traced.opaque(alone, inputs, _opaque_outline(original, inputs), reason_of(error))
+        result = traced.opaque(alone, inputs, _opaque_outline(original, inputs), reason_of(error))
     except NnxpError:
         raise
     except (ValueError, IndexError, TypeError) as error:
         raise ShapeError(_misfit(original or layer, inputs, tape.rows, error)) from error
     finally:
         tape.path = outer
-    tape.calls.append((path, given, made))
-    return made
+    tape.calls.append((path, values, result))
+    return result
 
 
 def reason_of(error: Exception) -> str:
@@ -779,18 +776,18 @@ _HERE = os.path.dirname(__file__)
 def _misfit(layer: Layer, inputs: tuple[Any, ...], rows: int | None, error: Exception) -> str:
     """What a layer takes and what came instead, in words."""
     shapes = [tuple(rows if n == ROWS else n for n in getattr(x, "shape", ())) for x in inputs]
-    said = ", ".join(str(shape).replace("None", "rows") for shape in shapes)
+    came = ", ".join(str(shape).replace("None", "rows") for shape in shapes)
     row: Shape = ()
     with suppress(OptionError):
         row = layer.row_shape() if len(inputs) == 1 and rows is not None else ()
     if not row:
-        return f"{layer} does not take {said}: {error}"
+        return f"{layer} does not take {came}: {error}"
     fix, (size,), (shape,) = "", row, shapes
     if shape == row:
         fix = f"; x[None] makes it {(1, size)}"
     elif len(shape) == 2 and shape[0] == size:
         fix = f"; x.T makes it {shape[::-1]}"
-    return f"{layer} takes (rows, {size}) but got {said}{fix}"
+    return f"{layer} takes (rows, {size}) but got {came}{fix}"
 
 
 def _opaque_outline(layer: Layer, inputs: tuple[Any, ...]) -> list[Outline]:
@@ -798,18 +795,18 @@ def _opaque_outline(layer: Layer, inputs: tuple[Any, ...]) -> list[Outline]:
     x = inputs[0]
     shape = x.shape
     if type(layer).output_shape is not Layer.output_shape:
-        shape = layer.output_shape(*(each.shape for each in inputs))
+        shape = layer.output_shape(*(x.shape for x in inputs))
     return [Outline(tuple(shape), layer.dtype or x.dtype)]
 
 
 def _once(change: Callable[..., Any], named: bool = False) -> Callable[[str, Array], Any]:
     """change(array), once for an array that several fields share, so that they go on sharing it."""
-    made: dict[int, Any] = {}
+    changed_by_id: dict[int, Any] = {}
 
     def changed(name: str, value: Array) -> Any:
-        if id(value) not in made:
-            made[id(value)] = change(value, name) if named else change(value)
-        return made[id(value)]
+        if id(value) not in changed_by_id:
+            changed_by_id[id(value)] = change(value, name) if named else change(value)
+        return changed_by_id[id(value)]
 
     return changed
 
@@ -842,7 +839,7 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
     if len({len(x) for x in arrays}) > 1:
         raise ShapeError(f"{layer}: the inputs have {[len(x) for x in arrays]} rows")
     with suppress(Untraceable):  # then the formula itself says what fits
-        program = layer.program(*map(_outline_of, inputs))
+        program = layer.program(*map(outline_of, inputs))
         if len(arrays) == 1 and type(arrays[0]) is np.ndarray:
             layers = dict(layer.walk())
             for call in program.calls:  # what was asked of the children just now
@@ -855,44 +852,37 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
 
 def _check_types(layer: Layer, inputs: tuple[Any, ...]) -> None:
     """Raise DtypeMismatch unless the inputs are of the types that the layer takes."""
-    dtype = layer.dtype
+    own = layer.dtype
     for i, x in enumerate(inputs):
-        kind = layer.takes[i] if i < len(layer.takes) else "float"
-        given = getattr(x, "dtype", None)
-        if given is None or kind not in ("float", "int"):
+        takes = layer.takes[i] if i < len(layer.takes) else "float"
+        dtype = getattr(x, "dtype", None)
+        if dtype is None or takes not in ("float", "int"):
             continue
-        if kind == "int":
-            if given.kind not in "iu":
-                raise DtypeMismatch(f"{layer} takes whole numbers, but x is {given}")
-        elif dtype is not None and given != dtype:
+        if takes == "int":
+            if dtype.kind not in "iu":
+                raise DtypeMismatch(f"{layer} takes whole numbers, but x is {dtype}")
+        elif own is not None and dtype != own:
             raise DtypeMismatch(
-                f"{layer} computes in {dtype} but x is {given}; x.astype({str(dtype)!r}) "
+                f"{layer} computes in {own} but x is {dtype}; x.astype({str(own)!r}) "
                 "converts it, and nnxp.predict(model, x) takes rows of any numeric type"
             )
-        elif not is_floating(given):
-            raise DtypeMismatch(f"{layer} takes floats but x is {given}; x.astype('float32')")
+        elif not is_floating(dtype):
+            raise DtypeMismatch(f"{layer} takes floats but x is {dtype}; x.astype('float32')")
 
 
 def _hides(value: Any) -> bool:
     """Whether a list, tuple or dict hides arrays or layers: in it, or deeper than one level."""
-    if isinstance(value, dict):
-        return _holds_layers(value.values())
-    if not isinstance(value, list | tuple):
-        return False
-    if isinstance(value, list) and any(isinstance(item, Layer) for item in value):
-        return True
-    return any(
-        is_array(item) or (isinstance(item, list | tuple) and _holds_layers(item)) for item in value
-    )
+    if isinstance(value, tuple):
+        return any(_holds(item) for item in value if not isinstance(item, Layer))
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list) and any(map(_holds, items))
 
 
-def _holds_layers(value: Any) -> bool:
-    return any(
-        isinstance(item, Layer)
-        or is_array(item)
-        or (isinstance(item, list | tuple) and _holds_layers(item))
-        for item in value
-    )
+def _holds(item: Any) -> bool:
+    """Whether it is an array or a layer, or a list or tuple with one."""
+    if isinstance(item, list | tuple):
+        return any(map(_holds, item))
+    return isinstance(item, Layer) or is_array(item)
 
 
 def array_shape(layer: Layer, name: str) -> Shape:
@@ -919,8 +909,8 @@ def whole(what: str, value: Any, least: int = 1) -> int:
 
 def is_real(value: Any) -> bool:
     """Whether an option is a finite number; truth values are none."""
-    kinds = int | float | np.integer | np.floating
-    return isinstance(value, kinds) and not isinstance(value, bool) and isfinite(value)
+    numbers = int | float | np.integer | np.floating
+    return isinstance(value, numbers) and not isinstance(value, bool) and isfinite(value)
 
 
 def generator(rng: Rng) -> np.random.Generator:
@@ -937,7 +927,7 @@ def generator(rng: Rng) -> np.random.Generator:
 def uniform(shape: Shape, limit: float, rng: Rng, dtype: np.dtype[Any]) -> Array:
     """Numbers drawn uniformly from ±limit."""
     drawn = np.float64 if dtype == np.float64 else np.float32
-    made = generator(rng).random(shape, dtype=drawn)
-    made *= 2 * limit
-    made -= limit
-    return made.astype(dtype, copy=False)
+    values = generator(rng).random(shape, dtype=drawn)
+    values *= 2 * limit
+    values -= limit
+    return values.astype(dtype, copy=False)

@@ -48,7 +48,7 @@ def named(activation: str) -> kernels.Kernel:
         )
     from difflib import get_close_matches
 
-    near = dict.fromkeys(names[each] for each in get_close_matches(plain, names))
+    near = dict.fromkeys(names[match] for match in get_close_matches(plain, names))
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     known = ", ".join(sorted(kernels.ACTIVATIONS))
     raise OptionError(f"there is no activation {activation!r:.60}{hint} The names are {known}")

@@ -79,7 +79,7 @@ class MultiHeadAttention(Layer):
             if not isinstance(getattr(self, name), Dense):
                 raise OptionError(f"{name} of MultiHeadAttention is a Dense layer")
         heads, groups = whole("heads", self.heads), whole("groups", self.groups)
-        sizes = [each.weight.shape[1] for each in (self.query, self.key, self.value)]
+        sizes = [layer.weight.shape[1] for layer in (self.query, self.key, self.value)]
         if heads % groups or sizes[0] % heads or sizes[1] % groups or sizes[2] % groups:
             raise ShapeError(
                 f"heads ({heads}) are a multiple of groups ({groups}); the outputs of query "

@@ -25,7 +25,7 @@ class Take(Layer):
 
     def validate(self) -> None:
         indices = self.indices if isinstance(self.indices, tuple | list) else (self.indices,)
-        if not indices or not all(_is_place(each) for each in indices):
+        if not indices or not all(_is_place(index) for index in indices):
             raise OptionError(
                 f"Take takes a whole number from 0, or some of them, not {self.indices!r:.60}"
             )
@@ -62,7 +62,7 @@ class Clip(Layer):
         self.low, self.high = low, high
 
     def validate(self) -> None:
-        numbers = all(type(each) in (int, float) for each in (self.low, self.high))
+        numbers = all(type(bound) in (int, float) for bound in (self.low, self.high))
         if not numbers or isnan(self.low) or not self.low <= self.high:
             raise OptionError(
                 "Clip takes two numbers, the lower one first, not "

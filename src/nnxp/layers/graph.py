@@ -1,4 +1,4 @@
-"""A model in ONNX's words: nodes, each an operator's name, what it takes and what it makes."""
+"""An ONNX graph as a layer: nodes, each with an operator's name, its inputs and its outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from nnxp._arrays import Array, Shape, is_array, is_floating, xp_of
+from nnxp._arrays import Array, Shape, dtype_of, is_array, is_floating, xp_of
 from nnxp._errors import (
     ConversionError,
     DtypeMismatch,
@@ -32,20 +32,19 @@ from nnxp.layers import (  # noqa: F401  (these make their operators known)
     sequence_operators,
     window_operators,
 )
-from nnxp.layers._layer import Example, Layer
+from nnxp.layers._layer import Example, Layer, shape_and_dtype
 from nnxp.layers.operators import (
     OPERATORS,
     Items,
     Operator,
     beside,
-    dtype_of,
     home,
     numbers,
     row_by_row,
 )
 from nnxp.program import traced
 from nnxp.program.mixing import mixing
-from nnxp.program.program import Program
+from nnxp.program.program import Program, shape_text
 from nnxp.program.traced import Untraceable
 
 DTYPES = frozenset(
@@ -111,12 +110,12 @@ class Graph(Layer):
 
     @cached_property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(str(self._retyped(each["dtype"])) for each in self.inputs)
+        return tuple(str(self._retyped(entry["dtype"])) for entry in self.inputs)
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """The names of the inputs, in their order."""
-        return tuple(each["name"] for each in self.inputs)
+        return tuple(entry["name"] for entry in self.inputs)
 
     @property
     def most_inputs(self) -> int:
@@ -130,24 +129,27 @@ class Graph(Layer):
     def program(self, *outlines: Any, whole: bool = False) -> Program:
         """The graph written out, for inputs of these shapes, in the types that it says."""
         kinds = self.input_dtypes(len(outlines))
-        pairs: list[Any] = [
-            each if is_array(each) or _is_pair(each) else (each, kind)
-            for each, kind in zip(outlines, kinds, strict=True)
-        ]
-        shapes = [each.shape if is_array(each) else each[0] for each in pairs[:1]]
+        pairs: list[Any] = []
+        for outline, kind in zip(outlines, kinds, strict=True):
+            shape, dtype = shape_and_dtype(outline)
+            pairs.append(outline if is_array(outline) else (shape, dtype or kind))
+        shapes = [pair.shape if is_array(pair) else pair[0] for pair in pairs[:1]]
         if whole and self.fixed_rows not in (None, *(shape[0] for shape in shapes if shape)):
             raise Untraceable(f"the graph is made for {self.fixed_rows} rows at a time")
         return super().program(*pairs, whole=whole)
 
     def input_dtypes(self, count: int) -> list[Any]:
+        self._check_count(count)
+        return [self._retyped(entry["dtype"]) for entry in self.inputs]
+
+    def _check_count(self, count: int) -> None:
         if count != len(self.inputs):
             names = ", ".join(self.input_names)
             raise ShapeError(f"the graph takes {len(self.inputs)} inputs ({names}), not {count}")
-        return [self._retyped(each["dtype"]) for each in self.inputs]
 
     def row_shape(self) -> Shape:
         """The shape of a row of the only input, if the graph says it."""
-        shapes = [each["shape"] for each in self.inputs]
+        shapes = [entry["shape"] for entry in self.inputs]
         if len(shapes) != 1 or not shapes[0] or None in shapes[0][1:]:
             raise OptionError(
                 f"{self} does not tell the shape of its rows: name it, as in (1, 784)"
@@ -157,7 +159,7 @@ class Graph(Layer):
     @property
     def fixed_rows(self) -> int | None:
         """The number of rows that the graph was made for, if it was made for one number only."""
-        first = {each["shape"][0] if each["shape"] else None for each in self.inputs}
+        first = {entry["shape"][0] if entry["shape"] else None for entry in self.inputs}
         size = first.pop() if len(first) == 1 else None
         return size or None
 
@@ -166,10 +168,10 @@ class Graph(Layer):
             raise OptionError("a Graph has one name for each weight")
         if self.kind not in DTYPES or self.kind[0] not in "bf" or self.kind == "bool":
             raise OptionError(f"kind of a Graph is a type of floats, not {self.kind!r:.40}")
-        for each in self.inputs:
-            _check_input(each)
-        for each in self.constants.values():
-            _packed(each)
+        for entry in self.inputs:
+            _check_input(entry)
+        for constant in self.constants.values():
+            _packed(constant)
         if not self.outputs:
             raise OptionError("a Graph has no outputs")
         known = {*self.input_names, *self.constants, *self.names}
@@ -182,42 +184,38 @@ class Graph(Layer):
     @cached_property
     def _numbers(self) -> dict[str, Any]:
         """The constants, in the type of the model where they were in the type of the file."""
-        made = {}
-        for name, each in self.constants.items():
-            array = unpacked(each)
-            made[name] = array.astype(self._retyped(str(array.dtype)), copy=False)
-        return made
+        arrays = {}
+        for name, constant in self.constants.items():
+            array = unpacked(constant)
+            arrays[name] = array.astype(self._retyped(str(array.dtype)), copy=False)
+        return arrays
 
     def _retyped(self, dtype: str) -> Any:
         """A type of the file, as it is in this model: `astype` changes that of the floats."""
         return self.dtype if dtype == self.kind and self.dtype is not None else dtype_of(dtype)
 
     def __call__(self, *inputs: Array) -> Any:
-        if len(inputs) != len(self.inputs):
-            names = ", ".join(self.input_names)
-            raise ShapeError(
-                f"the graph takes {len(self.inputs)} inputs ({names}), not {len(inputs)}"
-            )
+        self._check_count(len(inputs))
         inputs = tuple(self._fitting(i, x) for i, x in enumerate(inputs))
         if any(type(x) is traced.ndarray for x in inputs):
             try:
-                made = self._noted(inputs)
+                outputs = self._traced(inputs)
             except (Untraceable, UnsupportedFunction) as error:
                 raise ShapeError(
                     f"the graph is not the same for any number of rows: {error}; call it as it is"
                 ) from error
         elif self.fixed_rows and inputs and len(inputs[0]) != self.fixed_rows:
             program = self.program(*((x.shape, x.dtype) for x in inputs))
-            made = program.run(inputs)
+            outputs = program.run(inputs)
         else:
-            made = self._run(inputs)
-        return tuple(made) if len(made) > 1 else made[0]
+            outputs = self._run(inputs)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _fitting(self, i: int, x: Array) -> Array:
         """Input i, if it is of the type and has as many axes as the graph says."""
-        said = self.inputs[i]
-        shape, dtype = said["shape"], self._retyped(said["dtype"])
-        who = f"input {said['name']}"
+        entry = self.inputs[i]
+        shape, dtype = entry["shape"], self._retyped(entry["dtype"])
+        who = f"input {entry['name']}"
         if shape is not None:
             fits = len(shape) == x.ndim and all(
                 n is None or n == m or (axis == 0 and self.fixed_rows)
@@ -225,8 +223,8 @@ class Graph(Layer):
             )
             if not fits:
                 wanted = ", ".join("any" if n is None else str(n) for n in shape)
-                raise ShapeError(f"{who} is ({wanted}), not {_said(x.shape)}")
-        free = self.dtype is None and said["dtype"] == self.kind  # without weights, of any width
+                raise ShapeError(f"{who} is ({wanted}), not {shape_text(x.shape)}")
+        free = self.dtype is None and entry["dtype"] == self.kind  # without weights, of any width
         if x.dtype == dtype or (free and is_floating(x.dtype)):
             return x
         if x.dtype.kind in "iu" and dtype.kind in "iu":
@@ -265,7 +263,7 @@ class Graph(Layer):
 
     # rows
 
-    def _noted(self, inputs: tuple[Any, ...]) -> list[Any]:
+    def _traced(self, inputs: tuple[Any, ...]) -> list[Any]:
         """The outputs for arrays without numbers, whose axis 0 counts rows.
 
         A graph that was made for one row is written out for any number of them: what it says of
@@ -277,12 +275,12 @@ class Graph(Layer):
         mark = len(tape.steps)
         token = row_by_row.set(inputs[0].shape[0] if fixed == 1 else 0)
         try:
-            made = self._run(inputs)
+            outputs = self._run(inputs)
             if fixed is None:
-                return made
-            row_for_row = all(y.shape and y.shape[0] == inputs[0].shape[0] for y in made)
+                return outputs
+            row_for_row = all(y.shape and y.shape[0] == inputs[0].shape[0] for y in outputs)
             if row_for_row and not mixing(Program((), (), tuple(tape.steps[mark:]))):
-                return made
+                return outputs
         except (NnxpError, ValueError, TypeError, IndexError):
             if fixed is None:
                 raise
@@ -308,11 +306,11 @@ class Graph(Layer):
                 )
             outlines.append(((y.shape[0] // size * rows, *y.shape[1:]), y.dtype))
         reason = f"the graph is made for {size} rows at a time"
-        made = traced.opaque(Groups(original, size), inputs, outlines, reason)
-        return list(made) if isinstance(made, tuple) else [made]
+        outputs = traced.opaque(Groups(original, size), inputs, outlines, reason)
+        return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def __repr__(self) -> str:
-        counts = Counter(each["op"] for each in self.nodes).most_common(3)
+        counts = Counter(node["op"] for node in self.nodes).most_common(3)
         most = ", ".join(f"{n} {name}" for name, n in counts)
         ends = f"{', '.join(self.input_names)} -> {', '.join(self.outputs)}"
         return f"Graph({ends}; {len(self.nodes)} nodes: {most})"
@@ -320,10 +318,7 @@ class Graph(Layer):
     @classmethod
     def examples(cls) -> Iterator[Example]:
         rng = np.random.default_rng(0)
-        weight, bias = (
-            rng.normal(size=(6, 4)).astype("float32"),
-            rng.normal(size=4).astype("float32"),
-        )
+        weight, bias = (rng.normal(size=size).astype("float32") for size in ((6, 4), 4))
         yield cls.of(
             nodes=(
                 node("Shape", ["x"], ["shape"]),
@@ -350,10 +345,6 @@ def node(
             "attributes": attributes}  # fmt: skip
 
 
-def _is_pair(outline: Any) -> bool:
-    return len(outline) == 2 and isinstance(outline[0], tuple | list)
-
-
 class Groups:
     """Rows through a graph that takes so many at a time; its last row fills up the last group."""
 
@@ -368,9 +359,9 @@ class Groups:
                 group = [self._filled(x, missing) for x in group]
             parts.append(self.graph._run(group))
         joined = []
-        for each in zip(*parts, strict=True):
-            each_row = each[0].shape[0] // self.size
-            joined.append(xp_of(each[0]).concatenate(list(each), axis=0)[: rows * each_row])
+        for pieces in zip(*parts, strict=True):
+            per_row = pieces[0].shape[0] // self.size
+            joined.append(xp_of(pieces[0]).concatenate(list(pieces), axis=0)[: rows * per_row])
         return tuple(joined) if len(joined) > 1 else joined[0]
 
     @staticmethod
@@ -398,48 +389,48 @@ class _Node:
     ended: tuple[str, ...]
 
     def run(self, values: dict[str, Any]) -> None:
-        given = [values[name] if name else None for name in self.inputs]
+        inputs = [values[name] if name else None for name in self.inputs]
         if self.bodies:
             run = {"If": _branch, "Loop": _loop, "Scan": _scan, "SequenceMap": _map}[self.op]
-            made = run(self, [partial(body, values) for body in self.bodies], given)
+            outputs = run(self, [partial(body, values) for body in self.bodies], inputs)
         else:
             assert self.operator is not None
-            made = self.operator(given, self.attributes, self.op, len(self.outputs))
-        values.update((name, y) for name, y in zip(self.outputs, made, strict=False) if name)
+            outputs = self.operator(inputs, self.attributes, self.op, len(self.outputs))
+        values.update((name, y) for name, y in zip(self.outputs, outputs, strict=False) if name)
 
 
 Body: TypeAlias = Callable[..., tuple[Any, ...]]
 """A graph within the graph, as a function of its inputs."""
 
 
-def _branch(each: _Node, branches: list[Body], given: list[Any]) -> tuple[Any, ...]:
+def _branch(node: _Node, branches: list[Body], inputs: list[Any]) -> tuple[Any, ...]:
     """If: one of two graphs."""
-    (condition,) = given
+    (condition,) = inputs
     return branches[0 if bool(numbers(condition).all()) else 1]()
 
 
-def _loop(each: _Node, bodies: list[Body], given: list[Any]) -> tuple[Any, ...]:
-    """Loop: a graph of the number of the step, and of what it made itself in the step before.
+def _loop(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]:
+    """Loop: the body is run on the iteration's number and on the state that the last one left.
 
-    At most so many times, and while it says so itself. What it makes besides is stacked.
+    At most so many times, and while its condition holds. Its other outputs are stacked.
     """
-    (body,), (most, on, *state) = bodies, given
+    (body,), (most, on, *state) = bodies, inputs
     count, step, stacks = len(state), 0, []
     limit = None if most is None else int(numbers(most).item())
     while (limit is None or step < limit) and (on is None or bool(numbers(on).all())):
         _count_step()
-        on, *made = body(np.array(step), np.array(True), *state)
-        state = made[:count]
-        stacks.append(made[count:])
+        on, *answers = body(np.array(step), np.array(True), *state)
+        state = answers[:count]
+        stacks.append(answers[count:])
         step += 1
-    return (*state, *_stacked(each, stacks, len(each.outputs) - count))
+    return (*state, *_stacked(node, stacks, len(node.outputs) - count))
 
 
-def _scan(each: _Node, bodies: list[Body], given: list[Any]) -> tuple[Any, ...]:
-    """Scan: a graph of what it made itself in the step before, and of slices of arrays."""
-    (body,), options = bodies, each.attributes
-    count = len(given) - options["num_scan_inputs"]
-    state, arrays = given[:count], given[count:]
+def _scan(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]:
+    """Scan: the body is run on slices of arrays, and on the state that the last run left."""
+    (body,), options = bodies, node.attributes
+    count = len(inputs) - options["num_scan_inputs"]
+    state, arrays = inputs[:count], inputs[count:]
     axes = options.get("scan_input_axes") or [0] * len(arrays)
     backward = options.get("scan_input_directions") or [0] * len(arrays)
     arrays = [xp_of(x).moveaxis(x, axis, 0) for x, axis in zip(arrays, axes, strict=True)]
@@ -455,10 +446,10 @@ def _scan(each: _Node, bodies: list[Body], given: list[Any]) -> tuple[Any, ...]:
         slices = [
             x[length - 1 - step if b else step] for x, b in zip(arrays, backward, strict=True)
         ]
-        made = body(*state, *slices)
-        state = list(made[:count])
-        stacks.append(made[count:])
-    results = _stacked(each, stacks, len(each.outputs) - count)
+        answers = body(*state, *slices)
+        state = list(answers[:count])
+        stacks.append(answers[count:])
+    results = _stacked(node, stacks, len(node.outputs) - count)
     axes = options.get("scan_output_axes") or [0] * len(results)
     backward = options.get("scan_output_directions") or [0] * len(results)
     results = [xp_of(y).flip(y, 0) if b else y for y, b in zip(results, backward, strict=True)]
@@ -466,17 +457,20 @@ def _scan(each: _Node, bodies: list[Body], given: list[Any]) -> tuple[Any, ...]:
     return (*state, *moved)
 
 
-def _map(each: _Node, bodies: list[Body], given: list[Any]) -> tuple[Any, ...]:
-    """SequenceMap: a graph of each item of a sequence, and of arrays or other sequences' items."""
-    (body,), (items, *others) = bodies, given
-    made = []
+def _map(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]:
+    """SequenceMap: the body is run on each item of a sequence, and on arrays or other items."""
+    (body,), (items, *others) = bodies, inputs
+    results = []
     for i, x in enumerate(items):
         _count_step()
-        made.append(body(x, *(other[i] if isinstance(other, Items) else other for other in others)))
-    return tuple(map(Items, zip(*made, strict=True))) if made else (Items(),) * len(each.outputs)
+        arguments = (other[i] if isinstance(other, Items) else other for other in others)
+        results.append(body(x, *arguments))
+    if not results:
+        return (Items(),) * len(node.outputs)
+    return tuple(map(Items, zip(*results, strict=True)))
 
 
-def _stacked(each: _Node, steps: list[Any], count: int) -> list[Any]:
+def _stacked(node: _Node, steps: list[Any], count: int) -> list[Any]:
     """What so many outputs are in every step, each along a new axis 0."""
     if count and not steps:
         raise ShapeError("no step is made, so the shapes of what is stacked are not known")
@@ -519,22 +513,24 @@ class _Nodes:
 
     @classmethod
     def of(cls, graph: Mapping[str, Any], retyped: Any) -> _Nodes:
-        """The nodes as they are run, each with the names that nobody asks for after it."""
-        wanted, made = set(graph["outputs"]), []
-        for each in reversed(graph["nodes"]):
-            uses = set(_uses(each))
-            ended = tuple({*uses, *each["outputs"]} - wanted)
+        """The nodes as they are run, each with the names of values whose last use it is."""
+        wanted, compiled = set(graph["outputs"]), []
+        for node in reversed(graph["nodes"]):
+            uses = set(_uses(node))
+            ended = tuple({*uses, *node["outputs"]} - wanted)
             wanted |= uses
             attributes = {
-                name: _attribute(name, v, retyped) for name, v in each["attributes"].items()
+                name: _attribute(name, v, retyped) for name, v in node["attributes"].items()
             }
-            names = BODIES.get(each["op"], ())
+            names = BODIES.get(node["op"], ())
             bodies = tuple(cls.of(attributes.pop(name), retyped) for name in names)
-            label = f"{each['op']} {each['name'] or each['outputs'][0]!r}"
-            formula, short = OPERATORS.get(each["op"]), each["op"].rpartition(".")[2]
-            ends = each["inputs"], each["outputs"]
-            made.append(_Node(formula, short, label, *ends, attributes, bodies, ended))
-        return cls(tuple(reversed(made)), tuple(graph["outputs"]), tuple(graph.get("inputs", ())))
+            label = f"{node['op']} {node['name'] or node['outputs'][0]!r}"
+            formula, short = OPERATORS.get(node["op"]), node["op"].rpartition(".")[2]
+            ends = node["inputs"], node["outputs"]
+            compiled.append(_Node(formula, short, label, *ends, attributes, bodies, ended))
+        return cls(
+            tuple(reversed(compiled)), tuple(graph["outputs"]), tuple(graph.get("inputs", ()))
+        )
 
     def __call__(self, values: Mapping[str, Any], *inputs: Any) -> tuple[Any, ...]:
         """The outputs of a graph that is within another, which has these values."""
@@ -544,9 +540,9 @@ class _Nodes:
         return tuple(inner[name] for name in self.outputs)
 
     def run(self, values: dict[str, Any], keep: bool = False) -> None:
-        for each in self.nodes:
+        for node in self.nodes:
             try:
-                each.run(values)
+                node.run(values)
             except (
                 Untraceable,
                 UnsupportedFunction,
@@ -554,28 +550,24 @@ class _Nodes:
                 ShapeError,
                 DtypeMismatch,
             ) as error:
-                raise type(error)(f"{each.label}: {error}") from error
+                raise type(error)(f"{node.label}: {error}") from error
             except (ValueError, IndexError, TypeError, ArithmeticError, AttributeError) as error:
                 if isinstance(error, NnxpError):
                     raise
-                shapes = [_said(getattr(values.get(n), "shape", ())) for n in each.inputs if n]
-                raise ShapeError(f"{each.label} of {', '.join(shapes)}: {error}") from error
-            for name in () if keep else each.ended:
+                shapes = [shape_text(getattr(values.get(n), "shape", ())) for n in node.inputs if n]
+                raise ShapeError(f"{node.label} of {', '.join(shapes)}: {error}") from error
+            for name in () if keep else node.ended:
                 values.pop(name, None)
 
 
-def _uses(each: Mapping[str, Any]) -> Iterator[str]:
+def _uses(node: Mapping[str, Any]) -> Iterator[str]:
     """The names that a node looks at, those within its branches included."""
-    yield from (name for name in each["inputs"] if name)
-    for value in each["attributes"].values():
+    yield from (name for name in node["inputs"] if name)
+    for value in node["attributes"].values():
         if isinstance(value, dict) and "nodes" in value:
             for inner in value["nodes"]:
                 yield from _uses(inner)
             yield from value["outputs"]
-
-
-def _said(shape: Shape) -> str:
-    return str(tuple("rows" if traced.counts_rows(n) else n for n in shape)).replace("'", "")
 
 
 # Constants and attributes, as a file holds them
@@ -588,17 +580,17 @@ def packed(array: Any) -> dict[str, Any]:
     return {"dtype": str(array.dtype), "shape": tuple(array.shape), "data": data}
 
 
-def unpacked(each: Mapping[str, Any]) -> Any:
+def unpacked(constant: Mapping[str, Any]) -> Any:
     """The array that `packed` put away."""
-    data = base64.b64decode(each["data"])
-    return np.frombuffer(data, dtype_of(each["dtype"])).reshape(each["shape"])
+    data = base64.b64decode(constant["data"])
+    return np.frombuffer(data, dtype_of(constant["dtype"])).reshape(constant["shape"])
 
 
-def _packed(each: Any) -> None:
+def _packed(constant: Any) -> None:
     """Refuse what `packed` cannot have made."""
-    if not (isinstance(each, dict) and each.keys() == {"dtype", "shape", "data"}):
-        raise OptionError(f"a constant is dtype, shape and data, not {each!r:.60}")
-    shape, dtype, data = each["shape"], each["dtype"], each["data"]
+    if not (isinstance(constant, dict) and constant.keys() == {"dtype", "shape", "data"}):
+        raise OptionError(f"a constant is dtype, shape and data, not {constant!r:.60}")
+    shape, dtype, data = constant["shape"], constant["dtype"], constant["data"]
     if dtype not in DTYPES or not isinstance(data, str) or not isinstance(shape, tuple):
         raise OptionError(f"a constant of type {dtype!r:.40} is not known")
     if not all(type(n) is int and n >= 0 for n in shape):
@@ -607,11 +599,11 @@ def _packed(each: Any) -> None:
     if len(data) != -(-size // 3) * 4:
         raise OptionError(f"a constant of {size} bytes has {len(data)} characters")
     try:
-        found = len(base64.b64decode(data, validate=True))
+        length = len(base64.b64decode(data, validate=True))
     except ValueError as error:
         raise OptionError(f"a constant's data: {error}") from None
-    if found != size:
-        raise OptionError(f"a constant of {size} bytes has {found}")
+    if length != size:
+        raise OptionError(f"a constant of {size} bytes has {length}")
 
 
 def _attribute(name: str, value: Any, retyped: Any) -> Any:
@@ -628,15 +620,15 @@ def _attribute(name: str, value: Any, retyped: Any) -> Any:
 # What a graph must be
 
 
-def _check_input(each: Any) -> None:
-    if not (isinstance(each, dict) and each.keys() == {"name", "dtype", "shape"}):
-        raise OptionError(f"an input is name, dtype and shape, not {each!r:.60}")
-    sizes = each["shape"]
+def _check_input(entry: Any) -> None:
+    if not (isinstance(entry, dict) and entry.keys() == {"name", "dtype", "shape"}):
+        raise OptionError(f"an input is name, dtype and shape, not {entry!r:.60}")
+    sizes = entry["shape"]
     sound = sizes is None or (
         isinstance(sizes, tuple) and all(n is None or (type(n) is int and n >= 0) for n in sizes)
     )
-    if not isinstance(each["name"], str) or each["dtype"] not in DTYPES or not sound:
-        raise OptionError(f"no input of a graph: {each!r:.80}")
+    if not isinstance(entry["name"], str) or entry["dtype"] not in DTYPES or not sound:
+        raise OptionError(f"no input of a graph: {entry!r:.80}")
 
 
 def _check_nodes(nodes: Any, outputs: Any, known: set[str], depth: int = 0) -> None:
@@ -644,20 +636,20 @@ def _check_nodes(nodes: Any, outputs: Any, known: set[str], depth: int = 0) -> N
     if depth > DEEPEST:
         raise OptionError(f"graphs within graphs, more than {DEEPEST} deep")
     _check_known(nodes)
-    for each in nodes:
-        label = f"{each['op']} {each['name'] or ', '.join(each['outputs'])!r}"
-        missing = [name for name in each["inputs"] if name and name not in known]
+    for node in nodes:
+        label = f"{node['op']} {node['name'] or ', '.join(node['outputs'])!r}"
+        missing = [name for name in node["inputs"] if name and name not in known]
         if missing:
             raise OptionError(f"{label} takes {missing[0]!r}, which nothing before it makes")
-        attributes = each["attributes"]
-        if each["op"] in BODIES:
-            _check_bodies(each, label)
-            for name in BODIES[each["op"]]:
+        attributes = node["attributes"]
+        if node["op"] in BODIES:
+            _check_bodies(node, label)
+            for name in BODIES[node["op"]]:
                 part = attributes[name]
                 inner = {*known, *part.get("inputs", ())}
                 _check_nodes(part["nodes"], part["outputs"], inner, depth + 1)
         else:
-            OPERATORS[each["op"]].check(label, each["inputs"], attributes)
+            OPERATORS[node["op"]].check(label, node["inputs"], attributes)
             for name, value in attributes.items():
                 if name in DTYPE_ATTRIBUTES and value not in DTYPES:
                     raise OptionError(f"{label}: the type {value!r:.40} is not known")
@@ -665,22 +657,22 @@ def _check_nodes(nodes: Any, outputs: Any, known: set[str], depth: int = 0) -> N
                     if value.keys() == {"float"} and value["float"] in ("inf", "-inf", "nan"):
                         continue
                     _packed(value)
-        twice = [name for name in each["outputs"] if name in known]
+        twice = [name for name in node["outputs"] if name in known]
         if twice:
             raise OptionError(f"{label} makes {twice[0]!r}, which is there already")
-        known.update(name for name in each["outputs"] if name)
+        known.update(name for name in node["outputs"] if name)
     for name in outputs:
         if name not in known:
             raise OptionError(f"the output {name!r} is made by no node")
 
 
-def _check_bodies(each: Mapping[str, Any], label: str) -> None:
+def _check_bodies(node: Mapping[str, Any], label: str) -> None:
     """Refuse graphs within the graph that do not take or answer what their node does."""
-    op, names, attributes = each["op"], BODIES[each["op"]], each["attributes"]
+    op, names, attributes = node["op"], BODIES[node["op"]], node["attributes"]
     options = set(attributes) - set(names)
     if not all(_is_graph(attributes.get(name)) for name in names) or options - _OPTIONS[op]:
         raise OptionError(f"{label} has {', '.join(names)} and no other attributes that are known")
-    inputs, outputs = len(each["inputs"]), len(each["outputs"])
+    inputs, outputs = len(node["inputs"]), len(node["outputs"])
     for name in names:
         takes = len(attributes[name].get("inputs", ()))
         answers = len(attributes[name]["outputs"]) - (op == "Loop")
@@ -709,55 +701,47 @@ _OPTIONS = {
     "Loop": frozenset[str](),
     "SequenceMap": frozenset[str](),
     "Scan": frozenset(
-        [
-            "num_scan_inputs",
-            "scan_input_axes",
-            "scan_input_directions",
-            "scan_output_axes",
-            "scan_output_directions",
-        ]
+        """num_scan_inputs scan_input_axes scan_input_directions scan_output_axes
+        scan_output_directions""".split()
     ),
 }
 """What nodes that hold graphs have besides."""
 
 
-def _is_graph(each: Any) -> bool:
+def _is_graph(graph: Any) -> bool:
     return (
-        isinstance(each, dict)
-        and each.keys() - {"inputs"} == {"nodes", "outputs"}
-        and all(isinstance(part, tuple) for part in each.values())
-        and all(isinstance(name, str) for name in (*each["outputs"], *each.get("inputs", ())))
+        isinstance(graph, dict)
+        and graph.keys() - {"inputs"} == {"nodes", "outputs"}
+        and all(isinstance(part, tuple) for part in graph.values())
+        and all(isinstance(name, str) for name in (*graph["outputs"], *graph.get("inputs", ())))
     )
+
+
+_NODE_KEYS = frozenset("op name inputs outputs attributes".split())
 
 
 def _check_known(nodes: Any) -> None:
     """Refuse operators that are not known, all of them at once."""
-    for each in nodes:
-        sound = isinstance(each, dict) and each.keys() == {
-            "op",
-            "name",
-            "inputs",
-            "outputs",
-            "attributes",
-        }
-        sound = sound and isinstance(each["op"], str) and isinstance(each["name"], str)
-        sound = sound and isinstance(each["attributes"], dict) and all(
-            isinstance(each[part], tuple) and all(isinstance(name, str) for name in each[part])
+    for node in nodes:
+        sound = isinstance(node, dict) and node.keys() == _NODE_KEYS
+        sound = sound and isinstance(node["op"], str) and isinstance(node["name"], str)
+        sound = sound and isinstance(node["attributes"], dict) and all(
+            isinstance(node[part], tuple) and all(isinstance(name, str) for name in node[part])
             for part in ("inputs", "outputs")
         )  # fmt: skip
-        if not sound or not each["outputs"]:
-            raise OptionError(f"no node of a graph: {each!r:.80}")
-    unknown = [each for each in nodes if each["op"] not in {*OPERATORS, *BODIES}]
+        if not sound or not node["outputs"]:
+            raise OptionError(f"no node of a graph: {node!r:.80}")
+    unknown = [node for node in nodes if node["op"] not in {*OPERATORS, *BODIES}]
     if unknown:
         raise ConversionError(unknown_operators(unknown))
 
 
 def unknown_operators(nodes: Sequence[Mapping[str, Any]]) -> str:
     """What is said of a graph with operators that are not known."""
-    counts = Counter(each["op"] for each in nodes)
-    first = {each["op"]: each for each in reversed(nodes)}
-    said = ", ".join(
+    counts = Counter(node["op"] for node in nodes)
+    first = {node["op"]: node for node in reversed(nodes)}
+    listed = ", ".join(
         f"{name} ({n}; first: {first[name]['name'] or first[name]['outputs'][0]!r})"
         for name, n in sorted(counts.items())
     )
-    return f"the graph has operators that nnxp does not know: {said}"
+    return f"the graph has operators that nnxp does not know: {listed}"

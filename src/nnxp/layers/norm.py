@@ -58,7 +58,7 @@ class LayerNorm(_Norm):
     ) -> None:
         kind = float_dtype(dtype)
         sizes = channels if isinstance(channels, tuple | list) else (channels,)
-        shape = tuple(whole("a normalisation's channels", each) for each in sizes)
+        shape = tuple(whole("a normalisation's channels", size) for size in sizes)
         self.gain = np.ones(shape, kind)
         self.bias = np.zeros(shape, kind)
         self.eps = eps

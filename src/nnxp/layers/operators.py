@@ -23,6 +23,7 @@ import numpy as np
 
 from nnxp import _arrays, kernels
 from nnxp._arrays import Array, HostArray, is_floating
+from nnxp._arrays import dtype_of as dtype_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.backend import asnumpy
 from nnxp.kernels._erf import erf
@@ -61,8 +62,8 @@ class Operator:
         """Refuse inputs and attributes that the formula does not have."""
         least, most = self.least_inputs, self.most_inputs
         if "" in inputs[:least] or len(inputs) < least or (most is not None and len(inputs) > most):
-            said = f"at least {least}" if most is None else f"{least} to {most}"
-            raise OptionError(f"{label} has {len(inputs)} inputs; it takes {said}")
+            wanted = f"at least {least}" if most is None else f"{least} to {most}"
+            raise OptionError(f"{label} has {len(inputs)} inputs; it takes {wanted}")
         unknown = attributes.keys() - self.options | attributes.keys() & {"op", "count"}
         if unknown:
             raise OptionError(f"{label} has an attribute {min(unknown)!r}, which is not known")
@@ -79,9 +80,9 @@ class Operator:
         options = dict(attributes)
         options |= {k: v for k, v in (("op", op), ("count", count)) if k in self.options}
         call = self.function if self.as_is else in_float32(self.function)
-        made = call(*arrays, **options)
-        several = isinstance(made, tuple | list) and not isinstance(made, Items)
-        results = tuple(made) if several else (made,)
+        answer = call(*arrays, **options)
+        several = isinstance(answer, tuple | list) and not isinstance(answer, Items)
+        results = tuple(answer) if several else (answer,)
         return tuple(np.asarray(y) if isinstance(y, np.generic) else y for y in results)
 
     def _bring_together(self, arrays: list[Any]) -> None:
@@ -113,7 +114,7 @@ def operator(
         parameters = list(inspect.signature(function).parameters.values())
         places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        made = Operator(
+        entry = Operator(
             function,
             frozenset(places.index(name) for name in numbers.split()),
             frozenset(places.index(name) for name in loose.split()),
@@ -124,7 +125,7 @@ def operator(
             None if variadic else len(places),
         )
         for name in names.split():
-            OPERATORS[name] = made
+            OPERATORS[name] = entry
         return function
 
     return register
@@ -160,7 +161,7 @@ def ints(x: HostArray | None) -> list[int] | None:
 def beside(x: Any, like: Array) -> Any:
     """x in the library of `like`, if it is a host array; a sequence's arrays each."""
     if isinstance(x, Items):
-        return Items(beside(each, like) for each in x)
+        return Items(beside(item, like) for item in x)
     if not isinstance(x, np.ndarray):
         return x
     if not isinstance(like, traced.ndarray):
@@ -172,23 +173,21 @@ def beside(x: Any, like: Array) -> Any:
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, of 16-bit floats in float32, its results rounded."""
 
+    def is_narrow(x: Any) -> bool:
+        return x is not None and is_floating(x.dtype) and x.dtype.itemsize == 2
+
     def call(*arrays: Any, **options: Any) -> Any:
-        kinds = {x.dtype for x in arrays if x is not None and is_floating(x.dtype)}
-        narrow = next((kind for kind in kinds if kind.itemsize == 2), None)
+        narrow = next((x.dtype for x in arrays if is_narrow(x)), None)
         if narrow is None:
             return function(*arrays, **options)
-        wide = [
-            x.astype("float32")
-            if x is not None and x.dtype in kinds and x.dtype.itemsize == 2
-            else x
-            for x in arrays
-        ]
 
         def rounded(y: Any) -> Any:
             return y.astype(narrow) if y is not None and y.dtype == np.float32 else y
 
-        made = function(*wide, **options)
-        return tuple(map(rounded, made)) if isinstance(made, tuple | list) else rounded(made)
+        results = function(*(x.astype("float32") if is_narrow(x) else x for x in arrays), **options)
+        if isinstance(results, tuple | list):
+            return tuple(map(rounded, results))
+        return rounded(results)
 
     return call
 
@@ -198,8 +197,8 @@ def library_of_shape(shape: Sequence[int]) -> Any:
     counted = [traced.counts_rows(n) for n in shape]
     row = [n // traced.ROWS if of_rows else n for n, of_rows in zip(shape, counted, strict=True)]
     if prod(map(int, row)) > MOST_NUMBERS:
-        said = tuple("rows" if of_rows else n for n, of_rows in zip(shape, counted, strict=True))
-        raise ShapeError(f"{said} out of a few numbers is more than {MOST_NUMBERS:,} to a row")
+        wanted = tuple("rows" if of_rows else n for n, of_rows in zip(shape, counted, strict=True))
+        raise ShapeError(f"{wanted} out of a few numbers is more than {MOST_NUMBERS:,} to a row")
     return traced if any(counted) else np
 
 
@@ -207,16 +206,16 @@ def _axes(axes: HostArray | Sequence[int] | None, ndim: int) -> list[int] | None
     """Axes counted from the front."""
     if axes is None:
         return None
-    given = [int(axis) for axis in np.ravel(np.asarray(axes))]
-    for axis in given:
+    numbered = [int(axis) for axis in np.ravel(np.asarray(axes))]
+    for axis in numbered:
         if not -ndim <= axis < max(ndim, 1):
             raise ShapeError(f"axis {axis} of an array with {ndim} axes")
-    return [axis % ndim if ndim else 0 for axis in given]
+    return [axis % ndim if ndim else 0 for axis in numbered]
 
 
 def _axis(axis: int, ndim: int) -> int:
-    (found,) = _axes([axis], ndim) or [0]
-    return found
+    (front,) = _axes([axis], ndim) or [0]
+    return front
 
 
 def _with_axis_last(function: Callable[[Array], Array], x: Array, axis: int) -> Array:
@@ -237,64 +236,34 @@ def _function(name: str) -> Callable[..., Any]:
     return formula
 
 
-for _name, _spelt in {
-    "Abs": "absolute",
-    "Acos": "arccos",
-    "Acosh": "arccosh",
-    "Add": "add",
-    "And": "logical_and",
-    "Asin": "arcsin",
-    "Asinh": "arcsinh",
-    "Atan": "arctan",
-    "Atanh": "arctanh",
-    "BitwiseAnd": "bitwise_and",
-    "BitwiseNot": "invert",
-    "BitwiseOr": "bitwise_or",
-    "BitwiseXor": "bitwise_xor",
-    "Ceil": "ceil",
-    "Cos": "cos",
-    "Cosh": "cosh",
-    "Equal": "equal",
-    "Exp": "exp",
-    "Floor": "floor",
-    "Greater": "greater",
-    "GreaterOrEqual": "greater_equal",
-    "IsNaN": "isnan",
-    "Less": "less",
-    "LessOrEqual": "less_equal",
-    "Log": "log",
-    "Mul": "multiply",
-    "Neg": "negative",
-    "Not": "logical_not",
-    "Or": "logical_or",
-    "Reciprocal": "reciprocal",
-    "Round": "rint",
-    "Sign": "sign",
-    "Sin": "sin",
-    "Sinh": "sinh",
-    "Sqrt": "sqrt",
-    "Sub": "subtract",
-    "Tan": "tan",
-    "Where": "where",
-    "Xor": "logical_xor",
-}.items():
+ELEMENTWISE = {
+    "Abs": "absolute", "Acos": "arccos", "Acosh": "arccosh", "Add": "add", "And": "logical_and",
+    "Asin": "arcsin", "Asinh": "arcsinh", "Atan": "arctan", "Atanh": "arctanh",
+    "BitwiseAnd": "bitwise_and", "BitwiseNot": "invert", "BitwiseOr": "bitwise_or",
+    "BitwiseXor": "bitwise_xor", "Ceil": "ceil", "Cos": "cos", "Cosh": "cosh", "Equal": "equal",
+    "Exp": "exp", "Floor": "floor", "Greater": "greater", "GreaterOrEqual": "greater_equal",
+    "IsNaN": "isnan", "Less": "less", "LessOrEqual": "less_equal", "Log": "log", "Mul": "multiply",
+    "Neg": "negative", "Not": "logical_not", "Or": "logical_or", "Reciprocal": "reciprocal",
+    "Round": "rint", "Sign": "sign", "Sin": "sin", "Sinh": "sinh", "Sqrt": "sqrt",
+    "Sub": "subtract", "Tan": "tan", "Where": "where", "Xor": "logical_xor",
+}  # fmt: skip
+"""Operators that are one function of the dialect."""
+
+for _name, _spelt in ELEMENTWISE.items():
     operator(_name, as_is=True)(_function(_spelt))
 
-for _name, _kernel in {
-    "Relu": kernels.relu,
-    "Sigmoid": kernels.sigmoid,
-    "Softplus": kernels.softplus,
-    "Softsign": kernels.softsign,
-    "Mish": kernels.mish,
-    "Tanh": kernels.tanh,
-}.items():
 
-    def _activation(x: Array, *, op: str = "", _kernel: Any = _kernel) -> Array:
+def _activation(kernel: Any) -> Callable[..., Any]:
+    def formula(x: Array) -> Array:
         if x.dtype.kind != "f":  # relu of whole numbers
             return xp_of(x).maximum(x, 0)
-        return _kernel(x)
+        return kernel(x)
 
-    operator(_name, as_is=True)(_activation)
+    return formula
+
+
+for _name in "Mish Relu Sigmoid Softplus Softsign Tanh".split():
+    operator(_name, as_is=True)(_activation(getattr(kernels, _name.lower())))
 
 
 @operator("Erf")
@@ -428,14 +397,11 @@ def bit_shift(x: Array, n: Array, *, direction: str) -> Array:
     """Times a power of two; a shift by all bits, or by a negative number, leaves the sign alone."""
     xp, bits = xp_of(x), x.dtype.itemsize * 8
     far = (n < 0) | (n >= bits)
-    two = xp.full_like(n, 2)
+    two, near = xp.full_like(n, 2), xp.where(far, xp.zeros_like(n), n)
     if direction == "LEFT":
-        return xp.where(
-            far, xp.zeros_like(x), x * xp.power(two, xp.where(far, xp.zeros_like(n), n))
-        )
+        return xp.where(far, xp.zeros_like(x), x * xp.power(two, near))
     out = xp.minimum(xp.sign(x), 0).astype(x.dtype) if x.dtype.kind == "i" else xp.zeros_like(x)
     most = bits - 1 if x.dtype.kind == "u" else bits - 2  # what a power of two fits
-    near = xp.where(far, xp.zeros_like(n), n)
     once = xp.minimum(near, most)
     y = x // xp.power(two, once) // xp.power(two, near - once)
     return xp.where(far, out, y)
@@ -449,15 +415,6 @@ def cast(x: Array, *, to: str, saturate: int = 1, round_mode: str = "up") -> Arr
 @operator("CastLike", as_is=True)
 def cast_like(x: Array, like: Array, *, saturate: int = 1, round_mode: str = "up") -> Array:
     return x.astype(like.dtype)
-
-
-def dtype_of(name: str) -> np.dtype[Any]:
-    """The type of this name; "bfloat16" is one of ml_dtypes."""
-    if name == "bfloat16":
-        from nnxp._arrays import float_dtype
-
-        return float_dtype(name)
-    return np.dtype(name)
 
 
 # Along axes
@@ -733,15 +690,12 @@ def pad(
 ) -> Array:
     along = _axes(axes, x.ndim)
     along = list(range(x.ndim)) if along is None else along
-    given, widths = ints(pads) or [], [(0, 0)] * x.ndim
+    amounts, widths = ints(pads) or [], [(0, 0)] * x.ndim
     for i, axis in enumerate(along):
-        widths[axis] = given[i], given[i + len(along)]
+        widths[axis] = amounts[i], amounts[i + len(along)]
     if any(min(width) < 0 for width in widths):
-        x = x[
-            tuple(
-                slice(max(0, -a), n - max(0, -b)) for n, (a, b) in zip(x.shape, widths, strict=True)
-            )
-        ]
+        sizes = zip(x.shape, widths, strict=True)
+        x = x[tuple(slice(max(0, -a), n - max(0, -b)) for n, (a, b) in sizes)]
         widths = [(max(0, a), max(0, b)) for a, b in widths]
     if not any(map(any, widths)):
         return x
@@ -755,9 +709,8 @@ def pad(
 @operator("CenterCropPad", numbers="shape", as_is=True)
 def center_crop_pad(x: Array, shape: HostArray, *, axes: Sequence[int] | None = None) -> Array:
     along = _axes(axes, x.ndim)
-    for axis, wanted in zip(
-        range(x.ndim) if along is None else along, ints(shape) or [], strict=True
-    ):
+    along = list(range(x.ndim)) if along is None else along
+    for axis, wanted in zip(along, ints(shape) or [], strict=True):
         n = x.shape[axis]
         library_of_shape((*x.shape[:axis], wanted, *x.shape[axis + 1 :]))
         if n > wanted:
@@ -802,12 +755,8 @@ def reverse_sequence(
     xp, parts = xp_of(x), []
     for i, n in enumerate(ints(lengths) or []):
         row = _cut(x, batch_axis, i, i + 1)
-        parts.append(
-            xp.concatenate(
-                [xp.flip(_cut(row, time_axis, 0, n), time_axis), _cut(row, time_axis, n, None)],
-                axis=time_axis,
-            )
-        )
+        turned = xp.flip(_cut(row, time_axis, 0, n), time_axis)
+        parts.append(xp.concatenate([turned, _cut(row, time_axis, n, None)], axis=time_axis))
     return xp.concatenate(parts, axis=batch_axis)
 
 
@@ -825,14 +774,12 @@ def constant(
 ) -> Array:
     if value is not None:
         return value
-    for numbers_given, dtype in (
-        (value_float, "float32"),
-        (value_floats, "float32"),
-        (value_int, "int64"),
-        (value_ints, "int64"),
-    ):
-        if numbers_given is not None:
-            return np.asarray(numbers_given, dtype)
+    for plain, dtype in (
+        (value_float, "float32"), (value_floats, "float32"),
+        (value_int, "int64"), (value_ints, "int64"),
+    ):  # fmt: skip
+        if plain is not None:
+            return np.asarray(plain, dtype)
     raise OptionError("Constant without a value")
 
 

@@ -29,10 +29,8 @@ class _Pool(Layer):
         stride = window if self.stride is None else self.stride
         axes = len(window)
         self.stride = per_axis(f"stride of {name}", stride, axes)
-        padding = padding_option(f"padding of {name}", self.padding, axes)
-        self.padding = padding
-        dilation = per_axis(f"dilation of {name}", self.dilation, axes)
-        self.dilation = dilation
+        padding = self.padding = padding_option(f"padding of {name}", self.padding, axes)
+        dilation = self.dilation = per_axis(f"dilation of {name}", self.dilation, axes)
         reach = reach_of(window, dilation)
         if not isinstance(padding, str) and any(
             max(pair) >= r for pair, r in zip(padding, reach, strict=True)
@@ -47,12 +45,9 @@ class _Pool(Layer):
 
     def __repr__(self) -> str:
         axes = len(self.window)
-        plain: dict[str, Any] = {
-            "stride": self.window,
-            "padding": ((0, 0),) * axes,
-            "dilation": (1,) * axes,
-        }
-        plain |= {"ceil_mode": False, "count_include_pad": False, "window": self.window}
+        plain: dict[str, Any] = {"window": self.window, "ceil_mode": False}
+        plain |= {"stride": self.window, "padding": ((0, 0),) * axes, "dilation": (1,) * axes}
+        plain |= {"count_include_pad": False}
         options = [f"{n}={v}" for n, v in self._fields() if plain.get(n, ()) != v]
         return f"{type(self).__name__}({', '.join([str(self.window), *options])})"
 
@@ -161,44 +156,36 @@ class LpPool(_Pool):
         yield cls((2, 2), p=3.5, stride=1), (2, 3, 4, 2)
 
 
-class GlobalAveragePool(Layer):
+class _Global(Layer):
+    keepdims: bool
+
+    def __init__(self, *, keepdims: bool = False) -> None:
+        self.keepdims = keepdims
+
+    @classmethod
+    def examples(cls) -> Iterator[Example]:
+        yield cls(), (3, 4, 5, 2)
+        yield cls(keepdims=True), (3, 7, 2)
+
+
+class GlobalAveragePool(_Global):
     """y = the mean of each channel over all of space   [Lin, Chen, Yan 2013, arXiv:1312.4400]
 
     x (rows, *space, channels) -> y (rows, channels), or (rows, 1, ..., channels) with `keepdims`.
     """
 
-    keepdims: bool
-
-    def __init__(self, *, keepdims: bool = False) -> None:
-        self.keepdims = keepdims
-
     def __call__(self, x: Array) -> Array:
         return kernels.global_average_pool(x, keepdims=self.keepdims)
 
-    @classmethod
-    def examples(cls) -> Iterator[Example]:
-        yield cls(), (3, 4, 5, 2)
-        yield cls(keepdims=True), (3, 7, 2)
 
-
-class GlobalMaxPool(Layer):
+class GlobalMaxPool(_Global):
     """y = the largest of each channel over all of space.
 
     x (rows, *space, channels) -> y (rows, channels), or (rows, 1, ..., channels) with `keepdims`.
     """
 
-    keepdims: bool
-
-    def __init__(self, *, keepdims: bool = False) -> None:
-        self.keepdims = keepdims
-
     def __call__(self, x: Array) -> Array:
         return kernels.global_max_pool(x, keepdims=self.keepdims)
-
-    @classmethod
-    def examples(cls) -> Iterator[Example]:
-        yield cls(), (3, 4, 5, 2)
-        yield cls(keepdims=True), (3, 7, 2)
 
 
 class _Adaptive(Layer):

@@ -281,11 +281,11 @@ class _Stack(Layer):
     def validate(self) -> None:
         if self.returns not in RETURNS:
             raise OptionError(f"returns is one of {', '.join(RETURNS)}, not {self.returns!r:.60}")
-        if not self.cells or not all(isinstance(each, _Cell) for each in self.cells):
+        if not self.cells or not all(isinstance(cell, _Cell) for cell in self.cells):
             raise OptionError(f"cells of {type(self).__name__} are cells, at least one")
         if len(self.cells) % (1 + self.bidirectional):
             raise OptionError(f"{len(self.cells)} cells do not make layers of two directions")
-        if len({each.sizes for each in self.cells}) > 1:  # type: ignore[attr-defined]
+        if len({cell.sizes for cell in self.cells}) > 1:  # type: ignore[attr-defined]
             raise ShapeError(f"the cells of {type(self).__name__} have states of one size")
 
     def _through(self, x: Array, lengths: Array | None, *initial: Array | None) -> Any:

@@ -38,7 +38,7 @@ class Pad(Layer):
     def validate(self) -> None:
         _one_of("mode of Pad", self.mode, PAD_MODES)
         sides = self.padding if isinstance(self.padding, tuple | list) else (self.padding,)
-        pairs = [each if isinstance(each, tuple | list) else (each, each) for each in sides]
+        pairs = [side if isinstance(side, tuple | list) else (side, side) for side in sides]
         if not pairs or not all(len(p) == 2 and all(whole(n, None) for n in p) for p in pairs):
             raise OptionError(
                 "padding of Pad is a whole number, or for each axis of space a number or a pair "
@@ -155,12 +155,12 @@ class PixelShuffle(Layer):
     def validate(self) -> None:
         name = type(self).__name__
         _one_of(f"order of {name}", self.order, ORDERS)
-        given: Any = self.factor
-        factors = given if isinstance(given, tuple | list) else (given,)
-        if not factors or not all(whole(each, 1) for each in factors):
-            raise OptionError(f"factor of {name} is a whole number, not {given!r:.60}")
-        if isinstance(given, list):
-            self.factor = tuple(given)
+        factor: Any = self.factor
+        factors = factor if isinstance(factor, tuple | list) else (factor,)
+        if not factors or not all(whole(f, 1) for f in factors):
+            raise OptionError(f"factor of {name} is a whole number, not {factor!r:.60}")
+        if isinstance(factor, list):
+            self.factor = tuple(factor)
 
     def __call__(self, x: Array) -> Array:
         return kernels.pixel_shuffle(x, factor=self.factor, order=self.order)

@@ -60,7 +60,7 @@ def recurrent(
     y = xp.stack(outputs, axis=1)
     last = [xp.stack([end[i] for end in ends]) for i in range(len(states))]
     if layout:
-        return (y.transpose(2, 0, 1, 3), *(each.swapaxes(0, 1) for each in last))
+        return (y.transpose(2, 0, 1, 3), *(state.swapaxes(0, 1) for state in last))
     return (y, *last)
 
 
@@ -97,8 +97,8 @@ def _by_kernel(
         weights = ordered(w[way].T), ordered(r[way].T)
         ends.append(run(x, *weights, *biases, direction == "reverse" or way == 1, *own))
     outputs, *last = (
-        xp.stack(list(each), axis=at)
-        for each, at in zip(zip(*ends, strict=True), (2, *[layout] * len(states)), strict=True)
+        xp.stack(list(end), axis=at)
+        for end, at in zip(zip(*ends, strict=True), (2, *[layout] * len(states)), strict=True)
     )
     return (outputs if layout else outputs.transpose(1, 2, 0, 3), *last)
 
@@ -108,7 +108,7 @@ def _plain(
 ) -> bool:
     """Whether a network has the activations of the kernels, and nothing that they have not."""
     usual = activations is None or list(activations) == list(defaults) * ways
-    return usual and not any(each is not None and each != 0 for each in others)
+    return usual and not any(option is not None and option != 0 for option in others)
 
 
 def _gates(
@@ -161,8 +161,8 @@ def rnn(
     if activation is not None:
 
         def run(x: Array, w: Array, r: Array, b: Any, c: Any, back: bool, h: Any) -> Any:
-            given = kernels.linear(x, w, None if b is None else b + c)
-            return kernels.rnn(given, r, h, lengths, activation=activation, reverse=back)
+            projected = kernels.linear(x, w, None if b is None else b + c)
+            return kernels.rnn(projected, r, h, lengths, activation=activation, reverse=back)
 
         return _by_kernel(run, [0], [h], x, w, r, b, direction, layout)
 
@@ -201,8 +201,8 @@ def gru(
 
         def run(x: Array, w: Array, r: Array, b: Any, c: Any, back: bool, h: Any) -> Any:
             after = bool(linear_before_reset)
-            given = kernels.linear(x, w, b)
-            return kernels.gru(given, r, c, h, lengths, reset_after=after, reverse=back)
+            projected = kernels.linear(x, w, b)
+            return kernels.gru(projected, r, c, h, lengths, reset_after=after, reverse=back)
 
         return _by_kernel(run, [1, 0, 2], [h], x, w, r, b, direction, layout)
 
@@ -251,8 +251,8 @@ def lstm(
     if p is None and _plain(activations, ["Sigmoid", "Tanh", "Tanh"], w.shape[0], *more):
 
         def run(x: Array, w: Array, r: Array, b: Any, d: Any, back: bool, h: Any, c: Any) -> Any:
-            given = kernels.linear(x, w, None if b is None else b + d)
-            return kernels.lstm(given, r, None, h, c, lengths, reverse=back)
+            projected = kernels.linear(x, w, None if b is None else b + d)
+            return kernels.lstm(projected, r, None, h, c, lengths, reverse=back)
 
         return _by_kernel(run, [0, 2, 1, 3], [h, c], x, w, r, b, direction, layout)
     step = lstm_step(r.shape[-1], p, activations, *more)
@@ -429,8 +429,8 @@ def rotary(
     size = rotary_embedding_dim or x.shape[-1]
     turned, rest = x[..., :size], x[..., size:]
     if ids is not None:
-        cos, sin = (xp.take(each, beside(ids, x), axis=0) for each in (cos, sin))
-    cos, sin = (xp.expand_dims(each[..., : size // 2], 2) for each in (cos, sin))
+        cos, sin = (xp.take(table, beside(ids, x), axis=0) for table in (cos, sin))
+    cos, sin = (xp.expand_dims(table[..., : size // 2], 2) for table in (cos, sin))
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
     else:

@@ -125,10 +125,10 @@ class TorchGraph(Layer):
             )
         for step in self.steps:
             fits = type(step) is tuple and len(step) == 3 and isinstance(step[0], str)
-            if not fits or not _knows(step[0], self.layers) or not _sound(step[1:], count):
+            if not fits or not _is_known(step[0], self.layers) or not _is_sound(step[1:], count):
                 raise OptionError(f"a step of a TorchGraph has no meaning: {step!r:.100}")
             count += 1
-        if not self.answers or not _sound(self.answers, count):
+        if not self.answers or not _is_sound(self.answers, count):
             raise OptionError(
                 f"the answers of a TorchGraph are values of it: {self.answers!r:.100}"
             )
@@ -137,21 +137,21 @@ class TorchGraph(Layer):
         values: list[Any] = list(inputs)
         xp = library_of(inputs)
         for what, arguments, options in self.steps:
-            given = [_known(each, values) for each in arguments]
-            named = {name: _known(each, values) for name, each in options.items()}
+            arrays = [_argument(x, values) for x in arguments]
+            named = {name: _argument(x, values) for name, x in options.items()}
             kind, _, number = what.partition(".")
             if kind == "layers":
-                values.append(self.layers[int(number)](*given, **named))
+                values.append(self.layers[int(number)](*arrays, **named))
             elif kind == "constant":
                 constant: Any = self.layers[int(number)]
                 values.append(constant.values())
             elif kind in MAKERS:
-                values.append(MAKERS[kind](xp, *given, **named))
+                values.append(MAKERS[kind](xp, *arrays, **named))
             else:
-                values.append(FUNCTIONS[kind](*given, **named))
-        made = tuple(_known(each, values) for each in self.answers)
-        made = tuple(xp.asarray(each) if not is_array(each) else each for each in made)
-        return made if len(made) > 1 else made[0]
+                values.append(FUNCTIONS[kind](*arrays, **named))
+        answers = tuple(_argument(x, values) for x in self.answers)
+        answers = tuple(xp.asarray(y) if not is_array(y) else y for y in answers)
+        return answers if len(answers) > 1 else answers[0]
 
     def __repr__(self) -> str:
         return f"TorchGraph({len(self.steps)} steps, {len(self.layers)} layers)"
@@ -175,7 +175,7 @@ class TorchGraph(Layer):
 def encoded(x: Any) -> Any:
     """A plain argument as a file holds it."""
     if isinstance(x, slice):
-        return {"slice": tuple(encoded(each) for each in (x.start, x.stop, x.step))}
+        return {"slice": tuple(encoded(bound) for bound in (x.start, x.stop, x.step))}
     if x is Ellipsis:
         return {"ellipsis": True}
     if isinstance(x, float) and not np.isfinite(x):
@@ -185,36 +185,36 @@ def encoded(x: Any) -> Any:
     return x
 
 
-def _known(x: Any, values: list[Any]) -> Any:
+def _argument(x: Any, values: list[Any]) -> Any:
     """What an argument stands for."""
     if type(x) is tuple:
-        return tuple(_known(each, values) for each in x)
+        return tuple(_argument(item, values) for item in x)
     if type(x) is dict:
         ((kind, what),) = x.items()
         if kind == "value":
             return values[what]
         if kind == "slice":
-            return slice(*(_known(each, values) for each in what))
+            return slice(*(_argument(bound, values) for bound in what))
         return Ellipsis if kind == "ellipsis" else float(what)
     return x
 
 
-def _knows(what: str, layers: tuple[Layer, ...]) -> bool:
+def _is_known(what: str, layers: tuple[Layer, ...]) -> bool:
     kind, _, number = what.partition(".")
     if kind in ("layers", "constant"):
-        there = number.isdecimal() and int(number) < len(layers)
-        return there and (kind == "layers" or isinstance(layers[int(number)], Constant))
+        known = number.isdecimal() and int(number) < len(layers)
+        return known and (kind == "layers" or isinstance(layers[int(number)], Constant))
     return what in FUNCTIONS or what in MAKERS
 
 
-def _sound(x: Any, count: int) -> bool:
+def _is_sound(x: Any, count: int) -> bool:
     """Whether the arguments look at nothing but the first `count` values."""
     if type(x) is tuple:
-        return all(_sound(each, count) for each in x)
+        return all(_is_sound(item, count) for item in x)
     if type(x) is not dict:
         return True
     if "value" in x:
         return len(x) == 1 and type(x["value"]) is int and 0 <= x["value"] < count
     if len(x) == 1 and {"slice", "ellipsis", "float"} & x.keys():
-        return _sound(x.get("slice", ()), count)
-    return all(isinstance(name, str) and _sound(each, count) for name, each in x.items())
+        return _is_sound(x.get("slice", ()), count)
+    return all(isinstance(name, str) and _is_sound(item, count) for name, item in x.items())

@@ -352,8 +352,8 @@ def grid_sample(
         low, high = (0.0, size - 1.0) if align_corners else (-0.5, size - 0.5)
         taps.append(_taps(at, size, low, high, mode.removeprefix("bi"), padding_mode))
     y = xp.zeros((), dtype=x.dtype)
-    for each in product(*taps):
-        place, weight, _ = reduce(_next, each)
+    for tap in product(*taps):
+        place, weight, _ = reduce(_next, tap)
         seen = place.reshape((n, 1, -1))
         values = xp.take_along_axis(flat, xp.broadcast_to(seen, (n, c, seen.shape[-1])), axis=2)
         y = values * weight.reshape(seen.shape) + y
@@ -425,9 +425,9 @@ def non_max_suppression(
     shared = 0.0 if overlap is None else float(overlap.item())
     kept: list[tuple[int, int, int]] = []
     for row, corners in enumerate(_corners(boxes, center_point_box)):
-        for kind, each in enumerate(scores[row]):
-            order = np.argsort(-each, kind="stable")
-            left = order if least is None else order[each[order] > least.item()]
+        for kind, score in enumerate(scores[row]):
+            order = np.argsort(-score, kind="stable")
+            left = order if least is None else order[score[order] > least.item()]
             for _ in range(limit):
                 if not left.size:
                     break

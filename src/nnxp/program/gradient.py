@@ -59,7 +59,7 @@ def pullback(program: Program, wrt: Sequence[Value]) -> Program:
 
 def _differentiated(program: Program, worth: dict[Value, Any], wrt: Sequence[Value]) -> Program:
     inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
-    more = [each for each in worth.values() if isinstance(each, Value)]
+    more = [value for value in worth.values() if isinstance(value, Value)]
     places = [program.inputs.index(value) for value in wrt]
 
     def both(*arrays: ndarray) -> tuple[ndarray, ...]:
@@ -70,14 +70,14 @@ def _differentiated(program: Program, worth: dict[Value, Any], wrt: Sequence[Val
         with np.errstate(all="ignore"):  # constants are computed with here
             return *outputs, *_reverse(list(current_tape().steps), dys, sources)
 
-    made = merged(trace(both, *inputs, *more, expands=_kernel))
-    for step in made.steps:
-        if any(counts_rows(each) for each in step.inputs):
+    whole = merged(trace(both, *inputs, *more, expands=_kernel))
+    for step in whole.steps:
+        if any(counts_rows(x) for x in step.inputs):
             raise NotDifferentiable(
                 f"{step.path or 'the gradient'} computes with the number of rows, at {step.name}: "
                 "write the formula out for a number of rows"
             )
-    return Program(made.inputs, made.outputs, made.steps, (), True)
+    return Program(whole.inputs, whole.outputs, whole.steps, (), True)
 
 
 def _kernel(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -121,9 +121,9 @@ def _reverse(
     return [_gradient_of(x, known.get(x.value, [])) for x in wrt]
 
 
-def _gradient_of(x: ndarray, given: list[Any]) -> ndarray:
-    made = _total(x.value, given)
-    return xp.zeros(x.shape, x.dtype) if made is None else made
+def _gradient_of(x: ndarray, dxs: list[Any]) -> ndarray:
+    dx = _total(x.value, dxs)
+    return xp.zeros(x.shape, x.dtype) if dx is None else dx
 
 
 def _passed_back(step: Step, dys: list[Any]) -> Sequence[Any]:
@@ -136,20 +136,19 @@ def _passed_back(step: Step, dys: list[Any]) -> Sequence[Any]:
         rule = step.function.rule if isinstance(step.function, Kernel) else None
     if rule is None:
         raise NotDifferentiable(_no_gradient(step))
-    dys = [_worthless(v) if dy is None else dy for v, dy in zip(step.outputs, dys, strict=True)]
+    dys = [
+        xp.zeros(v.shape, v.dtype) if dy is None else dy
+        for v, dy in zip(step.outputs, dys, strict=True)
+    ]
     ys = [lifted(v) for v in step.outputs]
-    inputs = tuple(lifted(each) for each in step.inputs)
+    inputs = tuple(lifted(x) for x in step.inputs)
     if isinstance(step.function, Kernel):
         dys, ys, inputs = list(map(_wide, dys)), list(map(_wide, ys)), tuple(map(_wide, inputs))
     several = step.several
-    made = rule(dys if several else dys[0], ys if several else ys[0], *inputs, **step.options)
-    if made is None:
+    dxs = rule(dys if several else dys[0], ys if several else ys[0], *inputs, **step.options)
+    if dxs is None:
         raise NotDifferentiable(_no_gradient(step))
-    return made  # type: ignore[no-any-return]
-
-
-def _worthless(value: Value) -> ndarray:
-    return xp.zeros(value.shape, value.dtype)  # type: ignore[no-any-return]
+    return dxs  # type: ignore[no-any-return]
 
 
 def _no_gradient(step: Step) -> str:
@@ -163,13 +162,13 @@ def _no_gradient(step: Step) -> str:
     )
 
 
-def _total(value: Value, given: list[Any]) -> ndarray | None:
+def _total(value: Value, dxs: list[Any]) -> ndarray | None:
     """The sum of what a value got from each of its uses; None if that is nothing."""
-    parts = [each for each in given if isinstance(each, Part)]
-    whole = [_fitted(each, value) for each in given if not isinstance(each, Part)]
+    parts = [dx for dx in dxs if isinstance(dx, Part)]
+    whole = [_fitted(dx, value) for dx in dxs if not isinstance(dx, Part)]
     if parts:
-        gradients = [each.gradient.astype(value.dtype, copy=False) for each in parts]
-        whole.append(scattered(gradients, value.shape, [each.key for each in parts]))
+        gradients = [part.gradient.astype(value.dtype, copy=False) for part in parts]
+        whole.append(scattered(gradients, value.shape, [part.key for part in parts]))
     if not whole:
         return None
     return sum(whole[1:], start=whole[0])

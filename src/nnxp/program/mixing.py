@@ -10,20 +10,18 @@ from nnxp._library import KINDS
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels.functions import einsum_terms
 from nnxp.program.program import Program, expanded, shape_text
-from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows, record
+from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows, full_index, record
 
 
 def mixing(program: Program) -> str:
     """What mixes rows, in words; empty if each row is treated on its own.
 
-    Kernels are to be written out, by `looked_into`, but for those that are known to treat each row
-    on its own.
+    Kernels are to be expanded, by `expanded_as_needed`, but for those that are known to treat each
+    row on its own.
     """
     outer = dict.fromkeys(program.inputs, 1)
     for step in program.steps:
-        outside = {outer[value] for value in step.values if value in outer and _counts(value)} or {
-            1
-        }
+        outside = {outer[v] for v in step.values if v in outer and _counts(v)} or {1}
         mixed = len(outside) > 1 or (isinstance(step.function, str | Kernel) and _mixes(step))
         around = 0 if mixed else _around(step, outside.pop())
         if not around:
@@ -36,8 +34,8 @@ def mixing(program: Program) -> str:
     return ""
 
 
-def looked_into(program: Program) -> Program:
-    """The program with kernels written out as far as is needed to see whether rows are mixed."""
+def expanded_as_needed(program: Program) -> Program:
+    """The program with those kernels expanded that are not known to treat each row on its own."""
 
     def noted(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
         known = kernel.outlines is not None or kernel.on_library("numpy") is not None
@@ -98,35 +96,29 @@ def _along(default: Any) -> Any:
     return rule
 
 
-def _picked(step: Step) -> bool:
+def _index_mixes(step: Step) -> bool:
     """Whether an index or an assignment tells one row from another."""
-    shape, key = list(step.values[0].shape), step.options["key"]
-    keys = list(key) if isinstance(key, tuple) else [key]
-    if not any(each is Ellipsis for each in keys):
-        keys.append(Ellipsis)
-    used = sum(each is not None and each is not Ellipsis for each in keys)
-    at = next(i for i, each in enumerate(keys) if each is Ellipsis)
-    keys[at : at + 1] = [slice(None)] * (len(shape) - used)
+    shape = step.values[0].shape
     sizes = iter(shape)
-    for each in keys:
-        if each is not None and counts_rows(size := next(sizes)):
-            whole = isinstance(each, slice) and each.indices(size) == (0, size, 1)
+    for k in full_index(step.options["key"], len(shape)):
+        if k is not None and counts_rows(size := next(sizes)):
+            whole = isinstance(k, slice) and k.indices(size) == (0, size, 1)
             if not whole:
                 return True
     return False
 
 
-def _joined(step: Step) -> bool:
+def _concatenate_mixes(step: Step) -> bool:
     axis = step.options.get("axis", 0)
     return any(counts_rows(value.shape[axis]) for value in step.values)
 
 
-def _taken(step: Step) -> bool:
+def _take_mixes(step: Step) -> bool:
     """Rows may pick from a constant table, but nobody may pick rows."""
     return step.values[0].numbers is None and _along(None)(step)
 
 
-def _summed_out(step: Step) -> bool:
+def _einsum_mixes(step: Step) -> bool:
     parts = step.values
     terms, result = einsum_terms(step.options["subscripts"], [len(v.shape) for v in parts])
     return any(
@@ -136,7 +128,7 @@ def _summed_out(step: Step) -> bool:
     )
 
 
-def _contracted(step: Step) -> bool:
+def _tensordot_mixes(step: Step) -> bool:
     a = step.values[0]
     axes = step.options.get("axes", 2)
     left = axes[0] if isinstance(axes, tuple | list) else range(len(a.shape) - axes, len(a.shape))
@@ -144,25 +136,25 @@ def _contracted(step: Step) -> bool:
     return any(counts_rows(a.shape[axis]) for axis in left)
 
 
-def _tiled(step: Step) -> bool:
+def _tile_mixes(step: Step) -> bool:
     """Whether the rows themselves are repeated as a whole."""
     before, after = step.values[0].shape, step.outputs[0].shape
     pairs = zip(reversed(before), reversed(after), strict=False)
     return any(counts_rows(a) and a != b for a, b in pairs)
 
 
-def _triangle(step: Step) -> bool:
+def _triangle_mixes(step: Step) -> bool:
     return any(map(counts_rows, step.values[0].shape[-2:]))
 
 
 _RULES = {
     "reduction": _along(None), "sort": _along(-1), "argsort": _along(-1),
     "cumsum": _along(None), "cumprod": _along(None), "flip": _along(None), "roll": _along(None),
-    "diff": _along(-1), "take_along_axis": _along(None), "take": _taken,
-    "getitem": _picked, "assign": _picked, "concatenate": _joined,
+    "diff": _along(-1), "take_along_axis": _along(None), "take": _take_mixes,
+    "getitem": _index_mixes, "assign": _index_mixes, "concatenate": _concatenate_mixes,
     "matmul": lambda step: counts_rows(step.values[0].shape[-1]),
     "dot": lambda step: counts_rows(step.values[0].shape[-1]),
-    "einsum": _summed_out, "tensordot": _contracted, "tile": _tiled,
-    "tril": _triangle, "triu": _triangle, "diagonal": _triangle,
+    "einsum": _einsum_mixes, "tensordot": _tensordot_mixes, "tile": _tile_mixes,
+    "tril": _triangle_mixes, "triu": _triangle_mixes, "diagonal": _triangle_mixes,
     "sliding_window_view": lambda step: step.values[0].shape[0] != step.outputs[0].shape[0],
 }  # fmt: skip

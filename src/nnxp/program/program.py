@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -79,35 +80,35 @@ class Program(Printed):
 
     def __call__(self, *arrays: Array) -> Any:
         """The outputs for these inputs: an array, or a tuple where the formula answers several."""
-        made = self.run(arrays)
-        return tuple(made) if self.several else made[0]
+        results = self.run(arrays)
+        return tuple(results) if self.several else results[0]
 
     def run(self, arrays: Sequence[Array], wanted: Sequence[Value] | None = None) -> list[Any]:
-        """The outputs, or the `wanted` values, as a list; what nobody needs any more is let go."""
+        """The outputs, or the `wanted` values, as a list; others are freed after their last use."""
         xp = xp_of(arrays[0]) if arrays else np
         rows = self._rows(arrays)
         known: dict[Value, Any] = dict(zip(self.inputs, arrays, strict=True))
         goals = self.outputs if wanted is None else tuple(wanted)
         lives = self.lives if wanted is None else Lives(self, goals)
         for step, reused, ended in zip(self.steps, lives.reused, lives.ended, strict=True):
-            given = [_known(each, known, xp) for each in step.inputs]
+            inputs = [_array_for(x, known, xp) for x in step.inputs]
             now = step if rows is None else scaled(step, rows)
             try:
                 if reused is not None and not isinstance(known[reused], np.generic):
                     options = now.options | {"out": known[reused]}
-                    made = compute(xp, step.name, tuple(given), options)
+                    results = compute(xp, step.name, tuple(inputs), options)
                 else:
-                    made = perform(xp, now, given)
+                    results = perform(xp, now, inputs)
                     if _is_opaque(step):
-                        as_said(step, made, rows)
+                        as_said(step, results, rows)
             except Exception as error:
                 located(error, step.path)
                 raise
-            del given
-            known.update(zip(step.outputs, made if step.several else (made,), strict=True))
+            del inputs
+            known.update(zip(step.outputs, results if step.several else (results,), strict=True))
             for value in ended:
                 known.pop(value, None)
-        return [_known(value, known, xp) for value in goals]
+        return [_array_for(value, known, xp) for value in goals]
 
     @cached_property
     def lives(self) -> Lives:
@@ -151,27 +152,27 @@ class Program(Printed):
         return tuple(step.path for step in self.steps if _is_opaque(step))
 
     def __str__(self) -> str:
-        names: dict[Value, str] = {}
-        for i, value in enumerate(self.inputs):
-            names[value] = value.name or f"x{i}"
-        for i, value in enumerate(v for step in self.steps for v in step.outputs):
-            names[value] = f"v{i}"
+        names = {value: value.name or f"x{i}" for i, value in enumerate(self.inputs)}
+        values = (value for step in self.steps for value in step.outputs)
+        names |= {value: f"v{i}" for i, value in enumerate(values)}
         lines = [f"{names[v]}: {v.dtype}{shape_text(v.shape)}" for v in self.inputs]
         for step in self.steps:
-            inputs = [_said(each, names) for each in step.inputs]
+            inputs = [_value_text(x, names) for x in step.inputs]
             options = [f"{name}={_option(v)}" for name, v in step.options.items()]
-            made = ", ".join(names[value] for value in step.outputs)
+            results = ", ".join(names[value] for value in step.outputs)
             shape = ", ".join(shape_text(value.shape) for value in step.outputs)
-            text = f"{made} = {step.name}({', '.join(inputs + options)})"
+            text = f"{results} = {step.name}({', '.join(inputs + options)})"
             lines.append(f"{text:<60}  # {shape} {step.path}".rstrip())
-        return "\n".join([*lines, "return " + ", ".join(_said(v, names) for v in self.outputs)])
+        return "\n".join(
+            [*lines, "return " + ", ".join(_value_text(v, names) for v in self.outputs)]
+        )
 
 
 class Lives:
-    """How long the values of a program are needed, until it has these `goals`.
+    """The liveness of a program's values, until it has these `goals`.
 
-    `ended` has, for each step, the values that nobody looks at after it, and `reused` the value
-    in whose memory its result may be written, because it ends there.
+    `ended` has, for each step, the values whose last use it is, and `reused` the one of them in
+    whose memory its result may be written.
     """
 
     def __init__(self, program: Program, goals: Sequence[Value]) -> None:
@@ -194,11 +195,9 @@ def _reused(step: Step, i: int, last: Mapping[Value, int]) -> Value | None:
     if KINDS.get(step.name) != "elementwise" or step.name not in WITH_OUT or _is_opaque(step):
         return None
     for value in step.values:
-        own = (
-            value.step is not None and value.root is value and isinstance(value.step.function, str)
-        )
-        like = (value.shape, value.dtype) == (step.outputs[0].shape, step.outputs[0].dtype)
-        if own and like and last[value] == i:
+        maker, y = value.step, step.outputs[0]
+        own = maker is not None and value.root is value and isinstance(maker.function, str)
+        if own and (value.shape, value.dtype) == (y.shape, y.dtype) and last[value] == i:
             return value
     return None
 
@@ -216,14 +215,14 @@ def trace(
     numbers, and what it itself raises for arrays that do not fit.
     """
     inputs = tuple(
-        each if isinstance(each, Value) else Value(tuple(each[0]), np.dtype(each[1]))
-        for each in outlines
+        outline if isinstance(outline, Value) else Value(tuple(outline[0]), np.dtype(outline[1]))
+        for outline in outlines
     )
     tape = Tape(layers={} if layers is None else layers, rows=rows, expands=expands)
     with _uncollected(), writing(tape):
-        made = function(*map(lifted, inputs))
-        several = isinstance(made, tuple | list)
-        outputs = tuple(map(value_of, made if several else (made,)))
+        results = function(*map(lifted, inputs))
+        several = isinstance(results, tuple | list)
+        outputs = tuple(map(value_of, results if several else (results,)))
     for value in outputs or ((),):
         if not isinstance(value, Value):
             raise ShapeError(f"a formula answers arrays, not {value!r:.60}")
@@ -232,7 +231,7 @@ def trace(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """A block without garbage collections: of the many steps of a long program none is garbage."""
+    """A block without garbage collection: a long program is many objects, none of them garbage."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -243,13 +242,13 @@ def _uncollected() -> Iterator[None]:
 
 
 def _calls(tape: Tape) -> Iterator[Call]:
-    for path, given, made in tape.calls:
-        results = map(value_of, made if isinstance(made, tuple | list) else (made,))
-        yield Call(path, given, tuple(results))
+    for path, inputs, outputs in tape.calls:
+        results = map(value_of, outputs if isinstance(outputs, tuple | list) else (outputs,))
+        yield Call(path, inputs, tuple(results))
 
 
 def _needed(steps: Sequence[Step], outputs: Sequence[Value]) -> tuple[Step, ...]:
-    """Without the steps that nobody looks at."""
+    """The steps without dead ones, whose results are not used."""
     wanted, kept = set(outputs), []
     for step in reversed(steps):
         if wanted.intersection(step.outputs):
@@ -267,13 +266,10 @@ def same_for_any_rows(program: Program, doubled: Program) -> None:
     names: dict[Value, Value] = dict(zip(program.inputs, doubled.inputs, strict=True))
     same = len(program.steps) == len(doubled.steps)
     for one, two in zip(program.steps, doubled.steps, strict=False):
-        same = same and one.name == two.name and _same(scaled(one, 2 * ROWS).options, two.options)
-        same = (
-            same
-            and len(one.inputs) == len(two.inputs)
-            and all(_same(a, b, names) for a, b in zip(one.inputs, two.inputs, strict=True))
-        )
-        if not same:
+        same = same and one.name == two.name and len(one.inputs) == len(two.inputs)
+        same = same and _same(scaled(one, 2 * ROWS).options, two.options)
+        pairs = zip(one.inputs, two.inputs, strict=False)
+        if not (same and all(_same(a, b, names) for a, b in pairs)):
             raise Untraceable(
                 f"{one.path or 'the model'} computes with the number of rows, at {one.name}: rows "
                 "are not treated each on its own"
@@ -306,31 +302,30 @@ def replay(
     """The program run anew on traced arrays; `change(step, arrays)` says what a step becomes."""
     known = {value: lifted(array) for value, array in zip(program.inputs, arrays, strict=True)}
 
-    def now(each: Any) -> Any:
-        return known[each] if isinstance(each, Value) and each in known else lifted(each)
+    def now(x: Any) -> Any:
+        return known[x] if isinstance(x, Value) and x in known else lifted(x)
 
     tape = current_tape()
     for step in program.steps:
         tape.path = step.path
-        made = change(step, tuple(map(now, step.inputs)))
-        several = isinstance(made, tuple | list)
-        known.update(zip(step.outputs, made if several else (made,), strict=True))
+        results = change(step, tuple(map(now, step.inputs)))
+        several = isinstance(results, tuple | list)
+        known.update(zip(step.outputs, results if several else (results,), strict=True))
     return [now(value) for value in program.outputs]
 
 
 def expanded(program: Program, expands: bool | Callable[..., Any] = True) -> Program:
-    """The program with every kernel written out as what its reference body does.
+    """The program with every kernel replaced by the steps of its reference body.
 
     `expands` is as for a Tape.
     """
-
     inputs = [Value(v.shape, v.dtype, name=v.name) for v in program.inputs]
-    made = trace(lambda *given: tuple(replay(program, given)), *inputs, expands=expands)
-    return Program(made.inputs, made.outputs, made.steps, (), program.several)
+    written_out = trace(lambda *arrays: tuple(replay(program, arrays)), *inputs, expands=expands)
+    return Program(written_out.inputs, written_out.outputs, written_out.steps, (), program.several)
 
 
-def _known(x: Any, known: Mapping[Value, Any], xp: Any) -> Any:
-    """What x stands for; a constant that was computed while tracing is brought to the others."""
+def _array_for(x: Any, known: Mapping[Value, Any], xp: Any) -> Any:
+    """The array for a step's input; a constant that tracing made is moved to the library xp."""
     if not isinstance(x, Value):
         return x
     if x in known:
@@ -347,7 +342,7 @@ def sized(shape: Shape, rows: int) -> Shape:
 
 
 def scaled(step: Step, rows: int) -> Step:
-    """The step for so many rows: what its options say of rows is said of so many."""
+    """The step for so many rows: numbers of rows in its options are replaced."""
     options = {name: _scaled(value, rows) for name, value in step.options.items()}
     if options == step.options:
         return step
@@ -356,9 +351,9 @@ def scaled(step: Step, rows: int) -> Step:
 
 def _scaled(option: Any, rows: int) -> Any:
     if isinstance(option, tuple | list):
-        return type(option)(_scaled(each, rows) for each in option)
+        return type(option)(_scaled(part, rows) for part in option)
     if isinstance(option, slice):
-        return slice(*(_scaled(each, rows) for each in (option.start, option.stop, option.step)))
+        return slice(*(_scaled(bound, rows) for bound in (option.start, option.stop, option.step)))
     return int(option) // ROWS * rows if counts_rows(option) else option
 
 
@@ -382,15 +377,15 @@ def multiply_adds(step: Step) -> int:
     if name == "einsum":
         ndims = [len(v.shape) for v in step.values]
         terms, _ = einsum_terms(step.options["subscripts"], ndims)
-        sizes = {c: n for t, v in zip(terms, step.values, strict=True)
-                 for c, n in zip(t, v.shape, strict=True)}  # fmt: skip
-        return prod(sizes.values())
+        shapes = (v.shape for v in step.values)
+        pairs = (zip(*pair, strict=True) for pair in zip(terms, shapes, strict=True))
+        return prod(dict(chain(*pairs)).values())
     return 0
 
 
-def as_said(step: Step, made: Any, rows: int | None) -> None:
+def as_said(step: Step, results: Any, rows: int | None) -> None:
     """Raise ShapeError unless a layer that was run as Python has answered as it was taken to."""
-    for value, array in zip(step.outputs, made if step.several else (made,), strict=True):
+    for value, array in zip(step.outputs, results if step.several else (results,), strict=True):
         shape = value.shape if rows is None else sized(value.shape, rows)
         if getattr(array, "shape", None) != shape:
             raise ShapeError(
@@ -415,7 +410,7 @@ def shape_text(shape: Shape) -> str:
     return f"({', '.join(map(size, shape))}{',' if len(shape) == 1 else ''})"
 
 
-def _said(x: Any, names: Mapping[Value, str]) -> str:
+def _value_text(x: Any, names: Mapping[Value, str]) -> str:
     if not isinstance(x, Value):
         return f"{x!r:.40}"
     if x in names:

@@ -34,7 +34,7 @@ class Recordings:
             else np.empty(array.shape, dtype)
             for array, (_, dtype) in zip(out, self.outputs, strict=True)
         )  # fmt: skip
-        self.answer((len(rows[0]), *(each.dtype for each in rows)), *rows, *into)
+        self.answer((len(rows[0]), *(x.dtype for x in rows)), *rows, *into)
         for array, result in zip(out, into, strict=True):
             if result is not array:
                 with np.errstate(all="ignore"):
@@ -47,19 +47,20 @@ class Recordings:
         """
         idle = self.waiting(key)
         recording = self.take(idle, key)
-        made = recording.answer(*arrays)
+        results = recording.answer(*arrays)
         idle.append(recording)
-        return made
+        return results
 
     @property
     def idle(self) -> int:
         """The bytes that recordings hold which wait for the next call."""
-        return sum(each.nbytes for kept in list(self._idle.values()) for each in list(kept))
+        kept = [list(recordings) for recordings in list(self._idle.values())]
+        return sum(recording.nbytes for recordings in kept for recording in recordings)
 
     def spare(self, most: int) -> None:
         """Keep no recordings that hold more bytes than so many."""
         for kept in list(self._idle.values()):
-            kept[:] = [each for each in kept if each.nbytes <= most]
+            kept[:] = [recording for recording in kept if recording.nbytes <= most]
 
     def waiting(self, key: tuple[Any, ...]) -> list[Recording]:
         """The recordings for this key that nobody runs; who takes one out puts it back."""
@@ -72,7 +73,7 @@ class Recordings:
         except IndexError:
             pass
         others = [kept for other, kept in list(self._idle.items()) if kept and other != key]
-        held = sum(each.nbytes for kept in others for each in list(kept))
+        held = sum(recording.nbytes for kept in others for recording in list(kept))
         if self._sparing or held > IDLE_BYTES or len(others) >= MOST_IDLE:
             for kept in others:
                 kept.clear()

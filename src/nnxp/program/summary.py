@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nnxp._arrays import Shape
-from nnxp._printed import Printed
+from nnxp._printed import Printed, aligned
 from nnxp.program.program import multiply_adds, sized
 from nnxp.program.recording import costs
 from nnxp.program.traced import ROWS
@@ -46,25 +46,17 @@ class Summary(Printed):
         header = ("", "layer", "output", "parameters", "multiply-adds")
         lines = [
             (
-                each.name,
-                each.layer,
-                str(each.output_shape),
-                f"{each.parameters:,}",
-                f"{each.multiply_adds:,}",
+                layer.name,
+                layer.layer,
+                str(layer.output_shape),
+                f"{layer.parameters:,}",
+                f"{layer.multiply_adds:,}",
             )
-            for each in self.layers
-        ]
-        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(5)]
-        table = [
-            "  ".join(
-                cell.rjust(width) if i > 2 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in [header, *lines]
+            for layer in self.layers
         ]
         return "\n".join(
             [
-                *table,
+                *aligned([header, *lines], right=3),
                 f"{self.input_shape} -> {self.output_shape}, {self.dtype} on {self.place}",
                 f"{self.parameters:,} parameters ({self.parameter_bytes:,} bytes), "
                 f"{self.multiply_adds:,} multiply-adds",
@@ -76,8 +68,8 @@ class Summary(Printed):
 def summarize(model: Any, shapes: Sequence[Any]) -> Summary:
     """The summary of a layer for inputs of these shapes; ShapeError if such inputs do not fit."""
     output = model.output_shape(*shapes)
-    kinds = zip(shapes, model.input_dtypes(len(shapes)), strict=True)
-    program = model.program(*(None if shape is None else (shape, kind) for shape, kind in kinds))
+    pairs = zip(shapes, model.input_dtypes(len(shapes)), strict=True)
+    program = model.program(*(None if shape is None else (shape, dtype) for shape, dtype in pairs))
     rows = shapes[0][0]
     work: dict[str, int] = {}
     for step in program.steps:

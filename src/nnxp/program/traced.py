@@ -1,8 +1,9 @@
 """Arrays that have a shape and a type but no numbers: a formula run on them is written down.
 
-A traced array stands for a `Value`: of an input, or of what a `Step` makes. What has numbers, such
-as a parameter, is a constant, and what follows from constants alone is computed at once. Arrays of
-the dialect all: what writes into one gives it another value, unless a view looks on.
+A traced array stands for a `Value`: an input, or a result of a `Step`. What has numbers, such as a
+parameter, is a constant, and functions of constants alone are computed at once (constant folding).
+Writing into a traced array rebinds it to a new value; that is refused where a view shares its
+memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from nnxp import _library
-from nnxp._arrays import Array, HostArray, Shape, float_dtype, is_array, place_of, xp_of
+from nnxp._arrays import Array, HostArray, Shape, dtype_of, is_array, place_of, xp_of
 from nnxp._errors import NnxpError
 from nnxp._library import KINDS, VIEWS, compute
 from nnxp.backend import home_of
@@ -90,7 +91,7 @@ class Step:
     values: tuple[Value, ...] = field(init=False)  # the inputs that are values
 
     def __post_init__(self) -> None:
-        self.values = tuple([each for each in self.inputs if isinstance(each, Value)])
+        self.values = tuple([x for x in self.inputs if isinstance(x, Value)])
 
     @property
     def name(self) -> str:
@@ -108,13 +109,13 @@ class Drawn(NamedTuple):
 
 @dataclass(slots=True)
 class Tape:
-    """What is being written: steps, the path of the layer at work, and what layers were called.
+    """A trace in progress: its steps, the path of the current layer, and the calls of layers.
 
-    `layers` tells a layer's path and the layer itself by the id of the copy that is run, `rows` how
-    many there are, for what is said to people. `expands` says whether kernels are written out as
-    what their reference bodies do, or is a function of (kernel, arrays, options) that notes one.
-    `drawn` are inputs that are drawn at random before each run, `told` what layers tell besides
-    their result, by name, `outlines` what steps like those that are noted make.
+    `layers` has a layer's path and the layer itself by the id of the copy that is run; `rows` is
+    the number of rows that error messages name. `expands` says whether kernels are replaced by the
+    steps of their reference bodies, or is a function of (kernel, arrays, options) that records one.
+    `drawn` are inputs that are drawn at random before each run, `told` the auxiliary outputs of
+    layers by name, `outlines` a cache of the shapes and types of results.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -133,7 +134,7 @@ _tape: ContextVar[Tape | None] = ContextVar("nnxp_tape", default=None)
 
 @contextmanager
 def writing(tape: Tape) -> Iterator[Tape]:
-    """Within the block steps are noted on this tape."""
+    """Within the block steps are recorded on this tape."""
     outer = _tape.get()
     _tape.set(tape)
     try:
@@ -143,7 +144,7 @@ def writing(tape: Tape) -> Iterator[Tape]:
 
 
 def current_tape() -> Tape:
-    """The tape that is written on; Untraceable outside of `trace`."""
+    """The tape that records steps now; Untraceable outside of `trace`."""
     tape = _tape.get()
     if tape is None:
         raise Untraceable("an array without numbers is used after its formula has ended")
@@ -181,32 +182,31 @@ class ndarray(_library.ndarray):
 
     @classmethod
     def apply(cls, name: str, arrays: tuple[Any, ...], options: dict[str, Any], out: Any) -> Any:
-        made = record(name, arrays, options)
-        return made if out is None else _into(out, made)
+        result = record(name, arrays, options)
+        return result if out is None else _write_into(out, result)
 
     @classmethod
     def kernel(cls, kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """A whole kernel is one step; one with a body of its own for NumPy is never written out."""
+        """A kernel is one step, or expanded if the tape says so and NumPy has no fused body."""
         out = options.get("out")
         options = {name: value for name, value in options.items() if name != "out"}
         expands = current_tape().expands
         if callable(expands):
-            made = expands(kernel, arrays, options)
+            result = expands(kernel, arrays, options)
         elif expands and kernel.on_library("numpy") is None:
-            made = kernel.widened(*arrays, **options)
+            result = kernel.widened(*arrays, **options)
         else:
-            made = record(kernel, arrays, options)
-        return made if out is None else _into(out, made)
+            result = record(kernel, arrays, options)
+        return result if out is None else _write_into(out, result)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if key is Ellipsis and _shape(value) == self.shape:
-            made = value if isinstance(value, ndarray) else lifted(value)
-            _into(self, made)
+            _write_into(self, lifted(value))
             return
-        _into(self, record("assign", (self, value), {"key": key}))
+        _write_into(self, record("assign", (self, value), {"key": key}))
 
     def _become(self, other: ndarray) -> None:
-        """Stand for another value: what is left of writing in place."""
+        """Rebind to another value, which is what writing in place comes to."""
         if self._sharing is not None and len(self._sharing) > 1:
             raise Untraceable("an array is written into while another one looks at its memory")
         root = self.value.root
@@ -214,31 +214,13 @@ class ndarray(_library.ndarray):
             raise Untraceable(f"{root.name or 'an input'} is written into")
         self.value = other.value
 
-    def _number(self, what: str) -> Any:
+    def _numbers(self, what: str) -> Any:
         if self.value.numbers is None:
             raise Untraceable(f"{what}(x): the formula looks at the numbers in x")
         return self.value.numbers
 
-    def __bool__(self) -> bool:
-        return bool(self._number("bool"))
-
-    def __float__(self) -> float:
-        return float(self._number("float"))
-
-    def __int__(self) -> int:
-        return int(self._number("int"))
-
-    def __index__(self) -> int:
-        return int(self._number("int"))
-
     def __array__(self, *args: object, **options: object) -> Any:
-        return np.asarray(self._number("numpy.asarray"))
-
-    def item(self) -> Any:
-        return self._number("item").item()
-
-    def tolist(self) -> Any:
-        return self._number("tolist").tolist()
+        return np.asarray(self._numbers("numpy.asarray"))
 
     def __repr__(self) -> str:
         return f"<traced {self.dtype}{list(self.shape)}>"
@@ -248,11 +230,11 @@ def _shape(value: Any) -> Shape | None:
     return getattr(value, "shape", None)
 
 
-def _into(out: ndarray, made: ndarray) -> ndarray:
-    if made.shape != out.shape:
-        made = record("broadcast_to", (made,), {"shape": out.shape})
-    if made.value is not out.value:
-        out._become(made if made.dtype == out.dtype else made.astype(out.dtype))
+def _write_into(out: ndarray, new: ndarray) -> ndarray:
+    if new.shape != out.shape:
+        new = record("broadcast_to", (new,), {"shape": out.shape})
+    if new.value is not out.value:
+        out._become(new if new.dtype == out.dtype else new.astype(out.dtype))
     return out
 
 
@@ -281,39 +263,39 @@ def is_constant(x: Any) -> bool:
 
 def value_of(x: Any) -> Any:
     """The value that x stands for; scalars and None as they are."""
-    made = lifted(x)
-    return made.value if isinstance(made, ndarray) else made
+    array = lifted(x)
+    return array.value if isinstance(array, ndarray) else array
 
 
 def record(function: str | Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The result of a function of traced arrays, and a note of it; of constants, the numbers."""
+    """Record a step and return its result; a function of constants alone is computed instead."""
     if function == "reshape" and not _in_place(value_of(arrays[0]), options["shape"]):
         arrays = (record("copy", arrays, {}),)
     inputs = tuple([x.value if type(x) is ndarray else value_of(x) for x in arrays])
     options = {name: _plain(value) for name, value in options.items()}
     step = Step(function, inputs, options, "")
     values = step.values
-    known = all([each.numbers is not None for each in values])  # noqa: C419 (half of the time)
+    known = all([value.numbers is not None for value in values])  # noqa: C419 (half of the time)
     if known and not _counts_rows(options):
         xp = xp_of(values[0].numbers) if values else np
         with _where(values):
-            return constants(perform(xp, step, [numbers(each) for each in inputs]))
+            return constants(perform(xp, step, [numbers(x) for x in inputs]))
     outlines, step.several = _outlined(step)
     views = isinstance(function, str) and function in VIEWS
     memory = inputs[0] if views and _is_view(step) else None
     step.outputs = tuple(
-        [Value(*each, maker=weakref.ref(step), memory=memory) for each in outlines]
+        [Value(*outline, maker=weakref.ref(step), memory=memory) for outline in outlines]
     )
     tape = current_tape()
     step.path = tape.path
     tape.steps.append(step)
     base = arrays[0] if views and isinstance(arrays[0], ndarray) else None
-    results = [ndarray(each, base) for each in step.outputs]
+    results = [ndarray(value, base) for value in step.outputs]
     return results if step.several else results[0]
 
 
 def drawn(shape: Shape, dtype: Any, draw: Callable[[np.random.Generator], HostArray]) -> ndarray:
-    """Random numbers, other ones at each run: drawn on the host, an input more of the program."""
+    """Random numbers, drawn on the host anew for each run: an extra input of the program."""
     tape = current_tape()
     value = Value(shape, np.dtype(dtype), name=f"drawn{len(tape.drawn)}")
     tape.drawn.append(Drawn(value, draw))
@@ -321,16 +303,16 @@ def drawn(shape: Shape, dtype: Any, draw: Callable[[np.random.Generator], HostAr
 
 
 def tell(name: str, x: ndarray) -> None:
-    """What the layer at work tells besides its result: an output more of the program."""
+    """Add an auxiliary output to the program, such as a running mean, named after the layer."""
     tape = current_tape()
     tape.told[f"{tape.path}.{name}" if tape.path else name] = x.value
 
 
-def constants(made: Any) -> Any:
+def constants(results: Any) -> Any:
     """Numbers as constants."""
-    if isinstance(made, tuple | list):
-        return [lifted(each) for each in made]
-    return lifted(made if is_array(made) else np.asarray(made))
+    if isinstance(results, tuple | list):
+        return [lifted(y) for y in results]
+    return lifted(results if is_array(results) else np.asarray(results))
 
 
 def opaque(layer: Any, arrays: tuple[Any, ...], outlines: Any, reason: str) -> Any:
@@ -342,17 +324,17 @@ def opaque(layer: Any, arrays: tuple[Any, ...], outlines: Any, reason: str) -> A
     )
     step.several = len(step.outputs) > 1
     tape.steps.append(step)
-    made = tuple(map(ndarray, step.outputs))
-    return made if step.several else made[0]
+    results = tuple(map(ndarray, step.outputs))
+    return results if step.several else results[0]
 
 
 def again(step: Step, arrays: tuple[Any, ...]) -> Any:
-    """The step noted anew, of these arrays: a kernel as the tape that is written on wants it."""
+    """Record the step again, for these arrays; a kernel is expanded if the current tape says so."""
     current_tape().path = step.path
     if isinstance(step.function, str):
         return record(step.function, arrays, step.options)
     if isinstance(step.function, Kernel):
-        _remember(step)
+        _reuse_outlines(step)
         return ndarray.kernel(step.function, arrays, step.options)
     outlines = [(value.shape, value.dtype) for value in step.outputs]
     return opaque(step.function, arrays, outlines, step.reason)
@@ -396,10 +378,10 @@ def _counts_rows(option: Any) -> bool:
     return counts_rows(option)
 
 
-def _sound(shape: Iterable[Any], step: Step) -> Shape:
+def _checked_shape(shape: Iterable[Any], step: Step) -> Shape:
     sizes = tuple(map(int, shape))
     for size in sizes:
-        if size > ROWS // 2 and size % ROWS and not any(size in each.shape for each in step.values):
+        if size > ROWS // 2 and size % ROWS and not any(size in v.shape for v in step.values):
             raise Untraceable(
                 f"{step.name} makes an axis of a size that is no multiple of the rows: rows are "
                 "not treated each on its own"
@@ -411,29 +393,28 @@ def _is_view(step: Step) -> bool:
     if step.name == "getitem":
         key = step.options["key"]
         keys = key if isinstance(key, tuple) else (key,)
-        return not any(is_array(each) or isinstance(each, list) for each in keys)
+        return not any(is_array(k) or isinstance(k, list) for k in keys)
     return True
 
 
 def _in_place(x: Value, shape: Any) -> bool:
-    """Whether an array of this shape can look at the memory of x: else a reshape is a copy,
-    first."""
+    """Whether x can be reshaped as a view; otherwise it is to be copied first."""
     if x.memory is None or x.numbers is not None:
         return True
     try:
-        _lying(x).reshape(_plain(shape), copy=False)
+        _laid_out(x).reshape(_plain(shape), copy=False)
     except ValueError:  # a copy, or a shape that does not fit: then whoever makes it says so
         return False
     return True
 
 
-def _lying(x: Value) -> Any:
-    """An array that lies as x does, in memory that is in order and that nobody reads."""
+def _laid_out(x: Value) -> Any:
+    """A dummy array with the strides of x, whose memory is taken to be contiguous."""
     if x.memory is None or x.step is None:
         strides = (x.dtype.itemsize * math.prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
         return as_strided(np.zeros((), x.dtype), x.shape, tuple(strides))
-    made = compute(np, x.step.name, (_lying(x.memory),), x.step.options)
-    return made[x.step.outputs.index(x)] if x.step.several else made
+    views = compute(np, x.step.name, (_laid_out(x.memory),), x.step.options)
+    return views[x.step.outputs.index(x)] if x.step.several else views
 
 
 # The shapes and types of results
@@ -444,30 +425,30 @@ Outlines: TypeAlias = "tuple[list[tuple[Shape, np.dtype[Any]]], bool]"
 
 
 def _outlined(step: Step) -> Outlines:
-    """The outlines of a step; without computing them where one like it is on the same tape."""
-    known, key = current_tape().outlines, _like(step)
+    """The outlines of a step, cached on the tape for equal steps."""
+    known, key = current_tape().outlines, _outline_key(step)
     if key is None:
         return _computed(step)
     if key not in known:  # constants live on with the tape: an id is not used again
         known[key] = _computed(step), step.values
-    found: Outlines = known[key][0]
-    return found
+    outlines: Outlines = known[key][0]
+    return outlines
 
 
-def _remember(step: Step) -> None:
-    """Have the outlines of a step of another tape for those like it on this one."""
+def _reuse_outlines(step: Step) -> None:
+    """Cache the outlines of another tape's step for equal steps on the current tape."""
     outlines = [(value.shape, value.dtype) for value in step.outputs]
-    if (key := _like(step)) is not None:
+    if (key := _outline_key(step)) is not None:
         current_tape().outlines.setdefault(key, ((outlines, step.several), step.values))
 
 
-def _like(step: Step) -> Any:
-    """What the outlines of a step follow from; None if that has an array or what has no hash."""
+def _outline_key(step: Step) -> Any:
+    """The cache key of a step's outlines; None if it has an array, or anything without a hash."""
     looks = not isinstance(step.function, str)  # a kernel may, at a constant's numbers
     key = (
         step.function,
-        *((each.shape, each.dtype, looks and id(each.numbers)) if isinstance(each, Value)
-          else (type(each), each) for each in step.inputs),
+        *((x.shape, x.dtype, looks and id(x.numbers)) if isinstance(x, Value)
+          else (type(x), x) for x in step.inputs),
         *((name, _key(option)) for name, option in step.options.items()),
     )  # fmt: skip
     try:
@@ -478,13 +459,14 @@ def _like(step: Step) -> Any:
 
 
 def _computed(step: Step) -> Outlines:
-    made = outline(step)
-    outlines = made if isinstance(made, list) else [made]
-    return [(_sound(shape, step), np.dtype(dtype)) for shape, dtype in outlines], made is outlines
+    result = outline(step)
+    several = isinstance(result, list)
+    outlines = result if several else [result]
+    return [(_checked_shape(shape, step), np.dtype(dtype)) for shape, dtype in outlines], several
 
 
 def _key(option: Any) -> Any:
-    """An option to be looked up: 1, 1.0 and True are three."""
+    """An option as part of a cache key, in which 1, 1.0 and True differ."""
     if isinstance(option, tuple | list):
         return (type(option), *map(_key, option))
     if isinstance(option, slice):
@@ -503,15 +485,19 @@ def outline(step: Step) -> Any:
 def _kernel(kernel: Kernel, step: Step) -> Any:
     """A kernel's results are as its reference body makes them, or as it says itself."""
     if kernel.outlines is not None:
-        given = [lifted(x) for x in step.inputs]
-        said = kernel.outlines(*given, **step.options)
-        if said is not None:
-            return said
+        arrays = [lifted(x) for x in step.inputs]
+        outlines = kernel.outlines(*arrays, **step.options)
+        if outlines is not None:
+            return outlines
     with writing(Tape(expands=True)):
-        made = kernel.widened(*map(lifted, step.inputs), **step.options)
-    if isinstance(made, tuple | list):
-        return [(each.shape, each.dtype) for each in made]
-    return made.shape, made.dtype
+        return _outlines_of(kernel.widened(*map(lifted, step.inputs), **step.options))
+
+
+def _outlines_of(results: Any) -> Any:
+    """(shape, dtype) of an array, or a list of them."""
+    if isinstance(results, tuple | list):
+        return [(y.shape, y.dtype) for y in results]
+    return results.shape, results.dtype
 
 
 def _stand_in(x: Any, shape: Shape | None = None) -> Any:
@@ -522,9 +508,9 @@ def _stand_in(x: Any, shape: Shape | None = None) -> Any:
 
 
 def _elementwise(step: Step) -> Any:
-    shape = np.broadcast_shapes(*(each.shape for each in step.values))
-    one = [_stand_in(each, (1,) * len(each.shape)) if isinstance(each, Value) else each
-           for each in step.inputs]  # fmt: skip
+    shape = np.broadcast_shapes(*(value.shape for value in step.values))
+    one = [_stand_in(x, (1,) * len(x.shape)) if isinstance(x, Value) else x
+           for x in step.inputs]  # fmt: skip
     with np.errstate(all="ignore"):
         return shape, compute(np, step.name, tuple(one), step.options).dtype
 
@@ -533,10 +519,10 @@ def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
     """The axes of an `axis=` option, from the first to the last."""
     if axis is None:
         return tuple(range(ndim))
-    given = axis if isinstance(axis, tuple | list) else (axis,)
-    if any(not -ndim <= int(each) < ndim for each in given):
-        raise np.exceptions.AxisError(int(given[0]), ndim)
-    return tuple(sorted(int(each) % ndim for each in given))
+    axes = axis if isinstance(axis, tuple | list) else (axis,)
+    if any(not -ndim <= int(axis) < ndim for axis in axes):
+        raise np.exceptions.AxisError(int(axes[0]), ndim)
+    return tuple(sorted(int(axis) % ndim for axis in axes))
 
 
 def _reduction(step: Step) -> Any:
@@ -562,44 +548,49 @@ def _scan(step: Step) -> Any:
     return ((math.prod(x.shape),) if flat else x.shape), dtype
 
 
-def _picked(step: Step) -> Any:
-    """x[key]; by arrays of places it would be a copy, so their shapes alone are asked about.
+def _index(step: Step) -> Any:
+    """The outline of x[key], without the copy that an index with arrays would make.
 
-    Axes that are sliced get a length of their own instead, a prime, by which it is known afterwards
-    where in the result they are.
+    The key is tried on an array without memory, in which each sliced axis has another prime as its
+    length: so it is known where in the result that axis is.
     """
     (x,) = step.values
     key = step.options["key"]
     keys = list(key) if isinstance(key, tuple) else [key]
-    arrays = [np.asarray(each) for each in keys if isinstance(each, list) or is_array(each)]
-    if not arrays or any(each.dtype == np.dtype(bool) for each in arrays):
+    arrays = [np.asarray(k) for k in keys if isinstance(k, list) or is_array(k)]
+    if not arrays or any(indices.dtype == np.dtype(bool) for indices in arrays):
         return _movement(step)
-    used = sum(each is not None and each is not Ellipsis for each in keys)
-    at = next((i for i, each in enumerate(keys) if each is Ellipsis), len(keys))
-    keys[at : at + 1] = [slice(None)] * (len(x.shape) - used)
-    taken = {size for each in arrays for size in each.shape}
+    taken = {size for indices in arrays for size in indices.shape}
     primes = iter(n for n in (101, 103, 107, 109, 113, 127, 131, 137, 139) if n not in taken)
     shape: list[int] = []
     asked: list[Any] = []
     lengths: dict[int, int] = {}
     sizes = iter(x.shape)
-    for each in keys:
-        size = None if each is None else next(sizes)
-        if isinstance(each, slice) and size is not None:
+    for k in full_index(key, len(x.shape)):
+        size = None if k is None else next(sizes)
+        if isinstance(k, slice) and size is not None:
             prime = next(primes)
-            lengths[prime] = len(range(*each.indices(size)))
+            lengths[prime] = len(range(*k.indices(size)))
             shape, asked = [*shape, prime], [*asked, slice(None)]
         else:
-            shape, asked = shape if size is None else [*shape, size], [*asked, each]
-    made = np.broadcast_to(np.zeros((), bool), shape)[tuple(asked)].shape
-    return tuple(lengths.get(size, size) for size in made), x.dtype
+            shape, asked = shape if size is None else [*shape, size], [*asked, k]
+    picked = np.broadcast_to(np.zeros((), bool), shape)[tuple(asked)].shape
+    return tuple(lengths.get(size, size) for size in picked), x.dtype
+
+
+def full_index(key: Any, ndim: int) -> list[Any]:
+    """An index with an entry for every axis: `slice(None)` for those that it leaves out."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if not any(k is Ellipsis for k in keys):
+        keys.append(Ellipsis)
+    used = sum(k is not None and k is not Ellipsis for k in keys)
+    at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+    keys[at : at + 1] = [slice(None)] * (ndim - used)
+    return keys
 
 
 def _movement(step: Step) -> Any:
-    made = compute(np, step.name, tuple(map(_stand_in, step.inputs)), step.options)
-    if isinstance(made, tuple | list):
-        return [(each.shape, each.dtype) for each in made]
-    return made.shape, made.dtype
+    return _outlines_of(compute(np, step.name, tuple(map(_stand_in, step.inputs)), step.options))
 
 
 def _reshape(step: Step) -> Any:
@@ -619,9 +610,7 @@ def _same(step: Step) -> Any:
 
 
 def _astype(step: Step) -> Any:
-    dtype = step.options["dtype"]
-    kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
-    return step.inputs[0].shape, kind
+    return step.inputs[0].shape, dtype_of(step.options["dtype"])
 
 
 def _concatenate(step: Step) -> Any:
@@ -630,21 +619,21 @@ def _concatenate(step: Step) -> Any:
     axis = int(step.options.get("axis", 0))
     (axis,) = axes_of(axis, ndim)
     shape = list(parts[0].shape)
-    rest = {each.shape[:axis] + each.shape[axis + 1 :] for each in parts}
+    rest = {part.shape[:axis] + part.shape[axis + 1 :] for part in parts}
     if len(rest) > 1:
         raise ValueError(f"concatenate along {axis}: {', '.join(str(p.shape) for p in parts)}")
-    shape[axis] = sum(each.shape[axis] for each in parts)
-    return tuple(shape), np.result_type(*(each.dtype for each in parts))
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    return tuple(shape), np.result_type(*(part.dtype for part in parts))
 
 
 def _stack(step: Step) -> Any:
     parts = step.values
-    if len({each.shape for each in parts}) > 1:
+    if len({part.shape for part in parts}) > 1:
         raise ValueError(f"stack takes equal shapes: {', '.join(str(p.shape) for p in parts)}")
     shape = list(parts[0].shape)
     (axis,) = axes_of(step.options.get("axis", 0), len(shape) + 1)
     shape.insert(axis, len(parts))
-    return tuple(shape), np.result_type(*(each.dtype for each in parts))
+    return tuple(shape), np.result_type(*(part.dtype for part in parts))
 
 
 def _pad(step: Step) -> Any:
@@ -725,8 +714,8 @@ def _tensordot(step: Step) -> Any:
     if isinstance(axes, int | np.integer):
         axes = list(range(len(a.shape) - int(axes), len(a.shape))), list(range(int(axes)))
     left, right = (
-        [int(each) % len(x.shape) for each in np.atleast_1d(given)]
-        for x, given in zip((a, b), axes, strict=True)
+        [int(axis) % len(x.shape) for axis in np.atleast_1d(of_x)]
+        for x, of_x in zip((a, b), axes, strict=True)
     )
     if [a.shape[i] for i in left] != [b.shape[i] for i in right]:
         raise ValueError(f"tensordot of {a.shape} and {b.shape} along {axes}")
@@ -752,8 +741,7 @@ def _einsum(step: Step) -> Any:
 def _creation(step: Step) -> Any:
     options = dict(step.options)
     if step.name == "arange":
-        made = compute(np, "arange", (), options)
-        return made.shape, made.dtype
+        return _outlines_of(compute(np, "arange", (), options))
     if step.name.endswith("_like"):
         return step.inputs[0].shape, options.get("dtype") or step.inputs[0].dtype
     if step.name in ("eye", "linspace"):
@@ -787,15 +775,15 @@ _OUTLINES: dict[str, Callable[[Step], Any]] = {
     "astype": _astype, "concatenate": _concatenate, "stack": _stack, "pad": _pad,
     "repeat": _repeat, "tile": _tile, "take": _take, "take_along_axis": _take_along_axis,
     "dot": _dot, "outer": _outer, "tensordot": _tensordot, "einsum": _einsum, "diff": _diff,
-    "getitem": _picked, "roll": _same, "flip": _same, "scatter": _scatter,
+    "getitem": _index, "roll": _same, "flip": _same, "scatter": _scatter,
     "segment_sum": _segment_sum,
 }  # fmt: skip
 
 
 def asarray(x: Any, dtype: Any = None) -> Any:
     """x as a traced array: arrays of numbers become constants."""
-    made = lifted(x if isinstance(x, ndarray) or is_array(x) else np.asarray(x))
-    return made if dtype is None else made.astype(dtype, copy=False)
+    y = lifted(x if isinstance(x, ndarray) or is_array(x) else np.asarray(x))
+    return y if dtype is None else y.astype(dtype, copy=False)
 
 
 array = asarray

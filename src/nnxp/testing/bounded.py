@@ -40,7 +40,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nnxp import _library
-from nnxp._arrays import HostArray, Shape, float_dtype, is_floating
+from nnxp._arrays import HostArray, Shape, dtype_of, is_floating
 from nnxp._errors import UnsupportedFunction
 from nnxp._library import compute
 from nnxp.kernels import Kernel, identity, linear
@@ -95,12 +95,12 @@ def unit_roundoff(dtype: Any) -> float:
 
 
 def _finfo(dtype: Any) -> Any:
-    kind = np.dtype(dtype)
-    if kind.kind == "V":
+    dtype = np.dtype(dtype)
+    if dtype.kind == "V":
         import ml_dtypes
 
-        return ml_dtypes.finfo(kind)  # type: ignore[no-untyped-call]
-    return np.finfo(kind)
+        return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return np.finfo(dtype)
 
 
 def _rounding(value: HostArray, dtype: Any, times: float | HostArray = 1.0) -> HostArray:
@@ -140,42 +140,27 @@ class ndarray(_library.ndarray):
         if name not in _RULES:
             raise NoBound(f"no bound is known for {name}; assert_close takes one of your own")
         with np.errstate(all="ignore"):
-            made = _RULES[name](*arrays, **options)
+            result = _RULES[name](*arrays, **options)
         if out is None:
-            return made
-        out[...] = made
+            return result
+        out[...] = result
         return out
 
     def _like(self, value: HostArray, error: HostArray) -> ndarray:
         return ndarray(value, error, self.dtype)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        given, key = _lifted(value, self.dtype).astype(self.dtype), _plain(key)
-        self.value[key], self.error[key] = given.value, given.error
+        new, key = _lifted(value, self.dtype).astype(self.dtype), _plain(key)
+        self.value[key], self.error[key] = new.value, new.error
 
-    def _decided(self) -> HostArray:
+    def _numbers(self, what: str = "") -> HostArray:
         """The value of an array whose number decides what is computed: it must not be in doubt."""
         if not is_floating(self.dtype) and self.error.any():
             raise NoBound("a branch is taken on a number that rounding may change")
         return self.value
 
-    def __bool__(self) -> bool:
-        return bool(self._decided())
-
     def __float__(self) -> float:
         return float(self.value)
-
-    def __int__(self) -> int:
-        return int(self._decided())
-
-    def __index__(self) -> int:
-        return int(self._decided())
-
-    def item(self) -> Any:
-        return self._decided().item()
-
-    def tolist(self) -> Any:
-        return self._decided().tolist()
 
     def __array__(self, *args: object, **kwargs: object) -> Any:
         raise TypeError("a bounded array does not become a NumPy array: take its .value")
@@ -188,8 +173,8 @@ def asarray(x: Any, dtype: Any = None, error: Any = 0.0) -> ndarray:
     host = np.asarray(x)
     value = host.astype("float64") if is_floating(host.dtype) else host.copy()
     errors = np.broadcast_to(np.asarray(error, "float64"), value.shape).copy()
-    made = ndarray(value, errors, host.dtype)
-    return made if dtype is None else made.astype(dtype)
+    lifted = ndarray(value, errors, host.dtype)
+    return lifted if dtype is None else lifted.astype(dtype)
 
 
 array = asarray
@@ -210,7 +195,7 @@ def _plain(option: Any) -> Any:
     """An index or option as NumPy takes it; it must not be in doubt."""
     if isinstance(option, tuple | list):
         return type(option)(map(_plain, option))
-    return option._decided() if isinstance(option, ndarray) else option
+    return option._numbers() if isinstance(option, ndarray) else option
 
 
 def _lifted(x: Any, dtype: Any) -> ndarray:
@@ -239,22 +224,27 @@ def _operands(name: str, *args: Any) -> tuple[list[ndarray], np.dtype[Any]]:
     """
     with np.errstate(all="ignore"):
         dtype = compute(np, name, tuple(map(_stand_in, args)), {}).dtype
-    lifted = [_lifted(each, dtype) for each in args]
-    return [_floats(x, dtype) if is_floating(dtype) else x for x in lifted], dtype
+    return _all_lifted(args, dtype), dtype
 
 
 def _floats(x: ndarray, dtype: Any) -> ndarray:
     return x if is_floating(x.dtype) else x.astype(dtype)
 
 
+def _all_lifted(args: Sequence[Any], dtype: Any) -> list[ndarray]:
+    """Operands of a function that answers in this type: all floats where it is one."""
+    lifted = [_lifted(x, dtype) for x in args]
+    return [_floats(x, dtype) for x in lifted] if is_floating(dtype) else lifted
+
+
 def _common(arrays: Sequence[Any]) -> np.dtype[Any]:
-    kinds = [x.dtype for x in arrays if hasattr(x, "dtype")]
-    dtype = fold(np.promote_types, kinds) if kinds else np.dtype("float64")
+    dtypes = [x.dtype for x in arrays if hasattr(x, "dtype")]
+    dtype = fold(np.promote_types, dtypes) if dtypes else np.dtype("float64")
     real = any(isinstance(x, float) for x in arrays) and not is_floating(dtype)
     return np.dtype("float64") if real else dtype
 
 
-def _made(value: Any, error: Any, dtype: Any) -> ndarray:
+def _result(value: Any, error: Any, dtype: Any) -> ndarray:
     """A result. Infinity is exact: no rounding changes it, and what follows from it is as sure."""
     value = np.asarray(value, "float64" if is_floating(np.dtype(dtype)) else dtype)
     return ndarray(value, np.where(np.isinf(value), 0.0, error), dtype)
@@ -318,7 +308,7 @@ def _rules(names: str) -> Callable[[Rule], Rule]:
 def _sum_of_two(name: str, x: Any, y: Any) -> ndarray:
     (a, b), dtype = _operands(name, x, y)
     value = getattr(np, name)(a.value, b.value)
-    return _made(value, a.error + b.error + _rounding(value, dtype), dtype)
+    return _result(value, a.error + b.error + _rounding(value, dtype), dtype)
 
 
 @_rule
@@ -326,7 +316,7 @@ def _multiply(x: Any, y: Any) -> ndarray:
     (a, b), dtype = _operands("multiply", x, y)
     value = a.value * b.value
     error = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error
-    return _made(value, error + _rounding(value, dtype), dtype)
+    return _result(value, error + _rounding(value, dtype), dtype)
 
 
 def _least(x: ndarray) -> HostArray:
@@ -340,7 +330,7 @@ def _divide(x: Any, y: Any) -> ndarray:
     (a, b), dtype = _operands("divide", x, y)
     value = a.value / b.value
     error = (a.error + np.abs(value) * b.error) / _least(b)
-    return _made(value, error + _rounding(value, dtype), dtype)
+    return _result(value, error + _rounding(value, dtype), dtype)
 
 
 @_rules("floor_divide remainder fmod")
@@ -349,15 +339,15 @@ def _whole_quotient(name: str, x: Any, y: Any) -> ndarray:
     (a, b), dtype = _operands(name, x, y)
     value = getattr(np, name)(a.value, b.value)
     if not (is_floating(dtype) or a.error.any() or b.error.any()):
-        return _made(value, 0.0, dtype)
-    quotient = _divide(*(each.astype(dtype) if is_floating(dtype) else each for each in (a, b)))
+        return _result(value, 0.0, dtype)
+    quotient = _divide(*((a.astype(dtype), b.astype(dtype)) if is_floating(dtype) else (a, b)))
     sure = (a.error == 0) & (b.error == 0) & (np.fmod(a.value, b.value) == 0)
     quotient.error = np.where(sure, 0.0, quotient.error)
     cut = _step("trunc" if name == "fmod" else "floor", quotient)
     if name == "floor_divide":
-        return _made(value, cut.error + _rounding(value, dtype), dtype)
+        return _result(value, cut.error + _rounding(value, dtype), dtype)
     carried = a.error + np.abs(cut.value) * b.error + cut.error * np.abs(b.value)
-    return _made(value, carried + _rounding(value, dtype), dtype)
+    return _result(value, carried + _rounding(value, dtype), dtype)
 
 
 @_rule
@@ -376,16 +366,15 @@ def _power(x: Any, exponent: Any) -> ndarray:
     (a, w), dtype = _operands("power", x, exponent)
     value = np.power(a.value, w.value)
     if not (is_floating(dtype) or a.error.any() or w.error.any()):
-        return _made(value, 0.0, dtype)
+        return _result(value, 0.0, dtype)
     size, most = np.abs(a.value), np.abs(a.value) + a.error
-    base = np.where(
-        w.value >= 1, most, np.where(w.value >= 0, np.maximum(size, a.error), _least(a))
-    )
+    below_one = np.where(w.value >= 0, np.maximum(size, a.error), _least(a))
+    base = np.where(w.value >= 1, most, below_one)
     slope = np.where(w.value == 0, 0.0, np.abs(w.value) * base ** (w.value - 1.0))
     error = np.where(a.error == 0, 0.0, slope * a.error)
     error = error + np.where(w.error == 0, 0.0, np.abs(value * np.log(size)) * w.error)
     exact = (w.error == 0) & ((w.value == 1) | (w.value == 0))
-    return _made(value, error + np.where(exact, 0.0, _rounding(value, dtype, 4)), dtype)
+    return _result(value, error + np.where(exact, 0.0, _rounding(value, dtype, 4)), dtype)
 
 
 @_rules("maximum minimum fmax fmin")
@@ -394,7 +383,7 @@ def _chosen(name: str, x: Any, y: Any) -> ndarray:
     (a, b), dtype = _operands(name, x, y)
     value = getattr(np, name)(a.value, b.value)
     error = np.where(value == a.value, a.error, b.error)
-    return _made(value, np.where(_close(a, b), np.maximum(a.error, b.error), error), dtype)
+    return _result(value, np.where(_close(a, b), np.maximum(a.error, b.error), error), dtype)
 
 
 @_rule
@@ -417,7 +406,7 @@ def _hypot(x: Any, y: Any) -> ndarray:
     value = np.hypot(a.value, b.value)
     carried = (np.abs(a.value) * a.error + np.abs(b.value) * b.error) / np.where(value, value, 1)
     carried = np.where(value <= a.error + b.error, a.error + b.error, carried)
-    return _made(value, carried + _rounding(value, dtype, 2), dtype)
+    return _result(value, carried + _rounding(value, dtype, 2), dtype)
 
 
 @_rule
@@ -429,7 +418,7 @@ def _arctan2(y: Any, x: Any) -> ndarray:
     carried = np.where(across == 0, 0.0, across / (a.value**2 + b.value**2))
     cut = _close(a, asarray(0)) & (b.value <= _extent(b))
     carried = np.where(cut, 2 * math.pi, np.minimum(carried, 2 * math.pi))
-    return _made(value, carried + _rounding(value, dtype, 2), dtype)
+    return _result(value, carried + _rounding(value, dtype, 2), dtype)
 
 
 @_rule
@@ -440,7 +429,7 @@ def _logaddexp(x: Any, y: Any) -> ndarray:
     carried = np.where(np.isnan(carried), np.maximum(a.error, b.error), carried)
     larger = np.maximum(a.value, b.value)  # a sum of it and of a logarithm
     own = _rounding(np.where(np.isfinite(larger), larger, 0), dtype)
-    return _made(value, carried + own + _rounding(value, dtype, 2), dtype)
+    return _result(value, carried + own + _rounding(value, dtype, 2), dtype)
 
 
 # Functions of one number
@@ -455,7 +444,7 @@ def _function(
     """
     error = np.where(x.error == 0, 0.0, np.abs(slope) * x.error)
     tiny = float(_finfo(_charged(dtype)).tiny) * ((value == 0) & (x.value != 0))
-    return _made(value, error + tiny + _rounding(value, dtype, times), dtype)
+    return _result(value, error + tiny + _rounding(value, dtype, times), dtype)
 
 
 _SLOPES: dict[str, Callable[[ndarray, HostArray], Any]] = {
@@ -519,24 +508,23 @@ def _step(name: str, x: Any) -> ndarray:
     f = getattr(np, name)
     value, reach = f(a.value), _extent(a)
     if not reach.any():
-        return _made(value, np.zeros(a.shape), dtype)
+        return _result(value, np.zeros(a.shape), dtype)
     error = np.maximum(np.abs(f(a.value + reach) - value), np.abs(value - f(a.value - reach)))
-    return _made(value, error, dtype)
+    return _result(value, error, dtype)
 
 
 @_rule
 def _round(x: Any, decimals: int = 0) -> ndarray:
     """To decimals, as a library may do it: multiplied by a power of ten, rounded and divided."""
     (a,), dtype = _operands("round", x)
-    if decimals == 0 or not is_floating(dtype):
-        value = np.round(a.value, decimals)
-        if is_floating(dtype):
-            return _step("rint", a)
-        return _made(value, a.error, dtype)
+    if not is_floating(dtype):
+        return _result(np.round(a.value, decimals), a.error, dtype)
+    if decimals == 0:
+        return _step("rint", a)
     scale = 10.0 ** abs(decimals)
     first, second = (_multiply, _divide) if decimals > 0 else (_divide, _multiply)
-    made: ndarray = second(_step("rint", first(a, scale)), scale)
-    return made
+    rounded: ndarray = second(_step("rint", first(a, scale)), scale)
+    return rounded
 
 
 # Decisions
@@ -544,7 +532,7 @@ def _round(x: Any, decimals: int = 0) -> ndarray:
 
 @_rules("equal not_equal greater greater_equal less less_equal")
 def _comparison(name: str, x: Any, y: Any) -> ndarray:
-    a, b = (_lifted(each, _common((x, y))) for each in (x, y))
+    a, b = (_lifted(operand, _common((x, y))) for operand in (x, y))
     return _decision(getattr(np, name)(a.value, b.value), _close(a, b))
 
 
@@ -556,18 +544,18 @@ def _kind_of_number(name: str, x: Any) -> ndarray:
 
 @_rule
 def _signbit(x: Any) -> ndarray:
-    (a,) = (_lifted(x, "float64"),)
+    a = _lifted(x, "float64")
     return _decision(np.signbit(a.value), _close(a, asarray(0)))
 
 
 @_rules("logical_and logical_or logical_xor logical_not")
 def _logical(name: str, *args: Any) -> ndarray:
     """In doubt if another answer for an operand that is in doubt changes the result."""
-    fn, given = getattr(np, name), [_truth(each) for each in args]
-    value, doubt = fn(*(truth for truth, _ in given)), False
-    for flipped in np.ndindex((2,) * len(given)):
+    fn, operands = getattr(np, name), [_truth(x) for x in args]
+    value, doubt = fn(*(truth for truth, _ in operands)), False
+    for flipped in np.ndindex((2,) * len(operands)):
         turned = [
-            truth ^ (unsure & bool(f)) for (truth, unsure), f in zip(given, flipped, strict=True)
+            truth ^ (unsure & bool(f)) for (truth, unsure), f in zip(operands, flipped, strict=True)
         ]
         doubt = doubt | (fn(*turned) != value)
     return _decision(value, doubt)
@@ -575,23 +563,23 @@ def _logical(name: str, *args: Any) -> ndarray:
 
 @_rules("bitwise_and bitwise_or bitwise_xor invert")
 def _bitwise(name: str, *args: Any) -> ndarray:
-    given, dtype = _operands(name, *args)
+    operands, dtype = _operands(name, *args)
     if dtype == np.dtype(bool):
         logical: ndarray = _logical(
-            {"invert": "logical_not"}.get(name, name.replace("bitwise", "logical")), *given
+            {"invert": "logical_not"}.get(name, name.replace("bitwise", "logical")), *operands
         )
         return logical
-    if any(each.error.any() for each in given):
+    if any(x.error.any() for x in operands):
         raise NoBound(f"{name} of whole numbers that rounding may change has no bound")
-    value = getattr(np, name)(*(each.value for each in given))
-    return _made(value, np.zeros(np.shape(value)), dtype)
+    value = getattr(np, name)(*(x.value for x in operands))
+    return _result(value, np.zeros(np.shape(value)), dtype)
 
 
 @_rule
 def _isclose(
     x: Any, y: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
 ) -> ndarray:
-    a, b = (_floats(_lifted(each, _common((x, y))), "float64") for each in (x, y))
+    a, b = (_floats(_lifted(operand, _common((x, y))), "float64") for operand in (x, y))
     value = np.isclose(a.value, b.value, rtol, atol, equal_nan)
     allowed = atol + rtol * np.abs(b.value)
     reach = _extent(a) + _extent(b) * (1 + rtol) + _rounding(allowed, a.dtype, 2)
@@ -602,8 +590,7 @@ def _isclose(
 def _where(condition: Any, x: Any, y: Any) -> ndarray:
     """x where the condition holds, else y; where it is in doubt the error spans both."""
     dtype = _operands("where", True, x, y)[1]
-    a, b = (_lifted(each, dtype) for each in (x, y))
-    a, b = (_floats(each, dtype) if is_floating(dtype) else each for each in (a, b))
+    a, b = _all_lifted((x, y), dtype)
     test, doubt = _truth(condition)
     value, error = np.where(test, a.value, b.value), np.where(test, a.error, b.error)
     if doubt.any():
@@ -630,20 +617,20 @@ def _nan_to_num(
 
 @_rule
 def _astype(x: ndarray, dtype: Any) -> ndarray:
-    kind = float_dtype(dtype) if str(dtype) == "bfloat16" else np.dtype(dtype)
-    if kind == np.dtype(bool):
+    dtype = dtype_of(dtype)
+    if dtype == np.dtype(bool):
         return _decision(*_truth(x))
-    if not is_floating(kind):
+    if not is_floating(dtype):
         cut = _step("trunc", x) if is_floating(x.dtype) else x
-        return ndarray(cut.value.astype(kind), cut.error.copy(), kind)
+        return ndarray(cut.value.astype(dtype), cut.error.copy(), dtype)
     value = x.value.astype("float64")
     if not is_floating(x.dtype):  # a whole number, rounded once: what that does is known
-        off = np.abs(value.astype(kind).astype("float64") - value)
-        return ndarray(value, x.error + off, kind)
+        off = np.abs(value.astype(dtype).astype("float64") - value)
+        return ndarray(value, x.error + off, dtype)
     error = x.error
-    if unit_roundoff(kind) > unit_roundoff(x.dtype):
-        error = error + _rounding(x.value, kind)
-    return ndarray(value.copy(), error.copy(), kind)
+    if unit_roundoff(dtype) > unit_roundoff(x.dtype):
+        error = error + _rounding(x.value, dtype)
+    return ndarray(value.copy(), error.copy(), dtype)
 
 
 # What moves elements and computes nothing
@@ -652,7 +639,7 @@ def _astype(x: ndarray, dtype: Any) -> ndarray:
 def _moved(x: ndarray, move: Callable[[HostArray], Any]) -> Any:
     value, error = move(x.value), move(x.error)
     if isinstance(value, list):
-        return [x._like(*each) for each in zip(value, error, strict=True)]
+        return [x._like(*part) for part in zip(value, error, strict=True)]
     return x._like(np.asarray(value), np.asarray(error))
 
 
@@ -668,27 +655,19 @@ def _movement(name: str, x: Any, **options: Any) -> Any:
 @_rules("concatenate stack")
 def _together(name: str, *parts: Any, axis: Any = 0) -> ndarray:
     dtype = _common(parts)
-    given = [_lifted(each, dtype) for each in parts]
-    given = [_floats(each, dtype) if is_floating(dtype) else each for each in given]
+    arrays = _all_lifted(parts, dtype)
     join = getattr(np, name)
-    value = join([each.value for each in given], axis=axis)
-    return ndarray(value, join([each.error for each in given], axis=axis), dtype)
+    value = join([x.value for x in arrays], axis=axis)
+    return ndarray(value, join([x.error for x in arrays], axis=axis), dtype)
 
 
 @_rule
 def _pad(x: ndarray, pad_width: Any, mode: str = "constant", constant_values: Any = 0) -> ndarray:
-    plain = {"mode": mode} | ({"constant_values": constant_values} if mode == "constant" else {})
     if mode not in ("constant", "edge", "reflect", "symmetric", "wrap"):
         raise NoBound(f"no bound is known for pad in mode {mode!r}")
-    value = np.pad(x.value, pad_width, **plain)
-    return x._like(
-        value,
-        np.pad(
-            x.error,
-            pad_width,
-            **plain | ({"constant_values": 0} if "constant_values" in plain else {}),
-        ),
-    )
+    fill = {"constant_values": constant_values} if mode == "constant" else {}
+    value = np.pad(x.value, pad_width, mode, **fill)  # type: ignore[call-overload]
+    return x._like(value, np.pad(x.error, pad_width, mode))  # type: ignore[call-overload]
 
 
 @_rule
@@ -705,13 +684,9 @@ def _getitem(x: ndarray, key: Any) -> ndarray:
     places = np.arange(x.size).reshape(x.shape)  # what is elsewhere if an index is, is in doubt
     other = tuple(
         np.where(k.error > 0, np.where(k.value > 0, k.value - 1, k.value + 1), k.value)
-        if isinstance(k, ndarray) else k for k in at_or_key(keys, at)
+        if isinstance(k, ndarray) else plain for k, plain in zip(keys, at, strict=True)
     )  # fmt: skip
     return _anywhere(x, x.value[at], x.error[at], places[at] != places[other], None)
-
-
-def at_or_key(keys: tuple[Any, ...], at: tuple[Any, ...]) -> list[Any]:
-    return [k if isinstance(k, ndarray) else a for k, a in zip(keys, at, strict=True)]
 
 
 def _anywhere(x: ndarray, value: Any, error: Any, doubt: Any, axis: int | None) -> ndarray:
@@ -728,7 +703,7 @@ def _anywhere(x: ndarray, value: Any, error: Any, doubt: Any, axis: int | None) 
 @_rule
 def _take(x: ndarray, indices: Any, axis: int | None = None) -> ndarray:
     at = indices if isinstance(indices, ndarray) else asarray(np.asarray(indices))
-    value, error = (np.take(each, at.value, axis=axis) for each in (x.value, x.error))
+    value, error = (np.take(of_x, at.value, axis=axis) for of_x in (x.value, x.error))
     if not at.error.any():
         return x._like(np.asarray(value), np.asarray(error))
     doubt, rest = at.error > 0, 0 if axis is None else x.ndim - 1 - axis % x.ndim
@@ -738,7 +713,7 @@ def _take(x: ndarray, indices: Any, axis: int | None = None) -> ndarray:
 
 @_rule
 def _take_along_axis(x: ndarray, indices: ndarray, axis: int) -> ndarray:
-    value, error = (np.take_along_axis(each, indices.value, axis) for each in (x.value, x.error))
+    value, error = (np.take_along_axis(of_x, indices.value, axis) for of_x in (x.value, x.error))
     if not indices.error.any():
         return x._like(value, error)
     return _anywhere(x, value, error, indices.error > 0, axis)
@@ -749,20 +724,19 @@ def _diff(x: ndarray, n: int = 1, axis: int = -1) -> ndarray:
     for _ in range(n):
         y = _moved(x, lambda values: np.moveaxis(values, axis, 0))
         kept = "not_equal" if x.dtype == bool else "subtract"
-        made = _RULES[kept](y[1:], y[:-1])
-        x = _moved(made, lambda values: np.moveaxis(values, 0, axis))
+        steps = _RULES[kept](y[1:], y[:-1])
+        x = _moved(steps, lambda values: np.moveaxis(values, 0, axis))
     return x
 
 
 @_rule
 def _scatter(*values: ndarray, shape: Shape, keys: tuple[Any, ...]) -> ndarray:
-    parts = [_lifted(each, values[0].dtype) for each in values]
+    parts = [_lifted(value, values[0].dtype) for value in values]
 
-    def put(arrays: Sequence[HostArray]) -> HostArray:
-        return compute(np, "scatter", tuple(arrays), {"shape": shape, "keys": _plain(keys)})  # type: ignore[no-any-return]
+    def add(*arrays: HostArray) -> HostArray:
+        return compute(np, "scatter", arrays, {"shape": shape, "keys": _plain(keys)})  # type: ignore[no-any-return]
 
-    return _added_up(put, [each.value for each in parts], [each.error for each in parts],
-                     parts[0].dtype)  # fmt: skip
+    return _added_up(add, parts)
 
 
 @_rule
@@ -771,26 +745,34 @@ def _segment_sum(values: ndarray, ids: Any, size: int) -> ndarray:
     if at.error.any():
         raise NoBound("segment_sum by ids that rounding may change")
 
-    def put(arrays: Sequence[HostArray]) -> HostArray:
-        return compute(np, "segment_sum", (arrays[0], at.value), {"size": size})  # type: ignore[no-any-return]
+    def add(array: HostArray) -> HostArray:
+        return compute(np, "segment_sum", (array, at.value), {"size": size})  # type: ignore[no-any-return]
 
-    return _added_up(put, [values.value], [values.error], values.dtype)
+    return _added_up(add, [values])
 
 
-def _added_up(
-    put: Callable[[Sequence[HostArray]], HostArray],
-    values: list[HostArray], errors: list[HostArray], dtype: Any,
-) -> ndarray:  # fmt: skip
-    """Sums of what is put in the same places, which may be of one term."""
-    value, terms = put(values), put([np.ones_like(each) for each in values])
-    if _rigorous.get():
-        u = unit_roundoff(_charged(dtype))
-        own, carried = terms * u * put([np.abs(each) for each in values]), put(errors)
-    else:
-        own = _walk(value, np.sqrt(put([each**2 for each in values])), terms, dtype)
-        carried = np.sqrt(put([each**2 for each in errors]))
+def _added_up(add: Callable[..., HostArray], arrays: Sequence[ndarray]) -> ndarray:
+    """Sums of the elements that come to lie in the same place, which may be one."""
+    dtype = arrays[0].dtype
+    value, terms = add(*(x.value for x in arrays)), add(*(np.ones(x.shape) for x in arrays))
+    own, carried = _error_of_sums(add, arrays, value, terms)
     own = np.where(terms > 1, own + _rounding(value, dtype), 0.0)
-    return _made(value, own + carried, dtype)
+    return _result(value, own + carried, dtype)
+
+
+def _error_of_sums(
+    add: Callable[..., HostArray], arrays: Sequence[ndarray], value: HostArray, terms: Any
+) -> tuple[HostArray, HostArray]:
+    """What sums of `terms` terms, `value`, are off by their own roundings and by their operands'.
+
+    `add` makes the sums, of an array for each of `arrays`.
+    """
+    dtype = arrays[0].dtype
+    if _rigorous.get():
+        sizes = add(*(np.abs(x.value) for x in arrays))
+        return terms * unit_roundoff(_charged(dtype)) * sizes, add(*(x.error for x in arrays))
+    own = _walk(value, np.sqrt(add(*(x.value**2 for x in arrays))), terms, dtype)
+    return own, np.sqrt(add(*(x.error**2 for x in arrays)))
 
 
 # Products
@@ -804,8 +786,8 @@ def _product(
     def times(*factors: HostArray) -> Any:
         return np.asarray(compute(np, name, factors, options))
 
-    values = [each.value for each in arrays]
-    sizes = [np.abs(each).astype("float64") for each in values]
+    values = [x.value for x in arrays]
+    sizes = [np.abs(value).astype("float64") for value in values]
     value = times(*values)
     whole = not is_floating(dtype)
     if whole:
@@ -813,10 +795,10 @@ def _product(
     elif _rigorous.get():
         own = terms * unit_roundoff(_charged(dtype)) * times(*sizes)
     else:
-        own = _walk(value, np.sqrt(times(*(each**2 for each in sizes))), terms, dtype)
+        own = _walk(value, np.sqrt(times(*(size**2 for size in sizes))), terms, dtype)
     stages = max(1, len(arrays) - 1)
-    carried = _carried([each.error for each in arrays], sizes, times, whole)
-    return _made(value, stages * (own + _rounding(value, dtype)) + carried, dtype)
+    carried = _carried([x.error for x in arrays], sizes, times, whole)
+    return _result(value, stages * (own + _rounding(value, dtype)) + carried, dtype)
 
 
 def _carried(
@@ -846,14 +828,13 @@ def _walk(value: HostArray, spread: HostArray, terms: Any, dtype: Any) -> HostAr
 
 def _factors(*arrays: Any) -> tuple[list[ndarray], np.dtype[Any]]:
     dtype = _common(arrays)
-    lifted = [_lifted(each, dtype) for each in arrays]
-    return [_floats(each, dtype) if is_floating(dtype) else each for each in lifted], dtype
+    return _all_lifted(arrays, dtype), dtype
 
 
 @_rules("matmul dot")
 def _matmul(name: str, x: Any, y: Any) -> ndarray:
     arrays, dtype = _factors(x, y)
-    if name == "dot" and not all(each.ndim for each in arrays):
+    if name == "dot" and not all(x.ndim for x in arrays):
         return _multiply(x, y)
     return _product(name, arrays, {}, arrays[0].shape[-1], dtype)
 
@@ -874,16 +855,16 @@ def _tensordot(x: Any, y: Any, axes: Any = 2) -> ndarray:
 @_rule
 def _einsum(*operands: Any, subscripts: str) -> ndarray:
     arrays, dtype = _factors(*operands)
-    made = np.einsum(subscripts, *(np.broadcast_to(0, each.shape) for each in arrays))
+    result_like = np.einsum(subscripts, *(np.broadcast_to(0, x.shape) for x in arrays))
     if len(arrays) == 1:  # a sum over what is not kept, a diagonal, or a transposed array
-        terms = arrays[0].size // max(1, made.size)
+        terms = arrays[0].size // max(1, result_like.size)
     else:
         inputs, _, result = subscripts.replace(" ", "").partition("->")
         letters: dict[str, int] = {}
-        for part, each in zip(inputs.split(","), arrays, strict=True):
+        for part, x in zip(inputs.split(","), arrays, strict=True):
             behind, before = part.rpartition("...")[2], part.partition("...")[0]
-            letters |= dict(zip(reversed(behind), reversed(each.shape), strict=False))
-            letters |= dict(zip(before, each.shape, strict=False))
+            letters |= dict(zip(reversed(behind), reversed(x.shape), strict=False))
+            letters |= dict(zip(before, x.shape, strict=False))
         kept = result if "->" in subscripts else [c for c in letters if inputs.count(c) == 1]
         terms = math.prod(n for c, n in letters.items() if c not in kept)
     return _product("einsum", arrays, {"subscripts": subscripts}, max(1, terms), dtype)
@@ -899,15 +880,15 @@ def _linear(
     sum has its size, so that it is rounded K times: where the products are small beside the bias,
     that is up to sqrt(K) times as much as adding it at the end. 16-bit types are summed in float32.
     """
-    kind = x.dtype
-    if kind.itemsize == 2:
+    own = x.dtype
+    if own.itemsize == 2:
         x, weight = x.astype("float32"), weight.astype("float32")
         bias = None if bias is None else bias.astype("float32")
     if bias is not None:
         one = np.ones((*x.shape[:-1], 1))
         x = _together("concatenate", x, ndarray(one, np.zeros(one.shape), x.dtype), axis=-1)
         weight = _together("concatenate", weight, bias.reshape(1, -1), axis=0)
-    return activation(matmul_kernel(x, weight)).astype(kind)
+    return activation(matmul_kernel(x, weight)).astype(own)
 
 
 # Sums and what else looks along axes
@@ -929,13 +910,8 @@ def _sum(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: Any = False)
         return ndarray(value, add(x.error), value.dtype)
     value = add(x.value)
     terms = max(1, x.size // max(1, value.size))
-    if _rigorous.get():
-        u = unit_roundoff(_charged(x.dtype))
-        own, carried = terms * u * add(np.abs(x.value)), add(x.error)
-    else:
-        own = _walk(value, np.sqrt(add(x.value**2)), terms, x.dtype)
-        carried = np.sqrt(add(x.error**2))
-    return _made(value, own + carried + _rounding(value, x.dtype), x.dtype)
+    own, carried = _error_of_sums(add, [x], value, terms)
+    return _result(value, own + carried + _rounding(value, x.dtype), x.dtype)
 
 
 @_rule
@@ -1003,7 +979,7 @@ def _median(
     x = _floats(x, "float64")
     value = np.asarray(np.median(x.value, axis=axis, keepdims=keepdims))
     most = np.max(x.error, axis=axis, keepdims=keepdims)
-    return _made(value, most + _rounding(value, x.dtype), x.dtype)
+    return _result(value, most + _rounding(value, x.dtype), x.dtype)
 
 
 @_rules("argmax argmin")
@@ -1019,7 +995,7 @@ def _place(name: str, x: ndarray, axis: int | None = None, keepdims: bool = Fals
     far = np.where(_close(flat, best), np.abs(place - at), 0)
     error = far.max(axis=along, keepdims=True).astype("float64").reshape(value.shape)
     if not keepdims:
-        value, error = (each.squeeze(axis) for each in (value, error))
+        value, error = (of_place.squeeze(axis) for of_place in (value, error))
     return ndarray(np.asarray(value), np.asarray(error), value.dtype)
 
 
@@ -1044,36 +1020,31 @@ def _prod(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: Any = False
     kept = np.prod(x.value, axis=axis, keepdims=keepdims, dtype=dtype)
     if not is_floating(x.dtype):
         x = x.astype(kept.dtype)
-    for each in axes:
-        x = _moved(x, partial(np.moveaxis, source=each, destination=0))
+    for along in axes:
+        x = _moved(x, partial(np.moveaxis, source=along, destination=0))
         while len(x) > 1:
             half = len(x) // 2
             rest = [x[2 * half :]] if len(x) % 2 else []
             x = _together("concatenate", _multiply(x[:half], x[half : 2 * half]), *rest)
         x = (
-            _moved(x, partial(np.moveaxis, source=0, destination=each))
+            _moved(x, partial(np.moveaxis, source=0, destination=along))
             if len(x)
             else asarray(np.prod(x.value, axis=0, keepdims=True)).astype(x.dtype)
         )
-    made: ndarray = x.reshape(np.shape(kept))
-    return made
+    result: ndarray = x.reshape(np.shape(kept))
+    return result
 
 
 @_rule
 def _cumsum(x: ndarray, axis: int | None = None, dtype: Any = None) -> ndarray:
     x = _as_asked(x, dtype)
     x, along = (x.reshape(-1), 0) if axis is None else (x, axis)
-    add = partial(np.cumsum, axis=along)
+    add: Callable[..., HostArray] = partial(np.cumsum, axis=along)
     value = np.cumsum(x.value, axis=along, dtype=None if is_floating(x.dtype) else dtype)
     if not is_floating(x.dtype):
         return ndarray(value, add(x.error), value.dtype)
-    terms = add(np.ones(x.shape))
-    if _rigorous.get():
-        own = terms * unit_roundoff(_charged(x.dtype)) * add(np.abs(x.value))
-        return _made(value, own + add(x.error) + _rounding(value, x.dtype), x.dtype)
-    own = _walk(value, np.sqrt(add(x.value**2)), terms, x.dtype)
-    carried = np.sqrt(add(x.error**2))
-    return _made(value, own + carried + _rounding(value, x.dtype), x.dtype)
+    own, carried = _error_of_sums(add, [x], value, add(np.ones(x.shape)))
+    return _result(value, own + carried + _rounding(value, x.dtype), x.dtype)
 
 
 @_rule
@@ -1083,10 +1054,10 @@ def _cumprod(x: ndarray, axis: int | None = None, dtype: Any = None) -> ndarray:
     if not is_floating(x.dtype):
         x = x.astype(np.cumprod(np.ones(1, x.dtype), dtype=dtype).dtype)
     x = _moved(x, lambda values: np.moveaxis(values, along, 0))
-    made = [x[0]] if len(x) else []
+    products = [x[0]] if len(x) else []
     for i in range(1, len(x)):
-        made.append(_multiply(made[-1], x[i]))
-    y = _together("stack", *made) if made else x
+        products.append(_multiply(products[-1], x[i]))
+    y = _together("stack", *products) if products else x
     moved: ndarray = _moved(y, lambda values: np.moveaxis(values, 0, along))
     return moved
 
@@ -1101,7 +1072,7 @@ def _sort(x: ndarray, axis: int = -1) -> ndarray:
 @_rule
 def _argsort(x: ndarray, axis: int = -1) -> ndarray:
     """The order; within a run of near or exact ties any order is right."""
-    values, reach = (np.moveaxis(each, axis, -1) for each in (x.value, _extent(x)))
+    values, reach = (np.moveaxis(of_x, axis, -1) for of_x in (x.value, _extent(x)))
     order = np.argsort(values, axis=-1, kind="stable")
     error = np.zeros(order.shape)
     if order.shape[-1] > 1:
@@ -1121,14 +1092,13 @@ def _argsort(x: ndarray, axis: int = -1) -> ndarray:
 @_rules("arange eye full linspace ones zeros empty full_like ones_like zeros_like empty_like")
 def _created(name: str, *like: Any, **options: Any) -> ndarray:
     plain = {key: _plain(value) for key, value in options.items()}
-    if isinstance(options.get("fill_value"), ndarray):
-        fill = options["fill_value"]
+    if isinstance(fill := options.get("fill_value"), ndarray):
         plain["fill_value"] = fill.value.astype(fill.dtype)
-    made = compute(np, name, tuple(np.empty(x.shape, x.dtype) for x in like), plain)
+    created = compute(np, name, tuple(np.empty(x.shape, x.dtype) for x in like), plain)
     if name.startswith("empty"):
-        made.fill(np.nan if is_floating(made.dtype) else 0)
-    steps = name in ("arange", "linspace") and is_floating(made.dtype)
-    y = asarray(made)
+        created.fill(np.nan if is_floating(created.dtype) else 0)
+    steps = name in ("arange", "linspace") and is_floating(created.dtype)
+    y = asarray(created)
     if steps:  # a start and so many steps, each of them rounded
         most = np.broadcast_to(np.abs(y.value).max(initial=0), y.shape)
         y.error = _rounding(most, y.dtype, 3)

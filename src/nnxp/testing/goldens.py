@@ -26,10 +26,19 @@ from nnxp._arrays import HostArray, Shape
 from nnxp._errors import CheckpointError, OptionError
 from nnxp.backend import Backend, asnumpy, get_backend
 from nnxp.io._atomic import path_of, written_beside
-from nnxp.io.checkpoint import _built, _described, _readable
+from nnxp.io.checkpoint import _from_json, _readable, _to_json
 from nnxp.layers import MODULES
 from nnxp.layers._layer import Layer
-from nnxp.testing.parity import Check, ParityReport, _expected, _run, compare, comparisons, listed
+from nnxp.testing.parity import (
+    Check,
+    ParityReport,
+    _expected,
+    _run,
+    compare,
+    comparisons,
+    failed,
+    listed,
+)
 
 VERSION = 1
 PACKAGE = Path(__file__).parents[1]
@@ -41,14 +50,14 @@ def layer_examples() -> list[tuple[Layer, Shape]]:
 
     With the shapes of rows they take.
     """
-    kinds = [
+    classes = [
         getattr(import_module(f"nnxp.layers.{module}"), name)
         for name, module in sorted(MODULES.items())
     ]
     return [
         (layer, shape)
-        for kind in kinds
-        for layer, shape in kind.examples()
+        for cls in classes
+        for layer, shape in cls.examples()
         if not isinstance(shape, list) and layer.takes[:1] != ("int",)
         if type(layer.output_shape(shape)[0]) is int
     ]
@@ -56,10 +65,10 @@ def layer_examples() -> list[tuple[Layer, Shape]]:
 
 def source_hash() -> str:
     """A hash of all the sources of the package, CUDA's too: it changes when any of them does."""
-    found = hashlib.sha256()
-    for path in sorted(each for each in PACKAGE.rglob("*") if each.suffix in SOURCES):
-        found.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()[:16]
+    digest = hashlib.sha256()
+    for path in sorted(file for file in PACKAGE.rglob("*") if file.suffix in SOURCES):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def provenance(backend: Backend) -> dict[str, Any]:
@@ -78,11 +87,11 @@ def provenance(backend: Backend) -> dict[str, Any]:
     }
     if backend.name == "cupy":
         return facts | _cuda(backend)
-    blas = [each for each in threadpool_info() if each.get("user_api") == "blas"]
+    blas = [library for library in threadpool_info() if library.get("user_api") == "blas"]
     return facts | {
         "hardware": processor(),
-        "blas": " ".join(str(each.get("internal_api")) for each in blas),
-        "kernels": " ".join(str(each.get("architecture")) for each in blas),
+        "blas": " ".join(str(library.get("internal_api")) for library in blas),
+        "kernels": " ".join(str(library.get("architecture")) for library in blas),
     }
 
 
@@ -131,7 +140,7 @@ def record(
         with where.current(), np.errstate(all="ignore"):
             tensors[f"{i}.y"] = where.get(host.to(where)(where.put(rows)))
         tensors[f"{i}.x"] = rows
-        models.append(_described(host))
+        models.append(_to_json(host))
     about = provenance(where) | {"precision": "as the dtype: no TF32"}
     text = json.dumps({"version": VERSION, "about": about, "models": models})
     with written_beside(path) as beside:
@@ -152,14 +161,13 @@ def _examples(dtypes: Sequence[str]) -> Iterable[tuple[Layer, HostArray]]:
     rng = np.random.default_rng(0)
     for dtype in [dtypes] if isinstance(dtypes, str) else dtypes:
         for layer, shape in layer_examples():
-            made = layer.astype(dtype)
-            yield made, rng.normal(size=shape).astype(made.dtype or dtype)
+            model = layer.astype(dtype)
+            yield model, rng.normal(size=shape).astype(model.dtype or dtype)
 
 
 def about(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Where and from what a golden was recorded; CheckpointError for a file that is none."""
-    found: dict[str, Any] = _opened(path)[0]["about"]
-    return found
+    return _opened(path)[0]["about"]  # type: ignore[no-any-return]
 
 
 def check(
@@ -172,24 +180,26 @@ def check(
     """
     entry, tensors = _opened(path)
     where = f"recorded {entry['about']['device']}"
-    chosen = [get_backend(each) for each in listed(backends)]
+    chosen = [get_backend(backend) for backend in listed(backends)]
     checks: list[Check] = []
     for i, described in enumerate(entry["models"]):
         try:
-            model = _built(described, lambda name, i=i: tensors[f"{i}.p.{name}"])  # type: ignore[misc]
+            model = _from_json(described, lambda name, i=i: tensors[f"{i}.p.{name}"])  # type: ignore[misc]
             x, y = tensors[f"{i}.x"], tensors[f"{i}.y"]
         except KeyError as error:
             raise CheckpointError(f"{os.fspath(path)}: the tensor {error} is missing") from None
         expected = _expected(model, [x])
         name, what = f"case {i}", f"{model!r} {x.dtype}"
-        value, bound, dtype = expected.outputs[0]
+        value, bound, dtype = expected[0]
         if y.dtype == dtype:
             checks.append(compare(name, what, where, y, value, bound))
         else:
             problem = f"the result is {y.dtype}, not {dtype}"
-            checks.append(Check(name, what, where, np.inf, np.inf, np.inf, (), problem))
+            checks.append(failed(name, what, where, problem))
         checks += [_run(name, what, model, [x], backend, expected) for backend in chosen]
-    comparisons.update(each.backend for each in checks if not each.backend.startswith("recorded"))
+    comparisons.update(
+        entry.backend for entry in checks if not entry.backend.startswith("recorded")
+    )
     return ParityReport(tuple(checks))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -38,10 +38,10 @@ from nnxp._errors import (
     UnsupportedFunction,
 )
 from nnxp._exchange import source_of
-from nnxp._printed import Printed
+from nnxp._printed import Printed, aligned
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
 from nnxp.engine import Engine, inputs_of
-from nnxp.layers._layer import Layer
+from nnxp.layers._layer import Layer, outline_of
 from nnxp.program.program import Program, scaled
 from nnxp.program.traced import Step, Untraceable, Value, perform
 from nnxp.testing import bounded
@@ -169,18 +169,15 @@ class ParityReport(Printed):
         parity(self).savefig(path)
 
     def __str__(self) -> str:
-        rows = [_HEADER, *self._table()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-        failed = self.first_failure
         verdict = (
             f"{len(self.checks)} checks passed; largest error {self.largest:.2f} of "
             f"{self.limit:g} units"
-            if failed is None
-            else f"first to diverge: {failed.name} {failed.what} on {failed.backend}: "
-            f"{failed.problem}"
         )
-        return "\n".join([*(line.rstrip() for line in lines), verdict])
+        if first := self.first_failure:
+            verdict = (
+                f"first to diverge: {first.name} {first.what} on {first.backend}: {first.problem}"
+            )
+        return "\n".join([*aligned([_HEADER, *self._table()]), verdict])
 
 
 _HEADER = ("layer", "what", "backend", "error/bound", "ulps", "absolute", "verdict")
@@ -249,8 +246,8 @@ def parity_report(
     """
     _check_call(function, inputs)
     if backends is None:
-        backends = [name for name, found in available_backends().items() if found.ok]
-    chosen = [get_backend(each) for each in listed(backends)]
+        backends = [name for name, status in available_backends().items() if status.ok]
+    chosen = [get_backend(backend) for backend in listed(backends)]
     if not chosen:
         raise OptionError("backends is empty: name at least one, such as 'numpy'")
     with bounded.rigorous() if rigorous else nullcontext():
@@ -305,9 +302,9 @@ def error_bound(
     """
     _check_call(function, inputs)
     expected = _expected(partial(function, **options) if options else function, inputs)
-    if len(expected.outputs) > 1:
+    if len(expected) > 1:
         raise OptionError("error_bound is for functions of one result")
-    value, error, _ = expected.outputs[0]
+    value, error, _ = expected[0]
     return value, error
 
 
@@ -319,11 +316,8 @@ class Output(NamedTuple):
     dtype: np.dtype[Any]
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What a function should answer: one array, mostly."""
-
-    outputs: tuple[Output, ...]
+Expected: TypeAlias = tuple[Output, ...]
+"""What a function should answer: one array, mostly."""
 
 
 def _expected(function: Layer | Function, inputs: Sequence[Any]) -> Expected:
@@ -335,12 +329,12 @@ def _expected(function: Layer | Function, inputs: Sequence[Any]) -> Expected:
     if isinstance(function, Layer):
         arrays += function.parameters().values()
         function = function.map_arrays(lambda name, value: _lift(value))
-    kinds = [x.dtype for x in arrays if is_floating(x.dtype)]
-    coarsest = max(kinds, key=bounded.unit_roundoff, default=None)
+    dtypes = [x.dtype for x in arrays if is_floating(x.dtype)]
+    coarsest = max(dtypes, key=bounded.unit_roundoff, default=None)
     with np.errstate(all="ignore"), bounded.no_coarser_than(coarsest):
-        made = function(*map(_lift, inputs))
-    results = made if isinstance(made, tuple | list) else (made,)
-    return Expected(tuple(_output(result, coarsest) for result in results))
+        answer = function(*map(_lift, inputs))
+    results = answer if isinstance(answer, tuple | list) else (answer,)
+    return tuple(_output(result, coarsest) for result in results)
 
 
 def _output(result: Any, coarsest: np.dtype[Any] | None) -> Output:
@@ -408,9 +402,9 @@ def assert_close(actual: Array, expected: Any, *, bound: Any) -> Check:
         OptionError: a bound is below zero.
         DtypeMismatch: they are no real numbers.
     """
-    for each in (actual, expected, bound):
-        if not is_numeric(np.asarray(asnumpy(each)).dtype):
-            raise DtypeMismatch(f"assert_close takes real numbers, not {each!r:.60}")
+    for x in (actual, expected, bound):
+        if not is_numeric(np.asarray(asnumpy(x)).dtype):
+            raise DtypeMismatch(f"assert_close takes real numbers, not {x!r:.60}")
     host = np.asarray(asnumpy(actual))
     value, error = np.asarray(asnumpy(expected)), np.asarray(asnumpy(bound), "float64")
     if is_floating(value.dtype):
@@ -448,20 +442,20 @@ def compare(
     limit = bounded.limit() if limit is None else limit
     if actual.shape != value.shape:
         problem = f"shape {actual.shape}, not {value.shape}"
-        return Check(name, what, backend, np.inf, np.inf, np.inf, (), problem)
+        return failed(name, what, backend, problem)
     error = np.broadcast_to(error, value.shape)
     if is_floating(actual.dtype):
-        given, stored = actual.astype("float64"), _as_stored(value, actual.dtype)
+        computed, stored = actual.astype("float64"), _as_stored(value, actual.dtype)
     else:
-        given, stored, error = actual, value, error / limit
+        computed, stored, error = actual, value, error / limit
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         odd = ~np.isfinite(stored)
-        same = (given == stored) | (np.isnan(given) & np.isnan(stored))
-        off = np.abs(given.astype("float64") - np.where(odd, 0, value).astype("float64"))
+        same = (computed == stored) | (np.isnan(computed) & np.isnan(stored))
+        off = np.abs(computed.astype("float64") - np.where(odd, 0, value).astype("float64"))
         off = np.where(same, 0.0, np.where(off == 0, 1.0, off))  # beyond 2^53 floats look the same
         ratio = np.where(off == 0, 0.0, off / error)
         ulps = np.where(off == 0, 0.0, off / _spacing(stored, actual.dtype))
-    wrong_kind = (odd & ~same | ~np.isfinite(given) & ~odd) & np.isfinite(error)
+    wrong_kind = (odd & ~same | ~np.isfinite(computed) & ~odd) & np.isfinite(error)
     ratio = np.where(wrong_kind | np.isnan(off), np.inf, np.where(np.isnan(ratio), np.inf, ratio))
     ratio = np.where(np.isinf(error) & ~np.isnan(error), 0.0, ratio)
     nothing = _nothing_compared(stored, error)
@@ -473,13 +467,18 @@ def compare(
     if not worst <= limit:
         problem = (
             f"{int((ratio > limit).sum())} of {ratio.size} elements are off; at {list(where)} "
-            f"{_said(given[where])} where {_said(value[where])} "
+            f"{_number_text(computed[where])} where {_number_text(value[where])} "
             f"± {limit * error[where]:.2g} was due"
         )
     return Check(name, what, backend, worst, float(ulps[where]), float(off[where]), where, problem)
 
 
-def _said(number: Any) -> str:
+def failed(name: str, what: str, backend: str, problem: str) -> Check:
+    """A check of what cannot be compared with what is due: not ok."""
+    return Check(name, what, backend, np.inf, np.inf, np.inf, (), problem)
+
+
+def _number_text(number: Any) -> str:
     return f"{number:.9g}" if isinstance(number, np.floating) else str(number)
 
 
@@ -497,7 +496,7 @@ def _nothing_compared(stored: HostArray, error: HostArray) -> str:
 def _only_zeros(inputs: Sequence[Any], expected: Expected, check: Check) -> Check:
     """The check; not ok if rows of zeros gave zeros, as any factor would have done."""
     zeros = any(is_array(x) and x.size and not x.any() for x in inputs)
-    if check.ok and zeros and not any(output.value.any() for output in expected.outputs):
+    if check.ok and zeros and not any(output.value.any() for output in expected):
         return replace(check, problem="nothing was compared: rows of zeros give zeros")
     return check
 
@@ -536,22 +535,16 @@ def _judge_function(
 def _judge_model(model: Layer, inputs: Sequence[Any], backends: Sequence[Backend]) -> list[Check]:
     """Every part of a model, and then what the engine makes of it as a whole, on every backend."""
     host = model.to("numpy")
-    given = tuple(None if x is None else _numeric(x) for x in inputs)
-    takes = (*host.takes, *("float" for _ in given))
+    host_rows = tuple(None if x is None else _numeric(x) for x in inputs)
+    takes = (*host.takes, *("float" for _ in host_rows))
+    dtypes = host.input_dtypes(len(host_rows))
     rows = tuple(
-        x if x is None or kind == "any" or (host.dtype is None and is_floating(x.dtype))
+        x if x is None or wanted == "any" or (host.dtype is None and is_floating(x.dtype))
         else x.astype(dtype)
-        for x, kind, dtype in zip(given, takes, host.input_dtypes(len(given)), strict=False)
+        for x, wanted, dtype in zip(host_rows, takes, dtypes, strict=False)
     )  # fmt: skip
     checks = _judge_parts(host, rows, backends)
-    exactly = tuple(  # in their own type, if the model sees the same numbers
-        x
-        if x is None
-        or y is None
-        or np.array_equal(y.astype(x.dtype), x, equal_nan=x.dtype.kind == "f")
-        else y
-        for x, y in zip(given, rows, strict=True)
-    )
+    exactly = tuple(map(_in_own_type, host_rows, rows))
     expected = _expected(host, rows)
     for backend in backends:
         check = _judge_whole(host, rows, exactly, backend, expected)
@@ -559,12 +552,16 @@ def _judge_model(model: Layer, inputs: Sequence[Any], backends: Sequence[Backend
     return checks
 
 
+def _in_own_type(x: HostArray | None, converted: HostArray | None) -> HostArray | None:
+    """x, if the model sees the same numbers as in x converted; else that."""
+    if x is None or converted is None:
+        return x
+    same = np.array_equal(converted.astype(x.dtype), x, equal_nan=x.dtype.kind == "f")
+    return x if same else converted
+
+
 def _present(inputs: Inputs) -> tuple[HostArray, ...]:
     return tuple(x for x in inputs if x is not None)
-
-
-def _outline(x: HostArray | None) -> Any:
-    return None if x is None else (x.shape, x.dtype)
 
 
 def _numeric(x: Any) -> HostArray:
@@ -582,40 +579,44 @@ def _judge_parts(model: Layer, rows: Inputs, backends: Sequence[Backend]) -> lis
     cannot be written out is one part.
     """
     try:
-        program = model.program(*map(_outline, rows))
+        program = model.program(*map(outline_of, rows))
         wide = tuple(
             x if x is None or not is_floating(x.dtype) else x.astype("float64") for x in rows
         )
-        exact = model.astype("float64").program(*map(_outline, wide))
+        exact = model.astype("float64").program(*map(outline_of, wide))
     except Untraceable:
         expected = _expected(model, rows)
-        return [_run("output", repr(model), model, rows, each, expected) for each in backends]
+        return [_run("output", repr(model), model, rows, backend, expected) for backend in backends]
     alike = [step.name for step in exact.steps] == [step.name for step in program.steps]
-    ran, given = (exact, wide) if alike else (program, rows)  # types make other steps of some
-    with np.errstate(all="ignore"):
-        made = ran.run(_present(given), [value for step in ran.steps for value in step.outputs])
+    ran, inputs = (exact, wide) if alike else (program, rows)  # types make other steps of some
     known: dict[Value, HostArray] = dict(zip(program.inputs, _present(rows), strict=True))
-    made_here = (value for step in program.steps for value in step.outputs)
-    for value, array in zip(made_here, made, strict=True):
-        known[value] = _as(np.asarray(array), value.dtype)
+    values = [value for step in program.steps for value in step.outputs]
+    with np.errstate(all="ignore"):
+        arrays = ran.run(_present(inputs), [value for step in ran.steps for value in step.outputs])
+        for value, array in zip(values, arrays, strict=True):
+            known[value] = np.asarray(array).astype(value.dtype)
 
     def judged(part: Part, at: Sequence[Backend]) -> list[Check]:
         inputs = [known.get(v, v.numbers) if isinstance(v, Value) else v for v in part.inputs]
         expected = _expected(part.function, inputs)
-        return [_run(part.name, part.what, part.function, inputs, each, expected) for each in at]
+        return [
+            _run(part.name, part.what, part.function, inputs, backend, expected) for backend in at
+        ]
 
     def narrowed(check: Check, part: Part, backend: Backend) -> Check:
         """The check of a layer that diverges, as that of the first of its steps that does."""
         for step in part.steps:
-            (inner,) = judged(_alone(step, len(_present(rows)[0])), [backend])
+            (inner,) = judged(_step_alone(step, len(_present(rows)[0])), [backend])
             if not inner.ok:
                 return replace(inner, what=part.what, problem=f"{step.name}: {inner.problem}")
         return check
 
     checks = []
     for part in _parts(model, program, len(_present(rows)[0])):
-        found = zip(judged(part, backends), backends, strict=True)
-        checks.append([check if check.ok else narrowed(check, part, each) for check, each in found])
+        judgements = zip(judged(part, backends), backends, strict=True)
+        checks.append(
+            [check if check.ok else narrowed(check, part, backend) for check, backend in judgements]
+        )
     return [check for one_backend in zip(*checks, strict=True) for check in one_backend]
 
 
@@ -645,13 +646,13 @@ def _parts(model: Layer, program: Program, rows: int) -> list[Part]:
         parts.append((at.get(outputs[0], -1), part))
     inside = {call.path for call in program.leaves}
     parts += [
-        (at[step.outputs[0]], _alone(step, rows))
+        (at[step.outputs[0]], _step_alone(step, rows))
         for path, own in steps.items() if path not in inside for step in own
     ]  # fmt: skip
-    return [part for _, part in sorted(parts, key=lambda each: each[0])]
+    return [part for _, part in sorted(parts, key=lambda pair: pair[0])]
 
 
-def _alone(step: Step, rows: int) -> Part:
+def _step_alone(step: Step, rows: int) -> Part:
     """A step of a program as a function of arrays of any library."""
     name = step.path or "output"
     if isinstance(step.function, Layer):
@@ -668,7 +669,7 @@ def _alone(step: Step, rows: int) -> Part:
 def _judge_whole(
     model: Layer,
     rows: Inputs,
-    given: Inputs,
+    host_rows: Inputs,
     backend: Backend,
     expected: Expected,
 ) -> Check:
@@ -676,15 +677,15 @@ def _judge_whole(
     worst: Check | None = None
     try:
         with np.errstate(all="ignore"):
-            for way, part, results in _ways(model, rows, given, backend, expected):
+            for way, part, results in _ways(model, rows, host_rows, backend, expected):
                 check = _compared("engine", way, backend.device, results, expected, part)
                 if worst is None or check.ratio > worst.ratio or not check.ok:
                     worst = check
                 if not check.ok:
                     return check
     except Exception as problem:
-        said = f"raises {type(problem).__name__}: {problem}"
-        return Check("engine", repr(model), backend.device, np.inf, np.inf, np.inf, (), said)
+        message = f"raises {type(problem).__name__}: {problem}"
+        return failed("engine", repr(model), backend.device, message)
     assert worst is not None
     return replace(worst, what="the whole, in every way that there is")
 
@@ -692,7 +693,7 @@ def _judge_whole(
 def _ways(
     model: Layer,
     rows: Inputs,
-    given: Inputs,
+    host_rows: Inputs,
     backend: Backend,
     expected: Expected,
 ) -> Iterator[tuple[str, slice, Any]]:
@@ -702,46 +703,40 @@ def _ways(
     def handed(arrays: tuple[Any, ...]) -> Any:
         return arrays if len(arrays) > 1 else arrays[0]
 
-    def each(change: Function, arrays: Inputs) -> Inputs:
+    def mapped(change: Function, arrays: Inputs) -> Inputs:
         return tuple(None if x is None else change(x) for x in arrays)
 
-    there = model.to(backend)
+    placed = model.to(backend)
     with backend.current():
-        made = there(*each(backend.put, rows))
-    yield "the model called", every, _on_host(made, backend)
+        answer = placed(*mapped(backend.put, rows))
+    yield "the model called", every, _on_host(answer, backend)
     with Engine(model, backend) as engine:
-        outs = tuple(np.full(v.shape, np.nan, d) for v, _, d in expected.outputs)
-        engine(handed(given), outs if len(outs) > 1 else outs[0])
+        outs = tuple(np.full(v.shape, np.nan, d) for v, _, d in expected)
+        engine(handed(host_rows), outs if len(outs) > 1 else outs[0])
         yield "the engine, into memory of the caller", every, outs
         for call in ("first", "second", "third"):
-            yield f"the engine, {call} call", every, engine(handed(given))
-        yield (
-            "rows that lie the other way",
-            every,
-            engine(handed(each(np.asfortranarray, given))),
-        )
-        first = each(lambda x: x[one], given)
+            yield f"the engine, {call} call", every, engine(handed(host_rows))
+        columns_first = handed(mapped(np.asfortranarray, host_rows))
+        yield "rows that lie the other way", every, engine(columns_first)
+        first = mapped(lambda x: x[one], host_rows)
         for call in ("first", "second", "third"):
             yield f"one row alone, {call} call", one, engine(handed(first))
         if backend.device != "cpu":
             for call in ("first", "second", "third"):
-                resident = engine(handed(each(backend.put, rows)))
+                resident = engine(handed(mapped(backend.put, rows)))
                 yield f"rows on the device, {call} call", every, _on_host(resident, backend)
         plan = engine.plan(*(None if x is None else x.shape for x in rows))
     share = max(1, 2 * count // 5)  # so that there are three blocks, the last one a smaller one
     limit = plan.working_set * share // max(1, plan.rows * plan.workers)
     if count > 2:
         with suppress(OutOfMemory), Engine(model, backend, memory_limit=max(1, limit)) as engine:
-            yield "the engine, block by block", every, engine(handed(given))
+            yield "the engine, block by block", every, engine(handed(host_rows))
 
 
-def _on_host(made: Any, backend: Backend) -> Any:
-    return tuple(map(backend.get, made)) if isinstance(made, tuple | list) else backend.get(made)
-
-
-def _as(x: HostArray, dtype: Any) -> HostArray:
-    with np.errstate(all="ignore"):
-        return x.astype(dtype)
+def _on_host(answer: Any, backend: Backend) -> Any:
+    return (
+        tuple(map(backend.get, answer)) if isinstance(answer, tuple | list) else backend.get(answer)
+    )
 
 
 def _run(
@@ -753,33 +748,30 @@ def _run(
     expected: Expected,
 ) -> Check:
     """One function on one backend: its value, dtype, place, and that its inputs are unchanged."""
-
-    def failed(problem: str) -> Check:
-        return Check(name, what, backend.device, np.inf, np.inf, np.inf, (), problem)
-
-    there = function.to(backend) if isinstance(function, Layer) else function
-    given = [backend.put(x.copy()) if is_array(x) else x for x in inputs]
+    fails = partial(failed, name, what, backend.device)
+    placed = function.to(backend) if isinstance(function, Layer) else function
+    arguments = [backend.put(x.copy()) if is_array(x) else x for x in inputs]
     try:
         with backend.current(), np.errstate(all="ignore"):
-            made = there(*given)
+            answer = placed(*arguments)
     except UnsupportedFunction:
         raise  # a library of ours lacks it: that says nothing of the backend
     except Exception as problem:
-        return failed(f"raises {type(problem).__name__}: {problem}")
-    results = list(made) if isinstance(made, tuple | list) else [made]
-    for i, (result, output) in enumerate(zip(results, expected.outputs, strict=True)):
+        return fails(f"raises {type(problem).__name__}: {problem}")
+    results = list(answer) if isinstance(answer, tuple | list) else [answer]
+    for i, (result, output) in enumerate(zip(results, expected, strict=True)):
         if isinstance(result, np.generic):  # NumPy's sums of all elements
             result = np.asarray(result)
         if not is_array(result):
-            return failed(f"returns {type(result).__name__}, not an array")
+            return fails(f"returns {type(result).__name__}, not an array")
         if place_of(result) != backend.device:
-            return failed(f"the result is on {place_of(result)}")
+            return fails(f"the result is on {place_of(result)}")
         if result.dtype != output.dtype:
-            return failed(f"the result is {result.dtype}, not {output.dtype}")
+            return fails(f"the result is {result.dtype}, not {output.dtype}")
         results[i] = backend.get(result)
-    for before, after in zip(inputs, given, strict=True):
+    for before, after in zip(inputs, arguments, strict=True):
         if is_array(before) and backend.get(after).tobytes() != before.tobytes():
-            return failed("changed its input")
+            return fails("changed its input")
     return _compared(name, what, backend.device, tuple(results), expected)
 
 
@@ -794,7 +786,7 @@ def _compared(
     """The worst of all outputs; of these rows of them."""
     results = results if isinstance(results, tuple) else (results,)
     checks = []
-    for result, (value, error, _) in zip(results, expected.outputs, strict=True):
+    for result, (value, error, _) in zip(results, expected, strict=True):
         if part is not None:
             value, error = value[part], error[part]
         checks.append(compare(name, what, backend, result, value, error))
