@@ -14,6 +14,7 @@ from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool
 from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
+from nnxp.kernels.cpu._small import Weight
 from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest
 
@@ -138,7 +139,7 @@ def _flat(over: Windows) -> Windows:
 def _pointwise(space: Shape, weight: HostArray, over: Windows, finish: Finish) -> InPlace:
     """Windows of one element: a product, of every so many elements."""
     inputs, outputs = weight.shape[-2:]
-    matrix = weight.reshape(inputs, outputs)
+    matrix = Weight(weight.reshape(inputs, outputs))
     lines = prod(over.positions)
     pictures = ceil(LINES / lines)
 
@@ -195,8 +196,8 @@ def _by_patches(
     first, then the second ones: of their outputs the largest are found along whole lines.
     """
     outputs, dtype = weight.shape[-1], weight.dtype
-    matrix = weight.reshape(-1, outputs)
-    long, phases = len(matrix), prod(pool)
+    matrix = Weight(weight.reshape(-1, outputs))
+    long, phases = weight.size // outputs, prod(pool)
     height, width = (n // size for n, size in zip(over.positions, pool, strict=True))
     most = PATCHES // (max(long, 2 * outputs) * dtype.itemsize)  # so that the results stay, too
     together = ceil(max(LINES // 2, most) / phases)
@@ -235,7 +236,7 @@ def _by_patches(
                     lines = flat.reshape(-1, long)
                 np.copyto(flat.reshape(block.shape), block)
                 made = y if phases == 1 else products[: len(lines)]
-                np.dot(lines, matrix, out=made)
+                matrix(lines, made)
                 if phases > 1:
                     largest(list(made.reshape(phases, len(y), outputs)), y)
                 finish(y)
@@ -281,14 +282,14 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
         tiles = (16 * count * inputs,), (16 * count * outputs,), (8 * count * outputs,)
         return (together, 2 * down + 2, wide, inputs), lines, *tiles
 
-    made: list[HostArray] = []
+    made: list[Weight] = []
     matrix = weight.reshape(-1, outputs)
     again = max(1, PIECE // (len(matrix) * dtype.itemsize))
 
-    def transformed() -> HostArray:
+    def transformed() -> Weight:
         if not made:
             both = np.einsum("ai,bj,ijco->abco", _LEFT, _LEFT, weight.astype("float64"))
-            made.append(both.reshape(16, inputs, outputs).astype(dtype))
+            made.append(Weight(both.reshape(16, inputs, outputs).astype(dtype)))
         return made[0]
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
@@ -361,7 +362,7 @@ def _in_windows(x: HostArray, combine: np.ufunc) -> HostArray:
     return made
 
 
-def _tiles(x: HostArray, kernels: HostArray, y: HostArray, memory: list[HostArray]) -> None:
+def _tiles(x: HostArray, kernels: Weight, y: HostArray, memory: list[HostArray]) -> None:
     """The outputs of one block of x (n, 2 q + 2, 2 t + 2, c), padded -> y (n, <= 2 q, <= 2 t, o)"""
     n, tall, wide, c = x.shape
     q, t, o = tall // 2 - 1, wide // 2 - 1, y.shape[-1]
@@ -372,7 +373,7 @@ def _tiles(x: HostArray, kernels: HostArray, y: HostArray, memory: list[HostArra
     s = halves[: 8 * n * q * t * o].reshape(2, 4, n, q, t, o)
     _inputs([x[:, i : i + 2 * q - 1 : 2] for i in range(4)], r)
     _inputs([r[..., j : j + 2 * t - 1 : 2, :] for j in range(4)], v.swapaxes(0, 1))
-    np.matmul(v.reshape(16, -1, c), kernels, out=m.reshape(16, -1, o))
+    kernels(v.reshape(16, -1, c), m.reshape(16, -1, o))
     _outputs(m, s)
     both = m[:2].reshape(-1)[: 4 * n * q * t * o].reshape(2, 2, n, q, t, o)  # m is free now
     _outputs(s.swapaxes(0, 1), both)
