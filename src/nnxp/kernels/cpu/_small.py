@@ -23,6 +23,7 @@ WIDTH = 64  # columns of a block: four vectors
 FEWEST, STEP, MOST = 12, 6, 480  # lines of a block, at least, in steps of, and at most
 IN_CACHE = 3 << 19  # bytes of a matrix that stays in a core's second cache, for many lines
 FEW = 64  # lines, for which each part of the matrix is read once anyway
+SHARED = 1 << 24  # multiply-adds that are worth all threads of BLAS, where it has several
 LINE = 64  # bytes that lie in cache together
 WITH_SMALL_KERNELS = frozenset("SkylakeX Cooperlake SapphireRapids".split())
 
@@ -41,12 +42,23 @@ def columns_at_once(rows: int, inner: int, columns: int, dtype: np.dtype[Any]) -
 
 
 @cache
-def small_kernels() -> bool:
-    """Whether NumPy's BLAS is OpenBLAS, with kernels for small matrices on this CPU."""
+def _openblas() -> list[Any]:
+    """The OpenBLAS that is loaded: what threadpoolctl has of it."""
     from threadpoolctl import ThreadpoolController
 
-    found = ThreadpoolController().select(internal_api="openblas").info()
-    return bool(found) and all(each.get("architecture") in WITH_SMALL_KERNELS for each in found)
+    return ThreadpoolController().select(internal_api="openblas").lib_controllers  # type: ignore[no-any-return]
+
+
+@cache
+def small_kernels() -> bool:
+    """Whether NumPy's BLAS is OpenBLAS, with kernels for small matrices on this CPU."""
+    found = [library.info().get("architecture") for library in _openblas()]
+    return bool(found) and all(each in WITH_SMALL_KERNELS for each in found)
+
+
+def blas_threads() -> int:
+    """The threads that a product of this thread takes."""
+    return max((library.num_threads or 1 for library in _openblas()), default=1)
 
 
 class Weight:
@@ -74,10 +86,8 @@ class Weight:
     def calls(self, x: HostArray, out: HostArray) -> Iterator[tuple[HostArray, ...]]:
         """What np.matmul is to be called with, in order; views of x and of `out`."""
         *stack, count, inputs = x.shape
-        matrix = self._matrix
-        large = count > FEW and prod(matrix.shape[-2:]) * matrix.itemsize > IN_CACHE
-        if not self.lines or not x.size or large:
-            yield x, matrix, out
+        if not self.lines or not x.size or self._as_a_whole(count, prod(stack)):
+            yield x, self._matrix, out
             return
         whole = count - count % self.lines
         for start, stop in ((0, whole), (whole, count)):
@@ -89,6 +99,13 @@ class Weight:
                 *_, width = block.shape
                 y = out[..., start:stop, columns].reshape(*stack, -1, lines, block.shape[-3], width)
                 yield some, block, y.swapaxes(-2, -3)
+
+    def _as_a_whole(self, count: int, stacked: int) -> bool:
+        """Whether so many lines are many for a matrix beyond the cache, or work for all cores."""
+        size = prod(self._matrix.shape[-2:])
+        if count > FEW and size * self._matrix.itemsize > IN_CACHE:
+            return True
+        return stacked * count * size > SHARED and blas_threads() > 1
 
     def _made(self) -> list[tuple[slice, HostArray]]:
         """The columns that are of one width, and their blocks (..., 1, blocks, inputs, width)."""
