@@ -123,6 +123,15 @@ class Weight:
         return self._blocks
 
 
+class OfGroups(Weight):
+    """Matrices (groups, inputs, outputs), each for its part of x (lines, groups * inputs); the
+    parts of `out` (lines, groups * outputs) lie in the same order."""
+
+    def __call__(self, x: HostArray, out: HostArray) -> None:
+        groups = len(self._matrix)
+        super().__call__(*(y.reshape(len(y), groups, -1).swapaxes(0, 1) for y in (x, out)))
+
+
 def _aligned(shape: Shape, dtype: np.dtype[Any]) -> HostArray:
     """New memory that begins with a line of the cache: NumPy's own begins anywhere."""
     memory = np.empty(prod(shape) * dtype.itemsize + LINE, "uint8")

@@ -14,7 +14,7 @@ from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool
 from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
-from nnxp.kernels.cpu._small import Weight
+from nnxp.kernels.cpu._small import OfGroups, Weight
 from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest
 
@@ -39,15 +39,15 @@ def conv_in_place(
     activation: Kernel = identity,
     precision: str | None = None,
 ) -> InPlace | None:
-    """For windows over one or two axes of space, with constant weights, in one group or with a
-    group for each channel."""
+    """For windows over one or two axes of space, with constant weights, in one group, with a group
+    for each channel, or in any groups where a window is one element."""
     apart = groups > 1 and weight.shape[-2] == 1 and groups == weight.shape[-1]
-    if groups > 1 and not apart:
-        return None
     options = {"stride": stride, "padding": padding, "dilation": dilation}
     over = _taken(x, weight, bias, groups, **options)
-    if over is None:
+    if over is None or (groups > 1 and not apart and not _alone(over)):
         return None
+    if weight.shape[-1] % groups:
+        return None  # the reference body says what is wrong
     axes = len(over.window)
     numbers = np.ascontiguousarray(weight.numbers)
     space, finish = (
@@ -59,7 +59,7 @@ def conv_in_place(
     if apart:
         body = _by_channel(space, numbers, over, bias, activation)
     elif _alone(over):
-        body = _pointwise(space, numbers, over, finish)
+        body = _pointwise(space, numbers, over, finish, groups)
     else:
         body = _by_patches(space, numbers, over, finish)
         if _transforms(numbers.shape, over):
@@ -136,10 +136,15 @@ def _flat(over: Windows) -> Windows:
     )  # fmt: skip
 
 
-def _pointwise(space: Shape, weight: HostArray, over: Windows, finish: Finish) -> InPlace:
+def _pointwise(
+    space: Shape, weight: HostArray, over: Windows, finish: Finish, groups: int
+) -> InPlace:
     """Windows of one element: a product, of every so many elements."""
-    inputs, outputs = weight.shape[-2:]
-    matrix = Weight(weight.reshape(inputs, outputs))
+    each, outputs = weight.shape[-2:]
+    inputs = each * groups
+    matrix = Weight(weight.reshape(each, outputs))
+    if groups > 1:
+        matrix = OfGroups(weight.reshape(each, groups, -1).swapaxes(0, 1))
     lines = prod(over.positions)
     pictures = ceil(LINES / lines)
 
