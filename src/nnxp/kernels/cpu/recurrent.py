@@ -94,9 +94,7 @@ def gru_in_place(
         _begin(h, first)
         gated = list(gating.calls(h, gates))
         made = list(making.calls(h if reset_after else reset, new))
-        with np.errstate(
-            over="ignore", under="ignore"
-        ):  # of exp, which is as good as 0 or infinite
+        with np.errstate(over="ignore", under="ignore"):  # exp is infinite, or 0, rightly
             for t in order:
                 for operands in gated:
                     np.matmul(*operands)
@@ -154,9 +152,7 @@ def lstm_in_place(
         _begin(h, first)
         _begin(c, cell)
         products = [*gating.calls(h, gates), *making.calls(h, new)]
-        with np.errstate(
-            over="ignore", under="ignore"
-        ):  # of exp, which is as good as 0 or infinite
+        with np.errstate(over="ignore", under="ignore"):  # exp is infinite, or 0, rightly
             for t in order:
                 for operands in products:
                     np.matmul(*operands)
