@@ -343,6 +343,7 @@ def test_rows_that_are_few_and_heavy_are_cut_so_that_workers_end_together():
 def test_products_in_blocks_are_products(monkeypatch, lines, shape):
     """Of contiguous lines, of columns, and of every second line; with stacks of matrices."""
     monkeypatch.setattr(_small, "small_kernels", lambda: True)
+    monkeypatch.setattr(_small, "TINY", 1)
     *stack, inputs, outputs = shape
     matrix = draw(*shape)
     weight = _small.Weight(matrix)

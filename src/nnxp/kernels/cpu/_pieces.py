@@ -79,12 +79,12 @@ class Finish:
 
     def _piece(self, y: HostArray) -> None:
         if self.bias is not None:
-            flat, size = y.reshape(-1), self.bias.size
-            whole = flat.size - flat.size % size
-            long, rest = flat[:whole].reshape(-1, size), flat[whole:]
-            if whole:
-                np.add(long, self.bias, out=long)
-            np.add(rest, self.bias[: rest.size], out=rest)
+            rest, size = y.reshape(-1), self.bias.size
+            if rest.size >= size:
+                whole = rest.size - rest.size % size
+                long, rest = rest[:whole].reshape(-1, size), rest[whole:]
+                np.add(long, self.bias, long)
+            np.add(rest, self.bias[: rest.size], rest)
         if self.activation is relu:
             least = zeros(y.shape, y.dtype)
             if least is None:

@@ -23,7 +23,9 @@ WIDTH = 64  # columns of a block: four vectors
 FEWEST, STEP, MOST = 12, 6, 480  # lines of a block, at least, in steps of, and at most
 IN_CACHE = 3 << 19  # bytes of a matrix that stays in a core's second cache, for many lines
 FEW = 64  # lines, for which each part of the matrix is read once anyway
-SHARED = 1 << 24  # multiply-adds that are worth all threads of BLAS, where it has several
+TINY, SHARED = 1 << 19, 1 << 24
+"""Multiply-adds: of fewer, to look at them in blocks takes longer than what it saves; of more, they
+are worth all threads of BLAS, where it has several."""
 LINE = 64  # bytes that lie in cache together
 WITH_SMALL_KERNELS = frozenset("SkylakeX Cooperlake SapphireRapids".split())
 
@@ -73,6 +75,7 @@ class Weight:
         self._matrix = matrix
         self._blocks: list[tuple[slice, HostArray]] = []
         inputs, outputs = matrix.shape[-2:]
+        self._elements = inputs * outputs
         most = SMALL // max(1, inputs * min(WIDTH, outputs))
         self.lines = min(MOST, most // STEP * STEP)
         """Of a block; 0 where the matrix is multiplied as a whole."""
@@ -80,13 +83,16 @@ class Weight:
             self.lines = 0
 
     def __call__(self, x: HostArray, out: HostArray) -> None:
+        if x.ndim == 2 and self._as_a_whole(len(x), 1):
+            np.dot(x, self._matrix, out)  # which starts sooner
+            return
         for operands in self.calls(x, out):
             np.matmul(*operands)
 
     def calls(self, x: HostArray, out: HostArray) -> Iterator[tuple[HostArray, ...]]:
         """What np.matmul is to be called with, in order; views of x and of `out`."""
         *stack, count, inputs = x.shape
-        if not self.lines or not x.size or self._as_a_whole(count, prod(stack)):
+        if self._as_a_whole(count, prod(stack)):
             yield x, self._matrix, out
             return
         whole = count - count % self.lines
@@ -101,11 +107,13 @@ class Weight:
                 yield some, block, y.swapaxes(-2, -3)
 
     def _as_a_whole(self, count: int, stacked: int) -> bool:
-        """Whether so many lines are many for a matrix beyond the cache, or work for all cores."""
-        size = prod(self._matrix.shape[-2:])
-        if count > FEW and size * self._matrix.itemsize > IN_CACHE:
+        """Whether lines are few, or many for a matrix beyond the cache, or work for all cores."""
+        work = stacked * count * self._elements
+        if not self.lines or count == 1 or work < TINY:
             return True
-        return stacked * count * size > SHARED and blas_threads() > 1
+        if count > FEW and self._elements * self._matrix.itemsize > IN_CACHE:
+            return True
+        return work > SHARED and blas_threads() > 1
 
     def _made(self) -> list[tuple[slice, HostArray]]:
         """The columns that are of one width, and their blocks (..., 1, blocks, inputs, width)."""
