@@ -372,7 +372,7 @@ def test_products_that_are_not_cut_are_products_too(monkeypatch):
         monkeypatch.setattr(_small, "IN_CACHE", limit)
         out = np.empty((len(factor), matrix.shape[1]), "float32")
         _small.Weight(matrix)(factor, out)
-        np.testing.assert_array_equal(out, factor @ matrix)
+        np.testing.assert_array_equal(out, np.dot(factor, matrix))
 
 
 def test_the_same_rows_have_the_same_bits_whoever_works():
