@@ -65,6 +65,30 @@ def test_a_stride_that_differs_by_axis_and_pads_that_differ_by_side():
         agrees(nnxp.Conv(8, 8, (3, 2), groups=groups, **options), draw(3, 13, 10, 8))
 
 
+@pytest.mark.parametrize("window", [(1, 1), (1,)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("groups", "channels", "outputs"), [(2, 6, 4), (4, 4, 8), (3, 96, 120)])
+def test_groups_of_windows_of_one_element_agree_with_float64(
+    monkeypatch, window, stride, groups, channels, outputs
+):
+    monkeypatch.setattr(_small, "small_kernels", lambda: True)
+    monkeypatch.setattr(_small, "TINY", 1)
+    layer = nnxp.Conv(channels, outputs, window, "relu", stride=stride, groups=groups, rng=0)
+    layer = layer.with_parameters({"weight": layer.weight, "bias": draw(outputs)})
+    space = (11, 9)[: len(window)]
+    agrees(layer, draw(5, *space, channels))
+    agrees(layer, np.moveaxis(draw(5, channels, *space), 1, -1)[:, ::2])
+    assert recorded(layer, draw(0, *space, channels)).shape[0] == 0
+
+
+def test_a_bias_reaches_all_of_many_lines_and_of_few():
+    """Of pieces, of whole buffers of NumPy's, and of what is left of each."""
+    for outputs in (5, 64, 9000):
+        layer = nnxp.Conv(3, outputs, (1, 1), "relu", rng=0)
+        layer = layer.with_parameters({"weight": layer.weight, "bias": draw(outputs)})
+        agrees(layer, draw(2, 2 + 60_000 // outputs, 3, 3))
+
+
 class Pooled(nnxp.Layer):
     """A convolution and a pool in one, as a program has it when it is rewritten."""
 
