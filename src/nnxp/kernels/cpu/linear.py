@@ -22,7 +22,7 @@ def product(x: HostArray, weight: Weight, out: HostArray, finish: Finish) -> Non
     """finish(x @ weight), for matrices, in blocks of lines."""
     step = max(LINES, BLOCK // (out.shape[1] * out.itemsize))
     if weight.lines:
-        step = max(1, step // weight.lines) * weight.lines
+        step += -step % weight.lines
     for start in range(0, len(x), step):
         block = out[start : start + step]
         weight(x[start : start + step], block)
