@@ -695,3 +695,22 @@ def test_a_residual_network_of_images_is_read_and_swept():
     for backend in ("cpu", "sim"):
         y = nnxp.predict(net, x.numpy(), backend, memory_limit="200 KiB")
         np.testing.assert_allclose(y, due, rtol=1e-4, atol=1e-5)
+
+
+def test_all_parts_of_a_transformer_that_cannot_be_read_are_named_at_once():
+    module = nn.Transformer(4, 2, 1, 1, 8, batch_first=True).eval()
+    encoder, decoder = module.encoder.layers[0], module.decoder.layers[0]
+    encoder.norm1, encoder.activation = Strange(), F.rrelu
+    decoder.norm2, decoder.linear2, decoder.activation = Strange(), Strange(), F.rrelu
+    decoder.self_attn = nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True)
+    with pytest.raises(nnxp.ConversionError) as caught:
+        nnxp.from_torch(module)
+    said = str(caught.value)
+    parts = ("norm2", "linear2", "activation", "self_attn")
+    for part in ("encoder: an encoder with the norm Strange", "rrelu", *parts):
+        assert (f"decoder.layers.0.{part}: " if part in parts else part) in said
+
+
+class Strange(nn.Module):
+    def forward(self, x):
+        return x

@@ -10,7 +10,7 @@ import nnxp
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Given
-from nnxp.kernels.cpu import conv
+from nnxp.kernels.cpu import _small, conv
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
 
@@ -63,6 +63,30 @@ def test_a_stride_that_differs_by_axis_and_pads_that_differ_by_side():
     options = {"stride": (2, 3), "padding": ((2, 0), (0, 1)), "rng": 0}
     for groups in (1, 8):
         agrees(nnxp.Conv(8, 8, (3, 2), groups=groups, **options), draw(3, 13, 10, 8))
+
+
+@pytest.mark.parametrize("window", [(1, 1), (1,)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("groups", "channels", "outputs"), [(2, 6, 4), (4, 4, 8), (3, 96, 120)])
+def test_groups_of_windows_of_one_element_agree_with_float64(
+    monkeypatch, window, stride, groups, channels, outputs
+):
+    monkeypatch.setattr(_small, "small_kernels", lambda: True)
+    monkeypatch.setattr(_small, "TINY", 1)
+    layer = nnxp.Conv(channels, outputs, window, "relu", stride=stride, groups=groups, rng=0)
+    layer = layer.with_parameters({"weight": layer.weight, "bias": draw(outputs)})
+    space = (11, 9)[: len(window)]
+    agrees(layer, draw(5, *space, channels))
+    agrees(layer, np.moveaxis(draw(5, channels, *space), 1, -1)[:, ::2])
+    assert recorded(layer, draw(0, *space, channels)).shape[0] == 0
+
+
+def test_a_bias_reaches_all_of_many_lines_and_of_few():
+    """Of pieces, of whole buffers of NumPy's, and of what is left of each."""
+    for outputs in (5, 64, 9000):
+        layer = nnxp.Conv(3, outputs, (1, 1), "relu", rng=0)
+        layer = layer.with_parameters({"weight": layer.weight, "bias": draw(outputs)})
+        agrees(layer, draw(2, 2 + 60_000 // outputs, 3, 3))
 
 
 class Pooled(nnxp.Layer):
@@ -333,3 +357,50 @@ def test_rows_that_are_few_and_heavy_are_cut_so_that_workers_end_together():
     assert engine.plan((1, 14, 14, 64)).workers == 1
     assert engine.plan((100, 14, 14, 64)).rows == 4
     assert engine.plan((8, 56, 56, 64)).rows == 1  # one makes lines enough
+
+
+# products in blocks
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 13, 130, 1000])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 10), (64, 64), (100, 130), (700, 70), (2, 40, 65)])
+def test_products_in_blocks_are_products(monkeypatch, lines, shape):
+    """Of contiguous lines, of columns, and of every second line; with stacks of matrices."""
+    monkeypatch.setattr(_small, "small_kernels", lambda: True)
+    monkeypatch.setattr(_small, "TINY", 1)
+    *stack, inputs, outputs = shape
+    matrix = draw(*shape)
+    weight = _small.Weight(matrix)
+    assert weight.lines
+    for x in (
+        draw(*stack, lines, inputs),
+        draw(*stack, inputs, lines).swapaxes(-1, -2),
+        draw(*stack, 2 * lines, inputs)[..., ::2, :],
+    ):
+        out = np.full((*stack, lines, outputs), np.nan, "float32")
+        weight(x, out)
+        exact = x.astype("float64") @ matrix.astype("float64")
+        bound = inputs * np.finfo("float32").eps * (np.abs(x) @ np.abs(matrix))
+        assert np.all(np.abs(out - exact) <= bound)
+
+
+def test_products_that_are_not_cut_are_products_too(monkeypatch):
+    monkeypatch.setattr(_small, "small_kernels", lambda: True)
+    monkeypatch.setattr(_small, "blas_threads", lambda: 2)
+    x, narrow, long = draw(300, 400), draw(400, 200), draw(20_000, 7)
+    for factor, matrix, limit in (
+        (x, narrow, 0),
+        (x, narrow, 1 << 30),
+        (long.T[:5], long, 1 << 30),
+    ):
+        monkeypatch.setattr(_small, "IN_CACHE", limit)
+        out = np.empty((len(factor), matrix.shape[1]), "float32")
+        _small.Weight(matrix)(factor, out)
+        np.testing.assert_array_equal(out, np.dot(factor, matrix))
+
+
+def test_the_same_rows_have_the_same_bits_whoever_works():
+    layer = nnxp.LSTM(20, 96, rng=0)
+    x = draw(40, 30, 20)
+    one, two = (nnxp.Engine(layer, "numpy", workers=n)(x) for n in (1, 2))
+    np.testing.assert_array_equal(one, two)

@@ -118,3 +118,57 @@ def test_features_of_classical_models():
     ids = np.array([[1, 4], [2, 9]])
     judge("OneHotEncoder", [ids], domain="ai.onnx.ml", cats_int64s=[1, 2, 4])
     judge("FeatureVectorizer", [FEATURES], domain="ai.onnx.ml", inputdimensions=[4])
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4"])
+@pytest.mark.parametrize("shape", [(6, 5), (3, 5)])
+def test_weights_of_four_bits_are_read_where_they_are_dequantized(kind, shape):
+    """As ONNX Runtime's quantizer writes them: two in a byte, in its own operators, with 16 bits
+    for what is no constant."""
+    low = -8 if kind == "INT4" else 0
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(low, low + 16, shape)
+    zeros = rng.integers(low, low + 16, shape[1])
+    code = getattr(onnx.TensorProto, kind)
+    raw = helper.make_tensor("w", code, shape, _halves(numbers), raw=True)
+    constants = [
+        raw,
+        helper.make_tensor("zero", code, zeros.shape, zeros),
+        numpy_helper.from_array(np.linspace(0.1, 0.3, shape[1], dtype="float32"), "scale"),
+        numpy_helper.from_array(np.float32(1e-4), "fine"),
+        numpy_helper.from_array(np.int16(7), "middle"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "fine", "middle"], ["q"], domain="com.microsoft"),
+        helper.make_node(
+            "DequantizeLinear", ["q", "fine", "middle"], ["r"], domain="com.microsoft"
+        ),
+        helper.make_node(
+            "DequantizeLinear", ["w", "scale", "zero"], ["v"], axis=1, domain="com.microsoft"
+        ),
+        helper.make_node("MatMul", ["r", "v"], ["y"]),
+    ]
+    ends = [
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", size])]
+        for name, size in (("x", shape[0]), ("y", shape[1]))
+    ]
+    graph = helper.make_graph(nodes, "g", *ends, constants)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    source = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    x = rng.standard_normal((4, shape[0]), "float32")
+    options = ort.SessionOptions()  # as written: else it multiplies the whole numbers
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(source.SerializeToString(), options)
+    wanted = session.run(None, {"x": x})[0]
+    np.testing.assert_allclose(nnxp.load_onnx(source)(x), wanted, rtol=1e-5, atol=1e-5)
+    raw.raw_data = raw.raw_data[:-1]
+    with pytest.raises(nnxp.CheckpointError, match="bytes"):
+        nnxp.load_onnx(helper.make_model(
+            helper.make_graph(nodes, "g", *ends, constants), opset_imports=opsets, ir_version=10
+        ))  # fmt: skip
+
+
+def _halves(numbers):
+    """Four bits each, the first one low."""
+    flat = np.append(numbers.reshape(-1), 0).astype("uint8") & 15
+    return (flat[0:-1:2] | flat[1::2][: (numbers.size + 1) // 2] << 4).tobytes()

@@ -284,17 +284,36 @@ def activation_of(activation: Any, take: Take) -> str:
     return str(layer.activation)
 
 
+def _all(parts: list[tuple[Callable[..., Any], Module]], take: Take) -> list[Any]:
+    """What each of these makes of its part; Unknown with all that cannot be read."""
+    made, problems = [], []
+    for make, part in parts:
+        try:
+            made.append(make(part, take))
+        except Unknown as error:
+            problems.append(str(error))
+    if problems:
+        raise Unknown("; ".join(problems))
+    return made
+
+
+def _norm_of_encoder(m: Module, take: Take) -> Layer:
+    norm = _layer_norm(m, take) if kind_of(m) == "LayerNorm" else None
+    if not isinstance(norm, Layer):
+        raise Unknown(f"an encoder with the norm {m!r:.60}")
+    return norm
+
+
 def _encoder_layer(m: Module, take: Take) -> Layer:
-    name = activation_of(m.activation, take)
-    inner, outer = _linear(m.linear1, take), _linear(m.linear2, take)
-    return TransformerEncoderLayer.of(
-        _multi_head(m.self_attn, take),
-        _layer_norm(m.norm1, take),
-        Dense.of(inner.weight, inner.bias, name),
-        outer,
-        _layer_norm(m.norm2, take),
-        bool(m.norm_first),
-    )
+    attention, norm1, name, inner, outer, norm2 = _all(
+        [
+            (_multi_head, m.self_attn), (_norm_of_encoder, m.norm1),
+            (activation_of, m.activation), (_linear, m.linear1), (_linear, m.linear2),
+            (_norm_of_encoder, m.norm2),
+        ], take,
+    )  # fmt: skip
+    inner = Dense.of(inner.weight, inner.bias, name)
+    return TransformerEncoderLayer.of(attention, norm1, inner, outer, norm2, bool(m.norm_first))
 
 
 def _encoder_stack(m: Module, take: Take) -> Layer:
@@ -303,7 +322,8 @@ def _encoder_stack(m: Module, take: Take) -> Layer:
     norm = None if m.norm is None else kind_of(m.norm) and MODULES[kind_of(m.norm)](m.norm, take)
     if not (norm is None or isinstance(norm, Layer)):
         raise Unknown(f"TransformerEncoder with the norm {m.norm!r:.60}")
-    return TransformerEncoder(*(_encoder_layer(layer, take) for layer in m.layers), norm=norm)
+    layers = _all([(_encoder_layer, each) for each in m.layers], take)
+    return TransformerEncoder(*layers, norm=norm)
 
 
 WRITTEN_OUT = "TransformerDecoderLayer", "TransformerDecoder", "Transformer"

@@ -289,6 +289,15 @@ class _Reader:
             return self._step(counterpart[0], list(arguments.values()), options)
         return self._step(self._layer(path, lambda: counterpart), list(arguments.values()))
 
+    def part(self, path: str, read: Callable[..., Any], *args: Any) -> Any:
+        """What `read(*args)` answers for a part of a module; a value that stands for it where it
+        cannot be read, which is noted, so that the parts behind it are looked at, too."""
+        try:
+            return read(*args)
+        except (Unknown, NnxpError) as error:
+            self.problems.append(f"{path or 'the module'}: {error}")
+            return {"value": -1}
+
     # what writes into its argument
 
     def _written(self, node: Any, result: Any) -> None:
@@ -591,7 +600,8 @@ def _decoder(self: _Reader, path: str, module: Module, arguments: dict[str, Any]
         inner = ".".join(filter(None, (path, f"layers.{name}" if stack else "")))
         x = _decoded(self, inner, layer, x, memory, arguments)
     if getattr(module, "norm", None) is not None:
-        x = self._module(_below(path, "norm"), module.norm, [x], {})
+        at = _below(path, "norm")
+        x = self.part(at, self._module, at, module.norm, [x], {})
     return x if attention.batch_first else _swapped(self, x)
 
 
@@ -604,16 +614,22 @@ def _decoded(
     def attend(to: str, x: Any, seen: Any) -> Any:
         name = {"tgt": "self_attn", "memory": "multihead_attn"}[to]
         masks = arguments.get(f"{to}_key_padding_mask"), arguments.get(f"{to}_mask")
-        inner = getattr(module, name)
-        return _attended(self, _below(path, name), inner, [x, seen, seen], *masks)
+        inner, at = getattr(module, name), _below(path, name)
+        return self.part(at, _attended, self, at, inner, [x, seen, seen], *masks)
 
-    def feed(x: Any) -> Any:
+    def hidden(x: Any) -> Any:
         activation = activation_of(module.activation, self.take)
         first = MODULES["Linear"](module.linear1, self.take)
         inner = Dense.of(first.weight, first.bias, activation)
         what = self._layer(_below(path, "linear1 and its activation"), lambda: inner)
-        hidden = self._step(what, (x,))
-        return self._module(_below(path, "linear2"), module.linear2, [hidden], {})
+        return self._step(what, (x,))
+
+    def feed(x: Any) -> Any:
+        return through("linear2", self.part(_below(path, "activation"), hidden, x))
+
+    def through(name: str, x: Any) -> Any:
+        at = _below(path, name)
+        return self.part(at, self._module, at, getattr(module, name), [x], {})
 
     parts: list[Callable[[Any], Any]] = [
         lambda x: attend("tgt", x, x),
@@ -621,13 +637,10 @@ def _decoded(
         feed,
     ]
     for i, part in enumerate(parts, 1):
-        norm = getattr(module, f"norm{i}")
         if module.norm_first:
-            y = part(self._module(_below(path, f"norm{i}"), norm, [x], {}))
-            x = self._step("add", (x, y))
+            x = self._step("add", (x, part(through(f"norm{i}", x))))
         else:
-            x = self._step("add", (x, part(x)))
-            x = self._module(_below(path, f"norm{i}"), norm, [x], {})
+            x = through(f"norm{i}", self._step("add", (x, part(x))))
     return x
 
 
@@ -642,7 +655,13 @@ def _transformer(self: _Reader, path: str, module: Module, arguments: dict[str, 
     for name, part in parts.items():
         if kind_of(part) != f"Transformer{name.capitalize()}":
             raise Unknown(f"Transformer with the {name} {type(part).__name__}")
-    memory = _encoder(self, _below(path, "encoder"), module.encoder, arguments)
+    source = {
+        "src": arguments["src"],
+        "mask": arguments.get("src_mask"),
+        "src_key_padding_mask": arguments.get("src_key_padding_mask"),
+    }
+    at = _below(path, "encoder")
+    memory = self.part(at, _encoder, self, at, module.encoder, source)
     return _decoder(self, _below(path, "decoder"), module.decoder, arguments | {"memory": memory})
 
 

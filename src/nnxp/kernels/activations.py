@@ -97,7 +97,7 @@ def hard_sigmoid(x: Array, *, out: Array | None = None) -> Array:
     """y = min(max(x + 3, 0), 6) / 6, as in Keras 3 and PyTorch   [Howard et al. 2019]"""
     y = xp_of(x).add(x, 3, out=out)
     xp_of(x).clip(y, 0, 6, out=y)
-    y /= 6
+    y *= 1 / 6
     return y
 
 

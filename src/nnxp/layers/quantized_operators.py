@@ -34,7 +34,7 @@ def saturated(y: Array, dtype: np.dtype[Any]) -> Array:
     return xp.minimum(xp.maximum(y, float(limits.min)), float(limits.max)).astype(dtype)
 
 
-@operator("QuantizeLinear")
+@operator("QuantizeLinear com.microsoft.QuantizeLinear")
 def quantize(
     x: Array,
     scale: Array,
@@ -53,7 +53,7 @@ def quantize(
     return saturated(y, dtype)
 
 
-@operator("DequantizeLinear")
+@operator("DequantizeLinear com.microsoft.DequantizeLinear")
 def dequantize(
     x: Array,
     scale: Array,

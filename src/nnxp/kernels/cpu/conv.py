@@ -14,6 +14,7 @@ from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool
 from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
+from nnxp.kernels.cpu._small import OfGroups, Weight
 from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest
 
@@ -38,15 +39,15 @@ def conv_in_place(
     activation: Kernel = identity,
     precision: str | None = None,
 ) -> InPlace | None:
-    """For windows over one or two axes of space, with constant weights, in one group or with a
-    group for each channel."""
+    """For windows over one or two axes of space, with constant weights, in one group, with a group
+    for each channel, or in any groups where a window is one element."""
     apart = groups > 1 and weight.shape[-2] == 1 and groups == weight.shape[-1]
-    if groups > 1 and not apart:
-        return None
     options = {"stride": stride, "padding": padding, "dilation": dilation}
     over = _taken(x, weight, bias, groups, **options)
-    if over is None:
+    if over is None or (groups > 1 and not apart and not _alone(over)):
         return None
+    if weight.shape[-1] % groups:
+        return None  # the reference body says what is wrong
     axes = len(over.window)
     numbers = np.ascontiguousarray(weight.numbers)
     space, finish = (
@@ -58,7 +59,7 @@ def conv_in_place(
     if apart:
         body = _by_channel(space, numbers, over, bias, activation)
     elif _alone(over):
-        body = _pointwise(space, numbers, over, finish)
+        body = _pointwise(space, numbers, over, finish, groups)
     else:
         body = _by_patches(space, numbers, over, finish)
         if _transforms(numbers.shape, over):
@@ -135,10 +136,15 @@ def _flat(over: Windows) -> Windows:
     )  # fmt: skip
 
 
-def _pointwise(space: Shape, weight: HostArray, over: Windows, finish: Finish) -> InPlace:
+def _pointwise(
+    space: Shape, weight: HostArray, over: Windows, finish: Finish, groups: int
+) -> InPlace:
     """Windows of one element: a product, of every so many elements."""
-    inputs, outputs = weight.shape[-2:]
-    matrix = weight.reshape(inputs, outputs)
+    each, outputs = weight.shape[-2:]
+    inputs = each * groups
+    matrix = Weight(weight.reshape(each, outputs))
+    if groups > 1:
+        matrix = OfGroups(weight.reshape(each, groups, -1).swapaxes(0, 1))
     lines = prod(over.positions)
     pictures = ceil(LINES / lines)
 
@@ -195,8 +201,8 @@ def _by_patches(
     first, then the second ones: of their outputs the largest are found along whole lines.
     """
     outputs, dtype = weight.shape[-1], weight.dtype
-    matrix = weight.reshape(-1, outputs)
-    long, phases = len(matrix), prod(pool)
+    matrix = Weight(weight.reshape(-1, outputs))
+    long, phases = weight.size // outputs, prod(pool)
     height, width = (n // size for n, size in zip(over.positions, pool, strict=True))
     most = PATCHES // (max(long, 2 * outputs) * dtype.itemsize)  # so that the results stay, too
     together = ceil(max(LINES // 2, most) / phases)
@@ -235,7 +241,7 @@ def _by_patches(
                     lines = flat.reshape(-1, long)
                 np.copyto(flat.reshape(block.shape), block)
                 made = y if phases == 1 else products[: len(lines)]
-                np.dot(lines, matrix, out=made)
+                matrix(lines, made)
                 if phases > 1:
                     largest(list(made.reshape(phases, len(y), outputs)), y)
                 finish(y)
@@ -281,14 +287,14 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
         tiles = (16 * count * inputs,), (16 * count * outputs,), (8 * count * outputs,)
         return (together, 2 * down + 2, wide, inputs), lines, *tiles
 
-    made: list[HostArray] = []
+    made: list[Weight] = []
     matrix = weight.reshape(-1, outputs)
     again = max(1, PIECE // (len(matrix) * dtype.itemsize))
 
-    def transformed() -> HostArray:
+    def transformed() -> Weight:
         if not made:
             both = np.einsum("ai,bj,ijco->abco", _LEFT, _LEFT, weight.astype("float64"))
-            made.append(both.reshape(16, inputs, outputs).astype(dtype))
+            made.append(Weight(both.reshape(16, inputs, outputs).astype(dtype)))
         return made[0]
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
@@ -361,7 +367,7 @@ def _in_windows(x: HostArray, combine: np.ufunc) -> HostArray:
     return made
 
 
-def _tiles(x: HostArray, kernels: HostArray, y: HostArray, memory: list[HostArray]) -> None:
+def _tiles(x: HostArray, kernels: Weight, y: HostArray, memory: list[HostArray]) -> None:
     """The outputs of one block of x (n, 2 q + 2, 2 t + 2, c), padded -> y (n, <= 2 q, <= 2 t, o)"""
     n, tall, wide, c = x.shape
     q, t, o = tall // 2 - 1, wide // 2 - 1, y.shape[-1]
@@ -372,7 +378,7 @@ def _tiles(x: HostArray, kernels: HostArray, y: HostArray, memory: list[HostArra
     s = halves[: 8 * n * q * t * o].reshape(2, 4, n, q, t, o)
     _inputs([x[:, i : i + 2 * q - 1 : 2] for i in range(4)], r)
     _inputs([r[..., j : j + 2 * t - 1 : 2, :] for j in range(4)], v.swapaxes(0, 1))
-    np.matmul(v.reshape(16, -1, c), kernels, out=m.reshape(16, -1, o))
+    kernels(v.reshape(16, -1, c), m.reshape(16, -1, o))
     _outputs(m, s)
     both = m[:2].reshape(-1)[: 4 * n * q * t * o].reshape(2, 2, n, q, t, o)  # m is free now
     _outputs(s.swapaxes(0, 1), both)

@@ -10,6 +10,7 @@ from nnxp._arrays import HostArray
 from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels.activations import relu, tanh
 from nnxp.kernels.cpu._pieces import carved, plain, room
+from nnxp.kernels.cpu._small import Weight
 from nnxp.kernels.recurrent import gru, lstm, rnn
 
 
@@ -21,13 +22,10 @@ def _begin(state: HostArray, first: HostArray | None) -> None:
     np.copyto(state, 0 if first is None else first)
 
 
-def _sigmoid(z: HostArray) -> None:
-    """z becomes sigmoid(z)."""
-    np.negative(z, out=z)
-    with np.errstate(over="ignore"):  # infinite, of which the reciprocal is 0
-        np.exp(z, out=z)
-    z += 1
-    np.reciprocal(z, out=z)
+def _exp_and_one(z: HostArray) -> None:
+    """z becomes 1 + exp(z), by which what sigmoid(-z) is a factor of is divided."""
+    np.exp(z, out=z)
+    np.add(z, 1, out=z)
 
 
 @rnn.in_place
@@ -45,8 +43,8 @@ def rnn_in_place(
         return None
     if not plain(x, weight, h) or x.ndim != 3 or not x.shape[1]:
         return None
-    numbers, order = np.ascontiguousarray(weight.numbers), _order(x.shape[1], reverse)
-    size, dtype = len(numbers), x.dtype
+    product, order = Weight(weight.numbers), _order(x.shape[1], reverse)
+    size, dtype = len(weight.numbers), x.dtype
 
     def run(
         y: HostArray, h: HostArray, scratch: HostArray, x: HostArray,
@@ -54,8 +52,10 @@ def rnn_in_place(
     ) -> None:  # fmt: skip
         (z,) = carved(scratch, dtype, (len(x), size))
         _begin(h, first)
+        products = list(product.calls(h, z))
         for t in order:
-            np.dot(h, numbers, out=z)
+            for operands in products:
+                np.matmul(*operands)
             z += x[:, t]
             activation.reference(z, out=h)
             y[:, t] = h
@@ -81,7 +81,7 @@ def gru_in_place(
         return None
     numbers, order, dtype = weight.numbers, _order(x.shape[1], reverse), x.dtype
     size = len(numbers)
-    gating, making = map(np.ascontiguousarray, (numbers[:, : 2 * size], numbers[:, 2 * size :]))
+    gating, making = Weight(-numbers[:, : 2 * size]), Weight(numbers[:, 2 * size :])
     shifts = None if bias is None else (bias.numbers[: 2 * size], bias.numbers[2 * size :])  # type: ignore[index]
 
     def run(
@@ -92,25 +92,30 @@ def gru_in_place(
         gates, new, reset = carved(scratch, dtype, (rows, 2 * size), (rows, size), (rows, size))
         r, z = gates[:, :size], gates[:, size:]
         _begin(h, first)
-        for t in order:
-            np.dot(h, gating, out=gates)
-            if shifts is not None:
-                gates += shifts[0]
-            gates += x[:, t, : 2 * size]
-            _sigmoid(gates)
-            if not reset_after:
-                np.multiply(r, h, out=reset)
-            np.dot(h if reset_after else reset, making, out=new)
-            if shifts is not None:
-                new += shifts[1]
-            if reset_after:
-                new *= r
-            new += x[:, t, 2 * size :]
-            np.tanh(new, out=new)
-            h -= new
-            h *= z
-            h += new
-            y[:, t] = h
+        gated = list(gating.calls(h, gates))
+        made = list(making.calls(h if reset_after else reset, new))
+        with np.errstate(over="ignore", under="ignore"):  # exp is infinite, or 0, rightly
+            for t in order:
+                for operands in gated:
+                    np.matmul(*operands)
+                if shifts is not None:
+                    gates -= shifts[0]
+                gates -= x[:, t, : 2 * size]
+                _exp_and_one(gates)
+                if not reset_after:
+                    np.divide(h, r, out=reset)
+                for operands in made:
+                    np.matmul(*operands)
+                if shifts is not None:
+                    new += shifts[1]
+                if reset_after:
+                    new /= r
+                new += x[:, t, 2 * size :]
+                np.tanh(new, out=new)
+                h -= new
+                h /= z
+                h += new
+                y[:, t] = h
 
     return InPlace(run, lambda rows: room(dtype, (rows, 2 * size), (rows, size), (rows, size)))
 
@@ -134,7 +139,7 @@ def lstm_in_place(
         return None
     numbers = weight.numbers
     size = numbers.shape[0]
-    gating, making = map(np.ascontiguousarray, (numbers[:, : 3 * size], numbers[:, 3 * size :]))
+    gating, making = Weight(-numbers[:, : 3 * size]), Weight(numbers[:, 3 * size :])
     dtype, order = x.dtype, _order(x.shape[1], reverse)
 
     def run(
@@ -143,20 +148,23 @@ def lstm_in_place(
     ) -> None:  # fmt: skip
         rows = len(x)
         gates, new = carved(scratch, dtype, (rows, 3 * size), (rows, size))
+        i, f, o = (gates[:, k * size : (k + 1) * size] for k in range(3))
         _begin(h, first)
         _begin(c, cell)
-        for t in order:
-            np.dot(h, gating, out=gates)
-            np.dot(h, making, out=new)
-            gates += x[:, t, : 3 * size]
-            new += x[:, t, 3 * size :]
-            _sigmoid(gates)
-            np.tanh(new, out=new)
-            new *= gates[:, :size]
-            c *= gates[:, size : 2 * size]
-            c += new
-            np.tanh(c, out=h)
-            h *= gates[:, 2 * size :]
-            y[:, t] = h
+        products = [*gating.calls(h, gates), *making.calls(h, new)]
+        with np.errstate(over="ignore", under="ignore"):  # exp is infinite, or 0, rightly
+            for t in order:
+                for operands in products:
+                    np.matmul(*operands)
+                gates -= x[:, t, : 3 * size]
+                new += x[:, t, 3 * size :]
+                _exp_and_one(gates)
+                np.tanh(new, out=new)
+                new /= i
+                c /= f
+                c += new
+                np.tanh(c, out=h)
+                h /= o
+                y[:, t] = h
 
     return InPlace(run, lambda rows: room(dtype, (rows, 3 * size), (rows, size)))
