@@ -35,7 +35,7 @@ cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches th
 
 from nnxp.kernels._windows import padded as with_zeros  # noqa: E402
 from nnxp.kernels._windows import patches, windows  # noqa: E402
-from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy)
+from nnxp.kernels.cuda import _compiled, cudnn  # noqa: E402  (only where there is CuPy)
 from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa: E402
 from nnxp.kernels.cuda._rows import over_rows, over_scores  # noqa: E402
 from nnxp.kernels.cuda._windows import Seen, laid_out  # noqa: E402
@@ -173,12 +173,22 @@ def nowhere(rows, cols, dtype, shift=0, width=None):
     )
 
 
+@pytest.fixture(autouse=True)
+def our_own_kernels():
+    with cudnn.unused():
+        yield
+
+
 @cache
 def instances():
     """Every instance of a template that Python can ask for, by source: what it asks is recorded."""
     asked = Launches()
     somewhere = partial(pointer, 1 << 40)
-    with pytest.MonkeyPatch.context() as patch, cupy.cuda.using_allocator(somewhere):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cupy.cuda.using_allocator(somewhere),
+        cudnn.unused(),
+    ):
         patch.setattr(_compiled, "kernel", asked.kernel)
         patch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
         for (wide, dtype), shift in product(PAIRS, (0, 1)):

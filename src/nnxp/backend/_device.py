@@ -27,7 +27,12 @@ BLOCK_BYTES = 1 << 30  # at most, for rows that are very wide
 MARGIN = 0.8  # of the free memory: allocators round up, and others use the device too
 
 # Not every library says with a MemoryError that the device's memory is full.
-_FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
+_FULL = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+)
 
 
 class Unrecordable(Exception):
