@@ -40,10 +40,11 @@ from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa
 from nnxp.kernels.cuda._rows import over_rows, over_scores  # noqa: E402
 from nnxp.kernels.cuda._windows import Seen, laid_out  # noqa: E402
 from nnxp.kernels.cuda.activations import bias_act  # noqa: E402
+from nnxp.kernels.cuda.lt import tuning  # noqa: E402
 from nnxp.program.fused import fused  # noqa: E402
 from nnxp.program.program import trace  # noqa: E402
 
-SOURCES = "activations.cu", "rows.cu", "windows.cu"
+SOURCES = "activations.cu", "rows.cu", "spin.cu", "windows.cu"
 SOFTMAXES = "softmax", "softmin", "log_softmax"
 NORMS = "layer_norm", "rms_norm"
 ELEMENTWISE = sorted(set(kernels.ACTIVATIONS) - set(SOFTMAXES))
@@ -210,6 +211,7 @@ def instances():
         for shift, cols in product((0, 1), [*range(1, 1100), 5000]):
             scores = nowhere(8, cols, "float32", shift).reshape(1, 2, 4, cols)
             over_scores(scores, None, causal=False, scale=1.0)
+        tuning.spin()
     return {file: sorted({name for f, name, *_ in asked if f == file}) for file in SOURCES}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels.activations import identity, relu
+from nnxp.kernels.cuda._compiled import launch
 from nnxp.kernels.cuda.lt.bindings import BIAS, DEFAULT, RELU_BIAS, LtError
 from nnxp.kernels.cuda.lt.descriptors import PASS, Algorithm, Form, Product
 from nnxp.kernels.cuda.lt.passes import rest
@@ -24,6 +25,10 @@ WAYS = {  # by what is wished for, the ways that are tried
     BIAS: (PASS, BIAS),
     RELU_BIAS: (PASS, BIAS, RELU_BIAS),
 }
+
+
+SPIN = 600_000
+"""Cycles: a third of a millisecond, in which Python launches some thirty kernels."""
 
 
 class Choice(NamedTuple):
@@ -80,6 +85,14 @@ def fastest(product: Product, x: int, weight: int, bias: int, y: int) -> Algorit
     return best
 
 
+def spin() -> None:
+    """Have the device wait while the host launches what is timed.
+
+    Steps of few rows are done sooner than they are launched: their time would be that of Python.
+    """
+    launch(("spin.cu", "spin", "long long"), (1,), (1,), (), SPIN)
+
+
 def milliseconds(*steps: Callable[[], object]) -> float:
     """What the steps take on the device: the mean of 5 after 3, or of 1 after 1 if it is long."""
     _timed(steps, 1)
@@ -87,11 +100,15 @@ def milliseconds(*steps: Callable[[], object]) -> float:
     if once > 1:
         return once
     _timed(steps, 1)
-    return _timed(steps, 5)
+    return _timed(steps, 5, before=spin)
 
 
-def _timed(steps: Sequence[Callable[[], object]], times: int) -> float:
+def _timed(
+    steps: Sequence[Callable[[], object]], times: int, before: Callable[[], object] | None = None
+) -> float:
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    if before is not None:
+        before()
     start.record()
     for _ in range(times):
         for step in steps:
