@@ -6,13 +6,14 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import prod
 from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
+from nnxp import kernels
 from nnxp._arrays import (
     Array,
     HostArray,
@@ -32,13 +33,21 @@ from nnxp.backend._device import BLOCK_ROWS, DeviceBackend, fits
 from nnxp.backend._lanes import LanePool
 from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
+from nnxp.kernels import Kernel
 from nnxp.layers._layer import Layer, whole
 from nnxp.program.fused import fused
 from nnxp.program.mixing import looked_into, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
 from nnxp.program.recordings import IDLE_BYTES, HostRecording, Recordings
-from nnxp.program.rewrite import in_their_own_type, optimized, placed, with_products, written_out
+from nnxp.program.rewrite import (
+    by_outputs,
+    in_their_own_type,
+    optimized,
+    placed,
+    with_products,
+    written_out,
+)
 from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -515,7 +524,8 @@ class Replica:
         """
         prepared = self._prepared.get(kinds)
         if prepared is None:
-            prepared = Prepared(self._program(kinds, rows), kinds, self.backend, self.sparing)
+            program = self._program(kinds, rows)
+            prepared = Prepared(program, kinds, self.backend, self.sparing, self._by_outputs())
             if len(self._prepared) >= MOST_KINDS:
                 self._prepared.clear()
             self._prepared[kinds] = prepared
@@ -544,6 +554,20 @@ class Replica:
         if self.backend.name == "cupy":
             program = fused(with_products(written_out(program, "cupy"), self.precision))
         return program
+
+    def _by_outputs(self) -> tuple[Kernel, ...]:
+        """The kernels whose weights had better lie output by output.
+
+        Tensor cores take float32 factors in no other order, nor does cuDNN take a window's.
+        """
+        if self.backend.name != "cupy" or not self.rewrite:
+            return ()
+        from nnxp.kernels.cuda import cudnn
+
+        windows = kernels.conv, kernels.conv_max_pool
+        if self.precision == "tf32":
+            return kernels.linear, kernels.matmul, *windows
+        return () if cudnn.why_not() else windows
 
     def whole(self, outlines: tuple[Outline | None, ...], arrays: Sequence[HostArray]) -> Whole:
         """What answers inputs of these outlines, and of these few numbers, as they are."""
@@ -624,7 +648,12 @@ class Prepared:
     """
 
     def __init__(
-        self, program: Program, kinds: tuple[Kind | None, ...], backend: Backend, sparing: bool
+        self,
+        program: Program,
+        kinds: tuple[Kind | None, ...],
+        backend: Backend,
+        sparing: bool,
+        laid_by_outputs: Collection[Kernel] = (),
     ) -> None:
         if mixed := mixing(looked_into(program)):
             raise ShapeError(
@@ -639,7 +668,9 @@ class Prepared:
             at_work = expanded(program)
             self.borrowed = at_work.borrowed
             at_home = program if backend.name == "cupy" else at_work
-            self.program = placed(at_home, partial(to_backend, backend=backend))
+            program = placed(at_home, partial(to_backend, backend=backend))
+            with backend.current():
+                self.program = by_outputs(program, laid_by_outputs)
             self.run = partial(_run, self.program)
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
         self.costs = _costs(at_work, kinds, self.outputs, backend)

@@ -71,6 +71,22 @@ def test_any_axes(cudnn, space):
     assert cudnn.executed
 
 
+def test_the_same_shapes_may_have_other_windows(cudnn):
+    x, weight = draw((2, 7, 7, 8)), draw((3, 3, 8, 8), seed=1)
+    for options in ({"padding": 1}, {"padding": 2, "dilation": 2}):
+        agrees(kernels.conv, x, weight, **options)
+    assert len(cudnn.planned) == 2
+
+
+def test_what_is_not_aligned_is_our_own(cudnn):
+    numbers, weight = put(draw((2 * 6 * 6 * 8 + 1,))), put(draw((3, 3, 8, 8), seed=1))
+    aside = numbers[1:].reshape(2, 6, 6, 8)
+    y = kernels.conv(aside, weight).get()
+    assert not cudnn.planned
+    np.testing.assert_allclose(kernels.conv(aside.copy(), weight).get(), y, rtol=0, atol=1e-5)
+    assert len(cudnn.planned) == 1
+
+
 def test_float32_rounds_to_tf32_only_where_that_is_asked_for(cudnn):
     x, weight = put(draw((3, 6, 6, 8))), put(draw((3, 3, 8, 8), seed=1))
     for precision in (None, "tf32"):
@@ -138,6 +154,19 @@ def test_an_engine_answers_few_rows_and_many(cudnn, gpu, dtype):
     kinds = {kind for kind, _ in gpu.done}
     assert "graph's cuDNN" in kinds
     assert not kinds & {"cuDNN", "product", "kernel"}
+
+
+def test_weights_are_laid_out_once_for_an_engine(cudnn, gpu):
+    net = nnxp.Sequential(nnxp.Conv(8, 8, (3, 3), "relu", rng=0), nnxp.Conv(8, 4, (2, 2), rng=1))
+    engine, x = nnxp.Engine(net, "cuda"), draw((9, 6, 6, 8))
+    check(engine(x), net, x)
+    gpu.finish()
+    gpu.done.clear()
+    check(engine(x), net, x)
+    gpu.finish()
+    kinds = {kind for kind, _ in gpu.done}
+    assert "cuDNN" in kinds
+    assert not {"CuPy's kernel", "copy"} & kinds
 
 
 def test_a_shape_that_comes_first_while_a_graph_is_captured_is_our_own(cudnn):

@@ -206,6 +206,27 @@ def test_every_product_of_an_engine_has_its_precision(gpu):
         assert names.count("conv_transpose") == 1
 
 
+def test_weights_lie_by_outputs_where_tensor_cores_take_float32_so(gpu):
+    """Laid out once, when the engine prepares: few rows are replayed without a copy of them."""
+    net = nnxp.Sequential(
+        nnxp.Conv(3, 8, (3, 3), "relu", padding=1, rng=0),
+        nnxp.Conv(8, 8, (3, 3), groups=8, rng=1),
+        nnxp.Flatten(),
+        nnxp.Dense(8 * 6 * 4, 12, "relu", rng=2),
+    )
+    x = draw((20, 8, 6, 3))
+    for precision, lds in ((None, {8, 12}), ("tf32", {27, 28, 192})):
+        engine = nnxp.Engine(net, "cuda", precision=precision)
+        check(engine(x), net, x)
+        gpu.finish()
+        gpu.done.clear()
+        gpu.lt.calls.clear()
+        check(engine(x), net, x)
+        gpu.finish()
+        assert {call.lds[0] for call in gpu.lt.calls} <= lds
+        assert "CuPy's kernel" not in {kind for kind, _ in gpu.done}
+
+
 class Peak(cupy.cuda.memory_hook.MemoryHook):
     """The most bytes that were in use at once."""
 
