@@ -35,7 +35,7 @@ from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.kernels import Kernel
 from nnxp.layers._layer import Layer, whole
-from nnxp.program.fused import fused
+from nnxp.program.fused import as_counted, fused
 from nnxp.program.mixing import looked_into, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
@@ -641,6 +641,12 @@ class Replica:
             kept.clear()
 
 
+def _by_cublaslt() -> bool:
+    from nnxp.kernels.cuda.lt import why_not
+
+    return why_not() is None
+
+
 class Prepared:
     """A model's program for rows of one kind, what it costs, and what is recorded of it.
 
@@ -665,7 +671,8 @@ class Prepared:
             self.program = at_work
             self.run: Callable[..., Any] = Recordings(at_work, sparing)
         else:  # CUDA fuses kernels
-            at_work = expanded(program)
+            counted = as_counted if backend.name == "cupy" and _by_cublaslt() else True
+            at_work = expanded(program, counted)
             self.borrowed = at_work.borrowed
             at_home = program if backend.name == "cupy" else at_work
             program = placed(at_home, partial(to_backend, backend=backend))
