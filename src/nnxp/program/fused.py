@@ -164,9 +164,9 @@ def as_counted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[st
     made; any other kernel takes what its reference body does.
     """
     x, weight = (*arrays, None)[:2]
-    window = options.get("window") if weight is None else weight.shape[:-2]
-    if kernel not in WINDOWED or x.dtype.name not in TYPES or len(window) > 3:
+    if kernel not in WINDOWED or x.dtype.name not in TYPES or x.ndim > 5:
         return kernel.widened(*arrays, **options)
+    window = options["window"] if weight is None else weight.shape[:-2]
     given = {k: v for k, v in options.items() if k in ("padding", "dilation", "ceil_mode")}
     stride = options.get("stride") or (window if weight is None else 1)
     over = windows(kernel.__name__, x, window, stride=stride, **given)
