@@ -194,6 +194,8 @@ class Engine:
             recording = replicas[0].ready.get((x.dtype, x.shape))
             if recording is not None:
                 return recording.host(x)
+        elif out is None and not progress and replicas and (answers := replicas[0].replayed(x)):
+            return answers[0]
         given = inputs_of(self.model, x)
         inputs = tuple(each for each in given if each is not None)
         replica, arrays = self._at_home(inputs)
@@ -323,12 +325,8 @@ class Engine:
         """Rows that are on the device, through the model, there."""
         x, backend = arrays[0], replica.backend
         assert isinstance(backend, DeviceBackend)
-        recording = replica.ready.get((x.dtype, x.shape))
-        if isinstance(recording, DeviceRecording) and out is None and len(arrays) == 1:
-            answers: list[Any] = []
-            if fits(lambda: answers.append(recording.device(x))):
-                return answers[0]
-            # there is no memory for the answer: the long way makes some, or says so
+        if out is None and len(arrays) == 1 and (answers := replica.replayed(x)):
+            return answers[0]  # of an array that was taken over, or on another of several devices
         for array in arrays:
             if array.ndim == 0:
                 raise ShapeError(
@@ -516,6 +514,18 @@ class Replica:
         self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
         self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
+
+    def replayed(self, x: Any) -> list[Any]:
+        """What a recording answers for rows on this device; nothing where there is none, or no
+        memory for the answer: the long way makes some, or says so."""
+        answers: list[Any] = []
+        device = isinstance(self.backend, DeviceBackend)
+        if not (device and is_array(x) and place_of(x) == self.backend.device):
+            return answers
+        recording = self.ready.get((x.dtype, x.shape))
+        if isinstance(recording, DeviceRecording):
+            fits(lambda: answers.append(recording.device(x)))
+        return answers
 
     def prepared(self, kinds: tuple[Kind | None, ...], rows: int = 1) -> Prepared:
         """The program for such rows; so many of them, for what errors say.

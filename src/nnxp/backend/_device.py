@@ -80,6 +80,16 @@ class DeviceBackend(Backend):
     def pinned(self, size: int) -> HostArray:
         """So many bytes of host memory, to and from which copies need not be waited for."""
 
+    def fill(self, into: Array, x: Array) -> None:
+        """into[...] = x, both on this device, the current one."""
+        into[...] = x
+
+    def copied(self, x: Array) -> Array:
+        """x in memory of its own, on this device, the current one."""
+        y: Array = self.xp.empty(x.shape, x.dtype)
+        self.fill(y, x)
+        return y
+
     @abstractmethod
     def record(
         self, fn: Callable[[], tuple[Array, ...]], stream: Stream
