@@ -117,7 +117,7 @@ class CudaBackend(DeviceBackend):
         return np.frombuffer(memory, "uint8", size)
 
     def fill(self, into: Array, x: Array) -> None:
-        """Without a kernel where both lie alike: CuPy takes 8 µs longer to launch one."""
+        """By a plain copy where both lie alike: CuPy takes 8 µs longer to start one itself."""
         alike = into.dtype == x.dtype and into.shape == x.shape
         if alike and into.flags.c_contiguous and x.flags.c_contiguous:
             stream = self.xp.cuda.get_current_stream()
