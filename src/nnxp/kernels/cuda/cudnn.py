@@ -1,12 +1,13 @@
-"""Convolutions and attention through NVIDIA's cuDNN, where the extra `cudnn` is installed.
+"""Convolutions through NVIDIA's cuDNN, where the extra `cudnn` is installed.
 
 Each is a graph of cuDNN's, planned once for its shapes and then launched with pointers, in the
-workspace of its stream. A convolution goes this way if it is faster so than by our own kernels,
-of which each is timed when it is first asked for; where cuDNN has nothing, or fails, ours do it.
+workspace of its stream. Both ways are timed when a kind of convolution first comes, and the faster
+one is kept; where cuDNN has nothing, or fails, our own kernels do it.
 
 Of the ways that cuDNN proposes those are left out that round more than the type says: float32
 factors to TF32 unless that is asked for, inputs to fewer bits, sums of 16 bits, and transformed
-windows (Winograd, Fourier), of whose error the bound of the parity kit knows nothing.
+windows (Winograd, Fourier), of whose error the bound of the parity kit knows nothing. For the same
+reason attention does not come here: cuDNN rounds its weights to 16 bits before their product.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LEFT_OUT = """DOWN_CONVERT_INPUTS REDUCED_PRECISION_REDUCTION FFT WINOGRAD WINOG
 handles: dict[int, Any] = {}
 failures: dict[str, str] = {}
 """What cuDNN said, last, of what it could not do."""
-_launching = threading.Lock()  # a handle is on one stream at a time
+_launching = threading.Lock()  # a handle is for one thread, and on one stream, at a time
 _off = False
 
 
@@ -123,11 +124,12 @@ def built(cudnn: Any, graph: Any, dtype: np.dtype[Any], tf32: bool) -> Any:
 def planned(dtype: np.dtype[Any], tf32: bool, drawn: Callable[..., None], *told: Any) -> Plan:
     """The plan of a graph that `drawn(graph, *told)` draws, for the current device."""
     cudnn, device = library()[0], get_device_id()
-    if device not in handles:
-        handles[device] = cudnn.create_handle()
-    graph = new_graph(cudnn, dtype, handle=handles[device])
-    drawn(graph, *told)
-    return Plan(cudnn, built(cudnn, graph, dtype, tf32), handles[device])
+    with _launching:  # it plans with the handle, too
+        if device not in handles:
+            handles[device] = cudnn.create_handle()
+        graph = new_graph(cudnn, dtype, handle=handles[device])
+        drawn(graph, *told)
+        return Plan(cudnn, built(cudnn, graph, dtype, tf32), handles[device])
 
 
 Run = Callable[..., Array]
