@@ -35,15 +35,16 @@ cupy = pytest.importorskip("cupy", reason="CuPy is not installed: it launches th
 
 from nnxp.kernels._windows import padded as with_zeros  # noqa: E402
 from nnxp.kernels._windows import patches, windows  # noqa: E402
-from nnxp.kernels.cuda import _compiled  # noqa: E402  (only where there is CuPy)
+from nnxp.kernels.cuda import _compiled, cudnn  # noqa: E402  (only where there is CuPy)
 from nnxp.kernels.cuda._compiled import OPTIONS, TYPES, cpp_name, source  # noqa: E402
 from nnxp.kernels.cuda._rows import over_rows, over_scores  # noqa: E402
 from nnxp.kernels.cuda._windows import Seen, laid_out  # noqa: E402
 from nnxp.kernels.cuda.activations import bias_act  # noqa: E402
+from nnxp.kernels.cuda.lt import tuning  # noqa: E402
 from nnxp.program.fused import fused  # noqa: E402
 from nnxp.program.program import trace  # noqa: E402
 
-SOURCES = "activations.cu", "rows.cu", "windows.cu"
+SOURCES = "activations.cu", "rows.cu", "spin.cu", "windows.cu"
 SOFTMAXES = "softmax", "softmin", "log_softmax"
 NORMS = "layer_norm", "rms_norm"
 ELEMENTWISE = sorted(set(kernels.ACTIVATIONS) - set(SOFTMAXES))
@@ -173,12 +174,22 @@ def nowhere(rows, cols, dtype, shift=0, width=None):
     )
 
 
+@pytest.fixture(autouse=True)
+def our_own_kernels():
+    with cudnn.unused():
+        yield
+
+
 @cache
 def instances():
     """Every instance of a template that Python can ask for, by source: what it asks is recorded."""
     asked = Launches()
     somewhere = partial(pointer, 1 << 40)
-    with pytest.MonkeyPatch.context() as patch, cupy.cuda.using_allocator(somewhere):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cupy.cuda.using_allocator(somewhere),
+        cudnn.unused(),
+    ):
         patch.setattr(_compiled, "kernel", asked.kernel)
         patch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
         for (wide, dtype), shift in product(PAIRS, (0, 1)):
@@ -200,6 +211,7 @@ def instances():
         for shift, cols in product((0, 1), [*range(1, 1100), 5000]):
             scores = nowhere(8, cols, "float32", shift).reshape(1, 2, 4, cols)
             over_scores(scores, None, causal=False, scale=1.0)
+        tuning.spin()
     return {file: sorted({name for f, name, *_ in asked if f == file}) for file in SOURCES}
 
 

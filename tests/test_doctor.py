@@ -46,6 +46,8 @@ HEALTHY = {  # a machine with a GPU, and all in order
         "cupy_cuda": "13.2",
         "nvrtc": {"ok": True, "reason": "13.0"},
         "cublaslt": {"ok": True, "reason": "products go through it"},
+        "cudnn": {"ok": False, "reason": "nvidia-cudnn-frontend is not installed"},
+        "nvidia-cudnn-frontend": None,
         "kernel_cache": {"ok": True, "reason": "/root/.cupy/kernel_cache"},
         "devices": {"cuda:0": {"ok": True, "reason": "NVIDIA H100", "hint": ""}},
     },
@@ -66,6 +68,7 @@ NO_CUPY = {
     "cuda.cupy_cuda": None,
     "cuda.nvrtc": None,
     "cuda.cublaslt": None,
+    "cuda.cudnn": None,
     "cuda.devices": {},
 }
 NO_DRIVER = {"cuda.traces": [], "cuda.driver_cuda": None, "cuda.devices": {}}
@@ -228,6 +231,17 @@ def test_bindings_that_are_missing_are_a_matter_of_speed_where_a_gpu_works(cupy_
     assert problem.what.endswith(": nvmath-python is not installed")
     without = found(NO_GPU, NO_DRIVER, missing)
     assert fix not in [each for _, each in without]
+
+
+@pytest.mark.parametrize(("cupy_cuda", "major"), [("13.2", 13), ("12.9", 12)])
+def test_the_library_of_cudnn_is_missed_only_by_who_has_its_frontend(cupy_cuda, major):
+    reason = "cuDNN cannot be loaded (RuntimeError: no libcudnn.so.9)"
+    missing = {"cuda.cudnn": {"ok": False, "reason": reason}, "cuda.cupy_cuda": cupy_cuda}
+    there = {"cuda.nvidia-cudnn-frontend": "1.28.0"}
+    fix = f"pip install nvidia-cudnn-cu{major}"
+    assert found(missing | there) == [("slow", fix)]
+    assert found(missing) == found(there | {"cuda.cudnn": {"ok": True, "reason": ""}}) == []
+    assert fix not in [each for _, each in found(NO_GPU, NO_DRIVER, missing | there)]
 
 
 def test_gpus_that_a_variable_hides_are_found(monkeypatch):
@@ -477,6 +491,17 @@ def test_whether_products_go_through_cublaslt_is_asked_of_the_products(monkeypat
     assert looked_up._cublaslt() == {"ok": why is None, "reason": why or "products go through it"}
     monkeypatch.setattr(looked_up, "_cupy", lambda: None)
     assert looked_up._cublaslt() is None
+
+
+@pytest.mark.parametrize("why", [None, "nvidia-cudnn-frontend is not installed"])
+def test_whether_convolutions_go_through_cudnn_is_asked_of_them(monkeypatch, why):
+    cudnn = SimpleNamespace(why_not=lambda: why)
+    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda", SimpleNamespace(cudnn=cudnn))
+    monkeypatch.setattr(looked_up, "_cupy", lambda: started(None))
+    made = looked_up._cudnn()
+    assert (made["ok"], made["reason"] == why) == (why is None, why is not None)
+    monkeypatch.setattr(looked_up, "_cupy", lambda: None)
+    assert looked_up._cudnn() is None
 
 
 class Card:

@@ -259,6 +259,7 @@ class Cupy(SimpleNamespace):
     def __init__(self, memory, lt):
         self.memory, self.lt, self.copies, self.capturing = memory, lt, [], False
         self.products, self.events, self.passes, self.pass_cost = 0, 0, 0, 0.05
+        self.recorded, self.spun = 0, []
         self.cuda = SimpleNamespace(
             alloc=memory.alloc, Event=self._event, get_elapsed_time=lambda a, b: b.at - a.at
         )
@@ -267,7 +268,12 @@ class Cupy(SimpleNamespace):
         assert not self.capturing, "no timing while a graph is captured"
         self.events += 1
         event = SimpleNamespace(synchronize=lambda: None)
-        event.record = lambda: setattr(event, "at", self.lt.clock)
+
+        def record():
+            event.at = self.lt.clock
+            self.recorded += 1
+
+        event.record = record
         return event
 
     def stream(self):
@@ -341,6 +347,7 @@ def lab(monkeypatch):
         "get_current_stream": made.stream,
         "bias_act": made.bias_act,
         "over_scores": made.over_scores,
+        "spin": lambda: made.spun.append(made.recorded),
     }
     ours = bindings, descriptors, passes, tuning, plans, call, stacks, cuda_attention, cuda_linear
     for module in ours:
@@ -581,6 +588,18 @@ def test_long_products_are_timed_once_and_no_more_rows_than_tell(lab):
     x, weight, _ = arrays(lab, 10000, 4, 4)
     check(x, weight, None, kernels.identity)
     assert [call.rows for call in lab.lt.calls] == [8192] * 2 * 3 + [10000]
+
+
+def test_the_device_waits_before_short_products_are_timed(lab):
+    """So that they are launched by then: the time between launches is none of theirs."""
+    lab.spun.clear()
+    check(*arrays(lab)[:2], None, kernels.identity)
+    assert len(lab.spun) == 3  # algorithms, of which each is timed once, after three tries
+    assert all(recorded % 2 == 0 for recorded in lab.spun)  # before the event that begins it
+    lab.spun.clear()
+    lab.lt.cost = lambda algorithm, epilogue, rows: 5.0
+    check(arrays(lab, 1000)[0], arrays(lab)[1], None, kernels.identity)
+    assert not lab.spun
 
 
 def test_a_ragged_tail_is_not_timed_again(lab):

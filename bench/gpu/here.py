@@ -78,6 +78,17 @@ class Here:
         )
 
 
+def by_cudnn() -> Values:
+    """How many kinds of convolutions went through cuDNN here, and how many did not."""
+    from nnxp.kernels.cuda import cudnn
+
+    if why := cudnn.why_not():
+        return {"all": {"out": why}}
+    faster = list(cudnn.choices.values())
+    said = {kind: {"out": why} for kind, why in cudnn.failures.items()}
+    return {"cuDNN": {"faster": sum(faster), "of": len(faster)}, **said}
+
+
 def why_no_lt() -> str | None:
     """Why products on the GPU do not go through cuBLASLt; None if they do."""
     from nnxp.kernels.cuda.lt import why_not

@@ -5,13 +5,14 @@ the order that its convolutions like best; and how near what looks through windo
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 import nnxp
-from gpu.here import Array, Figures, Here, Values
+from gpu.here import Array, Figures, Here, Values, by_cudnn
 from models import drawn, due, rows_of
 from nnxp import kernels
 from nnxp._arrays import float_dtype
@@ -32,6 +33,8 @@ def figures(here: Here) -> Figures:
     for kind in here.sized(tuple(KINDS), ("fp32",)):
         for name in NETWORKS:
             yield f"{name} {kind}", _raced(here, name, kind)
+    if here.on_gpu:
+        yield "convolutions by cuDNN", by_cudnn()
 
 
 def _windows(here: Here) -> Values:
@@ -64,6 +67,8 @@ def _raced(here: Here, name: str, kind: str) -> Values:
         "nnxp": _nnxp(here, drawn(name, small), kind, x),
         "torch": _torch(here, drawn(name, small), kind, x),
     }
+    if here.on_gpu:
+        runs["nnxp without cuDNN"] = _nnxp(here, drawn(name, small), kind, x, without_cudnn=True)
     table: Values = {}
     for who, (run, why) in runs.items():
         if run is None:
@@ -85,7 +90,9 @@ Run = Callable[[Any], Any]
 """For rows of the host, what it makes of them there; for None, all of its own on the device."""
 
 
-def _nnxp(here: Here, module: Any, kind: str, x: Array) -> tuple[Run | None, str]:
+def _nnxp(
+    here: Here, module: Any, kind: str, x: Array, without_cudnn: bool = False
+) -> tuple[Run | None, str]:
     dtype = float_dtype(KINDS[kind])
     model = nnxp.from_torch(module).astype(dtype)
     precision = "tf32" if kind == "tf32" else None
@@ -93,9 +100,16 @@ def _nnxp(here: Here, module: Any, kind: str, x: Array) -> tuple[Run | None, str
     there = here.device.put(x.astype(dtype))
 
     def run(rows: Any) -> Any:
-        return engine(there) if rows is None else engine(rows.astype(dtype)).astype("float32")
+        with _without_cudnn() if without_cudnn else nullcontext():
+            return engine(there) if rows is None else engine(rows.astype(dtype)).astype("float32")
 
     return run, ""
+
+
+def _without_cudnn() -> Any:
+    from nnxp.kernels.cuda import cudnn
+
+    return cudnn.unused()
 
 
 def _torch(here: Here, module: Any, kind: str, x: Array) -> tuple[Run | None, str]:

@@ -6,13 +6,14 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import prod
 from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
+from nnxp import kernels
 from nnxp._arrays import (
     Array,
     HostArray,
@@ -32,13 +33,21 @@ from nnxp.backend._device import BLOCK_ROWS, DeviceBackend, fits
 from nnxp.backend._lanes import LanePool
 from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
+from nnxp.kernels import Kernel
 from nnxp.layers._layer import Layer, whole
-from nnxp.program.fused import fused
+from nnxp.program.fused import as_counted, fused
 from nnxp.program.mixing import expanded_as_needed, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
 from nnxp.program.recording import bodied, costs
 from nnxp.program.recordings import IDLE_BYTES, HostRecording, Recordings
-from nnxp.program.rewrite import in_their_own_type, optimized, placed, with_products, written_out
+from nnxp.program.rewrite import (
+    by_outputs,
+    in_their_own_type,
+    optimized,
+    placed,
+    with_products,
+    written_out,
+)
 from nnxp.program.traced import Untraceable
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -189,6 +198,8 @@ class Engine:
             recording = replicas[0].ready.get((x.dtype, x.shape))
             if recording is not None:
                 return recording.host(x)
+        elif out is None and not progress and replicas and (answers := replicas[0].replayed(x)):
+            return answers[0]
         inputs = inputs_of(self.model, x)
         present = tuple(x for x in inputs if x is not None)
         replica, arrays = self._replica_of(present)
@@ -318,12 +329,8 @@ class Engine:
         """Rows that are on the device, through the model, there."""
         x, backend = arrays[0], replica.backend
         assert isinstance(backend, DeviceBackend)
-        recording = replica.ready.get((x.dtype, x.shape))
-        if isinstance(recording, DeviceRecording) and out is None and len(arrays) == 1:
-            answers: list[Any] = []
-            if fits(lambda: answers.append(recording.device(x))):
-                return answers[0]
-            # there is no memory for the answer: the long way makes some, or says so
+        if out is None and len(arrays) == 1 and (answers := replica.replayed(x)):
+            return answers[0]  # of an array that was taken over, or on another of several devices
         for array in arrays:
             if array.ndim == 0:
                 raise ShapeError(
@@ -513,6 +520,18 @@ class Replica:
         self._close = weakref.finalize(self, self.lanes.close)
         self._close.atexit = False
 
+    def replayed(self, x: Any) -> list[Any]:
+        """What a recording answers for rows on this device; nothing where there is none, or no
+        memory for the answer: the long way makes some, or says so."""
+        answers: list[Any] = []
+        device = isinstance(self.backend, DeviceBackend)
+        if not (device and is_array(x) and place_of(x) == self.backend.device):
+            return answers
+        recording = self.ready.get((x.dtype, x.shape))
+        if isinstance(recording, DeviceRecording):
+            fits(lambda: answers.append(recording.device(x)))
+        return answers
+
     def prepared(self, input_types: InputTypes, rows: int = 1) -> Prepared:
         """The program for such rows; so many of them, for what errors say.
 
@@ -520,8 +539,9 @@ class Replica:
         """
         prepared = self._prepared.get(input_types)
         if prepared is None:
+            program = self._program(input_types, rows)
             prepared = Prepared(
-                self._program(input_types, rows), input_types, self.backend, self.sparing
+                program, input_types, self.backend, self.sparing, self._by_outputs()
             )
             if len(self._prepared) >= MOST_TYPES:
                 self._prepared.clear()
@@ -550,6 +570,20 @@ class Replica:
         if self.backend.name == "cupy":
             program = fused(with_products(written_out(program, "cupy"), self.precision))
         return program
+
+    def _by_outputs(self) -> tuple[Kernel, ...]:
+        """The kernels whose weights had better lie output by output.
+
+        Tensor cores take float32 factors in no other order, nor does cuDNN take a window's.
+        """
+        if self.backend.name != "cupy" or not self.rewrite:
+            return ()
+        from nnxp.kernels.cuda import cudnn
+
+        windows = kernels.conv, kernels.conv_max_pool
+        if self.precision == "tf32":
+            return kernels.linear, kernels.matmul, *windows
+        return () if cudnn.why_not() else windows
 
     def whole(self, outlines: tuple[Outline | None, ...], arrays: Sequence[HostArray]) -> Whole:
         """What answers inputs of these outlines, and of these few numbers, as they are."""
@@ -626,6 +660,12 @@ class Replica:
             kept.clear()
 
 
+def _by_cublaslt() -> bool:
+    from nnxp.kernels.cuda.lt import why_not
+
+    return why_not() is None
+
+
 class Prepared:
     """A model's program for rows of one kind, what it costs, and what is recorded of it.
 
@@ -633,7 +673,12 @@ class Prepared:
     """
 
     def __init__(
-        self, program: Program, input_types: InputTypes, backend: Backend, sparing: bool
+        self,
+        program: Program,
+        input_types: InputTypes,
+        backend: Backend,
+        sparing: bool,
+        laid_by_outputs: Collection[Kernel] = (),
     ) -> None:
         if mixed := mixing(expanded_as_needed(program)):
             raise ShapeError(
@@ -645,10 +690,13 @@ class Prepared:
             self.program = at_work
             self.run: Callable[..., Any] = Recordings(at_work, sparing)
         else:  # CUDA fuses kernels
-            at_work = expanded(program)
+            counted = as_counted if backend.name == "cupy" and _by_cublaslt() else True
+            at_work = expanded(program, counted)
             self.borrowed = at_work.borrowed
             at_home = program if backend.name == "cupy" else at_work
-            self.program = placed(at_home, partial(to_backend, backend=backend))
+            program = placed(at_home, partial(to_backend, backend=backend))
+            with backend.current():
+                self.program = by_outputs(program, laid_by_outputs)
             self.run = partial(_run, self.program)
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
         self.costs = _costs(at_work, input_types, self.outputs, backend)

@@ -22,7 +22,7 @@ else:
     from fakecuda import kernels
     from fakecuda.machine import machine
     from nnxp.backend import _device
-    from nnxp.kernels.cuda import _compiled
+    from nnxp.kernels.cuda import _compiled, cudnn
     from nnxp.kernels.cuda.lt import bindings, call, plans, stacks
     from test_cuda_sources import built_alone
     from test_lt import STREAM, Lt
@@ -113,6 +113,7 @@ else:
         for module in (plans, stacks):
             monkeypatch.setattr(module, "choices", choices)
         monkeypatch.setattr(bindings, "library", lambda: (lt, None))
+        monkeypatch.setattr(cudnn, "library", lambda: (None, "it is not there"))
         monkeypatch.setattr(_device, "BLOCK_ROWS", (64, 64))
         monkeypatch.setattr(plans, "PAD_FROM_ROWS", 64)
         monkeypatch.setattr(cupy, "matmul", lambda *_, **__: machine.rule(False, "cuBLAS"))

@@ -219,6 +219,7 @@ OTHERS = {
     "take": _take,
     "take_scalar": _take,
     "concatenate_same_size": _concatenate,
+    "prepare_array_indexing": lambda into, at, length, step: into + step * (at % length),
 }
 """What is computed by the kernels that are no ufuncs of NumPy's and no sums."""
 

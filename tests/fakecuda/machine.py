@@ -230,11 +230,16 @@ class Machine:
             self.step(stream)
 
     def finish(self):
-        """All there is to do: streams that nobody ordered take turns, the last one made first."""
+        """All there is to do: streams that nobody ordered take turns, the last one made first.
+
+        Those that somebody has given up do what they were given all the same, and then are gone.
+        """
         while any(stream.queue for stream in self.streams.values()):
             for stream in list(reversed(self.streams.values())):
                 if stream.queue:
                     self.step(stream)
+        for key in [key for key in self.streams if isinstance(key, tuple) and key[0] == "ended"]:
+            del self.streams[key]
 
     def wait_for(self, stream):
         if stream.captured is not None:

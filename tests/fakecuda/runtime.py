@@ -207,8 +207,7 @@ def cudaStreamCreateWithPriority(stream: P, flags: c_uint, priority: c_int):
 
 @function
 def cudaStreamDestroy(stream: P):
-    machine.run(machine.streams[stream])  # sooner or later; nobody can ask any more
-    del machine.streams[stream]
+    machine.streams["ended", machine.new()] = machine.streams.pop(stream)
 
 
 @function

@@ -61,6 +61,25 @@ def test_a_step_is_a_graph_from_the_third_batch_of_a_size_on(gpu, name):
     assert "cuBLAS" not in kinds
 
 
+LOSSES = {
+    "labels": nnxp.losses.CrossEntropy(),
+    "smoothed": nnxp.losses.CrossEntropy(smoothing=0.1, class_weights=(1.0, 2.0, 0.5)),
+    "probabilities": nnxp.losses.CrossEntropy(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_classes_are_learnt_as_on_the_cpu(gpu, name):
+    x, target = draw((ROWS, 6)), np.random.default_rng(0).integers(0, 3, ROWS)
+    if name == "probabilities":
+        target = np.eye(3, dtype="float32")[target] * 0.8 + np.float32(0.2 / 3)
+    expected = fitted(NETS["dense"], x, target, loss=LOSSES[name])
+    gpu.done.clear()
+    check(fitted(NETS["dense"].to("cuda"), x, target, loss=LOSSES[name]), expected)
+    gpu.finish()
+    assert "graph's product" in {kind for kind, _ in gpu.done}
+
+
 def test_with_a_memory_limit_or_large_batches_nothing_is_recorded(gpu, monkeypatch):
     x, target = rows_for("dense")
     expected = fitted(NETS["dense"], x, target)

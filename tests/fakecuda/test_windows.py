@@ -206,6 +206,46 @@ def test_every_product_of_an_engine_has_its_precision(gpu):
         assert names.count("conv_transpose") == 1
 
 
+def test_a_residual_and_its_relu_are_one_pass_behind_convolutions(gpu):
+    """Bias and relu of each are in its product; each has a kernel for its patches."""
+    block = (
+        nnxp.Conv(8, 8, (3, 3), "relu", padding=1, rng=0),
+        nnxp.Conv(8, 8, (3, 3), padding=1, rng=1),
+    )
+    net = nnxp.Sequential(nnxp.Residual(*block), nnxp.Activation("relu"))
+    engine, x = nnxp.Engine(net, "cuda"), draw((9, 6, 6, 8))
+    for _ in range(4):
+        engine(x)
+    gpu.finish()
+    gpu.done.clear()
+    check(engine(x), net, x)
+    (prepared,) = engine._replicas[0]._prepared.values()
+    assert [step.name for step in prepared.program.steps] == ["conv", "conv", "elementwise"]
+    counts = {kind: n for (kind, _), n in gpu.done.items()}
+    assert (counts["graph's product"], counts["graph's kernel"]) == (2, 3)
+
+
+def test_weights_lie_by_outputs_where_tensor_cores_take_float32_so(gpu):
+    """Laid out once, when the engine prepares: few rows are replayed without a copy of them."""
+    net = nnxp.Sequential(
+        nnxp.Conv(3, 8, (3, 3), "relu", padding=1, rng=0),
+        nnxp.Conv(8, 8, (3, 3), groups=8, rng=1),
+        nnxp.Flatten(),
+        nnxp.Dense(8 * 6 * 4, 12, "relu", rng=2),
+    )
+    x = draw((20, 8, 6, 3))
+    for precision, lds in ((None, {8, 12}), ("tf32", {27, 28, 192})):
+        engine = nnxp.Engine(net, "cuda", precision=precision)
+        check(engine(x), net, x)
+        gpu.finish()
+        gpu.done.clear()
+        gpu.lt.calls.clear()
+        check(engine(x), net, x)
+        gpu.finish()
+        assert {call.lds[0] for call in gpu.lt.calls} <= lds
+        assert "CuPy's kernel" not in {kind for kind, _ in gpu.done}
+
+
 class Peak(cupy.cuda.memory_hook.MemoryHook):
     """The most bytes that were in use at once."""
 

@@ -27,7 +27,12 @@ BLOCK_BYTES = 1 << 30  # at most, for rows that are very wide
 MARGIN = 0.8  # of the free memory: allocators round up, and others use the device too
 
 # Not every library says with a MemoryError that the device's memory is full.
-_FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
+_FULL = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+)
 
 
 class Unrecordable(Exception):
@@ -74,6 +79,16 @@ class DeviceBackend(Backend):
     @abstractmethod
     def pinned(self, size: int) -> HostArray:
         """So many bytes of host memory, to and from which copies need not be waited for."""
+
+    def fill(self, into: Array, x: Array) -> None:
+        """into[...] = x, both on this device, the current one."""
+        into[...] = x
+
+    def copied(self, x: Array) -> Array:
+        """x in memory of its own, on this device, the current one."""
+        y: Array = self.xp.empty(x.shape, x.dtype)
+        self.fill(y, x)
+        return y
 
     @abstractmethod
     def record(

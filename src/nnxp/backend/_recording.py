@@ -75,8 +75,8 @@ class DeviceRecording:
         self._backend.guard.check()
         with self._lock, self._backend.current():
             stream, (x, replay) = self._follow(), self._on_device
-            x[...] = rows
-            made = tuple(y.copy() for y in replay())
+            self._backend.fill(x, rows)
+            made = tuple(map(self._backend.copied, replay()))
             self._mark = self._backend.mark(stream)
         return made if len(made) > 1 else made[0]
 
@@ -130,8 +130,8 @@ class StepRecording:
         own, replay = self._on_device
         with self._backend.current():
             for into, x in zip(own, arrays, strict=True):
-                into[...] = x
-            return tuple(y.copy() for y in replay())
+                self._backend.fill(into, x)
+            return tuple(map(self._backend.copied, replay()))
 
 
 def recorded_step(

@@ -116,6 +116,15 @@ class CudaBackend(DeviceBackend):
             return np.empty(size, "uint8")
         return np.frombuffer(memory, "uint8", size)
 
+    def fill(self, into: Array, x: Array) -> None:
+        """By a plain copy where both lie alike: CuPy takes 8 µs longer to start one itself."""
+        alike = into.dtype == x.dtype and into.shape == x.shape
+        if alike and into.flags.c_contiguous and x.flags.c_contiguous:
+            stream = self.xp.cuda.get_current_stream()
+            into.data.copy_from_device_async(x.data, x.nbytes, stream)
+        else:
+            into[...] = x
+
     def record(
         self, fn: Callable[[], tuple[Array, ...]], stream: Any
     ) -> Callable[[], tuple[Array, ...]]:

@@ -46,6 +46,8 @@ SIMD = {
     "AVX-512": ("AVX512_SKX X86_V4", "skylakex skx cooperlake sapphirerapids zen4 zen5"),
 }
 
+NVIDIAS = "nvmath-python", "cuda-bindings", "nvidia-cudnn-frontend"
+
 Facts: TypeAlias = dict[str, dict[str, Any]]
 Answer: TypeAlias = dict[str, Any]
 """Whether something is as it should be: {"ok": bool, "reason": str, ...}."""
@@ -113,9 +115,10 @@ def _questions(backend: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "nvrtc": _nvrtc,
             "cublas": _cublas,
             "cublaslt": _cublaslt,
+            "cudnn": _cudnn,
             "kernel_cache": _kernel_cache,
             "devices": _devices,
-            **{name: partial(_version, name) for name in ("nvmath-python", "cuda-bindings")},
+            **{name: partial(_version, name) for name in NVIDIAS},
         },
         "packages": {
             name: partial(_version, name)
@@ -275,6 +278,16 @@ def _cublaslt() -> Answer | None:
 
     why = why_not()
     return {"ok": why is None, "reason": why or "products go through it"}
+
+
+def _cudnn() -> Answer | None:
+    """Whether convolutions go through cuDNN, which is an extra, where it is faster."""
+    if _cupy() is None:
+        return None
+    from nnxp.kernels.cuda import cudnn
+
+    why = cudnn.why_not()
+    return {"ok": why is None, "reason": why or "convolutions go through it where it is faster"}
 
 
 def _kernel_cache() -> Answer:

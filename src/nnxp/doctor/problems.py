@@ -154,6 +154,19 @@ def _products(facts: Facts) -> Iterator[Problem]:
     )
 
 
+def _convolutions(facts: Facts) -> Iterator[Problem]:
+    """A GPU that works, and the frontend of cuDNN without its library."""
+    cuda, found = facts["cuda"], facts["backends"]["cupy"]
+    asked_for = (found and found["ok"]) and cuda["cudnn"] and cuda["nvidia-cudnn-frontend"]
+    if asked_for and not cuda["cudnn"]["ok"]:
+        yield Problem(
+            "slow",
+            "nvidia-cudnn-frontend is installed, but cuDNN makes no convolutions on the GPU: "
+            f"{cuda['cudnn']['reason']}",
+            f"pip install nvidia-cudnn-cu{_major(cuda['cupy_cuda'])}",
+        )
+
+
 def _kernels(facts: Facts) -> Iterator[Problem]:
     """NumPy without a fast BLAS, or a BLAS that does not use what the CPU has."""
     blas, simd = facts["numpy"], facts["system"]["simd"]
@@ -231,6 +244,7 @@ TOPICS = {
     "what was asked for": _asked_for,
     "CUDA": _cuda,
     "products on the GPU": _products,
+    "convolutions on the GPU": _convolutions,
     "the kernels of BLAS": _kernels,
     "threads": _threads,
     "TF32": _tf32,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import is_floating
+from nnxp import kernels
+from nnxp._arrays import is_floating, xp_of
+from nnxp.kernels._windows import windows
+from nnxp.kernels.activations import ELEMENTWISE as ACTIVATIONS
 from nnxp.kernels.formula import (
     CHOICE,
     ELEMENTWISE,
@@ -147,3 +151,52 @@ def _written(
         for step in run
     )
     return tuple(now[x] for x in read), lines
+
+
+WINDOWED = kernels.conv, kernels.max_pool, kernels.average_pool
+TYPES = "float32", "float16", "bfloat16"
+
+
+def as_counted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """For a Tape: a kernel as arrays of the sizes that it takes on CUDA, to count their memory.
+
+    What looks through windows is not padded there, and 16 bits stay 16 bits until a product is
+    made; any other kernel takes what its reference body does.
+    """
+    x, weight = (*arrays, None)[:2]
+    if kernel not in WINDOWED or x.dtype.name not in TYPES or x.ndim > 5:
+        return kernel.widened(*arrays, **options)
+    window = options["window"] if weight is None else weight.shape[:-2]
+    given = {k: v for k, v in options.items() if k in ("padding", "dilation", "ceil_mode")}
+    stride = options.get("stride") or (window if weight is None else 1)
+    over = windows(kernel.__name__, x, window, stride=stride, **given)
+    activation = options.get("activation", kernels.identity)
+    if min(map(min, over.pads)) < 0:
+        return kernel.widened(*arrays, **options)
+    if weight is None:
+        return _new(x, (x.shape[0], *over.positions, x.shape[-1]), x.dtype)
+    outputs, groups = weight.shape[-1], options.get("groups", 1)
+    if groups > 1 and (weight.shape[-2] > 1 or activation not in ACTIVATIONS):
+        return kernel.widened(*arrays, **options)
+    if groups > 1:
+        return _new(x, (x.shape[0], *over.positions, outputs), x.dtype)
+    inner, size, made = prod(weight.shape[:-1]), x.dtype.itemsize, (x.shape[0], *over.positions)
+    columns = inner
+    if set(over.window + over.stride) != {1} or any(map(any, over.pads)):
+        columns = -(-inner * size // 16) * 16 // size  # as tensor cores want them
+        lines = _new(x, (*made, columns), x.dtype)
+    else:
+        lines = x.reshape(*made, inner)
+    wide = outputs if outputs * size % 16 == 0 else -(-outputs // 16) * 16
+    one = x[(slice(0, 1),) * x.ndim].reshape(1, 1)
+    twice = _new(one, (columns, 2 * wide), "float32")  # weights that are widened, in both ways
+    y = xp_of(x).matmul(lines, twice[:, :wide])
+    y = y if wide == outputs else y[..., :outputs]
+    return y if size > 2 else y.astype(x.dtype)
+
+
+def _new(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A new array of the first element of each row of x, which is there until it is made."""
+    first = x[:, *(slice(0, 1) for _ in shape[1:])]
+    repeated = xp_of(x).broadcast_to(first, shape)
+    return repeated.copy() if x.dtype == dtype else repeated.astype(dtype)

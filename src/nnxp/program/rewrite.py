@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import HostArray, is_array, is_floating
+from nnxp._arrays import HostArray, is_array, is_floating, xp_of
 from nnxp._library import KINDS
 from nnxp.kernels._windows import windows
 from nnxp.program.patterns import kernel_for
@@ -405,3 +405,25 @@ def placed(program: Program, move: Callable[[HostArray], Any]) -> Program:
         return again(replace(step, options=options), at(arrays))
 
     return rewritten(program, change, program.inputs, at)
+
+
+def by_outputs(program: Program, liked: Collection[kernels.Kernel]) -> Program:
+    """The program with constant weights of these kernels that lie output by output, as (o, ..., i).
+
+    They keep their shapes, (..., i, o), and are laid out once, now. One input a group stays.
+    """
+    made: dict[int, Any] = {}
+
+    def change(step: Step, arrays: tuple[Any, ...]) -> Any:
+        if step.function in liked and isinstance(arrays[1], ndarray):
+            weight = arrays[1].value.numbers
+            stack = step.function is kernels.matmul and weight is not None and weight.ndim > 2
+            if weight is not None and weight.ndim > 1 and weight.shape[-2] > 1 and not stack:
+                if id(weight) not in made:
+                    xp = xp_of(weight)
+                    laid = xp.ascontiguousarray(xp.moveaxis(weight, -1, 0))
+                    made[id(weight)] = weight, lifted(xp.moveaxis(laid, 0, -1))
+                arrays = arrays[0], made[id(weight)][1], *arrays[2:]
+        return again(step, arrays)
+
+    return rewritten(program, change, program.inputs) if liked else program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -10,9 +11,10 @@ import cupy
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Kernel
-from nnxp.kernels._windows import Padding, PerAxis, windows
+from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import ELEMENTWISE, identity
 from nnxp.kernels.conv import _fitting
+from nnxp.kernels.cuda import cudnn
 from nnxp.kernels.cuda._compiled import unfused
 from nnxp.kernels.cuda._windows import Seen, fits, laid_out, over_lines
 from nnxp.kernels.cuda.activations import DEFAULTS, option_numbers
@@ -56,13 +58,28 @@ def conv(
         options |= {"groups": groups, "precision": precision}
         y = conv(x, weight, bias, **options)
         return activation(y, out=y)
+    own = partial(_own, x, weight, bias, over, options, groups, activation, precision)
+    return cudnn.convolution(x, weight, bias, over, activation, precision, own)
+
+
+def _own(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    over: Windows,
+    options: dict[str, Any],
+    groups: int,
+    activation: Kernel,
+    precision: str | None,
+) -> Array:
+    """By our own kernels: patches, single channels, or group by group."""
     if groups == 1:
         return _by_patches(Seen(x, over), weight, bias, activation, precision)
     if weight.shape[-2] == 1:
         return _by_channel(Seen(x, over), weight, bias, activation)
-    y = cupy.empty((x.shape[0], *over.positions, outputs), x.dtype)
-    inner, each = weight.shape[-2], outputs // groups
-    options |= {"activation": activation, "precision": precision}
+    y = cupy.empty((x.shape[0], *over.positions, weight.shape[-1]), x.dtype)
+    inner, each = weight.shape[-2], weight.shape[-1] // groups
+    options = options | {"activation": activation, "precision": precision}
     for group in range(groups):
         own = slice(group * each, (group + 1) * each)
         part = x[..., group * inner : (group + 1) * inner]

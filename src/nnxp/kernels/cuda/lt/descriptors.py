@@ -160,7 +160,7 @@ class Product:
         out again on this stream only, after the kernel.
         """
         size, stream = algorithm.workspace, get_current_stream().ptr
-        space = _workspace(size, stream) if size else None
+        space = workspace(size, stream) if size else None
         lt, product = self.lt, self.product
         try:
             with self.lock:
@@ -194,7 +194,8 @@ class Product:
         return LtError(f"cuBLASLt: {name} for {self.what}, epilogue {self.epilogue}")
 
 
-def _workspace(size: int, stream: int) -> Any:
+def workspace(size: int, stream: int) -> Any:
+    """So much memory at least, for what is next on the stream: an engine keeps one for each."""
     kept = workspaces.get()
     space = None if kept is None else kept.get(stream)
     if space is None or space.mem.size < size:

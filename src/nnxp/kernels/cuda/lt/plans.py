@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any, Generic, TypeVar
 
 import cupy
@@ -49,6 +49,9 @@ class Lately(Generic[T]):
         if len(self.young) >= self._half:
             self._old, self.young = self.young, {}
         self.young[key] = value
+
+    def values(self) -> Collection[T]:
+        return (self._old | self.young).values()
 
     def __len__(self) -> int:
         return len(self.young.keys() | self._old.keys())

@@ -12,6 +12,7 @@ import numpy as np
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels.activations import identity, relu
+from nnxp.kernels.cuda._compiled import launch
 from nnxp.kernels.cuda.lt.bindings import BIAS, DEFAULT, RELU_BIAS, LtError
 from nnxp.kernels.cuda.lt.descriptors import PASS, Algorithm, Form, Product
 from nnxp.kernels.cuda.lt.passes import rest
@@ -24,6 +25,10 @@ WAYS = {  # by what is wished for, the ways that are tried
     BIAS: (PASS, BIAS),
     RELU_BIAS: (PASS, BIAS, RELU_BIAS),
 }
+
+
+SPIN = 600_000
+"""Cycles: a third of a millisecond, in which Python launches some thirty kernels."""
 
 
 class Choice(NamedTuple):
@@ -52,16 +57,16 @@ def chosen(
         bias_at = bias.data.ptr if way > DEFAULT and bias is not None else 0
         pointers = x.data.ptr, weight.data.ptr, bias_at, y.data.ptr
         algorithm = fastest(product, *pointers)
-        if algorithm is None or (
-            way == RELU_BIAS and not _keeps_nan(product, algorithm, x, weight, y)
-        ):
+        if algorithm is None:
+            continue
+        if way == RELU_BIAS and not keeps_nan(partial(_relu_of, product, algorithm, y), x, weight):
             continue
 
         steps = (
             partial(product.launch, algorithm, *pointers),
             partial(rest, way, y, bias, activation, form.dtype),
         )
-        took = _milliseconds(*steps) if len(WAYS[wish]) > 1 else 0.0
+        took = milliseconds(*steps) if len(WAYS[wish]) > 1 else 0.0
         if took < shortest:
             best, shortest = Choice(way, algorithm), took
     return best
@@ -72,7 +77,7 @@ def fastest(product: Product, x: int, weight: int, bias: int, y: int) -> Algorit
     best, shortest = None, float("inf")
     for each in product.proposals():
         try:
-            took = _milliseconds(partial(product.launch, each, x, weight, bias, y))
+            took = milliseconds(partial(product.launch, each, x, weight, bias, y))
         except (LtError, MemoryError):  # not this one, then: the next may need no workspace
             continue
         if took < 0.97 * shortest:
@@ -80,18 +85,30 @@ def fastest(product: Product, x: int, weight: int, bias: int, y: int) -> Algorit
     return best
 
 
-def _milliseconds(*steps: Callable[[], object]) -> float:
+def spin() -> None:
+    """Have the device wait while the host launches what is timed.
+
+    Steps of few rows are done sooner than they are launched: their time would be that of Python.
+    """
+    launch(("spin.cu", "spin", "long long"), (1,), (1,), (), SPIN)
+
+
+def milliseconds(*steps: Callable[[], object]) -> float:
     """What the steps take on the device: the mean of 5 after 3, or of 1 after 1 if it is long."""
     _timed(steps, 1)
     once = _timed(steps, 1)
     if once > 1:
         return once
     _timed(steps, 1)
-    return _timed(steps, 5)
+    return _timed(steps, 5, before=spin)
 
 
-def _timed(steps: Sequence[Callable[[], object]], times: int) -> float:
+def _timed(
+    steps: Sequence[Callable[[], object]], times: int, before: Callable[[], object] | None = None
+) -> float:
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    if before is not None:
+        before()
     start.record()
     for _ in range(times):
         for step in steps:
@@ -101,12 +118,20 @@ def _timed(steps: Sequence[Callable[[], object]], times: int) -> float:
     return float(cupy.cuda.get_elapsed_time(start, stop)) / times
 
 
-def _keeps_nan(fused: Product, algorithm: Algorithm, x: Array, weight: Array, y: Array) -> bool:
+def _relu_of(
+    product: Product, algorithm: Algorithm, y: Array, x: Array, weight: Array, bias: Array
+) -> Array:
+    product.launch(algorithm, x.data.ptr, weight.data.ptr, bias.data.ptr, y.data.ptr)
+    return y
+
+
+def keeps_nan(relu_of: Callable[..., Array], x: Array, weight: Array) -> bool:
     """Whether relu leaves NaN what is NaN: asked of the very kernel, with NaN for a bias.
 
-    NVIDIA writes max(x, 0), which on the device may drop NaN. All bits set are NaN in every type.
+    `relu_of(x, weight, bias)` answers lines (..., outputs). NVIDIA writes max(x, 0), which on the
+    device may drop NaN. All bits set are NaN in every type.
     """
-    nan = cupy.full(y.shape[1] * y.itemsize, 0xFF, "uint8").view(y.dtype)
-    fused.launch(algorithm, x.data.ptr, weight.data.ptr, nan.data.ptr, y.data.ptr)
+    nan = cupy.full(weight.shape[-1] * x.itemsize, 0xFF, "uint8").view(x.dtype)
+    y = relu_of(x, weight, nan)
     ends = [cupy.asnumpy(y[row]).astype("float32") for row in (0, -1)]
     return all(bool(np.isnan(each).all()) for each in ends)
