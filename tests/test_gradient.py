@@ -10,6 +10,7 @@ import pytest
 import nnxp
 from conftest import draw, every_layer
 from nnxp import kernels
+from nnxp._arrays import Array, xp_of
 from nnxp._errors import NotDifferentiable
 from nnxp.kernels.functions import RULES
 from nnxp.program import traced as xp
@@ -603,3 +604,46 @@ def test_rules_agree_with_torch(name):
     y.backward(torch.tensor(worth_of(tuple(y.shape))))
     for made, x in zip(gradients(function, arrays), given, strict=True):
         np.testing.assert_allclose(made, x.grad.numpy(), rtol=1e-12, atol=1e-12)
+
+
+PICKED = {
+    "each element once": lambda x: (x[:, ::2] * x[:, 1::2]).sum(),
+    "not all of them": lambda x: (x[:, 1:3] ** 2).sum(),
+    "some of them twice": lambda x: (x[:, :3] * x[:, 1:]).sum() + (x[2:] ** 3).sum(),
+    "all of them": lambda x: (x[:, :] ** 2).sum(),
+    "in turn": lambda x: (x[::-1] * x).sum(),
+    "windows": lambda x: (windows(x, (2, 3), axis=(0, 1)) ** 2).sum(),
+    "windows twice along an axis": lambda x: (windows(x, (2, 2), axis=(1, 1)) ** 2).sum(),
+}  # fmt: skip
+
+
+def windows(x, shape, axis):
+    return xp_of(x).lib.stride_tricks.sliding_window_view(x, shape, axis=axis)
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_what_was_picked_gets_its_gradient_back_at_every_call(name):
+    """A step of training writes it where it lies, over what was there before."""
+
+    class Own(nnxp.Layer):
+        weight: Array
+
+        def __init__(self, weight):
+            self.weight = weight
+
+        def __call__(self, x):
+            return x * self.weight
+
+    step = nnxp.value_and_gradients(lambda model, x: PICKED[name](model(x)))
+    x = draw((5, 4), seed=1).astype("float64")
+    for seed in (2, 3):
+        model = Own(draw((5, 4), seed=seed).astype("float64"))
+        _, gradients = step(model, x)
+        for at in np.ndindex(x.shape):
+            moved = []
+            for h in (1e-6, -1e-6):
+                own = model.weight.copy()
+                own[at] += h
+                moved.append(float(PICKED[name](own * x)))
+            slope = (moved[0] - moved[1]) / 2e-6
+            assert abs(gradients["weight"][at] - slope) < 1e-7 * max(1, abs(slope)), at

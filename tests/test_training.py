@@ -21,6 +21,8 @@ from nnxp.training import losses, optimizers, schedules
 from nnxp.training.batches import Rows, batches_of, order_of
 from nnxp.training.fit import Trainer
 
+fitting = sys.modules["nnxp.training.fit"]  # which the function of this name hides
+
 LABELS = np.array([0, 2, 1, 1, 0, 2, 2])
 
 
@@ -723,7 +725,10 @@ def test_depth_does_with_few_parameters_what_width_does_not():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_any_number_of_workers_gives_the_same_bits(weighted):
+@pytest.mark.parametrize("uses", [fitting.PIECE_USES, 1])  # two pieces, and four
+def test_any_number_of_workers_gives_the_same_bits(weighted, uses, monkeypatch):
+    monkeypatch.setattr(fitting, "PIECE_USES", uses)
+    monkeypatch.setattr(fitting, "ADDED", 10)  # so that threads share these few numbers, too
     x, y = data(700)
     weights = np.arange(700) % 3 + 1.0 if weighted else None
     options = {"epochs": 2, "batch": 300, "weights": weights, "clip": 0.5}
@@ -737,13 +742,26 @@ def test_any_number_of_workers_gives_the_same_bits(weighted):
 def test_workers_come_to_the_gradients_of_the_whole_batch():
     """By rows, and by their weights, where pieces differ in both."""
     x, y = data(300, "float64")
-    for weights in ((), (np.arange(300.0) ** 2,), (np.maximum(np.arange(300.0) - 100, 0),)):
+    for weights in ((), (np.arange(300.0) ** 2,), (np.maximum(np.arange(300.0) - 200, 0),)):
         loss = losses.CrossEntropy(class_weights=(1.0, 2.0, 5.0))
         one, two = (Trainer(net(), loss, nnxp.SGD(0.1), workers=n) for n in (None, 2))
         pair = [float(each.step((x, y, *weights), None)) for each in (one, two)]
         np.testing.assert_allclose(pair[1], pair[0], rtol=1e-12)
         np.testing.assert_allclose(two.slopes, one.slopes, rtol=1e-9, atol=1e-14)
         np.testing.assert_allclose(two.vector, one.vector, rtol=1e-9)
+
+
+def test_pieces_are_smaller_where_a_row_uses_a_weight_more_often():
+    def pieces(model, rows):
+        trainer = Trainer(model, losses.mean_square, nnxp.SGD(), workers=2)
+        shape = trainer.model.output_shape((1, 8, 8, 3))[1:]
+        batch = [np.zeros((rows, *each), "float32") for each in ((8, 8, 3), shape)]
+        return len(trainer._cuts(batch)) - 1
+
+    dense = nnxp.Sequential(nnxp.Flatten(), nnxp.Dense(192, 4, rng=0))
+    conv = nnxp.Sequential(nnxp.Conv(3, 4, (3, 3), rng=0), nnxp.Flatten())
+    assert [pieces(dense, rows) for rows in (127, 128, 3000, 5000, 50_000)] == [1, 2, 2, 4, 16]
+    assert [pieces(conv, rows) for rows in (127, 128, 200, 300, 1024, 5000)] == [1, 2, 3, 4, 16, 16]
 
 
 def test_workers_of_a_device_and_none_are_refused(sim):

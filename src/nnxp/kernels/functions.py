@@ -346,7 +346,7 @@ RULES |= {
         xp_of(dy).moveaxis(dy, destination, source),
     ),
     "flip": lambda dy, y, x, axis=None: (xp_of(dy).flip(dy, axis),),
-    "getitem": lambda dy, y, x, key: (Part(dy, key),),
+    "getitem": lambda dy, y, x, key: (dy if _is_all(x, key) else Part(dy, key),),
 }
 
 
@@ -362,6 +362,15 @@ def _transpose(dy: Array, y: Array, x: Array, axes: Any = None) -> tuple[Any, ..
 def _roll(dy: Array, y: Array, x: Array, shift: Any, axis: Any = None) -> tuple[Any, ...]:
     back = tuple(-n for n in shift) if isinstance(shift, tuple | list) else -shift
     return (xp_of(dy).roll(dy, back, axis),)
+
+
+def _is_all(x: Array, key: Any) -> bool:
+    """Whether x[key] is x."""
+    keys = key if isinstance(key, tuple) else (key,)
+    return len(keys) <= x.ndim and all(
+        isinstance(own, slice) and own.indices(n) == (0, n, 1)
+        for own, n in zip(keys, x.shape, strict=False)
+    )
 
 
 def _along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
@@ -448,20 +457,22 @@ def _diagonal(
 
 @_rule("sliding_window_view")
 def _windows(dy: Array, y: Array, x: Array, window_shape: Any, axis: Any = None) -> tuple[Any, ...]:
-    """Each window is added back where it came from, one axis after the other."""
+    """What the windows see at each of their elements is added back where it came from."""
     sizes = window_shape if isinstance(window_shape, tuple | list) else (window_shape,)
     axes = (
         range(x.ndim)
         if axis is None
         else [int(i) % x.ndim for i in (axis if isinstance(axis, tuple | list) else (axis,))]
     )
-    for i, size in reversed(list(zip(axes, sizes, strict=True))):
-        shape = list(dy.shape[:-1])
-        views = shape[i]
-        shape[i] = views + int(size) - 1
-        keys = [_along(i, k, k + views) for k in range(int(size))]
-        dy = scattered([dy[..., k] for k in range(int(size))], tuple(shape), keys)
-    return (dy,)
+    lead = (slice(None),) * (dy.ndim - len(sizes))
+    values, keys = [], []
+    for at in np.ndindex(*map(int, sizes)):
+        starts = [0] * x.ndim
+        for axis, k in zip(axes, at, strict=True):
+            starts[axis] += k
+        values.append(dy[(*lead, *at)])
+        keys.append(tuple(slice(a, a + n) for a, n in zip(starts, values[-1].shape, strict=True)))
+    return (scattered(values, x.shape, keys),)
 
 
 @_rule("take")

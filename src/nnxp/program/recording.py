@@ -143,6 +143,8 @@ class Layout:
         """Whether a step's result can be written where it is wanted."""
         if step.name == "pad":
             return _around(step) is not None
+        if step.name == "scatter":
+            return all(map(_is_plain, step.options["keys"]))
         return step in self.bodies or (isinstance(step.function, str) and step.name in _WRITES)
 
     def _best(self, free: list[int], size: int) -> int:
@@ -376,6 +378,11 @@ class _Lines:
         elif name == "pad":
             mode, value = options.get("mode", "constant"), options.get("constant_values", 0)
             self._line(_pad, out, inputs[0], _around(step), mode, value)
+        elif name == "scatter":
+            keys = options["keys"]
+            self._line(
+                _scatter, out, keys, _picked_once(sized(out.shape, self.rows), keys), *inputs
+            )
         elif name in ("concatenate", "stack"):
             self._line(fn, inputs, options.get("axis", 0), out=out)
         elif KINDS[name] == "reduction" and name in _REDUCES:
@@ -501,6 +508,35 @@ def _pad(
             y[:before] = first
         if behind:
             y[end:] = last
+
+
+def _is_plain(key: Any) -> bool:
+    return all(isinstance(each, slice) for each in key) if isinstance(key, tuple) else False
+
+
+def _picked_once(shape: Shape, keys: Sequence[tuple[slice, ...]]) -> tuple[bool, bool]:
+    """Whether keys of slices pick no element twice, and whether they pick all of them."""
+    counts = np.zeros((1,) * len(shape), "int32")
+    for i, n in enumerate(shape):  # an axis that no key cuts counts as one element
+        if any(key[i].indices(n) != (0, n, 1) for key in keys if i < len(key)):
+            counts = np.repeat(counts, n, axis=i)
+    for key in keys:
+        counts[key] += 1
+    return bool((counts <= 1).all()), bool((counts >= 1).all())
+
+
+def _scatter(
+    out: HostArray, keys: Sequence[Any], picked_once: tuple[bool, bool], *values: HostArray
+) -> None:
+    """Each value added at its key in zeros, which are read and written only where they have to."""
+    apart, everywhere = picked_once
+    if not (apart and everywhere):
+        out[...] = 0
+    for key, value in zip(keys, values, strict=True):
+        if apart:
+            out[key] = value
+        else:
+            np.add(out[key], value, out=out[key])
 
 
 def _bounds_many(name: str, inputs: tuple[Any, ...], shape: Shape, dtype: np.dtype[Any]) -> bool:

@@ -25,6 +25,7 @@ from nnxp.backend._threads import together
 from nnxp.engine import parse_bytes
 from nnxp.layers._layer import Layer, Rng, generator, whole
 from nnxp.layers.norm import rounding
+from nnxp.program.program import multiply_adds
 from nnxp.training.batches import Rows, batches_of, data_of, entrance_of, order_of
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
@@ -36,13 +37,15 @@ from nnxp.training.differentiate import (
     write_out,
 )
 from nnxp.training.losses import LOSSES, CrossEntropy, Loss
-from nnxp.training.optimizers import Adam, Optimizer
+from nnxp.training.optimizers import Adam, Optimizer, chunks
 from nnxp.training.schedules import Plateau
 
 UNREAD = 64  # losses of a device that are read together: reading one waits for it
 SCALE = 2.0**15  # of the gradients of float16, at most and at first
 GROWTH = 2000  # steps whose gradients float16 held, after which the scale is doubled
 PIECES, PIECE_ROWS = 16, 64  # that workers cut a batch into: at most, and of so many rows at least
+PIECE_USES = 1024  # of a weight by a piece of many: less, and writing its gradients is seen
+ADDED = 1 << 20  # numbers that a thread is worth starting for, to add them up
 ALIGNED = 16  # numbers: parameters lie in one vector, each on the border of a cache line
 
 
@@ -128,8 +131,10 @@ def fit(
             that of the lowest.
         clip: the largest global norm of the gradients.
         fixed: parameters, or layers, by dotted name that do not learn.
-        workers: threads that share a batch, each with one thread of BLAS. It is cut into pieces of
-            64 rows or more, 16 at most, whatever their number: any number gives the same bits.
+        workers: threads that share a batch, each with one thread of BLAS. It is cut into pieces,
+            two from 128 rows on and up to 16 where each has 1,024 rows of a dense network, or 64 of
+            one that uses its weights more often; whatever their number: any number gives the same
+            bits. They pay where a batch has pieces for all of them.
             What a layer draws or learns of a batch (BatchNorm) is then that of each piece; a loss
             of your own has to be a mean over rows. Without it BLAS alone has threads.
         memory_limit: of the rows at work in one step, a number of bytes or a string such as
@@ -264,8 +269,9 @@ class Trainer:
                 self.state |= {"scale": np.array(first_scale), "unscathed": np.zeros((), "int64")}
         self._drawn: bool | None = None
         self._told_idle = False
-        self._of_pieces: list[tuple[Array, dict[str, Array]]] = []  # gradients as in slopes
+        self._of_pieces = [(self.slopes, self.gradients)]  # the first is where all are added up
         self._parts: dict[tuple[int, bool], int] = {}  # of a batch of so many rows
+        self._piece_rows: int | None = None  # that workers like best
         self._room = 0  # bytes that the limit leaves to programs
         self._written: dict[Any, LossProgram] = {}
         self._runners: dict[Any, LossRunner] = {}  # the last used is the last
@@ -366,7 +372,7 @@ class Trainer:
         Each piece counts as its rows do, and all are added up in one order.
         """
         leaves = data_of(given)
-        cuts = self._cuts(len(leaves[0]))
+        cuts = self._cuts(given)
         count = len(cuts) - 1
         pieces = [
             with_leaves(tuple(given), iter([each[a:b] for each in leaves]))
@@ -384,24 +390,30 @@ class Trainer:
 
         def work(own: range) -> None:
             for i in own:
-                if stopped or not shares[i]:
+                if stopped:
+                    continue
+                vector, gradients = self._of_pieces[i]
+                if not shares[i]:
+                    vector[...] = 0
                     continue
                 parameters = [self.arrays[n] for n in runners[i].written.inputs]
-                into = [self._of_pieces[i][1][n] for n in runners[i].written.learned]
+                into = [gradients[n] for n in runners[i].written.learned]
                 made[i] = runners[i](parameters, data_of(pieces[i]), draws[i], into)
 
         def add(part: slice) -> None:
-            self.slopes[part] = 0
-            for i in sorted(made):
-                self.slopes[part] += self._of_pieces[i][0][part] * shares[i]
-
-        def share_out(works: list[Callable[[], object]]) -> None:
-            together(works, lambda: stopped.append(True), one_blas_thread)
+            vectors = [vector[part] for vector, _ in self._of_pieces[:count]]
+            for total, *others in chunks(*vectors):
+                total *= shares[0]
+                for share, other in zip(shares[1:], others, strict=True):
+                    other *= share
+                    total += other
 
         workers = self.workers or 1
-        share_out([partial(work, range(w, count, workers)) for w in range(min(workers, count))])
-        ends = np.linspace(0, self.slopes.size, workers + 1).astype(int)
-        share_out([partial(add, slice(a, b)) for a, b in pairwise(ends)])
+        works = [partial(work, range(w, count, workers)) for w in range(min(workers, count))]
+        together(works, lambda: stopped.append(True), one_blas_thread)
+        adders = max(1, min(workers, self.slopes.size // ADDED))
+        ends = np.linspace(0, self.slopes.size, adders + 1).astype(int)
+        together([partial(add, slice(a, b)) for a, b in pairwise(ends)], lambda: None)
         loss = sum(made[i][0] * shares[i] for i in sorted(made))
         told: dict[str, Any] = {}
         for i in sorted(made):
@@ -409,9 +421,18 @@ class Trainer:
                 told[name] = told.get(name, 0) + value * shares[i]
         return loss, told
 
-    def _cuts(self, size: int) -> HostArray:
-        """Where the pieces begin that workers cut so many rows into, and where the last ends."""
-        count = max(1, min(PIECES, size // PIECE_ROWS))
+    def _cuts(self, given: Sequence[Any]) -> HostArray:
+        """Where the pieces begin that workers cut such a batch into, and where the last ends."""
+        leaves = data_of(given)
+        size = len(leaves[0])
+        if size < 2 * PIECE_ROWS:
+            return np.array([0, size])
+        if self._piece_rows is None:  # a dense layer uses each weight once a row
+            few = with_leaves(tuple(given), iter([each[:PIECE_ROWS] for each in leaves]))
+            work = sum(map(multiply_adds, self._program(few, True).program.steps))
+            uses = work / (3 * PIECE_ROWS * self.slopes.size)
+            self._piece_rows = int(PIECE_USES / min(max(uses, 1), PIECE_USES / PIECE_ROWS))
+        count = max(2, min(PIECES, size // self._piece_rows))
         return np.linspace(0, size, count + 1).astype(int)
 
     def _worth(self, piece: Sequence[Any]) -> float:
@@ -520,7 +541,7 @@ class Trainer:
         computed = [
             self._program(rows.like(int(each)), learns).working_set
             for size in sizes
-            for each in (np.diff(self._cuts(size)) if pieces else (size,))
+            for each in (np.diff(self._cuts(rows.like(size))) if pieces else (size,))
         ]
         return max(sizes) * rows.row_bytes + sum(computed)
 

@@ -78,14 +78,14 @@ class Optimizer:
         t = int(state["steps"])
         for name, p in parameters.items():
             kept = [state[f"{own}.{name}"] for own in self.state]
-            for part, g, *own in _chunks(p, gradients[name], *kept):
+            for part, g, *own in chunks(p, gradients[name], *kept):
                 self.step(part, self._decayed(part, g), *own, t=t)
 
     def _decayed(self, p: Array, g: Array) -> Array:
         return g + self.decay * p if self.decay else g
 
 
-def _chunks(p: Array, *like: Array) -> Iterator[tuple[Array, ...]]:
+def chunks(p: Array, *like: Array) -> Iterator[tuple[Array, ...]]:
     """Vectors of the host in pieces that fit the cache; others whole: a device waits for starts."""
     if p.ndim != 1 or p.size <= CHUNK or not isinstance(p, np.ndarray):
         yield p, *like
