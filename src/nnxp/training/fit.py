@@ -409,8 +409,10 @@ class Trainer:
                     total += other
 
         workers = self.workers or 1
-        works = [partial(work, range(w, count, workers)) for w in range(min(workers, count))]
-        together(works, lambda: stopped.append(True), one_blas_thread)
+        turns = [range(w, count, workers) for w in range(min(workers, count))]
+        together(
+            [partial(work, own) for own in turns], lambda: stopped.append(True), one_blas_thread
+        )
         adders = max(1, min(workers, self.slopes.size // ADDED))
         ends = np.linspace(0, self.slopes.size, adders + 1).astype(int)
         together([partial(add, slice(a, b)) for a, b in pairwise(ends)], lambda: None)
