@@ -29,7 +29,14 @@ HOMES = {
     "nnxp.schedules": schedules,
     "nnxp.testing": testing,
 }
-INSIDE = {"before", "evaluated", "global_norm", "rate_at", "xp_of"}  # what modules use themselves
+INSIDE = {
+    "before",
+    "chunks",
+    "evaluated",
+    "global_norm",
+    "rate_at",
+    "xp_of",
+}  # what modules use themselves
 THINGS = {f"{home}.{n}": getattr(HOMES[home], n) for home in HOMES for n in dir(HOMES[home])}
 PUBLIC = {
     name: thing

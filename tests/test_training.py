@@ -17,7 +17,7 @@ import pytest
 import nnxp
 from conftest import draw
 from nnxp._errors import CheckpointError, NotDifferentiable, OptionError, ShapeError, TrainingError
-from nnxp.training import losses, optimizers, schedules
+from nnxp.training import _chunks, losses, optimizers, schedules
 from nnxp.training.batches import Rows, batches_of, order_of
 from nnxp.training.fit import Trainer
 
@@ -208,7 +208,7 @@ def test_optimizers_change_long_vectors_in_pieces_and_in_their_own_type(
     p, g = draw((100,)), draw((100,), seed=1)
     whole, state = {"p": p.copy()}, optimizer.init({"p": p})
     optimizer.update(whole, {"p": g}, state)
-    monkeypatch.setattr(optimizers, "CHUNK", 7)
+    monkeypatch.setattr(_chunks, "CHUNK", 7)
     pieces, state = {"p": p.copy()}, optimizer.init({"p": p})
     optimizer.update(pieces, {"p": g}, state)
     np.testing.assert_array_equal(pieces["p"], whole["p"])

@@ -11,7 +11,7 @@ from conftest import draw
 from nnxp.backend import cuda
 from nnxp.backend._device import Unrecordable
 from nnxp.backend._recording import recorded_step
-from nnxp.training import optimizers
+from nnxp.training import _chunks
 
 pytestmark = pytest.mark.parametrize("gpu", [True], ids=["as late as possible"], indirect=True)
 
@@ -144,7 +144,7 @@ def test_an_optimiser_takes_a_vector_whole(gpu, monkeypatch):
     """In pieces that fit a core's cache, a device would wait for starts."""
     counts = []
     for chunk in (1 << 19, 16):
-        monkeypatch.setattr(optimizers, "CHUNK", chunk)
+        monkeypatch.setattr(_chunks, "CHUNK", chunk)
         p, g = cupy.zeros(100, "float32"), cupy.ones(100, "float32")
         rule = nnxp.Adam(1e-2)
         state = rule.init({"p": p})

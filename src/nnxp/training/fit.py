@@ -26,6 +26,7 @@ from nnxp.engine import parse_bytes
 from nnxp.layers._layer import Layer, Rng, generator, whole
 from nnxp.layers.norm import rounding
 from nnxp.program.program import multiply_adds
+from nnxp.training._chunks import chunks
 from nnxp.training.batches import Rows, batches_of, data_of, entrance_of, order_of
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
@@ -37,7 +38,7 @@ from nnxp.training.differentiate import (
     write_out,
 )
 from nnxp.training.losses import LOSSES, CrossEntropy, Loss
-from nnxp.training.optimizers import Adam, Optimizer, chunks
+from nnxp.training.optimizers import Adam, Optimizer
 from nnxp.training.schedules import Plateau
 
 UNREAD = 64  # losses of a device that are read together: reading one waits for it

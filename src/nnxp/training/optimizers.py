@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar
@@ -17,11 +17,8 @@ import numpy as np
 
 from nnxp._arrays import Array, xp_of
 from nnxp._errors import OptionError, ShapeError
+from nnxp.training._chunks import chunks
 from nnxp.training.schedules import Rate, rate_at
-
-CHUNK = 1 << 16
-"""Numbers that a rule works on at once by NumPy: in float32 an array of them is 256 KiB, and those
-of Adam stay in the cache from pass to pass."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +80,6 @@ class Optimizer:
 
     def _decayed(self, p: Array, g: Array) -> Array:
         return g + self.decay * p if self.decay else g
-
-
-def chunks(p: Array, *like: Array) -> Iterator[tuple[Array, ...]]:
-    """Vectors of the host in pieces that fit the cache; others whole: a device waits for starts."""
-    if p.ndim != 1 or p.size <= CHUNK or not isinstance(p, np.ndarray):
-        yield p, *like
-        return
-    for start in range(0, p.size, CHUNK):
-        yield tuple(x[start : start + CHUNK] for x in (p, *like))
 
 
 @dataclass(frozen=True)
