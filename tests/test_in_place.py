@@ -404,3 +404,13 @@ def test_the_same_rows_have_the_same_bits_whoever_works():
     x = draw(40, 30, 20)
     one, two = (nnxp.Engine(layer, "numpy", workers=n)(x) for n in (1, 2))
     np.testing.assert_array_equal(one, two)
+
+
+def test_the_same_weights_are_laid_out_once_for_all_shapes_of_a_row():
+    """Programs for other lengths of a sequence have recordings of their own."""
+    if not _small.small_kernels():
+        pytest.skip("this BLAS multiplies matrices as a whole")
+    numbers = np.random.default_rng(0).normal(size=(128, 192)).astype("float32")
+    one, two, other = (_small.Weight(x) for x in (numbers, numbers.copy(), -numbers))
+    assert one._made() is two._made()
+    np.testing.assert_array_equal(other._made()[0][1], -one._made()[0][1])

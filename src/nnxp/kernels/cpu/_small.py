@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -63,6 +64,14 @@ def blas_threads() -> int:
     return max((library.num_threads or 1 for library in _openblas()), default=1)
 
 
+class _Blocks(list[tuple[slice, HostArray]]):
+    """The blocks of a matrix, which may be referred to weakly."""
+
+
+_laid_out: WeakValueDictionary[tuple[Shape, int], _Blocks] = WeakValueDictionary()
+"""Blocks by what they hold: programs for other shapes of a row share those of the same weights."""
+
+
 class Weight:
     """A constant matrix (..., inputs, outputs), or a stack of them, to multiply lines by.
 
@@ -73,7 +82,7 @@ class Weight:
 
     def __init__(self, matrix: HostArray) -> None:
         self._matrix = matrix
-        self._blocks: list[tuple[slice, HostArray]] = []
+        self._blocks = _Blocks()
         inputs, outputs = matrix.shape[-2:]
         self._elements = inputs * outputs
         most = SMALL // max(1, inputs * min(WIDTH, outputs))
@@ -120,13 +129,25 @@ class Weight:
         if not self._blocks:
             *stack, inputs, outputs = self._matrix.shape
             whole = outputs - outputs % WIDTH
-            blocks = []
-            for start, stop, width in ((0, whole, WIDTH), (whole, outputs, outputs - whole)):
-                if start < stop:
-                    part = self._matrix[..., start:stop].reshape(*stack, 1, inputs, -1, width)
-                    block = _aligned((*stack, 1, part.shape[-2], inputs, width), part.dtype)
-                    np.copyto(block, part.swapaxes(-2, -3))
-                    blocks.append((slice(start, stop), block))
+            parts = {
+                (start, stop): self._matrix[..., start:stop]
+                .reshape(*stack, 1, inputs, -1, width)
+                .swapaxes(-2, -3)
+                for start, stop, width in ((0, whole, WIDTH), (whole, outputs, outputs - whole))
+                if start < stop
+            }
+            key = self._matrix.shape, hash(self._matrix.tobytes())
+            blocks = _laid_out.get(key)
+            if blocks is None or not all(
+                np.array_equal(block, part)
+                for (_, block), part in zip(blocks, parts.values(), strict=True)
+            ):
+                blocks = _Blocks()
+                for ends, part in parts.items():
+                    block = _aligned(part.shape, part.dtype)
+                    np.copyto(block, part)
+                    blocks.append((slice(*ends), block))
+                _laid_out[key] = blocks
             self._blocks = blocks
         return self._blocks
 
