@@ -457,22 +457,24 @@ def _diagonal(
 
 @_rule("sliding_window_view")
 def _windows(dy: Array, y: Array, x: Array, window_shape: Any, axis: Any = None) -> tuple[Any, ...]:
-    """What the windows see at each of their elements is added back where it came from."""
+    """Each window is added back where it came from, one axis after the other; what is left of the
+    windows comes before the rest, so that their elements lie far apart and the others together."""
     sizes = window_shape if isinstance(window_shape, tuple | list) else (window_shape,)
     axes = (
         range(x.ndim)
         if axis is None
         else [int(i) % x.ndim for i in (axis if isinstance(axis, tuple | list) else (axis,))]
     )
-    lead = (slice(None),) * (dy.ndim - len(sizes))
-    values, keys = [], []
-    for at in np.ndindex(*map(int, sizes)):
-        starts = [0] * x.ndim
-        for axis, k in zip(axes, at, strict=True):
-            starts[axis] += k
-        values.append(dy[(*lead, *at)])
-        keys.append(tuple(slice(a, a + n) for a, n in zip(starts, values[-1].shape, strict=True)))
-    return (scattered(values, x.shape, keys),)
+    count = len(sizes)
+    dy = xp_of(dy).moveaxis(dy, tuple(range(-count, 0)), tuple(range(count)))
+    for i, size in reversed(list(enumerate(map(int, sizes)))):
+        axis, before = i + axes[i], (slice(None),) * i
+        shape = [*dy.shape[:i], *dy.shape[i + 1 :]]
+        views = shape[axis]
+        shape[axis] = views + size - 1
+        keys = [_along(axis, k, k + views) for k in range(size)]
+        dy = scattered([dy[(*before, k)] for k in range(size)], tuple(shape), keys)
+    return (dy,)
 
 
 @_rule("take")
