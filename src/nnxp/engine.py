@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from math import prod
 from typing import Any, NamedTuple, TypeAlias, overload
@@ -514,6 +514,7 @@ class Replica:
         self.lanes = LanePool()
         self.ready: dict[tuple[np.dtype[Any], Shape], Ready] = {}
         self._prepared: dict[InputTypes, Prepared] = {}
+        self._laid_out: dict[int, Any] = {}  # weights output by output, for all that is prepared
         self._wholes: dict[Any, Whole] = {}
         self._asked: set[Any] = set()  # for models without a program: few whole numbers that came
         self._seen: dict[tuple[np.dtype[Any], Shape], int] = {}
@@ -540,11 +541,10 @@ class Replica:
         prepared = self._prepared.get(input_types)
         if prepared is None:
             program = self._program(input_types, rows)
-            prepared = Prepared(
-                program, input_types, self.backend, self.sparing, self._by_outputs()
-            )
+            prepared = Prepared(program, input_types, self.backend, self.sparing, self._by_outputs)
             if len(self._prepared) >= MOST_TYPES:
                 self._prepared.clear()
+                self._laid_out.clear()
             self._prepared[input_types] = prepared
         return prepared
 
@@ -571,19 +571,21 @@ class Replica:
             program = fused(with_products(written_out(program, "cupy"), self.precision))
         return program
 
-    def _by_outputs(self) -> tuple[Kernel, ...]:
-        """The kernels whose weights had better lie output by output.
+    def _by_outputs(self, program: Program) -> Program:
+        """The program with weights output by output where they had better lie so.
 
         Tensor cores take float32 factors in no other order, nor does cuDNN take a window's.
         """
         if self.backend.name != "cupy" or not self.rewrite:
-            return ()
+            return program
         from nnxp.kernels.cuda import cudnn
 
-        windows = kernels.conv, kernels.conv_max_pool
+        liked: tuple[Kernel, ...] = kernels.conv, kernels.conv_max_pool
         if self.precision == "tf32":
-            return kernels.linear, kernels.matmul, *windows
-        return () if cudnn.why_not() else windows
+            liked = kernels.linear, kernels.matmul, *liked
+        elif cudnn.why_not():
+            return program
+        return by_outputs(program, liked, self._laid_out)
 
     def whole(self, outlines: tuple[Outline | None, ...], arrays: Sequence[HostArray]) -> Whole:
         """What answers inputs of these outlines, and of these few numbers, as they are."""
@@ -656,7 +658,7 @@ class Replica:
         self._forget()
 
     def _forget(self) -> None:
-        for kept in (self.ready, self._prepared, self._wholes, self._asked):
+        for kept in (self.ready, self._prepared, self._laid_out, self._wholes, self._asked):
             kept.clear()
 
 
@@ -678,7 +680,7 @@ class Prepared:
         input_types: InputTypes,
         backend: Backend,
         sparing: bool,
-        laid_by_outputs: Collection[Kernel] = (),
+        lay_out: Callable[[Program], Program] = lambda program: program,
     ) -> None:
         if mixed := mixing(expanded_as_needed(program)):
             raise ShapeError(
@@ -696,7 +698,7 @@ class Prepared:
             at_home = program if backend.name == "cupy" else at_work
             program = placed(at_home, partial(to_backend, backend=backend))
             with backend.current():
-                self.program = by_outputs(program, laid_by_outputs)
+                self.program = lay_out(program)
             self.run = partial(_run, self.program)
         self.outputs = tuple(Outline(shape[1:], dtype) for shape, dtype in self.program.outline(1))
         self.costs = _costs(at_work, input_types, self.outputs, backend)

@@ -169,6 +169,34 @@ def test_weights_are_laid_out_once_for_an_engine(cudnn, gpu):
     assert not {"CuPy's kernel", "copy"} & kinds
 
 
+def test_programs_for_other_shapes_of_a_row_share_the_weights_that_were_laid_out(cudnn, gpu):
+    net = nnxp.Sequential(nnxp.Conv(8, 8, (3, 3), "relu", rng=0), nnxp.Conv(8, 4, (2, 2), rng=1))
+    engine = nnxp.Engine(net, "cuda", precision="tf32")
+    for length in (5, 6, 7):
+        x = draw((3, length, 6, 8))
+        check(engine(x), net, x)
+    replica = engine._replicas[0]
+    assert len(replica._prepared) == 3
+    assert len(replica._laid_out) == 2
+
+
+def test_a_graph_that_fails_later_leaves_the_rest_to_our_kernels(cudnn, monkeypatch):
+    x, weight = draw((3, 6, 6, 8)), draw((3, 3, 8, 8), seed=1)
+    agrees(kernels.conv, x, weight)
+    count = len(cudnn.executed)
+    assert count
+
+    def fails(*_):
+        raise RuntimeError("EXECUTION_FAILED")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours.Plan, "__call__", fails)
+        agrees(kernels.conv, x, weight)
+    assert ours.failures == {"RuntimeError": "EXECUTION_FAILED"}
+    agrees(kernels.conv, x, weight)
+    assert len(cudnn.executed) == count
+
+
 def test_a_shape_that_comes_first_while_a_graph_is_captured_is_our_own(cudnn):
     x, weight = put(draw((3, 6, 6, 8))), put(draw((3, 3, 8, 8), seed=1))
     with ours.unused():

@@ -407,23 +407,25 @@ def placed(program: Program, move: Callable[[HostArray], Any]) -> Program:
     return rewritten(program, change, program.inputs, at)
 
 
-def by_outputs(program: Program, liked: Collection[kernels.Kernel]) -> Program:
+def by_outputs(
+    program: Program, liked: Collection[kernels.Kernel], laid_out: dict[int, Any]
+) -> Program:
     """The program with constant weights of these kernels that lie output by output, as (o, ..., i).
 
-    They keep their shapes, (..., i, o), and are laid out once, now. One input a group stays.
+    They keep their shapes, (..., i, o). What is `laid_out`, by the id of the weight, is taken from
+    there, the rest is added to it. One input a group stays.
     """
-    made: dict[int, Any] = {}
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         if step.function in liked and isinstance(arrays[1], ndarray):
             weight = arrays[1].value.numbers
             stack = step.function is kernels.matmul and weight is not None and weight.ndim > 2
             if weight is not None and weight.ndim > 1 and weight.shape[-2] > 1 and not stack:
-                if id(weight) not in made:
+                if id(weight) not in laid_out:
                     xp = xp_of(weight)
                     laid = xp.ascontiguousarray(xp.moveaxis(weight, -1, 0))
-                    made[id(weight)] = weight, lifted(xp.moveaxis(laid, 0, -1))
-                arrays = arrays[0], made[id(weight)][1], *arrays[2:]
+                    laid_out[id(weight)] = weight, xp.moveaxis(laid, 0, -1)
+                arrays = arrays[0], lifted(laid_out[id(weight)][1]), *arrays[2:]
         return again(step, arrays)
 
-    return rewritten(program, change, program.inputs) if liked else program
+    return rewritten(program, change, program.inputs)

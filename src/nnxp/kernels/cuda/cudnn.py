@@ -12,9 +12,7 @@ reason attention does not come here: cuDNN rounds its weights to 16 bits before 
 
 from __future__ import annotations
 
-import importlib.util
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -30,6 +28,7 @@ from nnxp._arrays import Array, Shape
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels._windows import Windows
 from nnxp.kernels.activations import identity, relu
+from nnxp.kernels.cuda.lt.bindings import loaded
 from nnxp.kernels.cuda.lt.call import MOST_PLANS, making
 from nnxp.kernels.cuda.lt.descriptors import FLOAT32, WORKSPACE, workspace
 from nnxp.kernels.cuda.lt.passes import finished
@@ -55,18 +54,14 @@ def why_not() -> str | None:
 @cache
 def library() -> tuple[Any, str | None]:
     """NVIDIA's frontend of cuDNN, or why there is none."""
-    if importlib.util.find_spec("cudnn") is None:
-        return None, "nvidia-cudnn-frontend is not installed"
-    try:
-        with warnings.catch_warnings():  # of others' code, which may be errors here
-            warnings.simplefilter("ignore")
-            import cudnn
 
-            cudnn.backend_version()  # asks the library itself
-    except Exception as error:  # whatever it is, our own kernels are still there
-        said = " ".join(str(error).split())[:300]
-        return None, f"cuDNN cannot be loaded ({type(error).__name__}: {said})"
-    return cudnn, None
+    def load() -> Any:
+        import cudnn
+
+        cudnn.backend_version()  # asks the library itself
+        return cudnn
+
+    return loaded("cuDNN", "cudnn", "nvidia-cudnn-frontend", load)
 
 
 @contextmanager
@@ -158,7 +153,15 @@ def through(
             if run is None and not get_current_stream().is_capturing():
                 run = _chosen((key[0], (rows - 1).bit_length()), make, arrays, own)
                 plans.keep(key, run)
-    return run(*arrays) if callable(run) else own()
+    if callable(run):
+        try:
+            return run(*arrays)
+        except MemoryError:
+            raise
+        except Exception as error:  # of several kinds: what cuDNN cannot do, our kernels can
+            _note(error)
+            plans.keep(key, False)
+    return own()
 
 
 def _chosen(
@@ -176,10 +179,14 @@ def _chosen(
             choices.keep(key, faster)
     except MemoryError:
         raise
-    except Exception as error:  # of several kinds: what cuDNN cannot do, our kernels can
-        failures[type(error).__name__] = " ".join(str(error).split())[:300]
+    except Exception as error:
+        _note(error)
         return False
     return run if faster else False
+
+
+def _note(error: Exception) -> None:
+    failures[type(error).__name__] = " ".join(str(error).split())[:300]
 
 
 def usable(*arrays: Array | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -42,18 +43,29 @@ def why_not() -> str | None:
 @cache
 def library() -> tuple[Any, str | None]:
     """NVIDIA's bindings, or why there are none."""
-    if importlib.util.find_spec("nvmath") is None:
-        return None, "nvmath-python is not installed"
+
+    def load() -> Any:
+        from nvmath.bindings import cublasLt
+
+        cublasLt.get_version()  # loads the library itself
+        return cublasLt
+
+    return loaded("cuBLASLt", "nvmath", "nvmath-python", load)
+
+
+def loaded(
+    who: str, package: str, distribution: str, load: Callable[[], Any]
+) -> tuple[Any, str | None]:
+    """What `load` imports of a package of others', or why there is nothing."""
+    if importlib.util.find_spec(package) is None:
+        return None, f"{distribution} is not installed"
     try:
         with warnings.catch_warnings():  # of others' code, which may be errors here
             warnings.simplefilter("ignore")
-            from nvmath.bindings import cublasLt
-
-            cublasLt.get_version()  # loads the library itself
-    except Exception as error:  # whatever it is, CuPy's products are still there
+            return load(), None
+    except Exception as error:  # whatever it is, there is another way
         said = " ".join(str(error).split())[:300]
-        return None, f"cuBLASLt cannot be loaded ({type(error).__name__}: {said})"
-    return cublasLt, None
+        return None, f"{who} cannot be loaded ({type(error).__name__}: {said})"
 
 
 def handle(lt: Any, device: int) -> int:
