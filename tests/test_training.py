@@ -751,6 +751,23 @@ def test_workers_come_to_the_gradients_of_the_whole_batch():
         np.testing.assert_allclose(two.vector, one.vector, rtol=1e-9)
 
 
+def test_a_batch_without_weight_is_told_with_workers_as_without():
+    x, y = data(300)
+    for workers in (None, 2):
+        with pytest.raises(TrainingError, match="epoch 1"):
+            fit(net(), x, y, weights=np.zeros(300), batch=300, workers=workers)
+
+
+def test_a_run_that_cut_its_batches_otherwise_is_not_gone_on_with(tmp_path, monkeypatch):
+    x, y = data(300)
+    options = {"batch": 150, "workers": 2, "checkpoint": tmp_path / "run.nnxp", "rng": 0}
+    fit(net(), x, y, epochs=1, **options)
+    fit(net(), x, y, epochs=2, **options)
+    monkeypatch.setattr(fitting, "PIECE_USES", 7)
+    with pytest.raises(CheckpointError, match="pieces"):
+        fit(net(), x, y, epochs=3, **options)
+
+
 def test_pieces_are_smaller_where_a_row_uses_a_weight_more_often():
     def pieces(model, rows):
         trainer = Trainer(model, losses.mean_square, nnxp.SGD(), workers=2)

@@ -380,7 +380,8 @@ class Trainer:
             for a, b in pairwise(cuts)
         ]
         worths = [self._worth(piece) for piece in pieces]
-        shares = [worth / sum(worths) for worth in worths]
+        total = sum(worths)
+        shares = [worth / total if total else np.nan for worth in worths]
         runners = [self._runner(piece, True, i) for i, piece in enumerate(pieces)]
         drawn = rng is not None and bool(runners[0].written.drawn)
         draws = rng.spawn(count) if rng is not None and drawn else [None] * count
@@ -779,7 +780,9 @@ class _Run:
         start = hashlib.sha256()
         for p in trainer.model.parameters().values():
             start.update(np.ascontiguousarray(asnumpy(p)).view("uint8").tobytes())
-        batch = f"{self.batch}{'' if trainer.workers is None else ' in pieces'}"
+        batch = f"{self.batch}"
+        if trainer.workers is not None:  # which bits follow from
+            batch += f" in up to {PIECES} pieces of {PIECE_ROWS} rows and {PIECE_USES} uses"
         if trainer.memory_limit is not None:
             batch += f" within {trainer.memory_limit} bytes"
         return {
