@@ -1,5 +1,9 @@
 """Bodies in place, which recordings on NumPy run, answer what the reference bodies do."""
 
+import gc
+import os
+import subprocess
+import sys
 from functools import partial
 from itertools import product
 
@@ -10,9 +14,25 @@ import nnxp
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Given
-from nnxp.kernels.cpu import _small, conv
+from nnxp.kernels.cpu import _small, conv, onednn
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
+
+
+@pytest.fixture(autouse=True, params=["NumPy", "oneDNN"])
+def library(request):
+    """Which library the bodies ask for products and convolutions."""
+    if request.param == "oneDNN":
+        if onednn.why_not() is not None:
+            pytest.skip(onednn.why_not())
+        yield request.param
+    else:
+        with onednn.unused():
+            yield request.param
+
+
+only_numpy = pytest.mark.parametrize("library", ["NumPy"], indirect=True)
+only_onednn = pytest.mark.parametrize("library", ["oneDNN"], indirect=True)
 
 
 def draw(*shape, seed=0):
@@ -186,6 +206,7 @@ def test_convolutions_by_transforms_agree_with_float64_whatever_lies_next_to_eac
     agrees(layer, x)
 
 
+@only_numpy
 def test_transforms_are_what_is_run(monkeypatch):
     """A transform that is wrong shows: else the tests above would compare patches."""
     monkeypatch.setattr(conv, "_LEFT", conv._LEFT * 2)
@@ -303,6 +324,7 @@ def test_recurrences_in_place_begin_at_zero_where_nothing_else_is_given(kernel, 
     agrees(Formula(), draw(4, 6, 3 * gates))
 
 
+@only_numpy
 def test_what_a_body_in_place_does_not_do_is_left_to_the_reference():
     f = np.dtype("float32")
 
@@ -362,6 +384,7 @@ def test_rows_that_are_few_and_heavy_are_cut_so_that_workers_end_together():
 # products in blocks
 
 
+@only_numpy
 @pytest.mark.parametrize("lines", [0, 1, 2, 13, 130, 1000])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 10), (64, 64), (100, 130), (700, 70), (2, 40, 65)])
 def test_products_in_blocks_are_products(monkeypatch, lines, shape):
@@ -384,6 +407,7 @@ def test_products_in_blocks_are_products(monkeypatch, lines, shape):
         assert np.all(np.abs(out - exact) <= bound)
 
 
+@only_numpy
 def test_products_that_are_not_cut_are_products_too(monkeypatch):
     monkeypatch.setattr(_small, "small_kernels", lambda: True)
     monkeypatch.setattr(_small, "blas_threads", lambda: 2)
@@ -406,11 +430,119 @@ def test_the_same_rows_have_the_same_bits_whoever_works():
     np.testing.assert_array_equal(one, two)
 
 
+@only_numpy
 def test_the_same_weights_are_laid_out_once_for_all_shapes_of_a_row():
     """Programs for other lengths of a sequence have recordings of their own."""
     if not _small.small_kernels():
         pytest.skip("this BLAS multiplies matrices as a whole")
     numbers = np.random.default_rng(0).normal(size=(128, 192)).astype("float32")
     one, two, other = (_small.Weight(x) for x in (numbers, numbers.copy(), -numbers))
-    assert one._made() is two._made()
-    np.testing.assert_array_equal(other._made()[0][1], -one._made()[0][1])
+    x, out = draw(50, 128), np.empty((50, 192), "float32")
+    for weight in (one, two, other):
+        weight(x, out)
+    assert one._blocks is two._blocks
+    np.testing.assert_array_equal(other._blocks[0][1], -one._blocks[0][1])
+
+
+# oneDNN
+
+
+@only_onednn
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_onednn_convolves_over_up_to_three_axes_in_any_groups(axes, groups):
+    layer = nnxp.Conv(
+        16, 32, (3, 2, 2)[:axes], "relu", stride=(1, 2, 1)[:axes], groups=groups, rng=0,
+        padding=((2, 0), (0, 1), (1, 1))[:axes], dilation=(2, 1, 1)[:axes],
+    )  # fmt: skip
+    layer = layer.with_parameters({"weight": layer.weight, "bias": draw(32)})
+    assert kernels.conv.in_place_for(
+        Given((5, *(9, 8, 7)[:axes], 16), np.dtype("float32"), None),
+        *(Given(x.shape, x.dtype, x) for x in (layer.weight, layer.bias)),
+        groups=groups,
+    )
+    for rows in (5, 1, 0):
+        x = draw(rows, *(9, 8, 7)[:axes], 16)
+        agrees(layer, x) if rows else recorded(layer, x)
+
+
+@only_onednn
+def test_no_number_goes_through_onednn_and_relu():
+    layer = nnxp.Conv(8, 8, (3, 3), "relu", rng=0)
+    x = draw(2, 9, 9, 8)
+    x[0, 3, 3, 2], x[1, 4, 4, 1], x[1, 8, 8, 0] = np.nan, np.inf, -np.inf
+    with np.errstate(all="ignore"):
+        expected = layer(x)
+    np.testing.assert_array_equal(np.isnan(recorded(layer, x)), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(recorded(layer, x)), np.isinf(expected))
+
+
+@only_onednn
+def test_products_by_onednn_are_products_however_matrices_lie():
+    def check(x, matrix, out, multiply):
+        out[...] = np.nan
+        multiply(x, matrix, out)
+        exact = x.astype("float64") @ matrix.astype("float64")
+        bound = x.shape[1] * np.finfo("float32").eps * (np.abs(x) @ np.abs(matrix))
+        assert np.all(np.abs(out - exact) <= bound)
+
+    for lines, inner, columns in ((2, 300, 70), (130, 65, 33), (1000, 64, 10), (64, 1, 64)):
+        x, matrix = draw(lines, inner), draw(inner, columns)
+        out = np.empty((lines, columns), "float32")
+        wide = np.empty((lines, 2 * columns), "float32")
+        lefts = x, draw(inner, lines).T, draw(2 * lines, inner)[::2], draw(lines, 2 * inner)[:, ::2]
+        rights = matrix, draw(columns, inner).T, draw(inner, 3 * columns)[:, 5 : 5 + columns]
+        for left, right in product(lefts, rights):
+            check(left, right, out, onednn.multiply)
+            check(left, right, wide[:, :columns], onednn.multiply)
+            weight = _small.Weight(right)
+            check(left, right, out, lambda x, _, out, weight=weight: weight(x, out))
+            (bound,) = weight.bound(left, out)
+            check(left, right, out, lambda *_, bound=bound: bound())
+
+
+@only_onednn
+def test_a_product_goes_on_when_who_made_it_is_gone():
+    x, matrix, out = draw(64, 200), draw(200, 100), np.empty((64, 100), "float32")
+    (multiply,) = _small.Weight(matrix).bound(x, out)
+    gc.collect()
+    spoilt = [np.full((200, 100), np.nan, "float32") for _ in range(50)]
+    multiply()
+    np.testing.assert_allclose(out, x @ matrix, rtol=1e-4, atol=1e-4)
+    assert len(spoilt) == 50
+
+
+@only_onednn
+def test_weights_that_are_the_same_are_laid_out_once():
+    matrix = draw(128, 192)
+    constants = [
+        onednn.constants.of(x, x.shape, (192, 1)) for x in (matrix, matrix.copy(), -matrix)
+    ]
+    assert constants[0] is constants[1] is not constants[2]
+
+
+@only_onednn
+def test_a_forked_child_multiplies_in_its_own_thread():
+    """OpenMP's threads are those of the parent: a child that called them would wait for ever."""
+    code = """
+import os, sys
+import numpy as np
+from nnxp.kernels.cpu import onednn
+x = np.ones((512, 512), "float32")
+out = np.empty_like(x)
+def check():
+    onednn.multiply(x, x, out)
+    assert (out == 512).all()
+check()
+child = os.fork()
+if not child:
+    check()
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    if not hasattr(os, "fork"):
+        pytest.skip("nothing forks here")
+    done = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, env=os.environ | {"OPENBLAS_NUM_THREADS": "2"}
+    )
+    assert done.returncode == 0

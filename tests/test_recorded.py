@@ -13,7 +13,7 @@ import nnxp
 from conftest import draw
 from nnxp import Activation, BatchNorm, Dense, LayerNorm, Residual, Sequential
 from nnxp._arrays import Array, xp_of
-from nnxp.kernels.cpu import _small
+from nnxp.kernels.cpu import _small, onednn
 from nnxp.program import recordings
 from nnxp.program.recording import Recording, bodied, costs
 
@@ -147,7 +147,7 @@ def test_the_bytes_of_a_row_are_counted_within_five_in_a_hundred(name):
     program = bodied(net.program((1, *row)))
     given = [np.dtype(dtype)]
     peaks = []
-    for rows in (1, 4000, 8000):  # the first warms what is made once
+    for rows in (4000, 4000, 8000):  # the first warms what is made once
         x = draw((rows, *row), dtype)
         results = [np.empty(*outline) for outline in program.outline(rows)]
         tracemalloc.start()
@@ -258,7 +258,8 @@ def test_what_is_padded_in_a_recording_is_what_numpy_pads(mode):
 def test_products_of_few_rows_are_made_in_parts_where_that_starts_sooner(rows, monkeypatch):
     monkeypatch.setattr(_small, "small_kernels", lambda: True)
     net, x = dense(784, 200, 100, 3), draw((rows, 784))
-    recording = Recording(net.program((1, 784)), rows, [x.dtype])
+    with onednn.unused():
+        recording = Recording(net.program((1, 784)), rows, [x.dtype])
     value, error = nnxp.testing.error_bound(net, x)
     assert (np.abs(recording.answer(x) - value) <= 6 * error).all()
     products = recording.text.count("x0")  # of the first layer, beside the head

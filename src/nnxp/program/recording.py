@@ -20,8 +20,9 @@ from nnxp._arrays import HostArray, Shape
 from nnxp._errors import located
 from nnxp._library import KINDS, WITH_OUT
 from nnxp.kernels._dispatch import Given, InPlace, Kernel
+from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import zeros
-from nnxp.kernels.cpu._small import columns_at_once
+from nnxp.kernels.cpu._small import LITTLE, Weight, columns_at_once
 from nnxp.program.program import (
     Costs,
     Program,
@@ -38,6 +39,7 @@ SPREAD = 4096  # elements: the broadcast of so few costs more to start than to d
 MANY_ROWS, FEW_COLUMNS = 64, 16
 """From so many rows, and up to so many columns, the largest of each row is found by columns."""
 
+ANY_LAYOUT = 1 << 19  # multiply-adds of matrices that change, from which oneDNN is asked
 PIECE = 1024  # rows that are transposed at once, so that they stay in the cache
 
 _METHODS = frozenset("astype copy reshape swapaxes transpose".split())
@@ -402,9 +404,24 @@ class _Lines:
             self._line(fn, *inputs, out=out, **options)
 
     def _product(self, x: Value, weight: Value, out: Value) -> None:
-        """A product of two matrices; of few rows with a constant, in parts that start sooner."""
-        into = self._place(out)
+        """A product of two matrices; by oneDNN, or of few rows with a constant in parts."""
+        left, into = self._place(x), self._place(out)
         (inner, columns), (rows, _) = weight.shape, sized(out.shape, self.rows)
+        inner, columns = sized((inner, columns), self.rows)
+        known = isinstance(left, np.ndarray) and isinstance(into, np.ndarray)
+        if out.dtype == "float32" and rows > 1 and onednn.why_not() is None:
+            work = rows * inner * columns
+            if weight.numbers is not None and work >= LITTLE:
+                matrix = Weight(weight.numbers)
+                if known:
+                    for multiply in matrix.bound(left, into):
+                        self._line(multiply)
+                else:
+                    self._line(matrix, x, out)
+                return
+            if work >= ANY_LAYOUT:
+                self._line(onednn.multiply, x, weight, out)
+                return
         parts = columns_at_once(rows, inner, columns, out.dtype)
         if weight.numbers is None or isinstance(into, Local) or len(parts) == 1:
             self._line(np.dot, x, weight, out)

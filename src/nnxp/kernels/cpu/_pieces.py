@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -18,6 +20,8 @@ PIECE = 256 << 10
 PASSES = 3
 """Pieces that an activation may hold at once besides its own, as its reference body makes them."""
 
+LINE = 64  # bytes that lie in cache together
+SAMPLE = 4096  # numbers, by which arrays are told apart before all are compared
 LONG = 8192  # elements: what NumPy's buffers hold
 
 _ZEROS = {np.dtype(name): np.zeros(PIECE // 4, name) for name in ("float32", "float64")}
@@ -49,6 +53,55 @@ def carved(scratch: HostArray, dtype: Any, *shapes: Shape) -> Iterator[HostArray
 def room(dtype: Any, *shapes: Shape) -> int:
     """The bytes that `carved` takes."""
     return sum(-(-prod(shape) * np.dtype(dtype).itemsize // 64) * 64 for shape in shapes)
+
+
+def aligned(shape: Shape, dtype: Any) -> HostArray:
+    """New memory that begins with a line of the cache: NumPy's own begins anywhere."""
+    memory = np.empty(prod(shape) * np.dtype(dtype).itemsize + LINE, "uint8")
+    return np.ndarray(shape, dtype, memory, -memory.ctypes.data % LINE)
+
+
+@cache
+def blas() -> list[Any]:
+    """The BLAS libraries that are loaded: what threadpoolctl has of them."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas").lib_controllers  # type: ignore[no-any-return]
+
+
+def blas_threads() -> int:
+    """The threads that a product of this thread takes."""
+    return max((library.num_threads or 1 for library in blas()), default=1)
+
+
+class OfNumbers(Protocol):
+    """What was made of an array."""
+
+    @property
+    def numbers(self) -> HostArray: ...
+
+
+Made = TypeVar("Made", bound=OfNumbers)
+
+
+class ByContent(Generic[Made]):
+    """What was made of constant arrays, once for all that hold the same numbers: programs for other
+    lengths of a row have the same weights. It goes with the last who uses it.
+
+    `make(numbers, *how)` makes it.
+    """
+
+    def __init__(self, make: Callable[..., Made]) -> None:
+        self._make = make
+        self._known: WeakValueDictionary[Any, Made] = WeakValueDictionary()
+
+    def of(self, numbers: HostArray, *how: Any) -> Made:
+        sample = numbers.reshape(-1)[:: max(1, numbers.size // SAMPLE)]
+        key = numbers.shape, how, hash(sample.tobytes())
+        made = self._known.get(key)
+        if made is None or not np.array_equal(made.numbers, numbers):
+            made = self._known[key] = self._make(numbers, *how)
+        return made
 
 
 class Finish:

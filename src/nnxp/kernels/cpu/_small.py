@@ -7,15 +7,16 @@ columns may have them where all together have not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from math import prod
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 
-from nnxp._arrays import HostArray, Shape
+from nnxp._arrays import HostArray
+from nnxp.kernels.cpu import onednn
+from nnxp.kernels.cpu._pieces import ByContent, aligned, blas, blas_threads
 
 SMALL = 100**3  # multiply-adds, as OpenBLAS has it: interface/gemm.c, sgemm_small_kernel_permit
 MOST_ROWS = 20  # of more, the parts become so narrow that nothing is gained
@@ -24,10 +25,10 @@ WIDTH = 64  # columns of a block: four vectors
 FEWEST, STEP, MOST = 12, 6, 480  # lines of a block, at least, in steps of, and at most
 IN_CACHE = 3 << 19  # bytes of a matrix that stays in a core's second cache, for many lines
 FEW = 64  # lines, for which each part of the matrix is read once anyway
+LITTLE = 1 << 15  # multiply-adds: of fewer, to ask oneDNN takes longer than what it saves
 TINY, SHARED = 1 << 19, 1 << 24
 """Multiply-adds: of fewer, to look at them in blocks takes longer than what it saves; of more, they
 are worth all threads of BLAS, where it has several."""
-LINE = 64  # bytes that lie in cache together
 WITH_SMALL_KERNELS = frozenset("SkylakeX Cooperlake SapphireRapids".split())
 
 
@@ -45,31 +46,31 @@ def columns_at_once(rows: int, inner: int, columns: int, dtype: np.dtype[Any]) -
 
 
 @cache
-def _openblas() -> list[Any]:
-    """The OpenBLAS that is loaded: what threadpoolctl has of it."""
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(internal_api="openblas").lib_controllers  # type: ignore[no-any-return]
-
-
-@cache
 def small_kernels() -> bool:
     """Whether NumPy's BLAS is OpenBLAS, with kernels for small matrices on this CPU."""
-    found = [library.info().get("architecture") for library in _openblas()]
-    return bool(found) and all(each in WITH_SMALL_KERNELS for each in found)
-
-
-def blas_threads() -> int:
-    """The threads that a product of this thread takes."""
-    return max((library.num_threads or 1 for library in _openblas()), default=1)
+    libraries = [each for each in blas() if each.internal_api == "openblas"]
+    kernels = [library.info().get("architecture") for library in libraries]
+    return bool(kernels) and all(name in WITH_SMALL_KERNELS for name in kernels)
 
 
 class _Blocks(list[tuple[slice, HostArray]]):
-    """The blocks of a matrix, which may be referred to weakly."""
+    """A matrix in blocks: the columns that are of one width, and their blocks (..., 1, blocks,
+    inputs, width)."""
+
+    def __init__(self, matrix: HostArray) -> None:
+        super().__init__()
+        self.numbers = matrix
+        *stack, inputs, outputs = matrix.shape
+        whole = outputs - outputs % WIDTH
+        for start, stop, width in ((0, whole, WIDTH), (whole, outputs, outputs - whole)):
+            if start < stop:
+                part = matrix[..., start:stop].reshape(*stack, 1, inputs, -1, width)
+                block = aligned(part.swapaxes(-2, -3).shape, matrix.dtype)
+                np.copyto(block, part.swapaxes(-2, -3))
+                self.append((slice(start, stop), block))
 
 
-_laid_out: WeakValueDictionary[tuple[Shape, int], _Blocks] = WeakValueDictionary()
-"""Blocks by what they hold: programs for other shapes of a row share those of the same weights."""
+_blocks = ByContent(_Blocks)
 
 
 class Weight:
@@ -82,7 +83,7 @@ class Weight:
 
     def __init__(self, matrix: HostArray) -> None:
         self._matrix = matrix
-        self._blocks = _Blocks()
+        self._blocks: _Blocks | None = None
         inputs, outputs = matrix.shape[-2:]
         self._elements = inputs * outputs
         most = SMALL // max(1, inputs * min(WIDTH, outputs))
@@ -90,27 +91,54 @@ class Weight:
         """Of a block; 0 where the matrix is multiplied as a whole."""
         if self.lines < FEWEST or matrix.dtype != np.float32 or not small_kernels():
             self.lines = 0
+        self._plans: onednn.Planned | None = None
+        if matrix.ndim == 2 and matrix.dtype == np.float32 and onednn.why_not() is None:
+            self._plans, self.lines = onednn.product(matrix), 0
 
     def __call__(self, x: HostArray, out: HostArray) -> None:
-        if x.ndim == 2 and self._as_a_whole(len(x), 1):
+        plan = self._plan(x, out)
+        if plan is not None:
+            plan(x, out)
+        elif x.ndim == 2 and self._as_a_whole(len(x), 1):
             np.dot(x, self._matrix, out)  # which starts sooner
-            return
-        for operands in self.calls(x, out):
-            np.matmul(*operands)
+        else:
+            for operands in self._operands(x, out):
+                np.matmul(*operands)
 
-    def calls(self, x: HostArray, out: HostArray) -> Iterator[tuple[HostArray, ...]]:
+    def bound(self, x: HostArray, out: HostArray) -> list[Callable[[], object]]:
+        """What makes out = x @ weight of these arrays, to be called in order, again and again."""
+        plan = self._plan(x, out)
+        if plan is not None and len(x) * self._elements <= onednn.SHARED:
+            return [plan.bound(x, out)]
+        if plan is not None:  # by as many threads as there are then
+            return [partial(self, x, out)]
+        return [partial(np.matmul, *operands) for operands in self._operands(x, out)]
+
+    def _plan(self, x: HostArray, out: HostArray) -> onednn.Plan | None:
+        """What oneDNN does; None where NumPy is as fast."""
+        work = len(x) * self._elements
+        if self._plans is None or len(x) == 1 or work < LITTLE:
+            return None
+        (step, one), (out_step, out_one) = onednn.strides_of(x), onednn.strides_of(out)
+        if one != 1 or out_one != 1:
+            return None
+        return self._plans(onednn.threads_for(work), len(x), step, out_step)
+
+    def _operands(self, x: HostArray, out: HostArray) -> Iterator[tuple[HostArray, ...]]:
         """What np.matmul is to be called with, in order; views of x and of `out`."""
         *stack, count, inputs = x.shape
         if self._as_a_whole(count, prod(stack)):
             yield x, self._matrix, out
             return
+        if self._blocks is None:
+            self._blocks = _blocks.of(self._matrix)
         whole = count - count % self.lines
         for start, stop in ((0, whole), (whole, count)):
             if start == stop:
                 continue
             lines = min(self.lines, stop - start)
             some = x[..., start:stop, :].reshape(*stack, -1, 1, lines, inputs)
-            for columns, block in self._made():
+            for columns, block in self._blocks:
                 *_, width = block.shape
                 y = out[..., start:stop, columns].reshape(*stack, -1, lines, block.shape[-3], width)
                 yield some, block, y.swapaxes(-2, -3)
@@ -124,33 +152,6 @@ class Weight:
             return True
         return work > SHARED and blas_threads() > 1
 
-    def _made(self) -> list[tuple[slice, HostArray]]:
-        """The columns that are of one width, and their blocks (..., 1, blocks, inputs, width)."""
-        if not self._blocks:
-            *stack, inputs, outputs = self._matrix.shape
-            whole = outputs - outputs % WIDTH
-            parts = {
-                (start, stop): self._matrix[..., start:stop]
-                .reshape(*stack, 1, inputs, -1, width)
-                .swapaxes(-2, -3)
-                for start, stop, width in ((0, whole, WIDTH), (whole, outputs, outputs - whole))
-                if start < stop
-            }
-            key = self._matrix.shape, hash(self._matrix.tobytes())
-            blocks = _laid_out.get(key)
-            if blocks is None or not all(
-                np.array_equal(block, part)
-                for (_, block), part in zip(blocks, parts.values(), strict=True)
-            ):
-                blocks = _Blocks()
-                for ends, part in parts.items():
-                    block = _aligned(part.shape, part.dtype)
-                    np.copyto(block, part)
-                    blocks.append((slice(*ends), block))
-                _laid_out[key] = blocks
-            self._blocks = blocks
-        return self._blocks
-
 
 class OfGroups(Weight):
     """Matrices (groups, inputs, outputs), each for its part of x (lines, groups * inputs); the
@@ -159,9 +160,3 @@ class OfGroups(Weight):
     def __call__(self, x: HostArray, out: HostArray) -> None:
         groups = len(self._matrix)
         super().__call__(*(y.reshape(len(y), groups, -1).swapaxes(0, 1) for y in (x, out)))
-
-
-def _aligned(shape: Shape, dtype: np.dtype[Any]) -> HostArray:
-    """New memory that begins with a line of the cache: NumPy's own begins anywhere."""
-    memory = np.empty(prod(shape) * dtype.itemsize + LINE, "uint8")
-    return np.ndarray(shape, dtype, memory, -memory.ctypes.data % LINE)

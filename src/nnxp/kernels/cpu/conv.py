@@ -13,10 +13,12 @@ from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool
+from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
 from nnxp.kernels.cpu._small import OfGroups, Weight
-from nnxp.kernels.cpu.linear import LINES, product
+from nnxp.kernels.cpu.linear import BLOCK, LINES, product
 from nnxp.kernels.cpu.pool import largest
+from nnxp.kernels.pool import max_pool
 
 PATCHES = 1 << 20  # bytes of patches that are laid out for a product
 TILES = 256  # of Winograd's at once, at least, for each of his products has one line for each
@@ -39,21 +41,29 @@ def conv_in_place(
     activation: Kernel = identity,
     precision: str | None = None,
 ) -> InPlace | None:
-    """For windows over one or two axes of space, with constant weights, in one group, with a group
-    for each channel, or in any groups where a window is one element."""
-    apart = groups > 1 and weight.shape[-2] == 1 and groups == weight.shape[-1]
+    """With constant weights."""
     options = {"stride": stride, "padding": padding, "dilation": dilation}
     over = _taken(x, weight, bias, groups, **options)
-    if over is None or (groups > 1 and not apart and not _alone(over)):
-        return None
-    if weight.shape[-1] % groups:
+    if over is None or weight.shape[-1] % groups:
         return None  # the reference body says what is wrong
-    axes = len(over.window)
     numbers = np.ascontiguousarray(weight.numbers)
-    space, finish = (
-        x.shape[1:-1],
-        Finish(None if bias is None else bias.numbers, activation, x.dtype),
+    space, shift = x.shape[1:-1], None if bias is None else bias.numbers
+    return _by_onednn(space, numbers, over, shift, activation, groups) or _by_ourselves(
+        space, numbers, over, shift, activation, groups
     )
+
+
+def _by_ourselves(
+    space: Shape, numbers: HostArray, over: Windows, bias: HostArray | None, activation: Kernel,
+    groups: int,
+) -> InPlace | None:  # fmt: skip
+    """Without oneDNN: for windows over one or two axes, in one group, with a group for each
+    channel, or in any groups where a window is one element."""
+    apart = groups > 1 and numbers.shape[-2] == 1 and groups == numbers.shape[-1]
+    axes = len(over.window)
+    if axes > 2 or (groups > 1 and not apart and not _alone(over)):
+        return None
+    finish = Finish(bias, activation, numbers.dtype)
     if axes == 1:
         numbers, space, over = numbers[None], (1, *space), _flat(over)
     if apart:
@@ -65,12 +75,11 @@ def conv_in_place(
         if _transforms(numbers.shape, over):
             body = _winograd(numbers, over, finish, body)
 
-    def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
-        if axes == 1:
-            out, x = out[:, None], x[:, None]
-        body.run(out, scratch, x)
-
-    return InPlace(run, body.room)
+    if axes > 1:
+        return InPlace(lambda out, scratch, x, *_: body.run(out, scratch, x), body.room)
+    return InPlace(
+        lambda out, scratch, x, *_: body.run(out[:, None], scratch, x[:, None]), body.room
+    )
 
 
 @conv_max_pool.in_place
@@ -89,17 +98,68 @@ def conv_max_pool_in_place(
 
     The bias and relu keep what is largest, so that they follow on what is left.
     """
-    if len(window) != 2 or weight.ndim != 4 or groups != 1 or activation not in (identity, relu):
+    if len(window) != 2 or weight.ndim != 4 or activation not in (identity, relu):
         return None
     over = _taken(x, weight, bias, groups, **options)
-    if over is None or _transforms(weight.shape, over) or _alone(over):
-        return None
-    if any(n < size for n, size in zip(over.positions, window, strict=True)):
+    if over is None or any(n < size for n, size in zip(over.positions, window, strict=True)):
         return None  # the reference body says what is wrong
-    numbers = np.ascontiguousarray(weight.numbers)
-    finish = Finish(None if bias is None else bias.numbers, activation, x.dtype)
-    body = _by_patches(x.shape[1:-1], numbers, over, finish, window)
+    numbers, space = np.ascontiguousarray(weight.numbers), x.shape[1:-1]
+    shift = None if bias is None else bias.numbers
+    planned = _by_onednn(space, numbers, over, shift, activation, groups, window)
+    if planned or groups != 1 or _transforms(weight.shape, over) or _alone(over):
+        return planned
+    body = _by_patches(space, numbers, over, Finish(shift, activation, x.dtype), window)
     return InPlace(lambda out, scratch, x, *_: body.run(out, scratch, x), body.room)
+
+
+def _by_onednn(
+    space: Shape,
+    weight: HostArray,
+    over: Windows,
+    bias: HostArray | None,
+    activation: Kernel,
+    groups: int,
+    pool: Shape = (),
+) -> InPlace | None:
+    """A few pictures at a time, whose pool and activation follow; None where oneDNN has no fast
+    way."""
+    if weight.dtype != np.float32 or onednn.why_not() is not None:
+        return None
+    planned = onednn.convolution(space, weight, bias, over, groups)
+    if planned is None:
+        return None
+    outputs, dtype = weight.shape[-1], weight.dtype
+    seen, made = (*space, weight.shape[-2] * groups), (*over.positions, outputs)
+    pictures = max(1, BLOCK // (prod(made) * dtype.itemsize))
+    pooling = max_pool.in_place_for(Given((1, *made), dtype, None), window=pool) if pool else None
+    finish = Finish(None, activation, dtype)
+    work = prod(over.positions) * weight.size
+
+    def shapes(rows: int) -> tuple[Shape, Shape]:
+        together = min(rows, pictures)
+        return (together, *seen), (together if pool else 0, *made)
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
+        own, products = carved(scratch, dtype, *shapes(len(x)))
+        rest = scratch[room(dtype, *shapes(len(x))) :]
+        for start in range(0, len(x), pictures):
+            part, y = x[start : start + pictures], out[start : start + pictures]
+            if not part.flags.c_contiguous:
+                np.copyto(own[: len(part)], part)
+                part = own[: len(part)]
+            whole = y if pooling is None else products[: len(part)]
+            planned(onednn.threads_for(len(part) * work), len(part))(part, whole)
+            if pooling is not None:
+                pooling.run(y, rest, whole)
+            finish(y.reshape(-1, outputs))
+
+    def bytes_for(rows: int) -> int:
+        here = room(dtype, *shapes(rows)) + finish.room(min(rows, pictures) * prod(made) * 4)
+        if pooling is not None:
+            here += pooling.room(min(rows, pictures))
+        return here
+
+    return InPlace(run, bytes_for)
 
 
 def _taken(
@@ -107,7 +167,7 @@ def _taken(
 ) -> Windows | None:
     """The windows of a convolution that bodies here do; None for what is left to others."""
     constant = weight.numbers is not None and (bias is None or bias.numbers is not None)
-    if not constant or not plain(x, weight, bias) or weight.ndim not in (3, 4):
+    if not constant or not plain(x, weight, bias):
         return None
     if x.ndim != weight.ndim or x.shape[-1] != weight.shape[-2] * groups:
         return None  # the reference body says what is wrong
@@ -403,7 +463,7 @@ def _outputs(m: HostArray, out: HostArray) -> None:
 
 
 def _by_channel(
-    space: Shape, weight: HostArray, over: Windows, bias: Given | None, activation: Kernel
+    space: Shape, weight: HostArray, over: Windows, bias: HostArray | None, activation: Kernel
 ) -> InPlace:
     """Each channel by itself: one einsum over what the windows see, all of a line at once.
 
@@ -427,7 +487,7 @@ def _by_channel(
         step = (taps[1] - taps[0]) * beside // right if len(taps) > 1 else 0
         parts.append((phase, taps[0] * beside // right, step, np.ascontiguousarray(repeated)))
     own_shape, block = (tall, right, columns, channels), (high, line)
-    wide = None if bias is None else np.tile(bias.numbers, width)  # type: ignore[arg-type]
+    wide = None if bias is None else np.tile(bias, width)
     finish = Finish(wide, activation, dtype)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:

@@ -52,10 +52,10 @@ def rnn_in_place(
     ) -> None:  # fmt: skip
         (z,) = carved(scratch, dtype, (len(x), size))
         _begin(h, first)
-        products = list(product.calls(h, z))
+        products = product.bound(h, z)
         for t in order:
-            for operands in products:
-                np.matmul(*operands)
+            for multiply in products:
+                multiply()
             z += x[:, t]
             activation.reference(z, out=h)
             y[:, t] = h
@@ -92,20 +92,20 @@ def gru_in_place(
         gates, new, reset = carved(scratch, dtype, (rows, 2 * size), (rows, size), (rows, size))
         r, z = gates[:, :size], gates[:, size:]
         _begin(h, first)
-        gated = list(gating.calls(h, gates))
-        made = list(making.calls(h if reset_after else reset, new))
+        gated = gating.bound(h, gates)
+        made = making.bound(h if reset_after else reset, new)
         with np.errstate(over="ignore", under="ignore"):  # exp is infinite, or 0, rightly
             for t in order:
-                for operands in gated:
-                    np.matmul(*operands)
+                for multiply in gated:
+                    multiply()
                 if shifts is not None:
                     gates -= shifts[0]
                 gates -= x[:, t, : 2 * size]
                 _exp_and_one(gates)
                 if not reset_after:
                     np.divide(h, r, out=reset)
-                for operands in made:
-                    np.matmul(*operands)
+                for multiply in made:
+                    multiply()
                 if shifts is not None:
                     new += shifts[1]
                 if reset_after:
@@ -151,11 +151,11 @@ def lstm_in_place(
         i, f, o = (gates[:, k * size : (k + 1) * size] for k in range(3))
         _begin(h, first)
         _begin(c, cell)
-        products = [*gating.calls(h, gates), *making.calls(h, new)]
+        products = gating.bound(h, gates) + making.bound(h, new)
         with np.errstate(over="ignore", under="ignore"):  # exp is infinite, or 0, rightly
             for t in order:
-                for operands in products:
-                    np.matmul(*operands)
+                for multiply in products:
+                    multiply()
                 gates -= x[:, t, : 3 * size]
                 new += x[:, t, 3 * size :]
                 _exp_and_one(gates)

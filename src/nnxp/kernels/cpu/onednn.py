@@ -1,0 +1,471 @@
+"""Products and convolutions by oneDNN, where its library is installed: the extra `onednn`.
+
+It is called with the arrays of NumPy as they lie; only constant weights are laid out anew, once,
+as it wants them. float32 is float32: it is told not to round factors, and of its ways that with
+transformed windows (Winograd), of whose error the bound of the parity kit knows nothing, is not
+asked for. Activations are not left to it, because its relu makes 0 of NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import POINTER, Structure, byref, c_char, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, files
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from nnxp._arrays import HostArray, Shape
+from nnxp.kernels._windows import Windows
+from nnxp.kernels.cpu._pieces import ByContent, aligned, blas_threads
+
+WHEELS = "onednn-cpu-gomp", "onednn-cpu-iomp", "onednn"
+FILE = "libdnnl.so.3"
+
+# As in oneDNN's headers, dnnl_types.h and dnnl_common_types.h
+CPU, FLOAT32, ANY_LAYOUT, IN_ORDER = 1, 3, 1, 1
+FORWARD_INFERENCE, DIRECT = 96, 1
+SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
+SOURCE, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 17, 33, 41, 80  # what an operand is
+NAME, WEIGHTS_LAYOUT, SCRATCHPAD_LAYOUT = 8, 131, 136  # what a primitive is asked for
+SEQUENTIAL, OPENMP = 1, 2  # how it is built
+
+MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, as ours do
+MOST_PLANS = 64  # of one constant, for other numbers of rows
+SHARED = 1 << 22
+"""Multiply-adds: fewer are not worth several threads."""
+
+_Dims = c_int64 * 12
+_off = False
+_forked = False  # OpenMP's threads are those of the parent
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class OneDNNError(RuntimeError):
+    """oneDNN refused something that it was asked; the message has the function and the status."""
+
+
+class _Version(Structure):
+    _fields_ = [
+        *((name, c_int) for name in ("major", "minor", "patch")),
+        ("hash", c_char_p),
+        ("cpu_runtime", ctypes.c_uint),
+        ("gpu_runtime", ctypes.c_uint),
+    ]
+
+
+class _Operand(Structure):
+    _fields_ = [("what", c_int), ("memory", c_void_p)]
+
+
+_FUNCTIONS: dict[str, list[Any]] = {
+    "engine_create": [POINTER(c_void_p), c_int, c_size_t],
+    "stream_create": [POINTER(c_void_p), c_void_p, c_int],
+    "memory_desc_create_with_strides": [POINTER(c_void_p), c_int, _Dims, c_int, _Dims],
+    "memory_desc_create_with_tag": [POINTER(c_void_p), c_int, _Dims, c_int, c_int],
+    "memory_create": [POINTER(c_void_p), c_void_p, c_void_p, c_void_p],
+    "memory_set_data_handle": [c_void_p, c_void_p],
+    "memory_get_memory_desc": [c_void_p, POINTER(c_void_p)],
+    "primitive_attr_create": [POINTER(c_void_p)],
+    "primitive_attr_set_scratchpad_mode": [c_void_p, c_int],
+    "primitive_attr_set_fpmath_mode": [c_void_p, c_int],
+    "matmul_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 6],
+    "convolution_forward_primitive_desc_create": [
+        *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 4, *[_Dims] * 4, c_void_p)
+    ],
+    "reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
+    "primitive_desc_query": [c_void_p, c_int, c_int, c_void_p],
+    "primitive_create": [POINTER(c_void_p), c_void_p],
+    "primitive_execute": [c_void_p, c_void_p, c_int, c_void_p],
+    **{f"{name}_destroy": [c_void_p] for name in
+       ("memory_desc", "memory", "primitive_attr", "primitive_desc", "primitive")},
+}  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Why nothing goes through oneDNN; None if it does."""
+    return "it is turned off" if _off else library()[1]
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """Our own bodies only, in what is recorded meanwhile: to compare them."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+@cache
+def library() -> tuple[Any, str | None]:
+    """The library with its functions declared, or why there is none."""
+    try:
+        dnnl = ctypes.CDLL(_path())
+        dnnl.dnnl_version.restype = POINTER(_Version)
+        about = dnnl.dnnl_version().contents
+        if about.cpu_runtime not in (SEQUENTIAL, OPENMP):
+            return None, f"{FILE} is built with threads that cannot be limited"
+        for name, types in _FUNCTIONS.items():
+            function = getattr(dnnl, f"dnnl_{name}")
+            function.argtypes = types
+            function.restype = partial(_checked, name)
+        dnnl.dnnl_primitive_desc_query_md.argtypes = [c_void_p, c_int, c_int]
+        dnnl.dnnl_primitive_desc_query_md.restype = c_void_p
+        dnnl.dnnl_memory_desc_get_size.argtypes = [c_void_p]
+        dnnl.dnnl_memory_desc_get_size.restype = c_size_t
+        dnnl.dnnl_memory_desc_equal.argtypes = [c_void_p, c_void_p]
+        dnnl.version = ".".join(map(str, (about.major, about.minor, about.patch)))
+        for name in (
+            "omp_set_num_threads",
+            "omp_get_max_threads",
+        ):  # of the OpenMP it is linked with
+            setattr(
+                dnnl, name, getattr(dnnl, name) if about.cpu_runtime == OPENMP else lambda *_: 1
+            )
+        dnnl.engine = _made(dnnl.dnnl_engine_create, CPU, 0)
+        dnnl.stream = _made(dnnl.dnnl_stream_create, dnnl.engine, IN_ORDER)
+        return dnnl, None
+    except (OSError, AttributeError, OneDNNError) as error:
+        if not isinstance(error, OSError) or _in_wheels():
+            return None, f"oneDNN cannot be loaded ({' '.join(str(error).split())[:300]})"
+        return None, "onednn-cpu-gomp is not installed"
+
+
+def _path() -> str:
+    """The library's file in a wheel; else its name, by which the system may find it."""
+    return _in_wheels() or FILE
+
+
+@cache
+def _in_wheels() -> str | None:
+    for wheel in WHEELS:
+        try:
+            found = [file for file in files(wheel) or () if file.name == FILE]
+        except PackageNotFoundError:
+            continue
+        if found:
+            return str(found[0].locate().resolve())
+    return None
+
+
+def _checked(name: str, status: int) -> None:
+    if status:
+        raise OneDNNError(f"dnnl_{name} answered status {status}")
+
+
+def _made(create: Any, *arguments: Any) -> c_void_p:
+    made = c_void_p()
+    create(byref(made), *arguments)
+    return made
+
+
+class _Owned:
+    """What oneDNN has made, until nobody refers to it."""
+
+    def __init__(self, kind: str, create: str, *arguments: Any) -> None:
+        dnnl = library()[0]
+        self._destroy = getattr(dnnl, f"dnnl_{kind}_destroy")
+        self._as_parameter_ = _made(getattr(dnnl, f"dnnl_{create}"), *arguments)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_as_parameter_"):
+            self._destroy(self._as_parameter_)
+
+
+def outline(shape: Sequence[int], strides: Sequence[int] | None) -> _Owned:
+    """A float32 array of this shape; strides are in elements, None for those that oneDNN likes."""
+    how = ("tag", ANY_LAYOUT) if strides is None else ("strides", _Dims(*strides))
+    create = f"memory_desc_create_with_{how[0]}"
+    return _Owned("memory_desc", create, len(shape), _Dims(*shape), FLOAT32, how[1])
+
+
+def _described(primitive: _Owned, what: int) -> c_void_p:
+    """The layout of an operand of a primitive, to which it belongs."""
+    return c_void_p(library()[0].dnnl_primitive_desc_query_md(primitive, what, 0))
+
+
+class _Memory(_Owned):
+    """oneDNN's view of an array, which it keeps; of none yet, without one."""
+
+    def __init__(self, description: Any, array: HostArray | None = None) -> None:
+        address = None if array is None else _address(array)
+        super().__init__("memory", "memory_create", description, library()[0].engine, address)
+        self.array = array
+
+
+def _address(array: HostArray) -> int:
+    try:  # a third of the time that the array's own interface takes
+        return ctypes.addressof(c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # it is read-only, or not in one piece
+        return int(array.__array_interface__["data"][0])
+
+
+class Constant:
+    """A constant array, laid out as plans want it, once for all that want the same.
+
+    `shape` and `strides`, in elements, say how oneDNN is to look at it.
+    """
+
+    def __init__(self, numbers: HostArray, shape: Shape, strides: Shape) -> None:
+        self.numbers = numbers
+        self._shape, self._strides = shape, strides
+        self._laid_out: list[_Memory] = []
+        self._lock = threading.Lock()
+
+    def any_layout(self) -> _Owned:
+        """What a plan is told that may want the array as it likes."""
+        return outline(self._shape, None)
+
+    def memory(self, description: _Owned) -> _Memory:
+        """The memory that holds the array as a plan of this description wants it."""
+        dnnl, wanted = library()[0], _described(description, WEIGHTS_LAYOUT)
+        with self._lock:
+            for memory in self._laid_out:
+                layout = c_void_p()
+                dnnl.dnnl_memory_get_memory_desc(memory, byref(layout))
+                if dnnl.dnnl_memory_desc_equal(layout, wanted):
+                    return memory
+            array = aligned((dnnl.dnnl_memory_desc_get_size(wanted),), "uint8")
+            memory = _Memory(wanted, array)
+            given = outline(self._shape, self._strides)
+            source = _Memory(given, self.numbers)
+            between = given, dnnl.engine, wanted, dnnl.engine, None
+            change = _Owned("primitive_desc", "reorder_primitive_desc_create", *between)
+            Plan(change, {SOURCE: source, RESULT: memory}, {})()
+            self._laid_out.append(memory)
+            return memory
+
+
+constants = ByContent(Constant)
+
+
+class Plan:
+    """What oneDNN has planned for certain shapes: several threads may call it at once.
+
+    `constants` and `operands` say by what an operand is, SOURCE for one, in which memory it lies,
+    or what the arrays look like that are given at each call, in order.
+    """
+
+    def __init__(
+        self,
+        description: _Owned,
+        constants: dict[int, _Memory],
+        operands: dict[int, _Owned],
+    ) -> None:
+        dnnl = library()[0]
+        self.primitive = _Owned("primitive", "primitive_create", description)
+        self.constants, self.operands = constants, operands
+        self.scratch = _described(description, SCRATCHPAD_LAYOUT)
+        self.scratch_size = dnnl.dnnl_memory_desc_get_size(self.scratch)
+        self._description = description  # which has the scratchpad's layout
+        self._calls = threading.local()
+
+    def __call__(self, *arrays: HostArray) -> None:
+        """Run it with these arrays."""
+        try:
+            call = self._calls.here
+        except AttributeError:
+            call = self._calls.here = _Call(self)
+        call(*arrays)
+
+    def bound(self, *arrays: HostArray) -> Callable[[], object]:
+        """What runs it with these arrays, as long as they are there; for one thread at a time."""
+        return _Call(self, *arrays).run
+
+
+class _Call:
+    """The operands of a plan, for one thread at a time."""
+
+    def __init__(self, plan: Plan, *arrays: HostArray) -> None:
+        dnnl = library()[0]
+        self._set = dnnl.dnnl_memory_set_data_handle
+        self._own = [_Memory(description) for description in plan.operands.values()]
+        memories = plan.constants | dict(zip(plan.operands, self._own, strict=True))
+        memories[SCRATCHPAD] = _Memory(plan.scratch, aligned((plan.scratch_size,), "uint8"))
+        operands = (_Operand * len(memories))(
+            *((what, memory._as_parameter_) for what, memory in memories.items())
+        )
+        operands.kept = memories  # as long as somebody may run it
+        count = len(memories)
+        self.run = partial(
+            dnnl.dnnl_primitive_execute, plan.primitive, dnnl.stream, count, operands
+        )
+        self._look_at(arrays)
+
+    def _look_at(self, arrays: Sequence[HostArray]) -> None:
+        for memory, array in zip(self._own, arrays, strict=False):
+            self._set(memory, _address(array))
+
+    def __call__(self, *arrays: HostArray) -> None:
+        self._look_at(arrays)
+        self.run()
+
+
+class Planned:
+    """Plans by what decides them, such as the number of rows, and by the number of threads; `make`
+    makes one that is new."""
+
+    def __init__(self, make: Callable[..., Plan]) -> None:
+        self._make = make
+        self._plans: dict[tuple[int, ...], Plan] = {}
+
+    def __call__(self, threads: int, *key: int) -> Plan:
+        plan = self._plans.get((threads, *key))
+        if plan is None:
+            with _limited_to(threads):
+                plan = self._make(*key)
+            while len(self._plans) >= MOST_PLANS:
+                self._plans.pop(next(iter(self._plans)), None)
+            self._plans[(threads, *key)] = plan
+        return plan
+
+
+def threads_for(work: int) -> int:
+    """The threads for so many multiply-adds: as many as BLAS would take, where they are many."""
+    return 1 if work <= SHARED or _forked else blas_threads()
+
+
+@contextmanager
+def _limited_to(threads: int) -> Iterator[None]:
+    """What is planned meanwhile runs in so many threads."""
+    dnnl = library()[0]
+    before = dnnl.omp_get_max_threads()
+    dnnl.omp_set_num_threads(threads)
+    try:
+        yield
+    finally:
+        dnnl.omp_set_num_threads(before)
+
+
+def _attributes() -> _Owned:
+    """float32 that is not rounded, and memory to work in that is ours."""
+    attributes, dnnl = _Owned("primitive_attr", "primitive_attr_create"), library()[0]
+    dnnl.dnnl_primitive_attr_set_scratchpad_mode(attributes, SCRATCHPAD_OF_THE_USER)
+    dnnl.dnnl_primitive_attr_set_fpmath_mode(attributes, STRICT)
+    return attributes
+
+
+def _product(x: _Owned, matrix: _Owned, out: _Owned) -> _Owned:
+    """The description of a product of matrices."""
+    operands = x, matrix, None, out, _attributes()
+    return _Owned("primitive_desc", "matmul_primitive_desc_create", library()[0].engine, *operands)
+
+
+def product(matrix: HostArray) -> Planned:
+    """Plans of out = x @ matrix, by the lines of x and the elements from one line of x, and of out,
+    to the next."""
+    inputs, outputs = matrix.shape
+    constant = constants.of(matrix, matrix.shape, strides_of(matrix))
+
+    def make(lines: int, step: int, out_step: int) -> Plan:
+        x = outline((lines, inputs), (step, 1))
+        out = outline((lines, outputs), (out_step, 1))
+        description = _product(x, constant.any_layout(), out)
+        return Plan(description, {WEIGHTS: constant.memory(description)}, {SOURCE: x, RESULT: out})
+
+    return Planned(make)
+
+
+def _product_of(*sizes: int) -> Plan:
+    """The plan of a product of three numbers of lines and columns, and of strides."""
+    (lines, inner, columns), strides = sizes[:3], sizes[3:]
+    shapes = (lines, inner), (inner, columns), (lines, columns)
+    x, matrix, out = (outline(shape, strides[2 * i : 2 * i + 2]) for i, shape in enumerate(shapes))
+    operands = {SOURCE: x, WEIGHTS: matrix, RESULT: out}
+    return Plan(_product(x, matrix, out), {}, operands)
+
+
+_products = Planned(_product_of)
+
+
+def multiply(x: HostArray, matrix: HostArray, out: HostArray) -> None:
+    """out = x @ matrix, for float32 matrices."""
+    strides = strides_of(x), strides_of(matrix), strides_of(out)
+    if not all(min(pair) == 1 < max(pair) for pair in strides):
+        np.matmul(x, matrix, out)
+        return
+    sizes = *x.shape, matrix.shape[1]
+    plan = _products(threads_for(prod(sizes)), *sizes, *strides[0], *strides[1], *strides[2])
+    plan(x, matrix, out)
+
+
+def convolution(
+    space: Shape, weight: HostArray, bias: HostArray | None, over: Windows, groups: int
+) -> Planned | None:
+    """Plans of out = conv(x, weight) + bias, by the rows of x (rows, *space, channels); None where
+    oneDNN has no fast way. The weight is (*window, channels / groups, outputs)."""
+    *window, channels, outputs = weight.shape
+    shape = outputs, channels, *window
+    strides = _strides(weight.shape)
+    strides = strides[-1], strides[-2], *strides[:-2]
+    if groups > 1:
+        shape = groups, outputs // groups, *shape[1:]
+        strides = outputs // groups * strides[0], *strides
+    constant = constants.of(weight, shape, strides)
+    shift = None if bias is None else outline(bias.shape, (1,))
+    biases = {} if shift is None else {BIAS: _Memory(shift, bias)}
+
+    def describe(rows: int) -> tuple[_Owned, _Owned, _Owned]:
+        x = _channels_last((rows, *space, channels * groups))
+        out = _channels_last((rows, *over.positions, outputs))
+        before, behind = zip(*over.pads, strict=True)
+        dilation = [n - 1 for n in over.dilation]
+        description = _Owned(
+            "primitive_desc", "convolution_forward_primitive_desc_create",
+            library()[0].engine, FORWARD_INFERENCE, DIRECT,
+            x, constant.any_layout(), shift, out,
+            *(_Dims(*sizes) for sizes in (over.stride, dilation, before, behind)), _attributes(),
+        )  # fmt: skip
+        return description, x, out
+
+    def make(rows: int) -> Plan:
+        description, x, out = describe(rows)
+        weights = {WEIGHTS: constant.memory(description)}
+        return Plan(description, biases | weights, {SOURCE: x, RESULT: out})
+
+    try:
+        with _limited_to(1):
+            description, *_ = describe(1)
+    except OneDNNError:
+        return None
+    return Planned(make) if _is_fast(description) else None
+
+
+def _is_fast(description: _Owned) -> bool:
+    """Whether what oneDNN would run is made for this CPU, and works on arrays as they lie."""
+    dnnl, name = library()[0], c_char_p()
+    dnnl.dnnl_primitive_desc_query(description, NAME, 0, byref(name))
+    scratch = dnnl.dnnl_memory_desc_get_size(_described(description, SCRATCHPAD_LAYOUT))
+    return not (name.value or b"").startswith((b"ref", b"gemm")) and scratch <= MOST_SCRATCH
+
+
+def strides_of(array: HostArray) -> Shape:
+    """The strides of an array, in elements."""
+    return tuple(step // array.itemsize for step in array.strides)
+
+
+def _strides(shape: Sequence[int]) -> Shape:
+    """Those of an array in one piece."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _channels_last(shape: Shape) -> _Owned:
+    """An array (rows, *space, channels) in one piece; oneDNN names channels before space."""
+    strides = _strides(shape)
+    return outline((shape[0], shape[-1], *shape[1:-1]), (strides[0], strides[-1], *strides[1:-1]))
