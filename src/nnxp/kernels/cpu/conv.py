@@ -125,14 +125,14 @@ def _by_onednn(
     way."""
     if weight.dtype != np.float32 or onednn.why_not() is not None:
         return None
-    planned = onednn.convolution(space, weight, bias, over, groups)
+    planned = onednn.convolution(space, weight, bias, over, groups, activation)
     if planned is None:
         return None
     outputs, dtype = weight.shape[-1], weight.dtype
     seen, made = (*space, weight.shape[-2] * groups), (*over.positions, outputs)
     pictures = max(1, BLOCK // (prod(made) * dtype.itemsize))
     pooling = max_pool.in_place_for(Given((1, *made), dtype, None), window=pool) if pool else None
-    finish = Finish(None, activation, dtype)
+    finish = Finish(None, identity if activation in onednn.FUSED else activation, dtype)
     work = prod(over.positions) * weight.size
 
     def shapes(rows: int) -> tuple[Shape, Shape]:

@@ -3,7 +3,7 @@
 It is called with the arrays of NumPy as they lie; only constant weights are laid out anew, once,
 as it wants them. float32 is float32: it is told not to round factors, and of its ways that with
 transformed windows (Winograd), of whose error the bound of the parity kit knows nothing, is not
-asked for. Activations are not left to it, because its relu makes 0 of NaN.
+asked for. Of activations it has those that let NaN through: its relu makes 0 of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_char, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_void_p,
+)
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, files
 from math import prod
@@ -22,7 +33,9 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray, Shape
+from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels._windows import Windows
+from nnxp.kernels.activations import hard_swish, identity
 from nnxp.kernels.cpu._pieces import ByContent, aligned, blas_threads
 
 WHEELS = "onednn-cpu-gomp", "onednn-cpu-iomp", "onednn"
@@ -83,6 +96,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "primitive_attr_create": [POINTER(c_void_p)],
     "primitive_attr_set_scratchpad_mode": [c_void_p, c_int],
     "primitive_attr_set_fpmath_mode": [c_void_p, c_int],
+    "primitive_attr_set_post_ops": [c_void_p, c_void_p],
+    "post_ops_create": [POINTER(c_void_p)],
+    "post_ops_append_eltwise": [c_void_p, c_int, c_float, c_float],
     "matmul_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 6],
     "convolution_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 4, *[_Dims] * 4, c_void_p)
@@ -92,7 +108,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "primitive_create": [POINTER(c_void_p), c_void_p],
     "primitive_execute": [c_void_p, c_void_p, c_int, c_void_p],
     **{f"{name}_destroy": [c_void_p] for name in
-       ("memory_desc", "memory", "primitive_attr", "primitive_desc", "primitive")},
+       ("memory_desc", "memory", "post_ops", "primitive_attr", "primitive_desc", "primitive")},
 }  # fmt: skip
 
 
@@ -353,9 +369,17 @@ def _limited_to(threads: int) -> Iterator[None]:
         dnnl.omp_set_num_threads(before)
 
 
-def _attributes() -> _Owned:
-    """float32 that is not rounded, and memory to work in that is ours."""
+FUSED: dict[Kernel, tuple[int, float, float]] = {hard_swish: (52, 1 / 6, 1 / 2)}
+"""The activations that oneDNN applies to what it has made, as its headers number them."""
+
+
+def _attributes(activation: Kernel = identity) -> _Owned:
+    """float32 that is not rounded, memory to work in that is ours, and an activation of FUSED."""
     attributes, dnnl = _Owned("primitive_attr", "primitive_attr_create"), library()[0]
+    if activation in FUSED:
+        then = _Owned("post_ops", "post_ops_create")
+        dnnl.dnnl_post_ops_append_eltwise(then, *FUSED[activation])
+        dnnl.dnnl_primitive_attr_set_post_ops(attributes, then)
     dnnl.dnnl_primitive_attr_set_scratchpad_mode(attributes, SCRATCHPAD_OF_THE_USER)
     dnnl.dnnl_primitive_attr_set_fpmath_mode(attributes, STRICT)
     return attributes
@@ -406,10 +430,18 @@ def multiply(x: HostArray, matrix: HostArray, out: HostArray) -> None:
 
 
 def convolution(
-    space: Shape, weight: HostArray, bias: HostArray | None, over: Windows, groups: int
+    space: Shape,
+    weight: HostArray,
+    bias: HostArray | None,
+    over: Windows,
+    groups: int,
+    activation: Kernel,
 ) -> Planned | None:
-    """Plans of out = conv(x, weight) + bias, by the rows of x (rows, *space, channels); None where
-    oneDNN has no fast way. The weight is (*window, channels / groups, outputs)."""
+    """Plans of out = conv(x, weight) + bias, by the rows of x (rows, *space, channels), with the
+    activation if it is one of FUSED; None where oneDNN has no fast way.
+
+    The weight is (*window, channels / groups, outputs).
+    """
     *window, channels, outputs = weight.shape
     shape = outputs, channels, *window
     strides = _strides(weight.shape)
@@ -430,7 +462,8 @@ def convolution(
             "primitive_desc", "convolution_forward_primitive_desc_create",
             library()[0].engine, FORWARD_INFERENCE, DIRECT,
             x, constant.any_layout(), shift, out,
-            *(_Dims(*sizes) for sizes in (over.stride, dilation, before, behind)), _attributes(),
+            *(_Dims(*sizes) for sizes in (over.stride, dilation, before, behind)),
+            _attributes(activation),
         )  # fmt: skip
         return description, x, out
 
