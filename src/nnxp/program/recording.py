@@ -39,7 +39,7 @@ SPREAD = 4096  # elements: the broadcast of so few costs more to start than to d
 MANY_ROWS, FEW_COLUMNS = 64, 16
 """From so many rows, and up to so many columns, the largest of each row is found by columns."""
 
-ANY_LAYOUT = 1 << 19  # multiply-adds of matrices that change, from which oneDNN is asked
+ANY_LAYOUT = 1 << 20  # multiply-adds of matrices that change, from which oneDNN is asked
 PIECE = 1024  # rows that are transposed at once, so that they stay in the cache
 
 _METHODS = frozenset("astype copy reshape swapaxes transpose".split())

@@ -91,7 +91,7 @@ class Weight:
         """Of a block; 0 where the matrix is multiplied as a whole."""
         if self.lines < FEWEST or matrix.dtype != np.float32 or not small_kernels():
             self.lines = 0
-        self._plans: onednn.Planned | None = None
+        self._plans: onednn.Planned[onednn.Plan] | None = None
         if matrix.ndim == 2 and matrix.dtype == np.float32 and onednn.why_not() is None:
             self._plans, self.lines = onednn.product(matrix), 0
 
@@ -119,8 +119,8 @@ class Weight:
         work = len(x) * self._elements
         if self._plans is None or len(x) == 1 or work < LITTLE:
             return None
-        (step, one), (out_step, out_one) = onednn.strides_of(x), onednn.strides_of(out)
-        if one != 1 or out_one != 1:
+        (step, one), (out_step, out_one) = x.strides, out.strides
+        if one != onednn.SIZE or out_one != onednn.SIZE:
             return None
         return self._plans(onednn.threads_for(work), len(x), step, out_step)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import (
     POINTER,
@@ -28,7 +28,7 @@ from ctypes import (
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, files
 from math import prod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -53,6 +53,8 @@ MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, 
 MOST_PLANS = 64  # of one constant, for other numbers of rows
 SHARED = 1 << 22
 """Multiply-adds: fewer are not worth several threads."""
+
+SIZE = 4  # bytes of a number
 
 _Dims = c_int64 * 12
 _off = False
@@ -132,7 +134,7 @@ def unused() -> Iterator[None]:
 def library() -> tuple[Any, str | None]:
     """The library with its functions declared, or why there is none."""
     try:
-        dnnl = ctypes.CDLL(_path())
+        dnnl: Any = ctypes.CDLL(_path())
         dnnl.dnnl_version.restype = POINTER(_Version)
         about = dnnl.dnnl_version().contents
         if about.cpu_runtime not in (SEQUENTIAL, OPENMP):
@@ -146,7 +148,7 @@ def library() -> tuple[Any, str | None]:
         dnnl.dnnl_memory_desc_get_size.argtypes = [c_void_p]
         dnnl.dnnl_memory_desc_get_size.restype = c_size_t
         dnnl.dnnl_memory_desc_equal.argtypes = [c_void_p, c_void_p]
-        dnnl.version = ".".join(map(str, (about.major, about.minor, about.patch)))
+        dnnl.version = f"{about.major}.{about.minor}.{about.patch}"
         for name in (
             "omp_set_num_threads",
             "omp_get_max_threads",
@@ -176,7 +178,7 @@ def _in_wheels() -> str | None:
         except PackageNotFoundError:
             continue
         if found:
-            return str(found[0].locate().resolve())
+            return os.path.realpath(str(found[0].locate()))
     return None
 
 
@@ -269,6 +271,7 @@ class Constant:
 
 
 constants = ByContent(Constant)
+Made = TypeVar("Made", bound="Plan | None")
 
 
 class Plan:
@@ -310,12 +313,13 @@ class _Call:
 
     def __init__(self, plan: Plan, *arrays: HostArray) -> None:
         dnnl = library()[0]
-        self._set = dnnl.dnnl_memory_set_data_handle
-        self._own = [_Memory(description) for description in plan.operands.values()]
-        memories = plan.constants | dict(zip(plan.operands, self._own, strict=True))
+        own = [_Memory(description) for description in plan.operands.values()]
+        self._set = [partial(dnnl.dnnl_memory_set_data_handle, memory) for memory in own]
+        self._addresses = [0] * len(own)
+        memories = plan.constants | dict(zip(plan.operands, own, strict=True))
         memories[SCRATCHPAD] = _Memory(plan.scratch, aligned((plan.scratch_size,), "uint8"))
-        operands = (_Operand * len(memories))(
-            *((what, memory._as_parameter_) for what, memory in memories.items())
+        operands: Any = (_Operand * len(memories))(
+            *(_Operand(what, memory._as_parameter_) for what, memory in memories.items())
         )
         operands.kept = memories  # as long as somebody may run it
         count = len(memories)
@@ -325,31 +329,35 @@ class _Call:
         self._look_at(arrays)
 
     def _look_at(self, arrays: Sequence[HostArray]) -> None:
-        for memory, array in zip(self._own, arrays, strict=False):
-            self._set(memory, _address(array))
+        for i, array in enumerate(arrays):
+            address = _address(array)
+            if address != self._addresses[i]:
+                self._set[i](address)
+                self._addresses[i] = address
 
     def __call__(self, *arrays: HostArray) -> None:
         self._look_at(arrays)
         self.run()
 
 
-class Planned:
+class Planned(Generic[Made]):
     """Plans by what decides them, such as the number of rows, and by the number of threads; `make`
     makes one that is new."""
 
-    def __init__(self, make: Callable[..., Plan]) -> None:
+    def __init__(self, make: Callable[..., Made]) -> None:
         self._make = make
-        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plans: dict[Hashable, Made] = {}
 
-    def __call__(self, threads: int, *key: int) -> Plan:
-        plan = self._plans.get((threads, *key))
-        if plan is None:
+    def __call__(self, threads: int, *key: Hashable) -> Made:
+        try:
+            return self._plans[threads, key]
+        except KeyError:
             with _limited_to(threads):
                 plan = self._make(*key)
             while len(self._plans) >= MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)), None)
-            self._plans[(threads, *key)] = plan
-        return plan
+            self._plans[threads, key] = plan
+            return plan
 
 
 def threads_for(work: int) -> int:
@@ -391,28 +399,30 @@ def _product(x: _Owned, matrix: _Owned, out: _Owned) -> _Owned:
     return _Owned("primitive_desc", "matmul_primitive_desc_create", library()[0].engine, *operands)
 
 
-def product(matrix: HostArray) -> Planned:
-    """Plans of out = x @ matrix, by the lines of x and the elements from one line of x, and of out,
-    to the next."""
+def product(matrix: HostArray) -> Planned[Plan]:
+    """Plans of out = x @ matrix, by the lines of x and the bytes from one line of x, and of out, to
+    the next."""
     inputs, outputs = matrix.shape
-    constant = constants.of(matrix, matrix.shape, strides_of(matrix))
+    strides = tuple(step // SIZE for step in matrix.strides)
+    constant = constants.of(matrix, matrix.shape, strides)
 
     def make(lines: int, step: int, out_step: int) -> Plan:
-        x = outline((lines, inputs), (step, 1))
-        out = outline((lines, outputs), (out_step, 1))
+        x = outline((lines, inputs), (step // SIZE, 1))
+        out = outline((lines, outputs), (out_step // SIZE, 1))
         description = _product(x, constant.any_layout(), out)
         return Plan(description, {WEIGHTS: constant.memory(description)}, {SOURCE: x, RESULT: out})
 
     return Planned(make)
 
 
-def _product_of(*sizes: int) -> Plan:
-    """The plan of a product of three numbers of lines and columns, and of strides."""
-    (lines, inner, columns), strides = sizes[:3], sizes[3:]
-    shapes = (lines, inner), (inner, columns), (lines, columns)
-    x, matrix, out = (outline(shape, strides[2 * i : 2 * i + 2]) for i, shape in enumerate(shapes))
-    operands = {SOURCE: x, WEIGHTS: matrix, RESULT: out}
-    return Plan(_product(x, matrix, out), {}, operands)
+def _product_of(shapes: Sequence[Shape], strides: Sequence[Shape]) -> Plan | None:
+    """The plan of a product, of matrices whose strides are in bytes; None where one has gaps both
+    ways."""
+    if not all(min(pair) == SIZE < max(pair) for pair in strides):
+        return None
+    steps = [(down // SIZE, across // SIZE) for down, across in strides]
+    x, matrix, out = map(outline, shapes, steps)
+    return Plan(_product(x, matrix, out), {}, {SOURCE: x, WEIGHTS: matrix, RESULT: out})
 
 
 _products = Planned(_product_of)
@@ -420,13 +430,12 @@ _products = Planned(_product_of)
 
 def multiply(x: HostArray, matrix: HostArray, out: HostArray) -> None:
     """out = x @ matrix, for float32 matrices."""
-    strides = strides_of(x), strides_of(matrix), strides_of(out)
-    if not all(min(pair) == 1 < max(pair) for pair in strides):
+    shapes, strides = (x.shape, matrix.shape, out.shape), (x.strides, matrix.strides, out.strides)
+    plan = _products(threads_for(x.size * out.shape[1]), shapes, strides)
+    if plan is None:
         np.matmul(x, matrix, out)
-        return
-    sizes = *x.shape, matrix.shape[1]
-    plan = _products(threads_for(prod(sizes)), *sizes, *strides[0], *strides[1], *strides[2])
-    plan(x, matrix, out)
+    else:
+        plan(x, matrix, out)
 
 
 def convolution(
@@ -436,7 +445,7 @@ def convolution(
     over: Windows,
     groups: int,
     activation: Kernel,
-) -> Planned | None:
+) -> Planned[Plan] | None:
     """Plans of out = conv(x, weight) + bias, by the rows of x (rows, *space, channels), with the
     activation if it is one of FUSED; None where oneDNN has no fast way.
 
@@ -488,13 +497,8 @@ def _is_fast(description: _Owned) -> bool:
     return not (name.value or b"").startswith((b"ref", b"gemm")) and scratch <= MOST_SCRATCH
 
 
-def strides_of(array: HostArray) -> Shape:
-    """The strides of an array, in elements."""
-    return tuple(step // array.itemsize for step in array.strides)
-
-
 def _strides(shape: Sequence[int]) -> Shape:
-    """Those of an array in one piece."""
+    """The strides of an array in one piece, in elements."""
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
