@@ -54,11 +54,12 @@ class InPlace(NamedTuple):
 
     `run(out, scratch, *arrays)` fills `out`, or one for each result, in order. `scratch` is memory
     to work in, uint8, of `room(rows)` bytes, which grow with the rows by no more than they do at
-    first.
+    first. `work(rows)` is the multiply-adds of its products that may be shared among threads.
     """
 
     run: Callable[..., object]
     room: Callable[[int], int]
+    work: Callable[[int], int] = lambda _: 0
 
 
 class Kernel:

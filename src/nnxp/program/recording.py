@@ -84,8 +84,11 @@ def bodied(program: Program) -> Bodied:
 
 
 def _counting(body: InPlace, length: Shape) -> InPlace:
-    """The body, whose room is that for the length of its axis 0, not for the program's rows."""
-    return body._replace(room=lambda rows: body.room(*sized(length, rows)))
+    """The body, which counts for the length of its axis 0, not for the program's rows."""
+    return body._replace(
+        room=lambda rows: body.room(*sized(length, rows)),
+        work=lambda rows: body.work(*sized(length, rows)),
+    )
 
 
 class Layout:
@@ -211,6 +214,8 @@ class Recording:
         """The result of these inputs, or a tuple of several."""
         if all(isinstance(s.function, str) or s in program.bodies for s in program.steps):
             self.answer = partial(_without_warnings().run, self.answer)
+        if lines.work > onednn.SHARED and onednn.why_not() is None:
+            self.answer = partial(_sharing_threads, self.answer)
 
     def __call__(self, inputs: Sequence[HostArray], results: Sequence[HostArray]) -> None:
         self.answer(*inputs, *results)
@@ -222,6 +227,7 @@ class _Lines:
     def __init__(self, program: Bodied, rows: int, given: Sequence[np.dtype[Any]]) -> None:
         self.rows = rows
         self.names: dict[str, Any] = {}
+        self.work = 0  # the most multiply-adds of a product that oneDNN may share among threads
         self._known: dict[int, str] = {}  # what is in `names`, by its id
         self._places: dict[Value, Any] = {}  # where a value lies: an array, or the name of a local
         self._lines: list[str] = []
@@ -254,6 +260,7 @@ class _Lines:
                         whole = buffers[held][: prod(shape) * value.dtype.itemsize]
                         self._places[value] = whole.view(value.dtype).reshape(shape)
                 if step in program.bodies:
+                    self.work = max(self.work, program.bodies[step].work(rows))
                     self._line(program.bodies[step].run, *step.outputs, scratch, *step.inputs)
                 else:
                     self._written(now, step.outputs[0])
@@ -411,6 +418,7 @@ class _Lines:
         known = isinstance(left, np.ndarray) and isinstance(into, np.ndarray)
         if out.dtype == "float32" and rows > 1 and onednn.why_not() is None:
             work = rows * inner * columns
+            self.work = max(self.work, work)
             if weight.numbers is not None and work >= LITTLE:
                 matrix = Weight(weight.numbers)
                 if known:
@@ -561,6 +569,11 @@ def _bounds_many(name: str, inputs: tuple[Any, ...], shape: Shape, dtype: np.dty
     if name not in ("maximum", "minimum") or prod(shape) < MANY or dtype.kind != "f":
         return False
     return isinstance(inputs[0], Value) and isinstance(inputs[1], int | float)
+
+
+def _sharing_threads(run: Callable[..., Any], *arrays: HostArray) -> Any:
+    with onednn.sharing_threads():
+        return run(*arrays)
 
 
 def _without_warnings() -> Context:

@@ -159,7 +159,7 @@ def _by_onednn(
             here += pooling.room(min(rows, pictures))
         return here
 
-    return InPlace(run, bytes_for)
+    return InPlace(run, bytes_for, lambda rows: min(rows, pictures) * work)
 
 
 def _taken(

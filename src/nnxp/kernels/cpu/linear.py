@@ -61,7 +61,7 @@ def linear_in_place(
         made = rows * elements // inputs * outputs * x.dtype.itemsize
         return room(x.dtype, (rows * elements,)) + finish.room(made)
 
-    return InPlace(run, bytes_for)
+    return InPlace(run, bytes_for, lambda rows: rows * elements * outputs)
 
 
 @matmul.in_place

@@ -33,6 +33,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from nnxp._arrays import HostArray, Shape
+from nnxp.backend._blas import one_blas_thread
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels._windows import Windows
 from nnxp.kernels.activations import hard_swish, identity
@@ -51,7 +52,7 @@ SEQUENTIAL, OPENMP = 1, 2  # how it is built
 
 MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, as ours do
 MOST_PLANS = 64  # of one constant, for other numbers of rows
-SHARED = 1 << 22
+SHARED = 1 << 23
 """Multiply-adds: fewer are not worth several threads."""
 
 SIZE = 4  # bytes of a number
@@ -360,9 +361,31 @@ class Planned(Generic[Made]):
             return plan
 
 
+_sharing = threading.local()
+
+
 def threads_for(work: int) -> int:
-    """The threads for so many multiply-adds: as many as BLAS would take, where they are many."""
-    return 1 if work <= SHARED or _forked else blas_threads()
+    """The threads for so many multiply-adds: those of `sharing_threads`, if they are many."""
+    return getattr(_sharing, "threads", 1) if work > SHARED else 1
+
+
+@contextmanager
+def sharing_threads() -> Iterator[None]:
+    """Products of this thread are shared among as many threads as BLAS would take.
+
+    BLAS itself takes one meanwhile, because its threads, which wait for more work at full speed,
+    would keep the cores from OpenMP's.
+    """
+    before, threads = getattr(_sharing, "threads", 1), 1 if _forked else blas_threads()
+    if threads == 1:
+        yield
+        return
+    _sharing.threads = threads
+    try:
+        with one_blas_thread():
+            yield
+    finally:
+        _sharing.threads = before
 
 
 @contextmanager
