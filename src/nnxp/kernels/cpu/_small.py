@@ -85,14 +85,14 @@ class Weight:
         self._matrix = matrix
         self._blocks: _Blocks | None = None
         inputs, outputs = matrix.shape[-2:]
-        self._elements = inputs * outputs
+        self._elements: int = inputs * outputs
         most = SMALL // max(1, inputs * min(WIDTH, outputs))
         self.lines = min(MOST, most // STEP * STEP)
         """Of a block; 0 where the matrix is multiplied as a whole."""
         if self.lines < FEWEST or matrix.dtype != np.float32 or not small_kernels():
             self.lines = 0
         self._plans: onednn.Planned[onednn.Plan] | None = None
-        if matrix.ndim == 2 and matrix.dtype == np.float32 and onednn.why_not() is None:
+        if matrix.dtype == np.float32 and onednn.why_not() is None:
             self._plans, self.lines = onednn.product(matrix), 0
 
     def __call__(self, x: HostArray, out: HostArray) -> None:
@@ -108,7 +108,7 @@ class Weight:
     def bound(self, x: HostArray, out: HostArray) -> list[Callable[[], object]]:
         """What makes out = x @ weight of these arrays, to be called in order, again and again."""
         plan = self._plan(x, out)
-        if plan is not None and len(x) * self._elements <= onednn.SHARED:
+        if plan is not None and self._work(x) <= onednn.SHARED:
             return [plan.bound(x, out)]
         if plan is not None:  # by as many threads as there are then
             return [partial(self, x, out)]
@@ -116,13 +116,14 @@ class Weight:
 
     def _plan(self, x: HostArray, out: HostArray) -> onednn.Plan | None:
         """What oneDNN does; None where NumPy is as fast."""
-        work = len(x) * self._elements
-        if self._plans is None or len(x) == 1 or work < LITTLE:
+        if self._plans is None or x.shape[-2] == 1 or self._work(x) < LITTLE:
             return None
-        (step, one), (out_step, out_one) = x.strides, out.strides
-        if one != onednn.SIZE or out_one != onednn.SIZE:
+        if not x.strides[-1] == out.strides[-1] == onednn.SIZE:
             return None
-        return self._plans(onednn.threads_for(work), len(x), step, out_step)
+        return self._plans(onednn.threads_for(self._work(x)), x.shape, x.strides, out.strides)
+
+    def _work(self, x: HostArray) -> int:
+        return prod(x.shape[:-1]) * self._elements
 
     def _operands(self, x: HostArray, out: HostArray) -> Iterator[tuple[HostArray, ...]]:
         """What np.matmul is to be called with, in order; views of x and of `out`."""

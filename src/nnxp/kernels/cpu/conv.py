@@ -24,7 +24,9 @@ PATCHES = 1 << 20  # bytes of patches that are laid out for a product
 TILES = 256  # of Winograd's at once, at least, for each of his products has one line for each
 LEAST_TILES = 48  # with fewer the products are too small to gain
 ALONE = 1 / 16  # of the squares that an output sees, squared: one element that outweighs all others
-LEAST_CHANNELS = 96  # with fewer the transforms take longer than what they save
+LEAST_CHANNELS = 96, 256
+"""With fewer the transforms take longer than what they save; beside oneDNN with AVX-512, whose
+products take half of the time, with fewer than the second number."""
 SHORT = 12  # elements that lie together in a patch: fewer are copied the other way round
 
 
@@ -48,9 +50,10 @@ def conv_in_place(
         return None  # the reference body says what is wrong
     numbers = np.ascontiguousarray(weight.numbers)
     space, shift = x.shape[1:-1], None if bias is None else bias.numbers
-    return _by_onednn(space, numbers, over, shift, activation, groups) or _by_ourselves(
-        space, numbers, over, shift, activation, groups
-    )
+    planned = None
+    if not _transforms(weight.shape, over):
+        planned = _by_onednn(space, numbers, over, shift, activation, groups)
+    return planned or _by_ourselves(space, numbers, over, shift, activation, groups)
 
 
 def _by_ourselves(
@@ -105,8 +108,10 @@ def conv_max_pool_in_place(
         return None  # the reference body says what is wrong
     numbers, space = np.ascontiguousarray(weight.numbers), x.shape[1:-1]
     shift = None if bias is None else bias.numbers
+    if groups == 1 and _transforms(weight.shape, over):
+        return None
     planned = _by_onednn(space, numbers, over, shift, activation, groups, window)
-    if planned or groups != 1 or _transforms(weight.shape, over) or _alone(over):
+    if planned or groups != 1 or _alone(over):
         return planned
     body = _by_patches(space, numbers, over, Finish(shift, activation, x.dtype), window)
     return InPlace(lambda out, scratch, x, *_: body.run(out, scratch, x), body.room)
@@ -183,7 +188,7 @@ def _alone(over: Windows) -> bool:
 def _transforms(weight: Shape, over: Windows) -> bool:
     """Whether Winograd's way is the faster one."""
     square = over.window == (3, 3) and over.stride == over.dilation == (1, 1)
-    return square and min(weight[2:]) >= LEAST_CHANNELS
+    return square and min(weight[2:]) >= LEAST_CHANNELS[onednn.wide_vectors()]
 
 
 def _flat(over: Windows) -> Windows:

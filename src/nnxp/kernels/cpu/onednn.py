@@ -26,8 +26,8 @@ from ctypes import (
     c_void_p,
 )
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, files
 from math import prod
+from sysconfig import get_default_scheme, get_path, get_preferred_scheme
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -39,7 +39,6 @@ from nnxp.kernels._windows import Windows
 from nnxp.kernels.activations import hard_swish, identity
 from nnxp.kernels.cpu._pieces import ByContent, aligned, blas_threads
 
-WHEELS = "onednn-cpu-gomp", "onednn-cpu-iomp", "onednn"
 FILE = "libdnnl.so.3"
 
 # As in oneDNN's headers, dnnl_types.h and dnnl_common_types.h
@@ -49,6 +48,7 @@ SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
 SOURCE, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 17, 33, 41, 80  # what an operand is
 NAME, WEIGHTS_LAYOUT, SCRATCHPAD_LAYOUT = 8, 131, 136  # what a primitive is asked for
 SEQUENTIAL, OPENMP = 1, 2  # how it is built
+AVX512 = 0x20  # among the sets of instructions that it uses
 
 MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, as ours do
 MOST_PLANS = 64  # of one constant, for other numbers of rows
@@ -60,11 +60,12 @@ SIZE = 4  # bytes of a number
 _Dims = c_int64 * 12
 _off = False
 _forked = False  # OpenMP's threads are those of the parent
+_loading = threading.Lock()
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
+    global _forked, _loading
+    _forked, _loading = True, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -120,6 +121,11 @@ def why_not() -> str | None:
     return "it is turned off" if _off else library()[1]
 
 
+def wide_vectors() -> bool:
+    """Whether it is used, with vectors of AVX-512."""
+    return why_not() is None and bool(library()[0].dnnl_get_effective_cpu_isa() & AVX512)
+
+
 @contextmanager
 def unused() -> Iterator[None]:
     """Our own bodies only, in what is recorded meanwhile: to compare them."""
@@ -131,11 +137,17 @@ def unused() -> Iterator[None]:
         _off = before
 
 
-@cache
 def library() -> tuple[Any, str | None]:
     """The library with its functions declared, or why there is none."""
+    with _loading:
+        return _loaded()
+
+
+@cache
+def _loaded() -> tuple[Any, str | None]:
+    path = _installed()
     try:
-        dnnl: Any = ctypes.CDLL(_path())
+        dnnl: Any = ctypes.CDLL(path or FILE)
         dnnl.dnnl_version.restype = POINTER(_Version)
         about = dnnl.dnnl_version().contents
         if about.cpu_runtime not in (SEQUENTIAL, OPENMP):
@@ -150,36 +162,24 @@ def library() -> tuple[Any, str | None]:
         dnnl.dnnl_memory_desc_get_size.restype = c_size_t
         dnnl.dnnl_memory_desc_equal.argtypes = [c_void_p, c_void_p]
         dnnl.version = f"{about.major}.{about.minor}.{about.patch}"
-        for name in (
-            "omp_set_num_threads",
-            "omp_get_max_threads",
-        ):  # of the OpenMP it is linked with
-            setattr(
-                dnnl, name, getattr(dnnl, name) if about.cpu_runtime == OPENMP else lambda *_: 1
-            )
+        if about.cpu_runtime == SEQUENTIAL:
+            dnnl.omp_set_num_threads = dnnl.omp_get_max_threads = lambda *_: 1
+        dnnl.set_threads, dnnl.threads = dnnl.omp_set_num_threads, dnnl.omp_get_max_threads
         dnnl.engine = _made(dnnl.dnnl_engine_create, CPU, 0)
         dnnl.stream = _made(dnnl.dnnl_stream_create, dnnl.engine, IN_ORDER)
         return dnnl, None
     except (OSError, AttributeError, OneDNNError) as error:
-        if not isinstance(error, OSError) or _in_wheels():
+        if path or not isinstance(error, OSError):
             return None, f"oneDNN cannot be loaded ({' '.join(str(error).split())[:300]})"
         return None, "onednn-cpu-gomp is not installed"
 
 
-def _path() -> str:
-    """The library's file in a wheel; else its name, by which the system may find it."""
-    return _in_wheels() or FILE
-
-
-@cache
-def _in_wheels() -> str | None:
-    for wheel in WHEELS:
-        try:
-            found = [file for file in files(wheel) or () if file.name == FILE]
-        except PackageNotFoundError:
-            continue
-        if found:
-            return os.path.realpath(str(found[0].locate()))
+def _installed() -> str | None:
+    """The library's file where pip puts it, for this environment or this user."""
+    for scheme in (get_default_scheme(), get_preferred_scheme("user")):
+        path = os.path.join(get_path("data", scheme), "lib", FILE)
+        if os.path.exists(path):
+            return path
     return None
 
 
@@ -392,12 +392,12 @@ def sharing_threads() -> Iterator[None]:
 def _limited_to(threads: int) -> Iterator[None]:
     """What is planned meanwhile runs in so many threads."""
     dnnl = library()[0]
-    before = dnnl.omp_get_max_threads()
-    dnnl.omp_set_num_threads(threads)
+    before = dnnl.threads()
+    dnnl.set_threads(threads)
     try:
         yield
     finally:
-        dnnl.omp_set_num_threads(before)
+        dnnl.set_threads(before)
 
 
 FUSED: dict[Kernel, tuple[int, float, float]] = {hard_swish: (52, 1 / 6, 1 / 2)}
@@ -423,15 +423,15 @@ def _product(x: _Owned, matrix: _Owned, out: _Owned) -> _Owned:
 
 
 def product(matrix: HostArray) -> Planned[Plan]:
-    """Plans of out = x @ matrix, by the lines of x and the bytes from one line of x, and of out, to
-    the next."""
-    inputs, outputs = matrix.shape
-    strides = tuple(step // SIZE for step in matrix.strides)
-    constant = constants.of(matrix, matrix.shape, strides)
+    """Plans of out = x @ matrix, (..., lines, inputs) @ (..., inputs, outputs), by the shape of x
+    and the strides, in bytes, of x and of out."""
+    steps = [step // SIZE for step in matrix.strides]
+    constant = constants.of(matrix, matrix.shape, tuple(steps))
 
-    def make(lines: int, step: int, out_step: int) -> Plan:
-        x = outline((lines, inputs), (step // SIZE, 1))
-        out = outline((lines, outputs), (out_step // SIZE, 1))
+    def make(shape: Shape, strides: Shape, out_strides: Shape) -> Plan:
+        x = outline(shape, [step // SIZE for step in strides])
+        out_shape = *shape[:-1], matrix.shape[-1]
+        out = outline(out_shape, [step // SIZE for step in out_strides])
         description = _product(x, constant.any_layout(), out)
         return Plan(description, {WEIGHTS: constant.memory(description)}, {SOURCE: x, RESULT: out})
 
