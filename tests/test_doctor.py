@@ -37,6 +37,7 @@ HEALTHY = {  # a machine with a GPU, and all in order
         "blas": "openblas",
         "kernels": "SkylakeX",
         "threads": 8,
+        "onednn": {"ok": False, "reason": "onednn-cpu-gomp is not installed"},
     },
     "cuda": {
         "traces": ["/proc/driver/nvidia/version", "libcuda"],
@@ -269,6 +270,18 @@ def test_kernels_older_than_the_cpu_are_found(monkeypatch, simd, kernels, slow):
     assert found(change) == [("slow", "pip install --upgrade numpy")] * slow
     monkeypatch.setenv("OPENBLAS_CORETYPE", str(kernels))
     assert found(change) == [("slow", "unset OPENBLAS_CORETYPE")] * slow
+
+
+@pytest.mark.parametrize(
+    ("reason", "fix"),
+    [
+        ("oneDNN cannot be loaded (libgomp.so.1: cannot open ...)", "apt install libgomp1"),
+        ("libdnnl.so.3 is built with threads that cannot be limited", 'pip install "nnxp[onednn]"'),
+    ],
+)
+def test_onednn_that_is_there_and_cannot_be_used_is_found(reason, fix):
+    assert found({"numpy.onednn": {"ok": False, "reason": reason}}) == [("slow", fix)]
+    assert found({"numpy.onednn": {"ok": True, "reason": "3.2.0"}}) == []
 
 
 @pytest.mark.parametrize("name", ["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"])

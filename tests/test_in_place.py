@@ -4,8 +4,10 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -546,3 +548,65 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         [sys.executable, "-c", code], timeout=60, env=os.environ | {"OPENBLAS_NUM_THREADS": "2"}
     )
     assert done.returncode == 0
+
+
+def reloaded(monkeypatch, installed=None):
+    """Why there is no oneDNN, asked anew."""
+    monkeypatch.setattr(onednn, "_loaded", onednn._loaded.__wrapped__)
+    monkeypatch.setattr(onednn, "_installed", lambda: installed)
+    return onednn.library()[1]
+
+
+@only_numpy
+def test_why_there_is_no_onednn_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(onednn, "FILE", "libdnnl-of-nobody.so.3")
+    assert reloaded(monkeypatch) == "onednn-cpu-gomp is not installed"
+    broken = tmp_path / "libdnnl.so.3"
+    broken.write_bytes(b"no library")
+    assert str(broken) in reloaded(monkeypatch, str(broken))
+    other = Path(np.linalg._umath_linalg.__file__)
+    assert "dnnl_version" in reloaded(monkeypatch, str(other))
+
+
+@only_onednn
+def test_onednn_with_threads_of_another_kind_is_not_used(monkeypatch):
+    monkeypatch.setattr(onednn, "OPENMP", -1)
+    assert "threads that cannot be limited" in reloaded(monkeypatch, onednn._installed())
+
+
+@only_onednn
+def test_threads_are_shared_only_while_blas_has_one(monkeypatch):
+    monkeypatch.setattr(onednn, "blas_threads", lambda: 2)
+    seen = []
+    monkeypatch.setattr(onednn, "one_blas_thread", lambda: seen.append("entered") or nullcontext())
+    assert onednn.threads_for(1 << 40) == 1
+    with onednn.sharing_threads():
+        assert (onednn.threads_for(1 << 40), onednn.threads_for(1)) == (2, 1)
+    assert onednn.threads_for(1 << 40) == 1
+    assert seen == ["entered"]
+    monkeypatch.setattr(onednn, "_forked", True)
+    with onednn.sharing_threads():
+        assert onednn.threads_for(1 << 40) == 1
+
+
+@only_onednn
+def test_products_that_are_worth_several_threads_share_them(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def sharing():
+        entered.append(True)
+        yield
+
+    monkeypatch.setattr(onednn, "sharing_threads", sharing)
+    small, large = nnxp.Dense(8, 8, rng=0), nnxp.Dense(512, 512, rng=0)
+    pictures = nnxp.Conv(64, 64, (3, 3), rng=0)
+    for layer, x, shares in (
+        (small, draw(4, 8), False), (large, draw(4, 512), False), (large, draw(64, 512), True),
+        (pictures, draw(2, 5, 5, 64), False), (pictures, draw(2, 40, 40, 64), True),
+        (large, draw(2, 32, 512), True), (large, draw(64, 512).astype("float64"), False),
+    ):  # fmt: skip
+        entered.clear()
+        program = layer.astype(x.dtype.name).program((x.shape, x.dtype))
+        Recording(program, len(x), [x.dtype]).answer(x)
+        assert bool(entered) == shares, (layer, x.shape)

@@ -104,6 +104,7 @@ def _questions(backend: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "threads": partial(_blas, "num_threads"),
             "threading": partial(_blas, "threading_layer"),
             "float32_gflops": _gflops,
+            "onednn": _onednn,
         },
         "cuda": {
             "traces": nvidia,
@@ -259,6 +260,16 @@ def _nvrtc() -> Answer | None:
         return {"ok": True, "reason": reason}
     except Exception as error:
         return {"ok": False, "reason": one_line(error)}
+
+
+def _onednn() -> Answer:
+    """Whether products and convolutions of float32 go through oneDNN, which is an extra."""
+    from nnxp.kernels.cpu import onednn
+
+    why = onednn.why_not()
+    if why is None:
+        why = f"{onednn.library()[0].version}, for products and convolutions of float32"
+    return {"ok": onednn.why_not() is None, "reason": why}
 
 
 def _cublas() -> str | None:

@@ -193,6 +193,18 @@ def _kernels(facts: Facts) -> Iterator[Problem]:
     yield Problem("slow", what, fix)
 
 
+def _onednn(facts: Facts) -> Iterator[Problem]:
+    """The library of the extra is there, and cannot be used."""
+    onednn = facts["numpy"]["onednn"]
+    if onednn and not onednn["ok"] and not onednn["reason"].endswith("not installed"):
+        fix = (
+            "apt install libgomp1"
+            if "libgomp" in onednn["reason"]
+            else 'pip install "nnxp[onednn]"'
+        )
+        yield Problem("slow", f"nothing goes through oneDNN: {onednn['reason']}", fix)
+
+
 def _threads(facts: Facts) -> Iterator[Problem]:
     """More or fewer threads than there are cores to use."""
     system, blas, workers = facts["system"], facts["numpy"], facts["chosen"]["workers"]
@@ -246,6 +258,7 @@ TOPICS = {
     "products on the GPU": _products,
     "convolutions on the GPU": _convolutions,
     "the kernels of BLAS": _kernels,
+    "oneDNN": _onednn,
     "threads": _threads,
     "TF32": _tf32,
 }
