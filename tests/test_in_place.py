@@ -469,6 +469,14 @@ def test_onednn_convolves_over_up_to_three_axes_in_any_groups(axes, groups):
 
 
 @only_onednn
+@pytest.mark.parametrize("space", [(9, 1), (1, 9), (1, 1)])
+def test_axes_of_one_element_are_left_out_for_onednn(space):
+    window = tuple(min(n, 3) for n in space)
+    agrees(nnxp.Conv(6, 16, window, "relu", rng=0), draw(4, *space, 6))
+    agrees(nnxp.Conv(6, 16, window, padding=1, rng=0), draw(4, *space, 6))
+
+
+@only_onednn
 def test_no_number_goes_through_onednn_and_relu():
     layer = nnxp.Conv(8, 8, (3, 3), "relu", rng=0)
     x = draw(2, 9, 9, 8)

@@ -474,8 +474,19 @@ def convolution(
 
     The weight is (*window, channels / groups, outputs).
     """
-    *window, channels, outputs = weight.shape
-    shape = outputs, channels, *window
+    # It takes positions along the last axis at once: one of a single element had better not be there.
+    axes = [
+        axis
+        for axis, n in enumerate(space)
+        if (n, over.window[axis], *over.pads[axis]) != (1, 1, 0, 0)
+    ] or [0]
+    space, positions, window, pads, stride, dilation = (
+        tuple(along[axis] for axis in axes)
+        for along in (space, over.positions, over.window, over.pads, over.stride, over.dilation)
+    )
+    channels, outputs = weight.shape[-2:]
+    weight = weight.reshape(*window, channels, outputs)
+    shape: Shape = (outputs, channels, *window)
     strides = _strides(weight.shape)
     strides = strides[-1], strides[-2], *strides[:-2]
     if groups > 1:
@@ -487,14 +498,14 @@ def convolution(
 
     def describe(rows: int) -> tuple[_Owned, _Owned, _Owned]:
         x = _channels_last((rows, *space, channels * groups))
-        out = _channels_last((rows, *over.positions, outputs))
-        before, behind = zip(*over.pads, strict=True)
-        dilation = [n - 1 for n in over.dilation]
+        out = _channels_last((rows, *positions, outputs))
+        before, behind = zip(*pads, strict=True)
+        apart = [n - 1 for n in dilation]
         description = _Owned(
             "primitive_desc", "convolution_forward_primitive_desc_create",
             library()[0].engine, FORWARD_INFERENCE, DIRECT,
             x, constant.any_layout(), shift, out,
-            *(_Dims(*sizes) for sizes in (over.stride, dilation, before, behind)),
+            *(_Dims(*sizes) for sizes in (stride, apart, before, behind)),
             _attributes(activation),
         )  # fmt: skip
         return description, x, out
