@@ -474,16 +474,8 @@ def convolution(
 
     The weight is (*window, channels / groups, outputs).
     """
-    # It takes positions along the last axis at once: one of a single element had better not be there.
-    axes = [
-        axis
-        for axis, n in enumerate(space)
-        if (n, over.window[axis], *over.pads[axis]) != (1, 1, 0, 0)
-    ] or [0]
-    space, positions, window, pads, stride, dilation = (
-        tuple(along[axis] for axis in axes)
-        for along in (space, over.positions, over.window, over.pads, over.stride, over.dilation)
-    )
+    space, over = _without_single_elements(space, over)
+    window = over.window
     channels, outputs = weight.shape[-2:]
     weight = weight.reshape(*window, channels, outputs)
     shape: Shape = (outputs, channels, *window)
@@ -498,14 +490,14 @@ def convolution(
 
     def describe(rows: int) -> tuple[_Owned, _Owned, _Owned]:
         x = _channels_last((rows, *space, channels * groups))
-        out = _channels_last((rows, *positions, outputs))
-        before, behind = zip(*pads, strict=True)
-        apart = [n - 1 for n in dilation]
+        out = _channels_last((rows, *over.positions, outputs))
+        before, behind = zip(*over.pads, strict=True)
+        dilation = [n - 1 for n in over.dilation]
         description = _Owned(
             "primitive_desc", "convolution_forward_primitive_desc_create",
             library()[0].engine, FORWARD_INFERENCE, DIRECT,
             x, constant.any_layout(), shift, out,
-            *(_Dims(*sizes) for sizes in (stride, apart, before, behind)),
+            *(_Dims(*sizes) for sizes in (over.stride, dilation, before, behind)),
             _attributes(activation),
         )  # fmt: skip
         return description, x, out
@@ -521,6 +513,17 @@ def convolution(
     except OneDNNError:
         return None
     return Planned(make) if _is_fast(description) else None
+
+
+def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:
+    """The space, and the windows over it, without axes of one element that a window sees alone.
+
+    oneDNN makes the outputs along the last axis at once.
+    """
+    sizes = zip(space, over.window, over.pads, strict=True)
+    kept = [axis for axis, size in enumerate(sizes) if size != (1, 1, (0, 0))] or [0]
+    fields = {name: tuple(along[axis] for axis in kept) for name, along in vars(over).items()}
+    return tuple(space[axis] for axis in kept), Windows(**fields)
 
 
 def _is_fast(description: _Owned) -> bool:
