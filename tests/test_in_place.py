@@ -523,6 +523,18 @@ def test_a_product_goes_on_when_who_made_it_is_gone():
 
 
 @only_onednn
+def test_the_same_plan_multiplies_other_arrays():
+    matrix = draw(128, 96)
+    weight = _small.Weight(matrix)
+    for seed in range(3):
+        x, outs = draw(64, 128, seed=seed), [np.empty((64, 96), "float32") for _ in range(2)]
+        weight(x, outs[0])
+        onednn.multiply(x, matrix, outs[1])
+        for out in outs:
+            np.testing.assert_allclose(out, x @ matrix, rtol=1e-4, atol=1e-4)
+
+
+@only_onednn
 def test_weights_that_are_the_same_are_laid_out_once():
     matrix = draw(128, 192)
     constants = [
@@ -541,7 +553,8 @@ from nnxp.kernels.cpu import onednn
 x = np.ones((512, 512), "float32")
 out = np.empty_like(x)
 def check():
-    onednn.multiply(x, x, out)
+    with onednn.sharing_threads():
+        onednn.multiply(x, x, out)
     assert (out == 512).all()
 check()
 child = os.fork()
