@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 
 import nnxp
 from nnxp import kernels
@@ -500,7 +501,11 @@ def test_products_by_onednn_are_products_however_matrices_lie():
         x, matrix = draw(lines, inner), draw(inner, columns)
         out = np.empty((lines, columns), "float32")
         wide = np.empty((lines, 2 * columns), "float32")
-        lefts = x, draw(inner, lines).T, draw(2 * lines, inner)[::2], draw(lines, 2 * inner)[:, ::2]
+        lefts = (
+            x, draw(inner, lines).T, draw(2 * lines, inner)[::2], draw(lines, 2 * inner)[:, ::2],
+            x[::-1], np.broadcast_to(x[0], x.shape),
+            sliding_window_view(draw(lines + inner - 1), inner),
+        )  # fmt: skip
         rights = matrix, draw(columns, inner).T, draw(inner, 3 * columns)[:, 5 : 5 + columns]
         for left, right in product(lefts, rights):
             check(left, right, out, onednn.multiply)
@@ -509,6 +514,25 @@ def test_products_by_onednn_are_products_however_matrices_lie():
             check(left, right, out, lambda x, _, out, weight=weight: weight(x, out))
             (bound,) = weight.bound(left, out)
             check(left, right, out, lambda *_, bound=bound: bound())
+
+
+@only_onednn
+def test_onednn_does_not_round_factors_where_a_variable_says_it_may():
+    code = """
+import numpy as np
+from nnxp.kernels.cpu import onednn
+x = np.random.default_rng(0).standard_normal((256, 512), "float32")
+y = np.random.default_rng(1).standard_normal((512, 256), "float32")
+out = np.empty((256, 256), "float32")
+onednn.multiply(x, y, out)
+exact = x.astype("float64") @ y.astype("float64")
+assert np.all(np.abs(out - exact) <= 512 * np.finfo("float32").eps * (np.abs(x) @ np.abs(y)))
+"""
+    allowed = os.environ | {
+        "ONEDNN_DEFAULT_FPMATH_MODE": "BF16",
+        "DNNL_DEFAULT_FPMATH_MODE": "BF16",
+    }
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, env=allowed).returncode == 0
 
 
 @only_onednn

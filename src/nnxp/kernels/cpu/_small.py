@@ -91,7 +91,7 @@ class Weight:
         """Of a block; 0 where the matrix is multiplied as a whole."""
         if self.lines < FEWEST or matrix.dtype != np.float32 or not small_kernels():
             self.lines = 0
-        self._plans: onednn.Planned[onednn.Plan] | None = None
+        self._plans: onednn.Planned[onednn.Plan | None] | None = None
         if matrix.dtype == np.float32 and onednn.why_not() is None:
             self._plans, self.lines = onednn.product(matrix), 0
 
@@ -117,8 +117,6 @@ class Weight:
     def _plan(self, x: HostArray, out: HostArray) -> onednn.Plan | None:
         """What oneDNN does; None where NumPy is as fast."""
         if self._plans is None or x.shape[-2] == 1 or self._work(x) < LITTLE:
-            return None
-        if not x.strides[-1] == out.strides[-1] == onednn.SIZE:
             return None
         return self._plans(onednn.threads_for(self._work(x)), x.shape, x.strides, out.strides)
 

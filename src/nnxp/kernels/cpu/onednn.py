@@ -422,13 +422,15 @@ def _product(x: _Owned, matrix: _Owned, out: _Owned) -> _Owned:
     return _Owned("primitive_desc", "matmul_primitive_desc_create", library()[0].engine, *operands)
 
 
-def product(matrix: HostArray) -> Planned[Plan]:
+def product(matrix: HostArray) -> Planned[Plan | None]:
     """Plans of out = x @ matrix, (..., lines, inputs) @ (..., inputs, outputs), by the shape of x
-    and the strides, in bytes, of x and of out."""
+    and the strides, in bytes, of x and of out; None where lines have gaps or overlap."""
     steps = [step // SIZE for step in matrix.strides]
     constant = constants.of(matrix, matrix.shape, tuple(steps))
 
-    def make(shape: Shape, strides: Shape, out_strides: Shape) -> Plan:
+    def make(shape: Shape, strides: Shape, out_strides: Shape) -> Plan | None:
+        if not _plain(shape, strides):
+            return None
         x = outline(shape, [step // SIZE for step in strides])
         out_shape = *shape[:-1], matrix.shape[-1]
         out = outline(out_shape, [step // SIZE for step in out_strides])
@@ -438,10 +440,19 @@ def product(matrix: HostArray) -> Planned[Plan]:
     return Planned(make)
 
 
+def _plain(shape: Shape, strides: Shape) -> bool:
+    """Whether the numbers of each line lie together, and lines one behind the other."""
+    long = strides[-2] >= shape[-1] * SIZE or shape[-2] == 1
+    return strides[-1] == SIZE and long and min(strides) >= 0
+
+
 def _product_of(shapes: Sequence[Shape], strides: Sequence[Shape]) -> Plan | None:
     """The plan of a product, of matrices whose strides are in bytes; None where one has gaps both
     ways."""
-    if not all(min(pair) == SIZE < max(pair) for pair in strides):
+    if not all(
+        _plain(*both) or _plain(*(t[::-1] for t in both))
+        for both in zip(shapes, strides, strict=True)
+    ):
         return None
     steps = [(down // SIZE, across // SIZE) for down, across in strides]
     x, matrix, out = map(outline, shapes, steps)
