@@ -16,7 +16,7 @@ from nnxp.kernels.conv import conv, conv_max_pool
 from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
 from nnxp.kernels.cpu._small import OfGroups, Weight
-from nnxp.kernels.cpu.linear import BLOCK, LINES, product
+from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest
 from nnxp.kernels.pool import max_pool
 
@@ -27,6 +27,7 @@ ALONE = 1 / 16  # of the squares that an output sees, squared: one element that 
 LEAST_CHANNELS = 96, 256
 """With fewer the transforms take longer than what they save; beside oneDNN with AVX-512, whose
 products take half of the time, with fewer than the second number."""
+TOGETHER = 2 << 20  # bytes of results that oneDNN makes before their pool and activation follow
 SHORT = 12  # elements that lie together in a patch: fewer are copied the other way round
 
 
@@ -135,7 +136,7 @@ def _by_onednn(
         return None
     outputs, dtype = weight.shape[-1], weight.dtype
     seen, made = (*space, weight.shape[-2] * groups), (*over.positions, outputs)
-    pictures = max(1, BLOCK // (prod(made) * dtype.itemsize))
+    pictures = max(1, TOGETHER // (prod(made) * dtype.itemsize))
     pooling = max_pool.in_place_for(Given((1, *made), dtype, None), window=pool) if pool else None
     finish = Finish(None, identity if activation in onednn.FUSED else activation, dtype)
     work = prod(over.positions) * weight.size

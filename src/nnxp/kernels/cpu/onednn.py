@@ -417,7 +417,7 @@ def _attributes(activation: Kernel = identity) -> _Owned:
 
 
 def _product(x: _Owned, matrix: _Owned, out: _Owned) -> _Owned:
-    """The description of a product of matrices."""
+    """The description of a product of matrices, or of stacks of them."""
     operands = x, matrix, None, out, _attributes()
     return _Owned("primitive_desc", "matmul_primitive_desc_create", library()[0].engine, *operands)
 
