@@ -123,11 +123,12 @@ def write_out(
     program = replace(program, inputs=(*program.inputs, *(d.value for d in tape.drawn)))
     chosen = tuple(n for n in inputs if learned is not None and learned(n))
     if learned is not None:
+        by_name = dict(zip(inputs, program.inputs, strict=False))
+        whole = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
         _refuse_constants(
             program, {n for n, own in names.items() if own in chosen} - fixed_names(model)
         )
-        by_name = dict(zip(inputs, program.inputs, strict=False))
-        program = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
+        program = whole
     return LossProgram(program, inputs, names, chosen, tuple(tape.told), tuple(tape.drawn))
 
 
