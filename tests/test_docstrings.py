@@ -34,6 +34,10 @@ INSIDE = {
     "chunks",
     "evaluated",
     "global_norm",
+    "is_array",
+    "is_floating",
+    "is_real",
+    "leaves_of",
     "rate_at",
     "xp_of",
 }  # what modules use themselves

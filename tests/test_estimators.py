@@ -242,6 +242,13 @@ def test_rows_on_a_disk_are_read_batch_by_batch(tmp_path):
         ({"hidden_layer_sizes": (3, 0)}, "hidden_layer_sizes must be > 0"),
         ({"batch_size": "all"}, "batch_size is a whole number"),
         ({"early_stopping": True, "validation_fraction": 0.001}, "fewer than two rows"),
+        ({"early_stopping": True, "validation_fraction": 0}, "above 0"),
+        ({"early_stopping": "yes"}, "early_stopping is True or False, not 'yes'"),
+        ({"shuffle": None}, "shuffle is True or False"),
+        ({"alpha": np.inf}, "alpha is a number from 0 on, not inf"),
+        ({"hidden_layer_sizes": True}, "hidden_layer_sizes must be > 0"),
+        ({"class_weight": "equal"}, 'class_weight is "balanced", or a dict'),
+        ({"class_weight": {0: -1, 1: 1}}, "class_weight has numbers of 0 or more"),
     ],
 )
 def test_parameters_that_mean_nothing_are_refused(options, said):
@@ -258,3 +265,24 @@ def test_a_loss_that_is_no_number_is_refused():
         MLPRegressor(loss="poisson").fit(draw((20, 3)), -np.ones(20))
     with pytest.warns(ConvergenceWarning):
         MLPRegressor(max_iter=1).fit(draw((20, 3)), np.ones(20))
+
+
+def test_rows_of_another_float_type_go_on_in_the_models():
+    x, y = IRIS
+    narrow = x.astype("float32")
+    for kind, target in ((MLPClassifier, y), (MLPRegressor, x[:, 0])):
+        options = {"hidden_layer_sizes": (4,), "random_state": 0}
+        more = {"classes": [0, 1, 2]} if kind is MLPClassifier else {}
+        for first, then in ((x, narrow), (narrow, x)):
+            one = kind(**options).partial_fit(first, target, **more).partial_fit(then, target)
+            two = kind(**options).partial_fit(first, target, **more)
+            two.partial_fit(then.astype(first.dtype), target)
+            assert one.coefs_[0].dtype == first.dtype
+            np.testing.assert_array_equal(one.coefs_[0], two.coefs_[0])
+
+
+def test_a_batch_that_counts_nothing_is_told_by_its_weights():
+    x, y = IRIS
+    weights = np.arange(150) < 100
+    with pytest.raises(TrainingError, match="weights by sample_weight and class_weight are 0"):
+        MLPClassifier(batch_size=25, shuffle=False).fit(x, y, sample_weight=weights)

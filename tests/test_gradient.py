@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -196,17 +197,41 @@ KERNELS_WITH_RULES = [
     kernel for kernel in kernels.KERNELS.values() if kernel.rule and kernel is not kernels.identity
 ]
 ARRAYS = {"linear": [(4, 5), (5, 3), (3,)], "matmul": [(2, 4, 5), (5, 3)],
-          "layer_norm": [(4, 6), (6,), (6,)], "rms_norm": [(4, 6), (6,)]}  # fmt: skip
+          "layer_norm": [(4, 6), (6,), (6,)], "rms_norm": [(4, 6), (6,)],
+          "max_pool": [(2, 6, 7, 3)]}  # fmt: skip
+OPTIONS = {"max_pool": {"window": (3, 2), "stride": (1, 2), "padding": 1}}
 
 
 @pytest.mark.parametrize("kernel", KERNELS_WITH_RULES, ids=lambda kernel: kernel.__name__)
 def test_the_rule_of_a_kernel_is_the_gradient_of_its_reference_body(kernel):
     arrays = [normal(*shape, seed=i) for i, shape in
               enumerate(ARRAYS.get(kernel.__name__, [(4, 7)]))]  # fmt: skip
-    by_rule = gradients(kernel, arrays)
-    by_body = gradients(kernel.reference, arrays)
+    options = OPTIONS.get(kernel.__name__, {})
+    by_rule = gradients(partial(kernel, **options), arrays)
+    by_body = gradients(partial(kernel.reference, **options), arrays)
     for made, wanted in zip(by_rule, by_body, strict=True):
         np.testing.assert_allclose(made, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (2, 2)}, {"window": (1, 1)}, {"window": (2, 2), "ceil_mode": True},
+        {"window": (3, 3), "stride": 2, "padding": 1}, {"window": (2, 3), "stride": 4},
+        {"window": (3, 2), "stride": (1, 2), "dilation": (2, 1)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_of_equals_the_first_in_a_window_takes_it_all_as_in_torch(options):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).integers(0, 3, (3, 7, 9, 4)).astype("float64")
+    y, back = nnxp.vjp(partial(kernels.max_pool, **options), x)
+    dy = normal(*y.shape)
+    rest = {name: value for name, value in options.items() if name != "window"}
+    there = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    pooled = torch.nn.functional.max_pool2d(there, options["window"], **rest)
+    pooled.backward(torch.from_numpy(dy).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(back(dy), there.grad.permute(0, 2, 3, 1).numpy(), atol=1e-14)
 
 
 @pytest.mark.parametrize("lead", [((2,), (2,)), ((3, 1), (2,)), ((1,), (4,))], ids=str)

@@ -123,6 +123,9 @@ def test_columns_are_chosen_and_trained_on_a_device(room, sim):
     assert model.place == "cpu"
 
 
+HUGE = ("", "")  # the first column is made so large
+
+
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
@@ -136,6 +139,8 @@ def test_columns_are_chosen_and_trained_on_a_device(room, sim):
         (None, ["--target", "a", "--task", "classes", "--columns", "b,c"], "too many"),
         (None, ["--target", "kind", "--columns", "kind"], "no column beside the target"),
         (None, ["--target", "kind", "--hidden", "8,x"], "is not a list of sizes"),
+        (HUGE, ["--target", "kind"], "too large for their variance"),
+        (HUGE, ["--target", "a", "--columns", "b,c"], "goes beyond 3.4e+38"),
         (None, ["--target", "kind", "-o", "m.csv"], "ending in .safetensors"),
         (None, ["--target", "kind", "-o", "none/m.safetensors"], "no such folder"),
     ],
@@ -144,6 +149,8 @@ def test_what_cannot_be_trained_ends_in_one_sentence(room, change, options, said
     if change is not None:
         head, *rows = (room / "words.csv").read_text().splitlines()
         rows = [row.replace(*change, 1) for row in rows]
+        if change is HUGE:
+            rows = [f"{i}e300{row[row.index(',') :]}" for i, row in enumerate(rows)]
         if "nan" in change[1]:
             head = "a,b,x,c,kind"
         (room / "words.csv").write_text("\n".join([head, *rows]))

@@ -17,7 +17,7 @@ import pytest
 import nnxp
 from conftest import draw
 from nnxp._errors import CheckpointError, NotDifferentiable, OptionError, ShapeError, TrainingError
-from nnxp.training import _chunks, losses, optimizers, schedules
+from nnxp.training import _chunks, checkpoint, losses, optimizers, schedules
 from nnxp.training.batches import Rows, batches_of, order_of
 from nnxp.training.fit import Trainer
 
@@ -810,7 +810,7 @@ def test_parts_that_a_limit_holds_come_to_the_gradients_of_the_whole_batch(weigh
     np.testing.assert_allclose(pair[1], pair[0], rtol=1e-12)
     np.testing.assert_allclose(parted.slopes, whole.slopes, rtol=1e-9, atol=1e-14)
     np.testing.assert_allclose(parted.vector, whole.vector, rtol=1e-9)
-    pair = [each.evaluate_on(rows, ids) for each in (whole, parted)]
+    pair = [each.evaluate_on(rows, [ids]) for each in (whole, parted)]
     np.testing.assert_allclose(pair[1], pair[0], rtol=1e-9)
 
 
@@ -882,3 +882,328 @@ def test_a_device_holds_what_a_limit_allows(sim):
         peaks.append(sim.peak - before)
     aside = 6 * sum(p.nbytes for p in model.parameters().values())
     assert peaks[1] < 300_000 + aside < peaks[0] / 2
+
+
+# what does not fit is refused, or told why
+
+
+def saved(folder, name, rows):
+    """Rows in a file, read as they are asked for."""
+    np.save(folder / f"{name}.npy", rows)
+    return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+
+def test_targets_that_mean_nothing_to_their_loss_are_refused(tmp_path):
+    x, y = data()
+    one = np.eye(3)[y]
+    for loss, target, said in (
+        ("cross_entropy", y - 1, "labels go from -1 to 1"),
+        ("cross_entropy", y + 1, "labels go from 1 to 3"),
+        ("cross_entropy", saved(tmp_path, "below", y - 1), "labels go from -1 to"),
+        ("cross_entropy", saved(tmp_path, "above", y + 1), "labels go from . to 3"),
+        ("cross_entropy", -one, "probabilities of the classes go from -1"),
+        ("cross_entropy", 10 * one, "sum to up to 10, not to 1"),
+        ("cross_entropy", one + one[:, ::-1], "binary_cross_entropy"),
+        ("cross_entropy", np.where(one, np.nan, 0), "nan"),
+        ("binary_cross_entropy", 2 * one - 1, "go from -1 to 1"),
+        ("binary_cross_entropy", 2 * one, "go from 0 to 2"),
+        ("binary_cross_entropy", np.where(one, np.nan, 0), "go from nan"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            fit(net(), x, target, loss=loss)
+        with pytest.raises(OptionError, match=said):
+            fit(net(), x, one if loss[0] == "b" else y, loss=loss, validation=(x, target))
+    for target in (y.astype("float64"), y > 0):
+        with pytest.raises(ShapeError, match=r"y\.astype\('int64'\)"):
+            fit(net(), x, target)
+    for target in (y[:, None], one.astype("int64")):
+        with pytest.raises(ShapeError, match="argmax"):
+            fit(net(), x, target)
+    with pytest.raises(OptionError, match="with one output it is 0"):
+        fit(net(outputs=1), x, y > 0)
+    with pytest.raises(nnxp.DtypeMismatch, match="the target: rows are real numbers"):
+        fit(net(), x, np.array(list("abc"))[y])
+
+
+def test_losses_outside_of_fit_refuse_labels_that_no_class_has(sim):
+    x, y = data(dtype="float64")
+    for gradients in (losses.cross_entropy, nnxp.value_and_gradients(losses.cross_entropy)):
+        with pytest.raises(OptionError, match="labels go from -1 to 1"):
+            gradients(net(), x, y - 1)
+        with pytest.raises(nnxp.IdError, match="names nothing"):
+            gradients(net(), x, y + 1)
+        with pytest.raises(OptionError, match=r"numpy\.asarray"):
+            gradients(net(), x, y.tolist())
+        with pytest.raises(ShapeError, match="no rows"):
+            gradients(net(), x[:0], y[:0])
+
+
+def test_targets_of_a_loss_may_be_constants_of_a_formula():
+    x, y = data(dtype="float64")
+    loss, gradients = nnxp.value_and_gradients(lambda m, x: losses.cross_entropy(m, x, y))(net(), x)
+    wanted = nnxp.value_and_gradients(losses.cross_entropy)(net(), x, y)
+    np.testing.assert_allclose(loss, wanted[0], rtol=1e-12)
+    for name, g in gradients.items():
+        np.testing.assert_allclose(g, wanted[1][name], rtol=1e-12)
+
+
+def test_weights_are_one_number_of_0_or_more_for_each_row(tmp_path):
+    x, y = data()
+    for weights, said in (
+        (np.ones((200, 1)), r"one number for each row, not \[200, 1\]"),
+        (np.ones((200, 3)), "one number for each row"),
+    ):
+        with pytest.raises(ShapeError, match=said):
+            fit(net(), x, y, weights=weights)
+        with pytest.raises(ShapeError, match="one number for each row"):
+            losses.cross_entropy(net(), x.astype("float64"), y, weights)
+    for wrong in (-1.0, np.nan, np.inf):
+        weights = np.where(y == 0, wrong, 1)
+        for given in (weights, saved(tmp_path, "weights", weights)):
+            with pytest.raises(OptionError, match="finite numbers, 0 or more"):
+                fit(net(), x, y, weights=given)
+
+
+def test_validation_counts_rows_by_their_weights_whatever_the_batch():
+    x, y = data(dtype="float64")
+    order = np.argsort(y)  # batches differ in what they count
+    x, y = x[order], y[order]
+    weights, loss = np.arange(200.0) ** 2, losses.CrossEntropy(class_weights=[1, 20, 3])
+    for given in ((), (weights,)):
+        for limit in (None, "24 kB"):
+            fitted = fit(net(), x, y, loss=loss, validation=(x, y, *given), batch=64, epochs=1,
+                         memory_limit=limit)  # fmt: skip
+            due = loss(fitted.model, x, y, *given)
+            np.testing.assert_allclose(fitted.history[0]["validation"], due, rtol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 2}, {"memory_limit": 9000}])
+def test_a_loss_that_is_no_number_is_told_with_its_reason(options):
+    x, y = data()
+    bad, target = x.copy(), np.eye(3, dtype="float32")[y]
+    bad[7, 2], target[9, 1] = np.inf, np.nan
+    ids = np.arange(1000).reshape(200, 5) % 9
+    named = nnxp.Sequential(nnxp.Embedding(8, 4, rng=0), nnxp.Flatten(), nnxp.Dense(20, 3, rng=1))
+    one = nnxp.Sequential(nnxp.Dense(5, 3, rng=0))
+    for model, rows, due, more, said in (
+        (one, bad, y, {}, "its rows hold NaN, or what is infinite in float32"),
+        (one, x, target, {"loss": "mean_square"}, "its targets hold NaN"),
+        (named, ids, y, {}, r"ids are 0 to 7, but .* such as 8"),
+        (one, x, y, {"weights": np.zeros(200)}, "sample weights are all 0"),
+        (one, x, y, {"weights": np.arange(200) == 3}, "sample weights are all 0"),
+        (one, x, y * 0, {"loss": losses.CrossEntropy(class_weights=(0, 1, 1))},
+         "class weights are all 0"),
+    ):  # fmt: skip
+        with pytest.raises(TrainingError, match=rf"in epoch 1, batch \d: .*{said}"):
+            fit(model, rows, due, **{"batch": 150} | options | more)
+
+
+def test_weights_of_classes_count_in_parts_on_a_device(sim):
+    x, y = data()
+    options = {"loss": losses.CrossEntropy(class_weights=(1, 2, 3)), "validation": (x, y)}
+    one = fit(net(dtype="float32"), x, y, epochs=2, **options)
+    two = fit(net(dtype="float32").to("sim"), x, y, epochs=2, memory_limit=6000, **options)
+    for name in ("loss", "validation"):
+        np.testing.assert_allclose(two.history[1][name], one.history[1][name], rtol=1e-5)
+
+
+def test_options_of_fit_that_mean_nothing_are_refused_before_it_trains(tmp_path, sim):
+    x, y = data()
+    for options, said in (
+        ({"validation": x}, r"validation is \(x, y\)"),
+        ({"validation": 0.1}, r"validation is \(x, y\)"),
+        ({"validation": (x, y), "patience": "a"}, "patience is a whole number"),
+        ({"validation": (x, y), "patience": -1}, "patience is a whole number"),
+        ({"clip": "1"}, "above zero"),
+        ({"fixed": None}, "fixed are names"),
+        ({"checkpoint": tmp_path}, "is a folder"),
+        ({"checkpoint": tmp_path / "none" / "run"}, "there is no folder"),
+        ({"checkpoint": 3}, "the path of a file"),
+        ({"checkpoint_seconds": "a"}, "0 or more"),
+        ({"callback": "a"}, "a function"),
+        ({"loss": lambda y, target: abs(y - target).mean()}, r"called with \(model, x, target\)"),
+        ({"loss": losses.CrossEntropy}, "a class is to be called first"),
+        ({"loss": lambda m, x, t: m(x).mean(), "weights": y}, r"target, weights\)"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            fit(net(), x, y, **options)
+    with pytest.raises(ShapeError, match="targets are one array"):
+        fit(net(), x, (y, y))
+    with pytest.raises(nnxp.DeviceMismatch, match="model is on the CPU, but x on sim:0"):
+        fit(net(dtype="float32"), nnxp.to_backend(x, sim), y)
+
+
+def test_sparse_rows_are_dense_where_they_are_read():
+    sparse = pytest.importorskip("scipy.sparse")
+    x, y = data()
+    x[x < 0.5] = 0
+    one, two = (fit(net(dtype="float32"), sparse.csr_matrix(x), y, epochs=1) for _ in range(2))
+    assert_same_bits(one.model, two.model)
+    np.testing.assert_allclose(
+        fit(net(), sparse.csr_matrix(x), y, epochs=1, batch=200).history[0]["loss"],
+        losses.cross_entropy(net(), x.astype("float64"), y), rtol=1e-12,
+    )  # fmt: skip
+
+
+class Gain(nnxp.Layer):
+    """x * gain, which looks at its numbers."""
+
+    gain: nnxp.Array
+
+    def __init__(self):
+        self.gain = np.ones(5)
+
+    def __call__(self, x):
+        return x * self.gain if float(x.max()) > 1 else x
+
+
+class Shifted(Gain):
+    """A layer whose training form is a mistake."""
+
+    def __call__(self, x):
+        return x * self.gain
+
+    def training(self):
+        return Shift.of(self.gain)
+
+
+class Shift(nnxp.Layer):
+    shift: nnxp.Array
+
+    def __call__(self, x):
+        return x + self.shift
+
+
+class Formless(Shifted):
+    def training(self):
+        return None
+
+
+def test_parameters_of_a_layer_that_is_run_as_python_do_not_pass_for_learned():
+    x, y = data(dtype="float64")
+    model = nnxp.Sequential(Gain(), *net().layers)
+    for train in (fit, nnxp.value_and_gradients(losses.cross_entropy)):
+        with pytest.raises(NotDifferentiable, match=r"layers\.0\.gain cannot learn.*float\(x\)"):
+            train(model, x, y)
+    fit(model, x, y, epochs=1, fixed="layers.0")
+
+
+def test_training_forms_that_are_none_are_refused():
+    x, y = data()
+    with pytest.raises(OptionError, match=r"layers\.2 is in its training form already"):
+        fit(deep().training(), x, y)
+    with pytest.raises(OptionError, match=r"other names: layers\.0\.shift"):
+        fit(nnxp.Sequential(Shifted(), *net().layers), x, y)
+    with pytest.raises(OptionError, match=r"layers\.0 .* answers a layer, not None"):
+        fit(nnxp.Sequential(Formless(), *net().layers), x, y)
+
+
+def test_losses_refuse_numbers_out_of_their_range():
+    for make in (
+        lambda: losses.CrossEntropy(smoothing="a"),
+        lambda: losses.CrossEntropy(class_weights={0: 1, 1: 2}),
+        lambda: losses.CrossEntropy(class_weights="balanced"),
+        lambda: losses.CrossEntropy(class_weights=(1, -1)),
+        lambda: losses.CrossEntropy(class_weights=(0, 0)),
+        lambda: losses.BinaryCrossEntropy(positive_weight=-1),
+        lambda: losses.BinaryCrossEntropy(positive_weight="a"),
+        lambda: losses.Huber("a"),
+    ):
+        with pytest.raises(OptionError):
+            make()
+    assert hash(losses.CrossEntropy(class_weights=np.ones(3)))
+    with pytest.raises(ShapeError, match="2 class_weights for 3 classes"):
+        losses.CrossEntropy(class_weights=(1, 2))(net(), rows(), LABELS)
+
+    class Heads(nnxp.Layer):
+        one: nnxp.Dense
+
+        def __call__(self, x):
+            return self.one(x), x
+
+    with pytest.raises(OptionError, match="answers 2 results, but CrossEntropy is of one"):
+        losses.cross_entropy(Heads.of(nnxp.Dense(5, 3, rng=0)), rows("float32"), LABELS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nnxp.SGD("0.1"), lambda: nnxp.SGD(np.inf), lambda: nnxp.SGD(-1),
+        lambda: nnxp.SGD(decay=np.nan), lambda: nnxp.SGD(decay=None),
+        lambda: nnxp.Momentum(momentum=1.5), lambda: nnxp.Nesterov(momentum="a"),
+        lambda: nnxp.RMSProp(beta=1), lambda: nnxp.RMSProp(eps=-1), lambda: nnxp.Adagrad(eps=-1),
+        lambda: nnxp.Adam(beta1="a"), lambda: nnxp.Adam(eps=-1), lambda: nnxp.Lion(beta2=-1),
+        nnxp.Optimizer,
+        lambda: schedules.Warmup(-1, 0.1), lambda: schedules.Warmup(3, None),
+        lambda: schedules.Cosine(0.1, 0), lambda: schedules.Cosine("a", 3),
+        lambda: schedules.Cosine(0.1, 3, last=-1), lambda: schedules.Linear(0.1, 0),
+        lambda: schedules.Exponential(0.1, -0.5), lambda: schedules.Exponential(0.1, 0.5, 0),
+        lambda: schedules.Steps(0.1, 5), lambda: schedules.Steps(0.1, (1,), -1),
+        lambda: schedules.Plateau("a"), lambda: schedules.Plateau(0.1, -1),
+        lambda: optimizers.clip_by_norm({}, 1.0),
+        lambda: optimizers.clip_by_norm({"p": np.ones(3)}, "a"),
+    ],
+)  # fmt: skip
+def test_numbers_of_optimizers_and_schedules_have_their_range(make):
+    with pytest.raises(OptionError):
+        make()
+
+
+def test_an_update_refuses_what_it_would_broadcast_or_cannot_change():
+    adam, p = nnxp.Adam(), np.ones((3, 3))
+    fixed = p.copy()
+    fixed.setflags(write=False)
+    for parameter, gradient, state, wanted in (
+        (p, np.ones(3), adam.init({"p": p}), ShapeError),
+        (p, p, nnxp.SGD().init({"p": p}), OptionError),
+        (fixed, p, adam.init({"p": p}), OptionError),
+        (np.ones((3, 3), "int64"), p, adam.init({"p": p}), nnxp.DtypeMismatch),
+        ([1.0], p, adam.init({"p": p}), nnxp.DtypeMismatch),
+    ):
+        with pytest.raises(wanted):
+            adam.update({"p": parameter}, {"p": gradient}, state)
+    assert (p == 1).all()
+
+
+def test_a_checkpoint_that_says_or_holds_something_else_is_refused(tmp_path):
+    x, y = data()
+    path = tmp_path / "run.safetensors"
+    options = {"checkpoint": path, "validation": (x, y), "patience": 9}
+    fit(deep(), x, y, epochs=2, **options)
+    arrays, about = checkpoint.read_run(path)
+    for change in (
+        {"epoch": 7}, {"epoch": True}, {"batch": 10**9}, {"history": [1, 2]}, {"history": [{}, {}]},
+        {"lowest": "a"}, {"lowest_epoch": 99}, {"total": np.nan}, {"history": []},
+    ):  # fmt: skip
+        checkpoint.write_run(path, arrays, about | change)
+        with pytest.raises(CheckpointError):
+            fit(deep(), x, y, epochs=3, **options)
+    for name, array in arrays.items():
+        others = {n: a for n, a in arrays.items() if n != name}
+        for more in ({}, {name: np.zeros((3, 3))}, {name: array.astype("int8")}):
+            checkpoint.write_run(path, others | more, about)
+            with pytest.raises(CheckpointError, match="does not hold this run"):
+                fit(deep(), x, y, epochs=3, **options)
+    checkpoint.write_run(path, arrays | {"state.more": np.zeros(3)}, about)
+    with pytest.raises(CheckpointError, match=r"state\.more"):
+        fit(deep(), x, y, epochs=3, **options)
+    checkpoint.write_run(path, arrays, about)
+    assert len(fit(deep(), x, y, epochs=3, **options).history) == 3
+
+
+class Weighted:
+    """A loss, and a rate, that lies elsewhere in the memory of each process."""
+
+    def __call__(self, model, x, target):
+        return losses.cross_entropy(model, x, target)
+
+    def rate(self, step):
+        return 0.1 / (1 + step)
+
+
+def test_functions_in_a_run_are_known_again_in_another_process(tmp_path):
+    x, y = data()
+    path = tmp_path / "run.safetensors"
+    one, two = Weighted(), Weighted()
+    fit(deep(), x, y, epochs=1, checkpoint=path, loss=one, optimizer=nnxp.SGD(one.rate))
+    fit(deep(), x, y, epochs=2, checkpoint=path, loss=two, optimizer=nnxp.SGD(two.rate))

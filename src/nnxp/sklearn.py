@@ -171,6 +171,8 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
                              dtype=(np.float64, np.float32), reset=reset, **options)  # fmt: skip
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
+        if not reset:  # rows of the other type of float go on in the model's
+            X = X.astype(self.model_.dtype, copy=False)
         return X.tocsr() if issparse(X) else X, y
 
     def _begin(self, columns: int, outputs: int, dtype: Any) -> None:
@@ -324,6 +326,12 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             if outputs > 1:  # scikit-learn shows the mean over outputs, but descends the sum
                 fixed = float(asnumpy(penalty)) / total
                 shown = (shown - fixed) / outputs + fixed
+            if not total:
+                raise TrainingError(
+                    f"a batch of {count} rows in epoch {self.n_iter_} counts nothing, as all its "
+                    "weights by sample_weight and class_weight are 0: a larger batch_size, "
+                    "shuffle=True, or leaving such rows out goes"
+                )
             if not isfinite(shown):
                 raise TrainingError(
                     f"the loss is {shown} in epoch {self.n_iter_}: rows on a scale of about one "
@@ -334,6 +342,8 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
 
     def _split(self, X: Any, y: HostArray, counts: HostArray | None) -> tuple[Any, ...]:
         """Rows to train on, and (rows, targets, weights) to stop by."""
+        if not self.validation_fraction:
+            raise OptionError("early_stopping needs a validation_fraction above 0")
         stratify = y if hasattr(self, "classes_") and self.n_outputs_ == 1 else None
         parts = [X, y] if counts is None else [X, y, counts]
         parts = train_test_split(*parts, random_state=self._random_state,
@@ -512,7 +522,14 @@ class MLPClassifier(ClassifierMixin, _MLP):  # type: ignore[misc]
             raise OptionError(f"y has classes that were not there before: {sorted(labels - known)}")
         weights = None
         if self.class_weight is not None:
-            weights = compute_sample_weight(self.class_weight, y)
+            try:
+                weights = compute_sample_weight(self.class_weight, y)
+            except (ValueError, TypeError) as error:
+                raise OptionError(
+                    f'class_weight is "balanced", or a dict of classes and numbers: {error}'
+                ) from error
+            if not weights.min() >= 0:
+                raise OptionError(f"class_weight has numbers of 0 or more, not {weights.min()}")
         if self._activation_of_outputs() == "softmax":
             return X, np.searchsorted(self.classes_, y), weights
         return X, self._label_binarizer.transform(y).astype(X.dtype), weights
@@ -665,8 +682,9 @@ def _current(home: Backend) -> AbstractContextManager[Any]:
 
 def _sizes(hidden: Any) -> list[int]:
     """hidden_layer_sizes as a list of numbers above zero."""
-    sizes = list(hidden) if hasattr(hidden, "__iter__") else [hidden]
-    if not all(isinstance(n, Integral) and int(n) > 0 for n in sizes):
+    sizes: list[Any] = list(hidden) if hasattr(hidden, "__iter__") else [hidden]
+    whole = all(isinstance(n, Integral) and int(n) > 0 for n in sizes)
+    if not whole or any(isinstance(n, bool) for n in sizes):
         raise OptionError(f"hidden_layer_sizes must be > 0, whole numbers, got {hidden!r:.60}")
     return [int(n) for n in sizes]
 
@@ -684,6 +702,7 @@ _RANGES: dict[str, tuple[Any, float, float]] = {  # kind of number, from, to
     "n_iter_no_change": (Real, 1, inf), "max_fun": (Integral, 1, inf), "dropout": (Real, 0, 1),
     "learning_rate_init": (Real, 0, inf), "batch_size": (Integral, 1, inf),
 }  # fmt: skip
+_SWITCHES = ("shuffle", "warm_start", "nesterovs_momentum", "early_stopping", "verbose")
 _BELOW = {"validation_fraction", "beta_1", "beta_2", "dropout"}  # their last number excluded
 _ABOVE = {"epsilon", "learning_rate_init"}  # their first number excluded
 
@@ -700,12 +719,19 @@ def _check_parameters(estimator: _MLP) -> None:
     for name, words in _NAMES.items():
         if name in options and options[name] not in words:
             raise OptionError(f"{name} is one of {', '.join(words)}, not {options[name]!r:.60}")
+    for name in _SWITCHES:
+        value = options[name]
+        if not isinstance(value, bool | np.bool_) and not (
+            name == "verbose" and isinstance(value, Integral) and int(value) >= 0
+        ):
+            raise OptionError(f"{name} is True or False, not {value!r:.60}")
     for name, (kind, low, high) in _RANGES.items():
         value = options[name]
         if name == "batch_size" and isinstance(value, str) and value == "auto":
             continue
         right = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
         excluded = (value == high and name in _BELOW) or (value == low and name in _ABOVE)
+        excluded = excluded or (value == inf and name != "n_iter_no_change")
         if right and not excluded:
             continue
         number = "a whole number" if kind is Integral else "a number"

@@ -184,10 +184,15 @@ def patches(x: Array, over: Windows) -> Array:
     return xp.moveaxis(seen[(slice(None), *steps, slice(None), *inner)], axes + 1, -1)
 
 
-def seen_along(x: Array, over: Windows, axis: int) -> list[Array]:
-    """What the windows see along one axis of x, padded: a view for each of their elements."""
+def places_along(over: Windows, axis: int) -> list[slice]:
+    """Along one axis of x, padded, where each element of the windows lies."""
     i = axis - 1
     last = (over.positions[i] - 1) * over.stride[i] + 1
     starts = range(0, over.reach[i], over.dilation[i])
+    return [slice(k, k + last, over.stride[i]) for k in starts]
+
+
+def seen_along(x: Array, over: Windows, axis: int) -> list[Array]:
+    """What the windows see along one axis of x, padded: a view for each of their elements."""
     before = (slice(None),) * axis
-    return [x[(*before, slice(k, k + last, over.stride[i]))] for k in starts]
+    return [x[(*before, place)] for place in places_along(over, axis)]

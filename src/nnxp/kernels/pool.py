@@ -9,7 +9,17 @@ from typing import Any
 from nnxp._arrays import Array, Shape, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels._dispatch import kernel
-from nnxp.kernels._windows import Padding, PerAxis, Windows, padded, per_axis, seen_along, windows
+from nnxp.kernels._windows import (
+    Padding,
+    PerAxis,
+    Windows,
+    padded,
+    per_axis,
+    places_along,
+    seen_along,
+    windows,
+)
+from nnxp.kernels.functions import scattered
 
 
 def _pooled(who: str, x: Array, window: Any, options: dict[str, Any]) -> Windows:
@@ -62,6 +72,41 @@ def max_pool(
     options |= {"dilation": dilation, "ceil_mode": ceil_mode}
     over = _pooled("max_pool", x, window, options)
     return _reduced(padded(x, over.pads, -inf), over, xp_of(x).maximum)
+
+
+@max_pool.vjp
+def _max_pool(
+    dy: Array,
+    y: Array,
+    x: Array,
+    *,
+    window: tuple[int, ...],
+    stride: PerAxis | None = None,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    ceil_mode: bool = False,
+) -> tuple[Array]:
+    """dx[k] = dy where element k of a window is the first of its largest, in row-major order."""
+    options = {"stride": window if stride is None else stride, "padding": padding}
+    options |= {"dilation": dilation, "ceil_mode": ceil_mode}
+    over = _pooled("max_pool", x, window, options)
+    largest, stages = padded(x, over.pads, -inf), []
+    for axis in reversed(range(1, len(over.window) + 1)):
+        first, *others = seen_along(largest, over, axis)
+        above, shape = [], largest.shape
+        largest = first
+        for other in others:
+            above.append(xp_of(x).greater(other, largest))
+            largest = xp_of(x).maximum(largest, other)
+        stages.append((axis, shape, above))
+    for axis, shape, above in reversed(stages):
+        values = []
+        for later in reversed(above):
+            values.append(dy * later)
+            dy = dy - values[-1]
+        keys = [((slice(None),) * axis + (place,)) for place in places_along(over, axis)]
+        dy = scattered([dy, *values[::-1]], shape, keys)
+    return (padded(dy, [(-before, -behind) for before, behind in over.pads]),)
 
 
 @kernel

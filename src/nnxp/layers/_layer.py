@@ -100,6 +100,8 @@ class Layer(metaclass=_LayerType):
     by_rows: ClassVar[bool] = True
     """Whether axis 0 of every input holds the rows; a layer that says no checks what it takes."""
     fixed: ClassVar[tuple[str, ...]] = ()
+    in_training: ClassVar[bool] = False
+    """Whether this is what `training` answers in place of a layer, and predicts nothing."""
     """The fields that training leaves as they are, such as recorded statistics."""
 
     known: ClassVar[dict[str, type[Layer]]] = {}
@@ -157,7 +159,16 @@ class Layer(metaclass=_LayerType):
 
         Dropout drops and BatchNorm normalises by the batch. The parameters keep their names.
         """
-        form = self._map_fields(lambda _, v: v.training() if isinstance(v, Layer) else v)
+
+        def form_of(name: str, layer: Any) -> Any:
+            if not isinstance(layer, Layer):
+                return layer
+            form = layer.training()
+            if not isinstance(form, Layer):
+                raise OptionError(f"{name} {layer}: training() answers a layer, not {form!r:.60}")
+            return form
+
+        form = self._map_fields(form_of)
         pairs = zip(self.children(), form.children(), strict=True)
         return self if all(old is new for (_, old), (_, new) in pairs) else form
 

@@ -43,6 +43,8 @@ class Dropout(Layer):
 class _DropoutInTraining(Dropout):
     """Dropout that drops."""
 
+    in_training = True
+
     def __call__(self, x: Array) -> Array:
         if not isinstance(x, traced.ndarray):
             raise OptionError(traced.ONLY_IN_TRAINING.format(self))

@@ -148,6 +148,8 @@ class BatchNorm(_Norm):
 class _BatchNormInTraining(BatchNorm):
     """BatchNorm by the batch's own mean and variance; tells the running ones."""
 
+    in_training = True
+
     def __call__(self, x: Array) -> Array:
         self._fitting(x)
         if not isinstance(x, traced.ndarray):

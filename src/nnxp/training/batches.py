@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, is_array, is_floating, place_of, xp_of
-from nnxp._errors import DtypeMismatch, OptionError, ShapeError
+from nnxp._arrays import Array, HostArray, is_array, place_of, xp_of
+from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp._exchange import host_rows, source_of
 from nnxp.backend import home_of, to_backend
 from nnxp.layers._layer import Layer
@@ -20,6 +21,8 @@ BLOCK = 64
 """Rows on a disk that stay together when they are shuffled, so that they are read in pieces."""
 MIXED = 16
 """Blocks whose rows are mixed with one another."""
+CHECKED = 1 << 20
+"""Bytes of targets that are looked at together."""
 
 
 class Rows:
@@ -45,15 +48,28 @@ class Rows:
             _Source(each, kind, dtype, standardized)
             for each, kind in zip(inputs, kinds, strict=True)
         ]
-        self._sources.append(_Source(y, "target", dtype))
+        self._target = _Source(y, "target", dtype)
+        self._sources.append(self._target)
         if weights is not None:
-            self._sources.append(_Source(weights, "float", dtype))
+            self._sources.append(_Source(weights, "weights", dtype))
         counts = [len(source) for source in self._sources]
         if len(set(counts)) > 1:
-            raise ShapeError(f"inputs, targets and weights have {counts} rows: they go together")
+            one = "; targets are one array" if isinstance(y, tuple | list) else ""
+            raise ShapeError(
+                f"inputs, targets and weights have {counts} rows: they go together{one}"
+            )
         self.count = counts[0]
-        if not self.count:
-            raise ShapeError("there are no rows to train on")
+        for source in self._sources:
+            if self._place == "cpu" and source.place != "cpu":
+                raise DeviceMismatch(
+                    f"the model is on the CPU, but {source.name} on {source.place}: "
+                    "nnxp.asnumpy(...) copies rows here, model.to(...) moves the model"
+                )
+        if weights is not None:
+            if self._sources[-1].first.ndim > 1:
+                shape = [self.count, *self._sources[-1].first.shape[1:]]
+                raise ShapeError(f"weights are one number for each row, not {shape}")
+            self._sources[-1].look_by(_check_weights)
         self.in_memory = all(source.in_memory for source in self._sources)
 
     def at(self, ids: HostArray) -> tuple[Any, ...]:
@@ -88,18 +104,9 @@ class Rows:
             (x,) = x
         return x, *given[mark:]
 
-    def labels_in(self, classes: int) -> None:
-        """Raise OptionError for a label that no class has; other targets may be any."""
-        target = next(source for source in self._sources if source.kind == "target")
-        if not target.in_memory or is_floating(target.first.dtype):
-            return
-        values = target.at(np.arange(self.count))
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= classes:
-            raise OptionError(
-                f"the labels go from {low} to {high}, but the model has {classes} outputs: labels "
-                f"are 0 to {classes - 1}; numpy.unique(y, return_inverse=True)[1] numbers any"
-            )
+    def check_targets(self, check: Callable[[Array], None]) -> None:
+        """Have all targets looked at: now, or as they are read where they are not in memory."""
+        self._target.look_by(check)
 
     def sample(self) -> list[HostArray]:
         """Some rows of each, from the first to the last: to know the data by."""
@@ -132,11 +139,19 @@ class _Source:
 
     def __init__(self, x: Any, kind: str, dtype: np.dtype[Any], standardized: bool = False) -> None:
         self.kind = kind
-        self._device = x if is_array(x) and place_of(x) != "cpu" else None
-        self._source = x if self._device is not None else source_of(x)
+        self.name = {"target": "the target", "weights": "the weights"}.get(kind, "x")
+        self.place = place_of(x) if is_array(x) else "cpu"
+        self._device = x if self.place != "cpu" else None
+        try:
+            self._source = x if self._device is not None else source_of(x)
+        except (ShapeError, DtypeMismatch) as error:
+            if self.name == "x":
+                raise
+            raise type(error)(f"{self.name}: {error}") from None
+        self._look: Callable[[Array], None] | None = None
         self.in_memory = self._device is not None or type(self._source) is np.ndarray
         self._wanted, self._standardized = dtype, standardized
-        if not len(self._source):
+        if not len(self):
             raise ShapeError("there are no rows to train on")
         self.first = self.at(np.zeros(1, "int64"))
         read = self._source[:1]
@@ -145,15 +160,26 @@ class _Source:
     def __len__(self) -> int:
         return int(self._source.shape[0])
 
+    def look_by(self, look: Callable[[Array], None]) -> None:
+        """Have all rows looked at: now, or as they are read where they are not in memory."""
+        if not self.in_memory:
+            self._look = look
+            return
+        block = max(1, CHECKED // max(1, self.first.nbytes))
+        for start in range(0, len(self), block):
+            look(self.at(np.arange(start, min(start + block, len(self)))))
+
     @np.errstate(all="ignore")  # what the type does not hold is infinite, and so is the loss
     def at(self, ids: HostArray) -> Array:
         if self._device is not None:
             with home_of(place_of(self._device)).current():
                 at = to_backend(ids, home_of(place_of(self._device)))
                 return self._typed(xp_of(self._device).take(self._device, at, axis=0))
-        if isinstance(self._source, np.ndarray):
-            return self._typed(host_rows(self._source[ids]))
-        return self._typed(self._read(ids))
+        in_one = isinstance(self._source, np.ndarray)
+        rows = self._typed(host_rows(self._source[ids]) if in_one else self._read(ids))
+        if self._look is not None:
+            self._look(rows)
+        return rows
 
     def _read(self, ids: HostArray) -> HostArray:
         """Rows by slices: neighbours in one, in the order of the source, then put in order."""
@@ -179,6 +205,16 @@ class _Source:
         ):  # fmt: skip
             return rows.astype("float64", copy=False)
         return rows.astype(self._wanted, copy=False)
+
+
+def _check_weights(weights: Array) -> None:
+    """Raise OptionError for weights that count nothing in a mean."""
+    low, high = float(weights.min()), float(weights.max())
+    if not (low >= 0 and high < inf):
+        raise OptionError(
+            f"weights of rows are finite numbers, 0 or more, in {weights.dtype}; they go from "
+            f"{low:g} to {high:g}"
+        )
 
 
 def order_of(count: int, seed: int, epoch: int, in_memory: bool = True) -> HostArray:

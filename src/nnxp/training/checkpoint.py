@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,26 @@ _KINDS = {
     "of": dict, "seed": int, "epoch": int, "batch": int, "total": float, "seconds": float,
     "history": list, "lowest_epoch": int,
 }  # fmt: skip
+
+
+_ENTRY = {"epoch", "loss", "seconds", "rows_per_second"}
+"""What each epoch of a history has, all numbers."""
+
+
+def _possible(about: Mapping[str, Any]) -> bool:
+    """Whether a run can stand there."""
+    history = about["history"]
+    numbers = [about["lowest"] if about.get("lowest") is not None else 0.0]
+    for entry in history:
+        if not (isinstance(entry, dict) and entry.keys() >= _ENTRY):
+            return False
+        numbers += entry.values()
+    return (
+        all(type(x) in (int, float) for x in numbers)
+        and isfinite(about["total"])
+        and min(about["epoch"], about["batch"], about["seed"], about["lowest_epoch"]) >= 0
+        and about["epoch"] == len(history) >= about["lowest_epoch"]
+    )
 
 
 def write_run(path: Path, arrays: Mapping[str, HostArray], about: Mapping[str, Any]) -> None:
@@ -46,8 +67,8 @@ def read_run(path: Path) -> tuple[dict[str, HostArray], dict[str, Any]]:
                 )
             about = json.loads(text)
             sound = isinstance(about, dict) and about.get("version") == VERSION
-            sound = sound and all(isinstance(about.get(k), kind) for k, kind in _KINDS.items())
-            if not sound or about["epoch"] < 0 or about["batch"] < 0 or about["seed"] < 0:
+            sound = sound and all(type(about.get(k)) is kind for k, kind in _KINDS.items())
+            if not (sound and _possible(about)):
                 raise CheckpointError(f"{path} says nothing that this nnxp understands")
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
     except (SafetensorError, ValueError, TypeError) as error:

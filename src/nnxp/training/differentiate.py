@@ -8,8 +8,8 @@ elsewhere it is run step by step where the parameters are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, is_array, place_of, xp_of
-from nnxp._errors import DeviceMismatch, NotDifferentiable, OptionError, UnsupportedFunction
+from nnxp._errors import (
+    DeviceMismatch,
+    IdError,
+    NotDifferentiable,
+    OptionError,
+    UnsupportedFunction,
+)
 from nnxp.backend import home_of, to_backend
 from nnxp.backend._device import DeviceBackend
 from nnxp.backend._recording import StepRecording, recorded_step
@@ -88,7 +94,7 @@ def write_out(
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
     inputs = tuple(first.values())
-    leaves = [x for x in _leaves(arrays) if is_array(x)]
+    leaves = [x for x in leaves_of(arrays) if is_array(x)]
     values = [Value(parameters[n].shape, parameters[n].dtype, name=n) for n in inputs]
     values += [Value(x.shape, x.dtype, name=f"x{i}") for i, x in enumerate(leaves)]
     layers: dict[int, tuple[str, Any]] = {}
@@ -118,8 +124,38 @@ def write_out(
     chosen = tuple(n for n in inputs if learned is not None and learned(n))
     if learned is not None:
         by_name = dict(zip(inputs, program.inputs, strict=False))
-        program = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
+        whole = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
+        _refuse_constants(
+            program, {n for n, own in names.items() if own in chosen} - fixed_names(model)
+        )
+        program = whole
     return LossProgram(program, inputs, names, chosen, tuple(tape.told), tuple(tape.drawn))
+
+
+def _refuse_constants(program: Program, learned: set[str]) -> None:
+    """Raise NotDifferentiable where a layer with one of these parameters is run as Python.
+
+    Its parameters are what they were when the program was written, whatever is learned.
+    """
+    for step in program.steps:
+        if step.reason and isinstance(step.function, Layer):
+            own = {f"{step.path}.{n}".lstrip(".") for n in step.function.parameters()}
+            if own & learned:
+                raise NotDifferentiable(
+                    f"{', '.join(sorted(own & learned))} cannot learn: {step.path or 'the model'} "
+                    f"is run as Python: {step.reason}"
+                )
+
+
+@contextmanager
+def _ids_told() -> Iterator[None]:
+    """IdError for a label or an id that names nothing, which is NumPy's IndexError."""
+    try:
+        yield
+    except IdError:
+        raise
+    except IndexError as error:
+        raise IdError(f"a label, or an id, names nothing: {error}") from error
 
 
 class LossRunner:
@@ -169,13 +205,14 @@ class LossRunner:
             results = [np.empty(v.shape, v.dtype) for v in outputs[:mark]]
             rest = gradients or [np.empty(v.shape, v.dtype) for v in outputs[mark:]]
             results += rest
-            self._recording([*parameters, *arrays, *drawn], results)
+            with _ids_told():
+                self._recording([*parameters, *arrays, *drawn], results)
             return (
                 results[0],
                 dict(zip(self.written.told, results[1:], strict=False)),
                 results[mark:],
             )
-        with self._home.current() if self.place != "cpu" else nullcontext():
+        with self._home.current() if self.place != "cpu" else nullcontext(), _ids_told():
             given = [*arrays, *(to_backend(each, self._home) for each in drawn)]
             if gradients is not None:
                 made = [*self._filled(parameters, given, gradients), *gradients]
@@ -238,6 +275,7 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
     Raises:
         NotDifferentiable: arithmetic has no gradient; the message has the layer or the line.
         DeviceMismatch: arrays are not where the model is.
+        OptionError, IdError: on the CPU, targets that mean nothing to the loss, ids to the model.
     """
     if not callable(loss):
         raise OptionError(f"a loss is a function (model, x, target) -> number, not {loss!r:.60}")
@@ -247,7 +285,7 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
         runner = _runner(runners, loss, model, arrays, lambda name: True)
         parameters = model.parameters()
         given = [parameters[name] for name in runner.written.inputs]
-        leaves = [x for x in _leaves(arrays) if is_array(x)]
+        leaves = [x for x in leaves_of(arrays) if is_array(x)]
         random = generator(rng) if runner.written.drawn and rng is not None else None
         y, _, gradients = runner(given, leaves, random)
         by_name = dict(zip(runner.written.learned, gradients, strict=True))
@@ -261,7 +299,7 @@ def evaluated(loss: Loss, model: Layer, *arrays: Any) -> Array:
     runner = _runner({}, loss, model, arrays, None)
     parameters = model.parameters()
     given = [parameters[name] for name in runner.written.inputs]
-    return runner(given, [x for x in _leaves(arrays) if is_array(x)], None)[0]
+    return runner(given, [x for x in leaves_of(arrays) if is_array(x)], None)[0]
 
 
 def _runner(
@@ -274,7 +312,7 @@ def _runner(
     """What runs this loss for such a model and such arrays."""
     if not isinstance(model, Layer):
         raise OptionError(f"a loss has a model of nnxp layers first, not {model!r:.60}")
-    leaves = [x for x in _leaves(arrays) if is_array(x)]
+    leaves = [x for x in leaves_of(arrays) if is_array(x)]
     places = {place_of(x) for x in (*model.parameters().values(), *leaves)}
     if len(places) > 1:
         raise DeviceMismatch(
@@ -290,6 +328,9 @@ def _runner(
         if learned is not None:
             tell_idle(written, model)
         known[key] = model, LossRunner(written, place)  # the model lives on: ids in the key are its
+    check = getattr(loss, "check", None)
+    if check is not None and place == "cpu":
+        check(arrays[1], None)
     return known[key][1]
 
 
@@ -401,12 +442,12 @@ def structure(x: Any) -> Any:
     return told(x)
 
 
-def _leaves(x: Any) -> list[Any]:
+def leaves_of(x: Any) -> list[Any]:
     """What is in tuples, lists and dicts, in order."""
     if isinstance(x, Mapping):
         x = tuple(x.values())
     if isinstance(x, tuple | list):
-        return [leaf for each in x for leaf in _leaves(each)]
+        return [leaf for each in x for leaf in leaves_of(each)]
     return [x]
 
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, xp_of
-from nnxp._errors import CheckpointError, OptionError, OutOfMemory, TrainingError
+from nnxp._arrays import Array, HostArray, is_floating, xp_of
+from nnxp._errors import (
+    CheckpointError,
+    NnxpError,
+    OptionError,
+    OutOfMemory,
+    TrainingError,
+)
 from nnxp._printed import Printed
 from nnxp._progress import Progress, told
 from nnxp.backend import asnumpy, home_of, to_backend
@@ -37,7 +46,7 @@ from nnxp.training.differentiate import (
     with_leaves,
     write_out,
 )
-from nnxp.training.losses import LOSSES, CrossEntropy, Loss
+from nnxp.training.losses import LOSSES, Loss
 from nnxp.training.optimizers import Adam, Optimizer
 from nnxp.training.schedules import Plateau
 
@@ -122,14 +131,15 @@ def fit(
         x: (n, ...), as rows for `nnxp.predict`; a tuple or a dict for a model of several inputs.
         y: (n, ...), as the loss takes them: labels (n,) for "cross_entropy", else like the output.
         loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number. It has
-            to be given.
+            to be given. In a checkpoint functions are known by their names only.
         optimizer: `Adam(1e-3)` without one.
         epochs: times through all rows, in all, those of a checkpoint counted.
         batch: rows a step; the order of an epoch's rows follows from rng and the epoch alone.
-        weights: (n,), how much each row counts.
-        validation: (x, y) whose loss is told after each epoch.
+        weights: (n,), how much each row counts: 0 or more, and not 0 for all rows of a batch. A
+            loss of your own gets those of the batch as its fourth argument.
+        validation: (x, y), or (x, y, weights), whose loss is told after each epoch.
         patience: epochs without a lower validation loss before training ends; the model is then
-            that of the lowest.
+            that of the lowest. With 0 it ends no sooner.
         clip: the largest global norm of the gradients.
         fixed: parameters, or layers, by dotted name that do not learn.
         workers: threads that share a batch, each with one thread of BLAS. It is cut into pieces,
@@ -156,7 +166,8 @@ def fit(
         A Fitted: `model` and `history`.
 
     Raises:
-        TrainingError: the loss is no number any more; with epoch and batch.
+        TrainingError: the loss is no number any more; with epoch, batch, and the reason if it is
+            to be seen in its rows.
         NotDifferentiable: the model or loss has no gradient.
         CheckpointError: the checkpoint is of another run.
         OutOfMemory: the memory limit does not hold a step of one row.
@@ -165,21 +176,28 @@ def fit(
     if not isinstance(model, Layer):
         raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
     epochs, batch = whole("epochs", epochs, 0), whole("batch", batch)
-    chosen = _loss(loss)
+    chosen = _loss(loss, weights is not None)
     optimizer = Adam() if optimizer is None else optimizer
     if not isinstance(optimizer, Optimizer):
         raise OptionError(f"optimizer is one such as nnxp.Adam(1e-3), not {optimizer!r:.60}")
-    if patience is not None and validation is None:
-        raise OptionError("patience waits for a lower loss on validation=(x, y)")
-    rows = Rows(model, x, y, weights)
-    seen = None if validation is None else Rows(model, *validation)
-    if isinstance(chosen, CrossEntropy):
-        classes = _outputs(model, rows)
-        for each in (rows, seen):
-            if each is not None and classes is not None:
-                each.labels_in(classes)
+    if patience is not None:
+        patience = whole("patience", patience, 0)
+        if validation is None:
+            raise OptionError("patience waits for a lower loss on validation=(x, y)")
+    path = None if checkpoint is None else _checkpoint_path(checkpoint)
+    if not _is_number(checkpoint_seconds) or checkpoint_seconds < 0:
+        raise OptionError(f"checkpoint_seconds is 0 or more, not {checkpoint_seconds!r:.60}")
+    if callback is not None and not callable(callback):
+        raise OptionError(f"callback is a function of an epoch's entry, not {callback!r:.60}")
     trainer = Trainer(model, chosen, optimizer, fixed, clip, workers, memory_limit)
-    run = _Run(trainer, rows, batch, None if checkpoint is None else Path(checkpoint))
+    rows = Rows(model, x, y, weights)
+    seen = None if validation is None else _validation(model, validation, chosen)
+    if isinstance(chosen, Loss) and type(chosen).check is not Loss.check:
+        check = partial(chosen.check, outputs=_outputs(model, rows))
+        for each in (rows, seen):
+            if each is not None:
+                each.check_targets(check)
+    run = _Run(trainer, rows, batch, path)
     run.begin(rng)
     home = home_of(trainer.place)
     with (
@@ -199,7 +217,7 @@ def fit(
     return Fitted(trainer.model_now(), run.history)
 
 
-def _loss(loss: Any) -> Callable[..., Any]:
+def _loss(loss: Any, weighted: bool) -> Callable[..., Any]:
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise OptionError(f"there is no loss {loss!r}; the names are {', '.join(LOSSES)}")
@@ -211,7 +229,47 @@ def _loss(loss: Any) -> Callable[..., Any]:
         )
     if not callable(loss):
         raise OptionError(f"loss is a name or a function (model, x, target), not {loss!r:.60}")
+    try:
+        parameters = inspect.signature(loss)
+    except ValueError:  # some functions do not tell what they take
+        return loss  # type: ignore[no-any-return]
+    given = ("model", "x", "target", *(["weights"] if weighted else []))
+    try:
+        parameters.bind(*given)
+    except TypeError as error:
+        made = "; a class is to be called first" if isinstance(loss, type) else ""
+        raise OptionError(
+            f"a loss is called with ({', '.join(given)}), which {loss!r:.80} does not take: "
+            f"{error}{made}"
+        ) from None
     return loss  # type: ignore[no-any-return]
+
+
+def _validation(model: Layer, validation: Any, loss: Callable[..., Any]) -> Rows:
+    """The rows to validate by: (x, y) or (x, y, weights)."""
+    if not (isinstance(validation, tuple | list) and len(validation) in (2, 3)):
+        raise OptionError(
+            f"validation is (x, y), or (x, y, weights), of other rows, not {validation!r:.60}"
+        )
+    _loss(loss, len(validation) == 3)
+    return Rows(model, *validation)
+
+
+def _checkpoint_path(checkpoint: Any) -> Path:
+    """The path of a file that can be written when the time has come."""
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise OptionError(f"checkpoint is the path of a file, not {checkpoint!r:.60}")
+    path = Path(os.fspath(checkpoint))
+    if path.is_dir():
+        raise OptionError(f"checkpoint is the path of a file, but {str(path)!r} is a folder")
+    if not path.parent.is_dir():
+        raise OptionError(f"checkpoint: there is no folder {str(path.parent)!r} to write to")
+    return path
+
+
+def _is_number(x: Any) -> bool:
+    """Whether x is a number, which may be infinite."""
+    return isinstance(x, int | float | np.integer | np.floating) and not bool(np.isnan(x))
 
 
 def _outputs(model: Layer, rows: Rows) -> int | None:
@@ -237,10 +295,10 @@ class Trainer:
         workers: int | None = None,
         memory_limit: int | str | None = None,
     ) -> None:
-        if clip is not None and not clip > 0:
+        if clip is not None and not (_is_number(clip) and clip > 0):
             raise OptionError(f"gradients are clipped to a norm above zero, not {clip!r}")
         self.model = model
-        self.seen, self.form = _rounding(model), _rounding(model.training())
+        self.seen, self.form = _rounding(model), _rounding(_training_form(model))
         self.loss, self.optimizer, self.clip = loss, optimizer, clip
         self.current = optimizer
         """The optimiser with the rate of now."""
@@ -442,7 +500,7 @@ class Trainer:
     def _worth(self, piece: Sequence[Any]) -> float:
         """How much a piece of a batch counts: its rows, or the sum of their weights."""
         _, target, *weights = piece
-        given = weights[0] if weights else np.ones(len(target), self.vector.dtype)
+        given = weights[0] if weights else xp_of(target).ones(len(target), self.vector.dtype)
         own = self.loss.row_weights(target, given) if isinstance(self.loss, Loss) else None
         return float((given if own is None else given * own).sum(dtype="float64"))
 
@@ -457,20 +515,43 @@ class Trainer:
         parameters = [self.arrays[n] for n in runner.written.inputs]
         return runner(parameters, data_of(given), None)[0]
 
-    def evaluate_on(self, rows: Rows, ids: HostArray) -> float:
-        """The loss of these rows of the model as it is, in parts that the memory limit holds."""
-        parts = self._cut(rows, ids, False)
-        if len(parts) == 1:
-            return float(asnumpy(self.evaluate(rows.at(ids))))
+    def evaluate_on(self, rows: Rows, batches: Sequence[HostArray]) -> float:
+        """The loss of all these rows of the model as it is, each counting as its weight does."""
+        worth = total = 0.0
+        for ids in batches:
+            for part in self._cut(rows, ids, False):
+                given = rows.at(part)
+                own = self._worth(given)
+                if own:
+                    worth += own
+                    total += own * float(asnumpy(self.evaluate(given)))
+        return total / worth if worth else nan
 
-        def worth_and_loss(part: HostArray) -> tuple[float, float]:
-            given = rows.at(part)
-            own = self._worth(given)
-            return own, own and own * float(asnumpy(self.evaluate(given)))
-
-        pairs = [worth_and_loss(part) for part in parts]
-        worth, loss = np.sum(pairs, axis=0)
-        return float(loss / worth)
+    @np.errstate(all="ignore")
+    def reason(self, given: Sequence[Any]) -> str:
+        """Why the loss of this batch is no number, as far as that is to be seen in it."""
+        x, target, *weights = given
+        if not self._worth(given) > 0:
+            return "its rows count nothing, their " + (
+                "sample weights are all 0: leave such rows out, or take a larger batch"
+                if weights and not float(weights[0].sum()) > 0
+                else "class weights are all 0: leave such rows out, or take a larger batch"
+            )
+        for name, arrays in (("rows", data_of([x])), ("targets", [target])):
+            for each in arrays:
+                if is_floating(each.dtype) and not bool(xp_of(each).isfinite(each).all()):
+                    return (
+                        f"its {name} hold NaN, or what is infinite in {each.dtype}: they are to be "
+                        "left out, filled in, or scaled"
+                    )
+        if self.place == "cpu":
+            try:  # a layer may say what it does not take, such as an id
+                self.model(*x) if isinstance(x, tuple) else (
+                    self.model(**x) if isinstance(x, Mapping) else self.model(x)
+                )
+            except NnxpError as error:
+                return str(error)
+        return "a lower rate, clip=1.0, or rows and targets on a scale of about one may help"
 
     def draws(self, given: Sequence[Any]) -> bool:
         """Whether a step draws at random."""
@@ -581,6 +662,24 @@ def _kind(given: Sequence[Any]) -> Any:
     return tuple((each.shape, each.dtype) for each in data_of(given))
 
 
+def _training_form(model: Layer) -> Layer:
+    """What the model is while it is trained, with the same parameters."""
+    inside = next((name for name, layer in [*model.walk(), ("", model)] if layer.in_training), None)
+    if inside is not None:
+        raise OptionError(
+            f"{inside or 'the model'} is in its training form already, which predicts nothing: "
+            "give the model as it is; training() is called here"
+        )
+    form = model.training()
+    more = form.parameters().keys() - model.parameters().keys()
+    if more:
+        raise OptionError(
+            f"in training the model has parameters of other names: {', '.join(sorted(more)):.200}; "
+            "training() keeps those of the layer"
+        )
+    return form
+
+
 def _rounding(model: Layer) -> Layer:
     """The model as it takes rows that are wider than it, if it standardises them first."""
     entrance, dtype = entrance_of(model), model.dtype
@@ -593,6 +692,8 @@ def _rounding(model: Layer) -> Layer:
 
 def _held(parameters: Mapping[str, Array], own: set[str], fixed: Sequence[str]) -> set[str]:
     """The parameters that do not learn: an array that is one of them by any name is."""
+    if not isinstance(fixed, str | Iterable):
+        raise OptionError(f"fixed are names of parameters or layers, not {fixed!r:.60}")
     asked = (fixed,) if isinstance(fixed, str) else tuple(fixed)
     for name in asked:
         if not any(n == name or n.startswith(f"{name}.") for n in parameters):
@@ -677,8 +778,8 @@ class _Run:
             value = float(asnumpy(y))
             if not isfinite(value):
                 raise TrainingError(
-                    f"the loss is {value} in epoch {self.epoch + 1}, batch {i + 1}: a lower rate, "
-                    "clip=1.0, or rows on a scale of about one may help; NaN in the rows do not"
+                    f"the loss is {value} in epoch {self.epoch + 1}, batch {i + 1}: "
+                    f"{self.trainer.reason(self.rows.at(self._batches()[i]))}"
                 )
             self.total += value * count
         self._unread.clear()
@@ -701,10 +802,8 @@ class _Run:
         return entry
 
     def _validate(self, seen: Rows) -> float:
-        total = 0.0
-        for ids in np.split(np.arange(seen.count), range(self.batch, seen.count, self.batch)):
-            total += self.trainer.evaluate_on(seen, ids) * len(ids)
-        return total / seen.count
+        marks = range(self.batch, seen.count, self.batch)
+        return self.trainer.evaluate_on(seen, np.split(np.arange(seen.count), marks))
 
     # to go on from
 
@@ -729,10 +828,27 @@ class _Run:
         self.total, self.seconds, self.history = about["total"], about["seconds"], about["history"]
         self.lowest = inf if about["lowest"] is None else about["lowest"]
         self.lowest_epoch = about["lowest_epoch"]
+        if self.at > len(self._batches()):
+            raise CheckpointError(f"{self.path} stands behind the last batch of an epoch")
         self._take(arrays)
 
     def _take(self, arrays: Mapping[str, Any]) -> None:
+        """Go on from these arrays; CheckpointError unless they are all that there should be."""
         trainer, home = self.trainer, home_of(self.trainer.place)
+        now = trainer.snapshot()
+        due = {f"now.{n}": a for n, a in now.items()}
+        due |= {f"state.{n}": a for n, a in trainer.state.items()}
+        if self.lowest_epoch:
+            due |= {f"best.{n}": a for n, a in now.items()}
+        for name in sorted(due.keys() | arrays.keys()):
+            kinds = [
+                f"{x[name].dtype}{list(x[name].shape)}" if name in x else "nothing"
+                for x in (due, arrays)
+            ]
+            if kinds[0] != kinds[1]:
+                raise CheckpointError(
+                    f"{self.path} does not hold this run: {name} is {kinds[1]}, not {kinds[0]}"
+                )
 
         def part(prefix: str) -> dict[str, Array]:
             found = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
@@ -741,16 +857,13 @@ class _Run:
             return {n: to_backend(a, home) for n, a in found.items()}
 
         with home.current() if trainer.place != "cpu" else nullcontext():
-            try:
-                trainer.restore(part("now."))
-                self.best = part("best.") or None
-                for name, value in part("state.").items():
-                    if type(trainer.state[name]) is np.ndarray:
-                        trainer.state[name][...] = np.asarray(arrays[f"state.{name}"])
-                    else:
-                        trainer.state[name][...] = value
-            except (KeyError, ValueError) as error:
-                raise CheckpointError(f"{self.path} does not hold this run: {error}") from error
+            trainer.restore(part("now."))
+            self.best = part("best.") or None
+            for name, value in part("state.").items():
+                if type(trainer.state[name]) is np.ndarray:
+                    trainer.state[name][...] = np.asarray(arrays[f"state.{name}"])
+                else:
+                    trainer.state[name][...] = value
 
     def save(self) -> None:
         """Write the checkpoint, if there is to be one."""
@@ -785,7 +898,7 @@ class _Run:
             batch += f" in up to {PIECES} pieces of {PIECE_ROWS} rows and {PIECE_USES} uses"
         if trainer.memory_limit is not None:
             batch += f" within {trainer.memory_limit} bytes"
-        return {
+        run = {
             "model": f"{trainer.model!r} {shapes}",
             "initial parameters": start.hexdigest(),
             "optimizer": f"{trainer.optimizer!r}, clip={trainer.clip}",
@@ -794,6 +907,8 @@ class _Run:
             "batch": batch,
             "data": f"{self.rows.count} rows, {data.hexdigest()}",
         }
+        # where a function lies in memory is another matter in each process
+        return {what: re.sub(r" at 0x[0-9a-fA-F]+", "", value) for what, value in run.items()}
 
 
 def _seed(rng: Rng) -> int:

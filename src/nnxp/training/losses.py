@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from nnxp import kernels
-from nnxp._arrays import Array, xp_of
+from nnxp._arrays import Array, is_array, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels import Kernel
-from nnxp.layers._layer import Layer
+from nnxp.layers._layer import Layer, is_real
 from nnxp.program import traced
-from nnxp.training.differentiate import evaluated
+from nnxp.training.differentiate import evaluated, leaves_of
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,32 @@ class Loss:
     """
 
     def __call__(self, model: Layer, x: Any, target: Array, weights: Array | None = None) -> Array:
-        if not _is_traced(target):
-            given = (x, target) if weights is None else (x, target, weights)
+        given = (x, target) if weights is None else (x, target, weights)
+        for each in given[1:]:
+            if not is_array(each):
+                raise OptionError(
+                    f"a loss takes arrays of targets and weights, not {each!r:.60}; "
+                    "numpy.asarray makes one of a list"
+                )
+        if not any(map(_is_traced, [*leaves_of(given), *model.parameters().values()])):
             return evaluated(self, model, *given)
+        if not target.shape[0]:
+            raise ShapeError("there are no rows: a mean over none is no number")
         if isinstance(x, Mapping):
             y = model(**x)
         else:
             y = model(*x) if isinstance(x, tuple | list) else model(x)
+        if not is_array(y):
+            raise OptionError(
+                f"the model answers {len(y)} results, but {type(self).__name__} is of one: a loss "
+                "of your own, (model, x, target) -> number, takes them apart"
+            )
         losses = self.rows(y, target)
+        if weights is not None and weights.shape != losses.shape:
+            raise ShapeError(
+                f"weights are one number for each row, {list(losses.shape)}, not "
+                f"{list(weights.shape)}"
+            )
         own = self.row_weights(target, losses)
         weights = own if weights is None else weights if own is None else weights * own
         if weights is None:
@@ -56,6 +75,26 @@ class Loss:
     def row_weights(self, target: Array, losses: Array) -> Array | None:
         """How much each row counts, (rows,), by what it should be; None for all the same."""
         return None
+
+    def check(self, target: Array, outputs: int | None) -> None:
+        """Raise OptionError for targets (rows, ...) that mean nothing to this loss.
+
+        `outputs` is the size of the last axis of what the model answers, None if it is not known.
+        `nnxp.fit` has all targets looked at, `nnxp.value_and_gradients` those on the CPU.
+        """
+
+
+ROUNDED_ONE = 1.01
+"""What probabilities that are rounded to 16 bits sum to at most."""
+_ONE_OUTPUT = (
+    "cross_entropy compares the outputs of several classes; with one output it is 0, whatever the "
+    "model answers: binary_cross_entropy is for one, or the model needs an output for each class"
+)
+
+
+def _is_number(x: Any) -> bool:
+    """Whether x is a number that may be infinite."""
+    return is_real(x) or (isinstance(x, float) and not isfinite(x))
 
 
 def _is_traced(x: Any) -> bool:
@@ -107,7 +146,7 @@ class Huber(Loss):
     delta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.delta > 0:
+        if not (_is_number(self.delta) and self.delta > 0):
             raise OptionError(f"Huber's delta is above zero, not {self.delta!r}")
 
     def rows(self, y: Array, target: Array) -> Array:
@@ -124,7 +163,8 @@ class CrossEntropy(Loss):
     probabilities (rows, ..., classes). A model that ends in softmax or log_softmax is met before
     it. With `smoothing` s the target is (1 - s) of itself and s spread evenly over the classes
     [Szegedy et al. 2016]. With `class_weights`, one for each class, a row counts as much as its
-    label's; for labels only. Raises ShapeError for labels that do not fit the logits.
+    label's; for labels only. Raises ShapeError for labels that do not fit the logits, OptionError
+    for those that no class has, and for what are no probabilities.
 
         loss = nnxp.losses.CrossEntropy(smoothing=0.1)
     """
@@ -133,10 +173,48 @@ class CrossEntropy(Loss):
     class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smoothing < 1:
+        if not (is_real(self.smoothing) and 0 <= self.smoothing < 1):
             raise OptionError(f"smoothing is at least 0 and below 1, not {self.smoothing!r}")
+        weights = self.class_weights
+        if weights is None:
+            return
+        named = isinstance(weights, Mapping | str) or not hasattr(weights, "__iter__")
+        weights = () if named else tuple(weights)
+        if not (all(is_real(w) and w >= 0 for w in weights) and any(weights)):
+            raise OptionError(
+                "class_weights are a number of 0 or more for each class, in their order, and not "
+                f"all 0, not {self.class_weights!r:.80}"
+            )
+        object.__setattr__(self, "class_weights", weights)
+
+    def check(self, target: Array, outputs: int | None) -> None:
+        if outputs == 1:
+            raise OptionError(_ONE_OUTPUT)
+        low, high = float(target.min()), float(target.max())
+        if target.dtype.kind in "iu":
+            if low < 0 or (outputs is not None and high >= outputs):
+                most = "" if outputs is None else f", but the model has {outputs} outputs"
+                last = "the number of outputs - 1" if outputs is None else f"{outputs - 1}"
+                raise OptionError(
+                    f"the labels go from {low:.0f} to {high:.0f}{most}: labels are 0 to {last}; "
+                    "numpy.unique(y, return_inverse=True)[1] numbers any"
+                )
+        elif target.dtype.kind != "b" and target.shape[1:] and outputs in (None, target.shape[-1]):
+            most_in_all = float(target.sum(axis=-1, dtype="float32").max())
+            if not (low >= 0 and high <= 1 and most_in_all <= ROUNDED_ONE):
+                raise OptionError(
+                    f"the probabilities of the classes go from {low:g} to {high:g} and sum to up "
+                    f"to {most_in_all:g}, not to 1; several classes at once are for "
+                    "binary_cross_entropy"
+                )
 
     def rows(self, y: Array, target: Array) -> Array:
+        if y.shape[-1] == 1:
+            raise OptionError(_ONE_OUTPUT)
+        if self.class_weights is not None and len(self.class_weights) != y.shape[-1]:
+            raise ShapeError(
+                f"there are {len(self.class_weights)} class_weights for {y.shape[-1]} classes"
+            )
         logits = before(y, (kernels.softmax, kernels.log_softmax), "cross_entropy")
         xp = xp_of(logits)
         logp = kernels.log_softmax(logits)
@@ -144,7 +222,8 @@ class CrossEntropy(Loss):
             if target.shape != y.shape[:-1]:
                 raise ShapeError(
                     f"the labels are {list(target.shape)} for logits {list(y.shape)}; one label "
-                    f"for each of {list(y.shape[:-1])} is due, or probabilities, as floats"
+                    f"for each of {list(y.shape[:-1])} is due, or probabilities, as floats: "
+                    "y.argmax(axis=-1) makes labels of ones among zeros, y.ravel() of a column"
                 )
             labels = xp.expand_dims(target, -1)
             right = xp.take_along_axis(logp, labels, axis=-1).reshape(target.shape)
@@ -152,7 +231,8 @@ class CrossEntropy(Loss):
             if target.shape != y.shape:
                 raise ShapeError(
                     f"the target is {target.dtype}{list(target.shape)} for logits {list(y.shape)}; "
-                    "labels are whole numbers, probabilities have the shape of the logits"
+                    "labels are whole numbers, y.astype('int64'), and probabilities have the shape "
+                    "of the logits"
                 )
             right = (logp * target.astype(logp.dtype, copy=False)).sum(axis=-1)
         if self.smoothing:
@@ -174,10 +254,25 @@ class BinaryCrossEntropy(Loss):
     """-(t log p + (1 - t) log(1 - p)), p = sigmoid(y), t the target: 0, 1, or between.
 
     As softplus(y) - t y, which overflows nowhere. y and target have one shape; a model that ends in
-    sigmoid is met before it. `positive_weight` is how much ones count beside zeros.
+    sigmoid is met before it. `positive_weight` is how much ones count beside zeros. Raises
+    OptionError for other targets.
     """
 
     positive_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (is_real(self.positive_weight) and self.positive_weight > 0):
+            raise OptionError(
+                f"positive_weight is a number above zero, not {self.positive_weight!r:.60}"
+            )
+
+    def check(self, target: Array, outputs: int | None) -> None:
+        low, high = float(target.min()), float(target.max())
+        if not (low >= 0 and high <= 1):
+            raise OptionError(
+                f"targets of binary_cross_entropy are 0, 1, or between, but they go from {low:g} "
+                f"to {high:g}"
+            )
 
     def rows(self, y: Array, target: Array) -> Array:
         logits = before(y, (kernels.sigmoid,), "binary_cross_entropy")

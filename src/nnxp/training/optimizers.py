@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import Any, ClassVar
 
 import numpy as np
 
-from nnxp._arrays import Array, xp_of
-from nnxp._errors import OptionError, ShapeError
+from nnxp._arrays import Array, is_array, is_floating, xp_of
+from nnxp._errors import DtypeMismatch, OptionError, ShapeError
+from nnxp.layers._layer import is_real
 from nnxp.training._chunks import chunks
 from nnxp.training.schedules import Rate, rate_at
 
@@ -28,7 +29,7 @@ class Optimizer:
     `state` names the arrays like p that the rule keeps from step to step, zero at the start; t
     counts the steps from 1. `rate` is a number or a schedule, `decay` the weight decay: decay * p
     is added to the gradient (AdamW and Lion decay p itself). A rule is elementwise, and may not
-    change g. Raises OptionError for a negative rate or decay.
+    change g. Raises OptionError for numbers out of their range.
 
         class Signs(nnxp.Optimizer):
             def step(self, p, g, *, t):
@@ -41,13 +42,22 @@ class Optimizer:
     decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.decay < 0:
-            raise OptionError(f"weight decay is 0 or more, not {self.decay!r}")
+        self._check_numbers("decay")
         rate_at(self.rate, 0)
+        if type(self).step is Optimizer.step:
+            raise OptionError(f"{type(self).__name__} has no rule: define step")
+
+    def _check_numbers(self, *names: str, below: float = inf) -> None:
+        """Raise OptionError unless these fields are numbers of 0 or more, below a bound."""
+        for name in names:
+            value: Any = getattr(self, name)
+            if not (is_real(value) and 0 <= value < below):
+                most = "and finite" if below == inf else f"and below {below:g}"
+                raise OptionError(f"{name} is a number, 0 or more, {most}, not {value!r:.60}")
 
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         """The rule: change p, and the arrays of the state, in place."""
-        raise NotImplementedError(f"{type(self).__name__} has no rule: define step")
+        raise NotImplementedError
 
     def rate_at(self, t: int) -> float:
         """The learning rate of step t, which is 1 for the first."""
@@ -67,16 +77,40 @@ class Optimizer:
         gradients: Mapping[str, Array],
         state: Mapping[str, Array],
     ) -> None:
-        """One step: parameters and state are changed in place, the gradients are not."""
+        """One step: parameters and state are changed in place, the gradients are not.
+
+        Raises ShapeError for gradients that are not there, or not shaped like their parameters,
+        DtypeMismatch for parameters that are no floats, OptionError for those that cannot be
+        changed, and for a state that is not of these parameters.
+        """
         missing = parameters.keys() - gradients.keys()
         if missing:
             raise ShapeError(f"there are no gradients for {', '.join(sorted(missing))}")
+        for name, p in parameters.items():
+            self._check_parameter(name, p, gradients[name], state)
         state["steps"][...] += 1
         t = int(state["steps"])
         for name, p in parameters.items():
             kept = [state[f"{own}.{name}"] for own in self.state]
             for part, g, *own in chunks(p, gradients[name], *kept):
                 self.step(part, self._decayed(part, g), *own, t=t)
+
+    def _check_parameter(self, name: str, p: Array, g: Array, state: Mapping[str, Array]) -> None:
+        if not (is_array(p) and is_array(g) and is_floating(p.dtype)):
+            kinds = [str(getattr(x, "dtype", type(x).__name__)) for x in (p, g)]
+            raise DtypeMismatch(
+                f"parameters and gradients are arrays of floats, but of {name} {kinds[0]} came "
+                f"with {kinds[1]}"
+            )
+        if p.shape != g.shape:
+            raise ShapeError(
+                f"{name} is {list(p.shape)}, but its gradient {list(g.shape)}: they would be "
+                "broadcast against each other"
+            )
+        if isinstance(p, np.ndarray) and not p.flags.writeable:
+            raise OptionError(f"{name} is changed in place, but may not be written to: p.copy()")
+        if not state.keys() >= {"steps", *(f"{own}.{name}" for own in self.state)}:
+            raise OptionError(f"the state is not of {name}: optimizer.init(parameters) makes one")
 
     def _decayed(self, p: Array, g: Array) -> Array:
         return g + self.decay * p if self.decay else g
@@ -96,6 +130,11 @@ class Momentum(Optimizer):
 
     state = ("v",)
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum != 1:
+            self._check_numbers("momentum", below=1)
 
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         (v,) = state
@@ -124,6 +163,10 @@ class Adagrad(Optimizer):
     state = ("s",)
     eps: float = 1e-10
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_numbers("eps")
+
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         (s,) = state
         s += g * g
@@ -138,6 +181,11 @@ class RMSProp(Optimizer):
     rate: Rate = 1e-3
     beta: float = 0.99
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_numbers("beta", below=1)
+        self._check_numbers("eps")
 
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         (s,) = state
@@ -164,9 +212,8 @@ class Adam(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise OptionError(f"{name} is at least 0 and below 1, not {getattr(self, name)!r}")
+        self._check_numbers("beta1", "beta2", below=1)
+        self._check_numbers("eps")
 
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         m, s = state
@@ -212,6 +259,10 @@ class Lion(Optimizer):
     beta1: float = 0.9
     beta2: float = 0.99
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_numbers("beta1", "beta2", below=1)
+
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         (m,) = state
         rate = self.rate_at(t)
@@ -247,9 +298,11 @@ def clip_by_norm(gradients: Mapping[str, Array], most: float) -> dict[str, Array
         most: the largest norm, above zero.
 
     Raises:
-        OptionError: `most` is not above zero.
+        OptionError: `most` is not above zero, or there are no gradients.
     """
-    if not most > 0:
+    if not gradients:
+        raise OptionError("there are no gradients to clip")
+    if not (is_real(most) and most > 0):
         raise OptionError(f"gradients are clipped to a norm above zero, not {most!r}")
     norm = global_norm(gradients)
     scale = xp_of(next(iter(gradients.values()))).minimum(most / (norm + 1e-12), 1)

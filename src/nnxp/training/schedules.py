@@ -26,6 +26,10 @@ class Warmup:
     steps: int
     then: Rate
 
+    def __post_init__(self) -> None:
+        _check(self, "steps", least=0)
+        rate_at(self.then, 0)
+
     def __call__(self, step: int) -> float:
         if step < self.steps:
             return rate_at(self.then, 0) * (step + 1) / self.steps
@@ -47,6 +51,10 @@ class Cosine:
     steps: int
     last: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check(self, "rate", "last", least=0)
+        _check(self, "steps")
+
     def __call__(self, step: int) -> float:
         done = min(1.0, step / self.steps)
         return self.last + (self.rate - self.last) * (1 + cos(pi * done)) / 2
@@ -65,6 +73,10 @@ class Linear:
     steps: int
     last: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check(self, "rate", "last", least=0)
+        _check(self, "steps")
+
     def __call__(self, step: int) -> float:
         return self.rate + (self.last - self.rate) * min(1.0, step / self.steps)
 
@@ -82,6 +94,10 @@ class Exponential:
     decay: float
     steps: int = 1
 
+    def __post_init__(self) -> None:
+        _check(self, "rate", least=0)
+        _check(self, "decay", "steps")
+
     def __call__(self, step: int) -> float:
         return float(self.rate * self.decay ** (step / self.steps))
 
@@ -98,6 +114,12 @@ class Steps:
     rate: float
     at: tuple[int, ...]
     decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self, "rate", "decay", least=0)
+        if not (isinstance(self.at, tuple | list) and all(isinstance(t, Real) for t in self.at)):
+            raise OptionError(f"Steps takes the numbers of steps in at=(...), not {self.at!r:.60}")
+        object.__setattr__(self, "at", tuple(self.at))
 
     def __call__(self, step: int) -> float:
         return float(self.rate * self.decay ** sum(step >= mark for mark in self.at))
@@ -123,6 +145,9 @@ class Plateau:
     tolerance: float = 1e-4
     least: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check(self, "rate", "patience", "decay", "tolerance", "least", least=0)
+
     def __call__(self, step: int) -> float:
         return self.rate
 
@@ -139,10 +164,22 @@ class Plateau:
         return rate
 
 
+def _check(schedule: Any, *names: str, least: float | None = None) -> None:
+    """Raise OptionError unless these are finite numbers, at least so much or else above zero."""
+    for name in names:
+        value = getattr(schedule, name)
+        known = isinstance(value, Real) and value < inf
+        if not (known and (value > 0 if least is None else value >= least)):
+            range_ = "above zero" if least is None else f"{least:g} or more"
+            raise OptionError(
+                f"{name} of {type(schedule).__name__} is a number, {range_}, not {value!r:.60}"
+            )
+
+
 def rate_at(rate: Rate, step: int) -> float:
-    """The rate after so many steps; OptionError unless it is 0 or more."""
+    """The rate after so many steps; OptionError unless it is 0 or more, and finite."""
     value: Any = rate(step) if callable(rate) else rate
     known = isinstance(value, Real)
-    if not (known and value >= 0):
+    if not (known and 0 <= value < inf):
         raise OptionError(f"a learning rate is 0 or more, not {value!r} at step {step}")
     return float(value)

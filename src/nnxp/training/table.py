@@ -108,12 +108,23 @@ def train_on_table(
         raise OptionError(f"{path} has {rows}: training, and holding some out, takes {FEWEST}")
     classes = _classes(values, task, title)
     unseen, valid, seen = _split(values, seed)
-    mean, scale = x[seen].mean(axis=0), x[seen].std(axis=0)
+    with np.errstate(over="ignore"):
+        mean, scale = x[seen].mean(axis=0), x[seen].std(axis=0)
+    if not np.isfinite(scale).all():
+        name = (names or range(x.shape[1]))[int(np.argmin(np.isfinite(scale)))]
+        raise OptionError(
+            f"{path}: the numbers in column {name!r} are too large for their variance; scale them"
+        )
     first = Standardize(mean, np.where(scale > 0, scale, 1))
     z = (x - first.mean) / first.scale  # in float64, once
     center, spread = 0.0, 1.0
     if classes is None:
         y = np.asarray(values, "float64")
+        if abs(y).max() > np.finfo("float32").max:
+            raise OptionError(
+                f"the target {title!r} goes beyond {np.finfo('float32').max:.3g}, the largest "
+                "number that the network answers; scale it"
+            )
         center, spread = float(y[seen].mean()), float(y[seen].std()) or 1.0
         y = (y - center) / spread
     else:
