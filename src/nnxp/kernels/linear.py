@@ -99,9 +99,9 @@ def bilinear(
             "got "
             f"(rows, *{x.shape[1:]}) and (rows, *{y.shape[1:]})"
         )
-    made = matmul(x, weight.reshape(left, right * outputs))
-    made = made.reshape(*x.shape[:-1], right, outputs)
-    z = xp_of(x).matmul(y[..., None, :], made)[..., 0, :]
+    products = matmul(x, weight.reshape(left, right * outputs))
+    products = products.reshape(*x.shape[:-1], right, outputs)
+    z = xp_of(x).matmul(y[..., None, :], products)[..., 0, :]
     if bias is not None:
         z = z + bias
     return z if activation is identity else activation(z)

@@ -36,8 +36,8 @@ def rnn(
     """
     _fitting("rnn", x, weight, 1)
 
-    def step(given: Array, h: Array) -> tuple[Array, ...]:
-        z = given + xp_of(x).matmul(h, weight)
+    def step(x_t: Array, h: Array) -> tuple[Array, ...]:
+        z = x_t + xp_of(x).matmul(h, weight)
         return (activation(z, out=z),)
 
     return _through_time(step, x, (h,), (weight.shape[0],), lengths, reverse)
@@ -67,15 +67,15 @@ def gru(
     xp, n = xp_of(x), weight.shape[0]
     shift = None if bias is None or reset_after else bias[2 * n :]
 
-    def step(given: Array, h: Array) -> tuple[Array, ...]:
+    def step(x_t: Array, h: Array) -> tuple[Array, ...]:
         hidden = xp.matmul(h, weight if reset_after else weight[:, : 2 * n])
         if bias is not None:
             hidden += bias if reset_after else bias[: 2 * n]
-        gates = given[:, : 2 * n] + hidden[:, : 2 * n]
+        gates = x_t[:, : 2 * n] + hidden[:, : 2 * n]
         sigmoid(gates, out=gates)
         r, z = gates[:, :n], gates[:, n:]
         new = r * hidden[:, 2 * n :] if reset_after else xp.matmul(r * h, weight[:, 2 * n :])
-        new += given[:, 2 * n :]
+        new += x_t[:, 2 * n :]
         if shift is not None:
             new += shift
         xp.tanh(new, out=new)
@@ -109,8 +109,8 @@ def lstm(
     _fitting("lstm", x, weight, 4, projected=projection is not None)
     xp, m, n = xp_of(x), weight.shape[0], weight.shape[1] // 4
 
-    def step(given: Array, h: Array, c: Array) -> tuple[Array, ...]:
-        z = given + xp.matmul(h, weight)
+    def step(x_t: Array, h: Array, c: Array) -> tuple[Array, ...]:
+        z = x_t + xp.matmul(h, weight)
         gates = sigmoid(z[:, : 3 * n])
         new = xp.tanh(z[:, 3 * n :])
         new *= gates[:, :n]

@@ -218,21 +218,21 @@ def _lengths(x: Array, size: Any, scale: Any) -> list[tuple[float | None, int]]:
     if size is None and scale is None:
         raise OptionError("resize takes a size or a scale")
 
-    def each(given: Any, single: int) -> list[Any]:
-        return list(given) if isinstance(given, tuple | list) else [given] * single
+    def listed(option: Any, single: int) -> list[Any]:
+        return list(option) if isinstance(option, tuple | list) else [option] * single
 
-    sizes = [None] * len(space) if size is None else each(size, 1)
-    scales = [None] * len(space) if scale is None else each(scale, len(space))
-    made: list[tuple[float | None, int]] = []
+    sizes = [None] * len(space) if size is None else listed(size, 1)
+    scales = [None] * len(space) if scale is None else listed(scale, len(space))
+    lengths: list[tuple[float | None, int]] = []
     for n, m, s in zip(space, sizes, scales, strict=False):
         length = m if s is None else n * s
-        made.append((length, n if length is None else floor(length) if m is None else m))
-    if not len(sizes) == len(scales) == len(space) or any(m < 1 for _, m in made):
+        lengths.append((length, n if length is None else floor(length) if m is None else m))
+    if not len(sizes) == len(scales) == len(space) or any(m < 1 for _, m in lengths):
         raise ShapeError(
             f"resize takes a size or a scale for each axis of space, {space}, of which something "
             f"is left; got size={size}, scale={scale}"
         )
-    return made
+    return lengths
 
 
 def _within(start: float, end: float, n: int, m: float) -> Line:

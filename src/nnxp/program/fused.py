@@ -11,10 +11,9 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import is_floating, xp_of
 from nnxp.kernels._windows import windows
-from nnxp.kernels.activations import ELEMENTWISE as ACTIVATIONS
+from nnxp.kernels.activations import ELEMENTWISE
 from nnxp.kernels.formula import (
     CHOICE,
-    ELEMENTWISE,
     OF_BOOLEANS,
     OF_COMPARISONS,
     OF_FLOATS,
@@ -176,7 +175,7 @@ def as_counted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[st
     if weight is None:
         return _new(x, (x.shape[0], *over.positions, x.shape[-1]), x.dtype)
     outputs, groups = weight.shape[-1], options.get("groups", 1)
-    if groups > 1 and (weight.shape[-2] > 1 or activation not in ACTIVATIONS):
+    if groups > 1 and (weight.shape[-2] > 1 or activation not in ELEMENTWISE):
         return kernel.widened(*arrays, **options)
     if groups > 1:
         return _new(x, (x.shape[0], *over.positions, outputs), x.dtype)

@@ -14,6 +14,7 @@ from nnxp import kernels
 from nnxp._arrays import HostArray, is_array, is_floating, xp_of
 from nnxp._library import KINDS
 from nnxp.kernels._windows import windows
+from nnxp.kernels.activations import ELEMENTWISE
 from nnxp.program.patterns import kernel_for
 from nnxp.program.program import Program, expanded, multiply_adds, replay, trace
 from nnxp.program.traced import (
@@ -31,10 +32,6 @@ from nnxp.program.traced import (
 
 CENTRING = (kernels.standardize, kernels.batch_norm)
 """Kernels that take away from the rows what is large in them."""
-WITH_PRECISION = (
-    kernels.linear, kernels.matmul, kernels.conv, kernels.conv_transpose, kernels.attention,
-)  # fmt: skip
-"""Kernels that are told of the precision of their products."""
 
 
 def with_products(program: Program, precision: str | None = None) -> Program:
@@ -44,8 +41,8 @@ def with_products(program: Program, precision: str | None = None) -> Program:
     """
 
     def noted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if kernel in WITH_PRECISION:
-            return record(kernel, arrays, options | given)
+        if kernel.takes_precision:
+            return record(kernel, arrays, options | chosen)
         step = Step(kernel, tuple(map(value_of, arrays)), options, "")
         if multiply_adds(step):
             return kernel.widened(*arrays, **options)
@@ -56,10 +53,10 @@ def with_products(program: Program, precision: str | None = None) -> Program:
             x, weight = arrays
             kernel = (weight.ndim == 2 and x.ndim > 0) or min(x.ndim, weight.ndim) > 2
             if kernel and x.dtype == weight.dtype and is_floating(x.dtype):
-                return record(kernels.matmul, arrays, step.options | given)
+                return record(kernels.matmul, arrays, step.options | chosen)
         return again(step, arrays)
 
-    given = {} if precision is None else {"precision": precision}
+    chosen = {} if precision is None else {"precision": precision}
     if precision is not None:
         program = expanded(program, noted)
     elif not any(step.function == "matmul" for step in program.steps):
@@ -154,8 +151,6 @@ def _seen(step: Step, arrays: tuple[Any, ...]) -> Any:
 
 ORDERS = ("transpose", "moveaxis", "swapaxes")
 """Functions that order axes otherwise."""
-OVER_LAST_AXIS = (kernels.softmax, kernels.softmin, kernels.log_softmax)
-"""Activations that are not of each element on its own."""
 PRODUCTS = (kernels.linear, kernels.conv, kernels.conv_transpose)
 """Kernels with outputs last, weights (..., outputs), a bias and an activation."""
 
@@ -172,8 +167,7 @@ def _order(x: Any) -> tuple[Any, tuple[int, ...]] | None:
 def _commutes(step: Step) -> bool:
     """Whether a step does the same to each element, wherever it is, or only joins arrays."""
     if isinstance(step.function, kernels.Kernel):
-        elementwise = step.name in kernels.ACTIVATIONS and step.function not in OVER_LAST_AXIS
-        return elementwise and len(step.inputs) == 1
+        return step.function in ELEMENTWISE and len(step.inputs) == 1
     if KINDS.get(step.name) not in ("elementwise", "comparison"):
         return step.name == "concatenate"
     return step.name not in ("assign", "tril", "triu")
