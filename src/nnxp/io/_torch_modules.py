@@ -286,15 +286,15 @@ def activation_of(activation: Any, take: Take) -> str:
 
 def _all(parts: list[tuple[Callable[..., Any], Module]], take: Take) -> list[Any]:
     """What each of these makes of its part; Unknown with all that cannot be read."""
-    made, problems = [], []
+    layers, problems = [], []
     for make, part in parts:
         try:
-            made.append(make(part, take))
+            layers.append(make(part, take))
         except Unknown as error:
             problems.append(str(error))
     if problems:
         raise Unknown("; ".join(problems))
-    return made
+    return layers
 
 
 def _norm_of_encoder(m: Module, take: Take) -> Layer:
@@ -322,7 +322,7 @@ def _encoder_stack(m: Module, take: Take) -> Layer:
     norm = None if m.norm is None else kind_of(m.norm) and MODULES[kind_of(m.norm)](m.norm, take)
     if not (norm is None or isinstance(norm, Layer)):
         raise Unknown(f"TransformerEncoder with the norm {m.norm!r:.60}")
-    layers = _all([(_encoder_layer, each) for each in m.layers], take)
+    layers = _all([(_encoder_layer, layer) for layer in m.layers], take)
     return TransformerEncoder(*layers, norm=norm)
 
 

@@ -330,8 +330,8 @@ def imputer(
 @operator("ai.onnx.ml.OneHotEncoder")
 def one_hot_encoder(x: Array, *, cats_int64s: Sequence[int], zeros: int = 1) -> Array:
     """A column for each number; one that is none of them has none, whatever `zeros` says."""
-    each = beside(np.asarray(cats_int64s, "int64"), x)
-    return (xp_of(x).expand_dims(x.astype("int64"), -1) == each).astype("float32")
+    categories = beside(np.asarray(cats_int64s, "int64"), x)
+    return (xp_of(x).expand_dims(x.astype("int64"), -1) == categories).astype("float32")
 
 
 @operator("ai.onnx.ml.FeatureVectorizer")

@@ -84,10 +84,10 @@ SAME = {
 
 def _met(x: Any, y: Any) -> tuple[Any, Any]:
     """Whole numbers that meet floats take their type, as torch has it; NumPy would take float64."""
-    arrays = [each for each in (x, y) if is_array(each)]
-    floats = [each.dtype for each in arrays if is_floating(each.dtype)]
+    arrays = [array for array in (x, y) if is_array(array)]
+    floats = [array.dtype for array in arrays if is_floating(array.dtype)]
     if len(arrays) == 2 and len(floats) == 1:
-        x, y = (each.astype(floats[0], copy=False) for each in (x, y))
+        x, y = (array.astype(floats[0], copy=False) for array in (x, y))
     return x, y
 
 
@@ -349,8 +349,8 @@ def cumsum(x: Array, dim: int, *, dtype: Any = None) -> Array:
 # shapes
 
 
-def _sizes(given: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
+def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
 
 
 @function("reshape")
@@ -549,11 +549,11 @@ def numel(x: Array) -> int:
 @function("to")
 def to(x: Array, *args: Any, **options: Any) -> Array:
     """Only the type counts: where an array is, the model says."""
-    for each in (*args, options.get("dtype")):
-        if is_array(each):
-            return x.astype(each.dtype, copy=False)
-        if isinstance(each, np.dtype) or (isinstance(each, str) and each.startswith("torch.")):
-            return x.astype(_dtype(each), copy=False)
+    for value in (*args, options.get("dtype")):
+        if is_array(value):
+            return x.astype(value.dtype, copy=False)
+        if isinstance(value, np.dtype) or (isinstance(value, str) and value.startswith("torch.")):
+            return x.astype(_dtype(value), copy=False)
     return x
 
 
@@ -587,7 +587,7 @@ def maker(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @maker("arange")
 def arange(xp: Any, *bounds: Any, dtype: Any = None, device: Any = None, **other: Any) -> Array:
     start, stop, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
-    whole = all(isinstance(each, int) for each in (start, stop, step))
+    whole = all(isinstance(bound, int) for bound in (start, stop, step))
     return xp.arange(start, stop, step, dtype=_dtype(dtype) or ("int64" if whole else "float32"))
 
 
@@ -632,4 +632,4 @@ def known(name: str) -> str:
 
 def library_of(arrays: Any) -> Any:
     """The library of the first array among values of a graph."""
-    return get_array_module(next((each for each in arrays if is_array(each)), None))
+    return get_array_module(next((array for array in arrays if is_array(array)), None))
