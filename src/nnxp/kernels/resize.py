@@ -266,7 +266,7 @@ def _weights(
     high = max(n, ceil(max(ends) + support) + 1)
     at = (xp.arange(*outputs, dtype="float64") * line.a + line.b) / line.d
     far = xp.abs(at[:, None] - xp.arange(low, high, dtype="float64"))
-    weight = _triangle(xp, far * shrink) if cubic is None else _keys(xp, far * shrink, cubic)
+    weight = _triangle(xp, far * shrink) if cubic is None else keys_weight(xp, far * shrink, cubic)
     inside = weight[:, -low : n - low]
     if exclude_outside:
         weight = inside
@@ -286,10 +286,11 @@ def _triangle(xp: Any, d: Array) -> Array:
     return xp.maximum(1 - d, 0)
 
 
-def _keys(xp: Any, d: Array, a: float) -> Array:
-    """((a + 2) d - (a + 3)) d^2 + 1 up to 1, a (((d - 5) d + 8) d - 4) up to 2   [Keys 1981]
+def keys_weight(xp: Any, d: Array, a: float) -> Array:
+    """((a + 2) d - (a + 3)) d^2 + 1 up to 1, a (((d - 5) d + 8) d - 4) up to 2
 
-    Each is 0 where the other begins or ends, so that they can be added.
+    [Keys 1981, doi:10.1109/TASSP.1981.1163711] Each is 0 where the other begins or ends, so that
+    they can be added.
     """
     near, far = xp.minimum(d, 1), xp.clip(d, 1, 2)
     return ((a + 2) * near - (a + 3)) * near * near + 1 + a * (((far - 5) * far + 8) * far - 4)

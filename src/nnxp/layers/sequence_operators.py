@@ -427,18 +427,8 @@ def rotary(
     else:
         x = x.reshape(shape[0], shape[1], num_heads, shape[2] // num_heads)
     size = rotary_embedding_dim or x.shape[-1]
-    turned, rest = x[..., :size], x[..., size:]
     if ids is not None:
         cos, sin = (xp.take(table, beside(ids, x), axis=0) for table in (cos, sin))
     cos, sin = (xp.expand_dims(table[..., : size // 2], 2) for table in (cos, sin))
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-    else:
-        a, b = turned[..., : size // 2], turned[..., size // 2 :]
-    real, imaginary = cos * a - sin * b, sin * a + cos * b
-    if interleaved:
-        y = xp.stack([real, imaginary], axis=-1).reshape(turned.shape)
-    else:
-        y = xp.concatenate([real, imaginary], axis=-1)
-    y = xp.concatenate([y, rest], axis=-1)
+    y = kernels.rotary(x, cos, sin, interleaved=bool(interleaved))
     return y.transpose(0, 2, 1, 3) if len(shape) == 4 else y.reshape(shape)
