@@ -37,8 +37,7 @@ def pad(x: Array, *, padding: Any, mode: str = "constant", value: float = 0.0) -
         ):
             raise ShapeError(
                 f"pad by {around} in mode {mode!r} does not fit (rows, *{x.shape[1:-1]}, "
-                "channels): "
-                "there is not so much to take from"
+                "channels): there is not so much to take from"
             )
     if mode == "constant":
         return with_padding(x, around, value)

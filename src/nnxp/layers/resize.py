@@ -111,8 +111,7 @@ class Resize(Layer):
         if not all(m is None or whole(m, 1) for m in size):
             raise OptionError(
                 "size of Resize is a whole number for each axis of space, or None for an axis "
-                "that "
-                f"stays, not {self.size!r:.60}"
+                f"that stays, not {self.size!r:.60}"
             )
         scales = self.scale if isinstance(self.scale, tuple | list) else (self.scale or 1.0,)
         if not all(isinstance(s, int | float) and s > 0 and isfinite(s) for s in scales):
