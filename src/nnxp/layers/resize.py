@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY
 from math import isfinite
 from typing import Any
 
@@ -29,11 +30,8 @@ class Pad(Layer):
     """
 
     padding: Padding
-    mode: str
-    value: float
-
-    def __init__(self, padding: Padding, mode: str = "constant", value: float = 0.0) -> None:
-        self.padding, self.mode, self.value = padding, mode, value
+    mode: str = "constant"
+    value: float = 0.0
 
     def validate(self) -> None:
         _one_of("mode of Pad", self.mode, PAD_MODES)
@@ -76,30 +74,15 @@ class Resize(Layer):
         ... align_corners   nnxp.Resize(scale=2, method="linear", coordinates="align_corners")
     """
 
-    size: tuple[int | None, ...] | None
-    scale: float | tuple[float, ...] | None
-    method: str
-    coordinates: str
-    nearest: str
-    cubic: float
-    exclude_outside: bool
-    antialias: bool
-
-    def __init__(
-        self,
-        size: tuple[int | None, ...] | None = None,
-        *,
-        scale: float | tuple[float, ...] | None = None,
-        method: str = "nearest",
-        coordinates: str = "half_pixel",
-        nearest: str = "round_prefer_floor",
-        cubic: float = -0.75,
-        exclude_outside: bool = False,
-        antialias: bool = False,
-    ) -> None:
-        self.size, self.scale, self.method = size, scale, method
-        self.coordinates, self.nearest, self.cubic = coordinates, nearest, cubic
-        self.exclude_outside, self.antialias = exclude_outside, antialias
+    size: tuple[int | None, ...] | None = None
+    _: KW_ONLY
+    scale: float | tuple[float, ...] | None = None
+    method: str = "nearest"
+    coordinates: str = "half_pixel"
+    nearest: str = "round_prefer_floor"
+    cubic: float = -0.75
+    exclude_outside: bool = False
+    antialias: bool = False
 
     def validate(self) -> None:
         _one_of("method of Resize", self.method, METHODS)
@@ -146,10 +129,7 @@ class PixelShuffle(Layer):
     """
 
     factor: PerAxis
-    order: str
-
-    def __init__(self, factor: PerAxis, order: str = "channels first") -> None:
-        self.factor, self.order = factor, order
+    order: str = "channels first"
 
     def validate(self) -> None:
         name = type(self).__name__
