@@ -15,7 +15,7 @@ from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.layers.operators import concat, leaky_relu, operator, softmax, xp_of
 from nnxp.layers.quantized_operators import dequantize, dynamic_quantize, exact, quantize, saturated
-from nnxp.layers.sequence_operators import lstm_step, recurrent
+from nnxp.layers.sequence_operators import CHOSEN, lstm_step, recurrent
 from nnxp.layers.window_operators import POOL, average_pool
 
 
@@ -132,7 +132,7 @@ def qgemm(
     return saturated(y + zero, (a if y_zero is None else y_zero).dtype)
 
 
-@operator("com.microsoft.DynamicQuantizeLSTM")
+@operator("com.microsoft.DynamicQuantizeLSTM", attributes=CHOSEN)
 def dynamic_quantize_lstm(
     x: Array,
     w: Array,
@@ -147,13 +147,10 @@ def dynamic_quantize_lstm(
     r_scale: Any = None,
     r_zero: Array | None = None,
     *,
-    hidden_size: int | None = None,
     direction: str = "forward",
-    activations: Any = None,
-    activation_alpha: Any = None,
-    activation_beta: Any = None,
     clip: float | None = None,
     input_forget: int = 0,
+    **chosen: Any,
 ) -> tuple[Array, ...]:
     """Its products are of whole numbers: x, and the state before each step, are rounded to a
     255th of what all of their numbers span."""
@@ -162,8 +159,7 @@ def dynamic_quantize_lstm(
         for part, scale, zero in ((w, w_scale, w_zero), (r, r_scale, r_zero))
     )
     w, r, n = w.swapaxes(1, 2), r.swapaxes(1, 2), r.shape[1]
-    more = activation_alpha, activation_beta, clip, input_forget
-    step = lstm_step(n, p, activations, *more, seen=_rounded)
+    step = lstm_step(n, p, len(w), clip, input_forget, _rounded, **chosen)
     return recurrent(step, [h, c], _rounded(x), w, r, b, lengths, direction, 0, n)
 
 
