@@ -43,6 +43,10 @@ TABLE = (
     ("numpy", "cpu", "nnxp.backend.cpu"),
     ("sim", "sim", "nnxp.backend.sim"),
 )
+NAMES = (
+    f"the names are auto, {', '.join(dict.fromkeys(word for row in TABLE for word in row[:2]))}, "
+    'and a device such as "cuda:1"'
+)
 _AUTOMATIC = ("cupy", "numpy")  # in this order; the last one is always there
 
 
@@ -163,9 +167,9 @@ def available_backends() -> dict[str, Availability]:
     Returns:
         An Availability for each of "cupy", "numpy" and "sim". Never raises.
     """
-    availabilities, parsed = {}, _parsed(_environment())
+    availabilities, chosen = {}, parsed(_environment())
     for name, _, module in TABLE:
-        if name == "cupy" and parsed and parsed[0] == "cpu":
+        if name == "cupy" and chosen and chosen[0] == "cpu":
             reason = f"NNXP_BACKEND={_environment()} says not to touch CUDA"
             availabilities[name] = Availability(
                 False, reason, "Unset NNXP_BACKEND to let it be tried"
@@ -244,7 +248,7 @@ def _environment() -> str:
     return _name(os.environ.get("NNXP_BACKEND", "").strip() or "auto")
 
 
-def _parsed(name: str) -> tuple[str, str, int] | None:
+def parsed(name: str) -> tuple[str, str, int] | None:
     """A backend's devices, its module, and the number of the device, by a name in any spelling;
     None for a name of no backend."""
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", name.lower())
@@ -255,14 +259,11 @@ def _parsed(name: str) -> tuple[str, str, int] | None:
 
 
 def _connect(name: str, asked_by: str) -> Backend:
-    parsed = _parsed(name)
-    if parsed is None:
-        names = ", ".join(dict.fromkeys(word for row in TABLE for word in row[:2]))
-        raise BackendUnavailable(
-            f"{asked_by}: there is no backend {name!r:.60}",
-            f'The names are auto, {names}, and a device such as "cuda:1"',
-        )
-    _, module, index = parsed
+    asked = parsed(name)
+    if asked is None:
+        reason = f"{asked_by}: there is no backend {name!r:.60}"
+        raise BackendUnavailable(reason, NAMES[0].upper() + NAMES[1:])
+    _, module, index = asked
     availability = _availability(module, index)
     if not availability.ok:
         raise BackendUnavailable(f"{asked_by}: {availability.reason}", availability.hint)

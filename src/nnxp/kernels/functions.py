@@ -548,12 +548,7 @@ def _outer(dy: Array, y: Array, a: Array, b: Array) -> tuple[Any, ...]:
 @_rule("tensordot")
 def _tensordot(dy: Array, y: Array, a: Array, b: Array, axes: Any = 2) -> tuple[Any, ...]:
     """As the product of the matrices that a and b are when their axes are in order."""
-    if isinstance(axes, int | np.integer):
-        axes = list(range(a.ndim - int(axes), a.ndim)), list(range(int(axes)))
-    met = [
-        [int(i) % x.ndim for i in np.atleast_1d(along)]
-        for x, along in zip((a, b), axes, strict=True)
-    ]
+    met = met_axes(axes, a.ndim, b.ndim)
     own = [[i for i in range(x.ndim) if i not in m] for x, m in zip((a, b), met, strict=True)]
     orders = own[0] + met[0], met[1] + own[1]
     rows = prod(a.shape[i] for i in own[0])
@@ -567,6 +562,13 @@ def _tensordot(dy: Array, y: Array, a: Array, b: Array, axes: Any = 2) -> tuple[
         )
         for gradient, x, order in zip(gradients, (a, b), orders, strict=True)
     )
+
+
+def met_axes(axes: Any, *ndims: int) -> list[list[int]]:
+    """The axes that tensordot sums over, of its one operand and of the other."""
+    if isinstance(axes, int | np.integer):
+        axes = range(-int(axes), 0), range(int(axes))
+    return [[int(i) % n for i in np.atleast_1d(of_x)] for n, of_x in zip(ndims, axes, strict=True)]
 
 
 @_rule("einsum")
