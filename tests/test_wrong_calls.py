@@ -53,6 +53,11 @@ WRONG = [
     ("Dense(3, 2, bias=np.zeros(2))", OptionError, r"True or False, not array.*Dense.of\("),
     ("Dense(3, 2, bias=None)", OptionError, "True or False, not None"),
     ("Dense(3, 2, bias='no')", OptionError, "True or False, not 'no'"),
+    (
+        "Bilinear(3, 4, 2, bias=np.zeros(2))",
+        OptionError,
+        r"True or False, not array.*Bilinear.of\(",
+    ),
     ("Dense(3, 2, rng='seed')", OptionError, f"{SEED}.*not 'seed'"),
     ("Dense(3, 2, rng=-1)", OptionError, f"{SEED}.*not -1"),
     ("Dense(3, 2, rng=1.5)", OptionError, f"{SEED}.*not 1.5"),

@@ -137,15 +137,15 @@ def _fitting(who: str, x: Array, weight: Array, gates: int, *, projected: bool =
 
 
 @rnn.row_wise
-def _rnn_makes(
+def _rnn_outlines(
     x: Array, weight: Array, h: Array | None = None, lengths: Array | None = None, **_: Any
 ) -> Outlines | None:
     _fitting("rnn", x, weight, 1)
-    return _made(x, weight, (h,), (len(weight),), lengths)
+    return _outlines(x, weight, (h,), (len(weight),), lengths)
 
 
 @gru.row_wise
-def _gru_makes(
+def _gru_outlines(
     x: Array,
     weight: Array,
     bias: Array | None = None,
@@ -157,11 +157,11 @@ def _gru_makes(
     size = len(weight)
     if bias is not None and (bias.shape != (3 * size,) or bias.dtype != x.dtype):
         return None
-    return _made(x, weight, (h,), (size,), lengths)
+    return _outlines(x, weight, (h,), (size,), lengths)
 
 
 @lstm.row_wise
-def _lstm_makes(
+def _lstm_outlines(
     x: Array,
     weight: Array,
     projection: Array | None = None,
@@ -174,10 +174,10 @@ def _lstm_makes(
     m, n = len(weight), weight.shape[1] // 4
     if projection is not None and (projection.shape, projection.dtype) != ((n, m), x.dtype):
         return None
-    return _made(x, weight, (h, c), (m, n), lengths)
+    return _outlines(x, weight, (h, c), (m, n), lengths)
 
 
-def _made(
+def _outlines(
     x: Array,
     weight: Array,
     states: tuple[Array | None, ...],
