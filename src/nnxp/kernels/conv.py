@@ -64,8 +64,8 @@ def conv(
             seen = x[(slice(None), *(slice(None, None, s) for s in over.stride))]
         else:
             seen = patches(x, over).reshape(x.shape[0], *over.positions, prod(weight.shape[:-1]))
-        options = {"activation": activation} | _if_given(precision)
-        return linear(seen, weight.reshape(-1, weight.shape[-1]), bias, **options)
+        matrix = weight.reshape(-1, weight.shape[-1])
+        return linear(seen, matrix, bias, activation=activation, precision=precision)
     apart = weight.shape[-2] == 1
     y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
     return _finished(y, bias, activation)
@@ -87,10 +87,6 @@ def conv_max_pool(
     other options are those of `conv`.
     """
     return max_pool(conv(x, weight, bias, **options), window=window)
-
-
-def _if_given(precision: str | None) -> dict[str, Any]:
-    return {} if precision is None else {"precision": precision}
 
 
 def _finished(y: Array, bias: Array | None, activation: Kernel) -> Array:
@@ -212,7 +208,7 @@ def conv_transpose(
     )
     phases = list(product(*(way.phases for way in ways)))
 
-    options = {"groups": groups, "activation": activation} | _if_given(precision)
+    options = {"groups": groups, "activation": activation, "precision": precision}
 
     def part(phase: tuple[Phase | None, ...]) -> Any:
         return weight[tuple(way.part for way in phase if way is not None)]

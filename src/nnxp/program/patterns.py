@@ -53,7 +53,7 @@ def kernel_for(step: Step, arrays: tuple[Any, ...]) -> Any:
 # looking back
 
 
-def _made_by(x: Any, *functions: Any) -> tuple[Any, ...] | None:
+def _inputs_by(x: Any, *functions: Any) -> tuple[Any, ...] | None:
     """The inputs of the step that made x, if it is one of these functions."""
     step = _step(x)
     return tuple(map(lifted, step.inputs)) if step and step.function in functions else None
@@ -179,7 +179,7 @@ def _gated(step: Step, *arrays: Any) -> Any:
 def _gated_by(inner: Any, step: Step, arrays: tuple[Any, ...]) -> Any:
     """The kernel that makes the step's result of some x, and of this function of x."""
     function, outline = _named(inner), step.outputs[0]
-    argument, *limits = _made_by(inner, function) or (None,)
+    argument, *limits = _inputs_by(inner, function) or (None,)
     if function == "clip" and [*map(_number, limits)] != [0.0, 6.0]:
         return None
     for x in _behind(argument):
@@ -213,8 +213,8 @@ def _norm(step: Step, x: Any, by: Any) -> Any:
     for top, below in ((x, by), (by, x)) if step.function == "multiply" else ((x, by),):
         if step.function == "multiply":
             below = _inverse(below)
-        (root,) = _made_by(below, "sqrt") or (None,)
-        terms = _made_by(root, "add") or ()
+        (root,) = _inputs_by(below, "sqrt") or (None,)
+        terms = _inputs_by(root, "add") or ()
         eps = [number for number in map(_number, terms) if number is not None]
         means = [term for term in terms if _number(term) is None]
         if len(eps) != 1 or len(means) != 1 or not isinstance(top, ndarray):
@@ -223,7 +223,7 @@ def _norm(step: Step, x: Any, by: Any) -> Any:
             continue
         squared = _mean_of(means[0])
         if _is(_polynomial(squared, (top,)), {(2,): 1.0}, top.dtype):
-            whole, mean = _made_by(top, "subtract") or (None, None)
+            whole, mean = _inputs_by(top, "subtract") or (None, None)
             if whole is not None and _same(_mean_of(mean), whole):
                 return _noted(kernels.layer_norm, whole, eps=eps[0])
             return _noted(kernels.rms_norm, top, eps=eps[0])
@@ -232,8 +232,8 @@ def _norm(step: Step, x: Any, by: Any) -> Any:
 
 def _inverse(x: Any) -> Any:
     """What x is 1 over."""
-    one, below = _made_by(x, "divide") or (None, None)
-    (inverse,) = _made_by(x, "reciprocal") or (below if _number(one) == 1 else None,)
+    one, below = _inputs_by(x, "divide") or (None, None)
+    (inverse,) = _inputs_by(x, "reciprocal") or (below if _number(one) == 1 else None,)
     return inverse
 
 
@@ -274,11 +274,11 @@ def _attention(step: Step, weights: Any, v: Any) -> Any:
 
     Of a query that may look nowhere the softmax is NaN, and attention 0.
     """
-    (scores,) = _made_by(weights, kernels.softmax) or (None,)
+    (scores,) = _inputs_by(weights, kernels.softmax) or (None,)
     if scores is None:
         return None
     mask = None
-    if terms := _made_by(scores, "add"):
+    if terms := _inputs_by(scores, "add"):
         scores, mask = terms if _scaled_product(terms[0]) else terms[::-1]
     scale, factors = _scaled_product(scores) or (0.0, None)
     if factors is None:
@@ -296,7 +296,7 @@ def _attention(step: Step, weights: Any, v: Any) -> Any:
 def _scaled_product(x: Any) -> tuple[float, tuple[Any, ...]] | None:
     """The factors of a product of matrices, and a number that it is multiplied by."""
     for part in _behind(x, 3):
-        factors = _made_by(part, "matmul", kernels.matmul)
+        factors = _inputs_by(part, "matmul", kernels.matmul)
         if factors is not None:
             number = (_polynomial(x, (part,)) or {}).get((1,))
             return None if number is None else (number, factors)

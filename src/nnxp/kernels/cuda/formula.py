@@ -199,7 +199,7 @@ def text(
             f"const bool v{i} = {value};" if boolean[i] else f"const float v{i} = wide({value});"
         )
 
-    def said(x: Place | float, as_boolean: bool = False) -> str:
+    def operand(x: Place | float, as_boolean: bool = False) -> str:
         if isinstance(x, Place):
             return f"v{x.at}" if boolean[x.at] == as_boolean else f"float(v{x.at})"
         with np.errstate(over="ignore"):
@@ -212,17 +212,17 @@ def text(
             function, inputs = "square", inputs[:1]
         if isinstance(function, Kernel):
             both = DEFAULTS[function.__name__] | dict(options)
-            arguments = [*map(said, (*inputs, *both.values())), "0.f", "0.f"][:3]
+            arguments = [*map(operand, (*inputs, *both.values())), "0.f", "0.f"][:3]
             expression = f"act::{function.__name__}::of({', '.join(arguments)})"
         elif function == CHOICE:
-            expression = f"{said(inputs[0], True)} ? {said(inputs[1])} : {said(inputs[2])}"
+            expression = f"{operand(inputs[0], True)} ? {operand(inputs[1])} : {operand(inputs[2])}"
         elif function in OF_BOOLEANS:
             answers = True
-            expression = OF_BOOLEANS[function].format(*(said(x, True) for x in inputs))
+            expression = OF_BOOLEANS[function].format(*(operand(x, True) for x in inputs))
         else:
             answers = function in OF_COMPARISONS
             words = OF_COMPARISONS[function] if answers else OF_FLOATS[function]
-            expression = words.format(*map(said, inputs))
+            expression = words.format(*map(operand, inputs))
         kind = "bool" if answers else "float"
         lines.append(f"const {kind} v{len(boolean)} = {expression};")
         boolean.append(answers)
