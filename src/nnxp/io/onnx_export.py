@@ -423,18 +423,19 @@ def _flipped(x: Array, axis: Any = None) -> Array:
     return x[tuple(slice(None, None, -1 if i in turned else None) for i in range(x.ndim))]
 
 
+xp: Any = traced
 FORMULAS: dict[str, Callable[..., Any]] = {
     "all": lambda x, **over: x.astype("bool").astype("int32").min(**over).astype("bool"),
     "any": lambda x, **over: x.astype("bool").astype("int32").max(**over).astype("bool"),
-    "expm1": lambda x: traced.exp(x) - 1,
+    "expm1": lambda x: xp.exp(x) - 1,
     "flip": _flipped,
-    "isfinite": lambda x: traced.logical_not(traced.logical_or(traced.isinf(x), traced.isnan(x))),
-    "log10": lambda x: traced.log(x) * log10(e),
-    "log1p": lambda x: traced.log(x + 1),
-    "log2": lambda x: traced.log(x) * log2(e),
-    "not_equal": lambda x, y: traced.logical_not(traced.equal(x, y)),
+    "isfinite": lambda x: xp.logical_not(xp.logical_or(xp.isinf(x), xp.isnan(x))),
+    "log10": lambda x: xp.log(x) * log10(e),
+    "log1p": lambda x: xp.log(x + 1),
+    "log2": lambda x: xp.log(x) * log2(e),
+    "not_equal": lambda x, y: xp.logical_not(xp.equal(x, y)),
     "square": lambda x: x * x,
-    "std": lambda x, **over: traced.sqrt(_variance(x, **over)),
+    "std": lambda x, **over: xp.sqrt(_variance(x, **over)),
     "var": _variance,
 }
 

@@ -138,8 +138,8 @@ class Kernel:
         return rule
 
     def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Any:
-        if self.takes_precision:
-            check_precision(options.get("precision"))
+        if self.takes_precision and options.get("precision") is not None:
+            check_precision(options["precision"])
         try:
             body = self._body[type(x)]
         except KeyError:

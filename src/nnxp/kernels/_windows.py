@@ -24,7 +24,7 @@ Padding: TypeAlias = "str | int | tuple[int | tuple[int, int], ...]"
 PADDINGS = ("valid", "same", "same_lower")
 
 
-def whole(value: Any, least: int | None) -> bool:
+def is_whole(value: Any, least: int | None) -> bool:
     """Whether a value is a whole number of at least so much."""
     number = hasattr(type(value), "__index__") and not isinstance(value, bool)
     return number and (least is None or value >= least)
@@ -32,8 +32,8 @@ def whole(value: Any, least: int | None) -> bool:
 
 def per_axis(what: str, value: Any, axes: int, least: int = 1) -> Shape:
     """A whole number for each axis; OptionError for what is none."""
-    numbers = (value,) * axes if whole(value, least) else value
-    good = isinstance(numbers, tuple | list) and all(whole(number, least) for number in numbers)
+    numbers = (value,) * axes if is_whole(value, least) else value
+    good = isinstance(numbers, tuple | list) and all(is_whole(number, least) for number in numbers)
     if not good or len(numbers) != axes:
         raise OptionError(
             f"{what} is a whole number, at least {least}, or one for each of {axes} axes, "
@@ -44,9 +44,9 @@ def per_axis(what: str, value: Any, axes: int, least: int = 1) -> Shape:
 
 def pairs(what: str, value: Any, axes: int, least: int | None = 0) -> Pairs:
     """What is added before and behind each axis; OptionError for what does not say so."""
-    sides = (value,) * axes if whole(value, least) else value
+    sides = (value,) * axes if is_whole(value, least) else value
     good = isinstance(sides, tuple | list) and len(sides) == axes
-    spread = [(side, side) if whole(side, least) else side for side in sides] if good else []
+    spread = [(side, side) if is_whole(side, least) else side for side in sides] if good else []
     if not good or not all(_is_pair(pair, least) for pair in spread):
         raise OptionError(
             f"{what} is a whole number, or for each of {axes} axes a number or a pair (before, "
@@ -57,7 +57,7 @@ def pairs(what: str, value: Any, axes: int, least: int | None = 0) -> Pairs:
 
 def _is_pair(value: Any, least: int | None) -> bool:
     pair = isinstance(value, tuple | list) and len(value) == 2
-    return pair and all(whole(number, least) for number in value)
+    return pair and all(is_whole(number, least) for number in value)
 
 
 def padding_option(what: str, value: Any, axes: int) -> str | Pairs:

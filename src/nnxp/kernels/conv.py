@@ -18,11 +18,11 @@ from nnxp.kernels._windows import (
     Windows,
     cut,
     in_two,
+    is_whole,
     padded,
     padding_option,
     patches,
     per_axis,
-    whole,
     windows,
 )
 from nnxp.kernels.activations import ELEMENTWISE, identity
@@ -103,7 +103,7 @@ def _fitting(who: str, x: Array, weight: Array, groups: int) -> None:
             f"{who} takes (rows, *space, channels) with {max(1, weight.ndim - 2)} axes of space, "
             f"as its weight {weight.shape} has, but got {x.ndim} axes"
         )
-    if not whole(groups, 1) or weight.shape[-1] % groups:
+    if not is_whole(groups, 1) or weight.shape[-1] % groups:
         raise OptionError(
             f"groups of {who} is a whole number that divides the outputs, {weight.shape[-1]}, "
             f"not {groups!r:.60}"

@@ -10,7 +10,7 @@ from typing import Any
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
-from nnxp.kernels._windows import Padding, PerAxis, whole
+from nnxp.kernels._windows import Padding, PerAxis, is_whole
 from nnxp.kernels.resize import COORDINATES, METHODS, NEAREST, ORDERS, PAD_MODES
 from nnxp.layers._layer import Example, Layer
 
@@ -37,7 +37,7 @@ class Pad(Layer):
         _one_of("mode of Pad", self.mode, PAD_MODES)
         sides = self.padding if isinstance(self.padding, tuple | list) else (self.padding,)
         pairs = [side if isinstance(side, tuple | list) else (side, side) for side in sides]
-        if not pairs or not all(len(p) == 2 and all(whole(n, None) for n in p) for p in pairs):
+        if not pairs or not all(len(p) == 2 and all(is_whole(n, None) for n in p) for p in pairs):
             raise OptionError(
                 "padding of Pad is a whole number, or for each axis of space a number or a pair "
                 f"(before, behind), not {self.padding!r:.60}"
@@ -91,7 +91,7 @@ class Resize(Layer):
         if (self.size is None) == (self.scale is None):
             raise OptionError("Resize takes either a size, such as (64, 64), or scale=2")
         size = self.size if isinstance(self.size, tuple | list) else (self.size,)
-        if not all(m is None or whole(m, 1) for m in size):
+        if not all(m is None or is_whole(m, 1) for m in size):
             raise OptionError(
                 "size of Resize is a whole number for each axis of space, or None for an axis "
                 f"that stays, not {self.size!r:.60}"
@@ -136,7 +136,7 @@ class PixelShuffle(Layer):
         _one_of(f"order of {name}", self.order, ORDERS)
         factor: Any = self.factor
         factors = factor if isinstance(factor, tuple | list) else (factor,)
-        if not factors or not all(whole(f, 1) for f in factors):
+        if not factors or not all(is_whole(f, 1) for f in factors):
             raise OptionError(f"factor of {name} is a whole number, not {factor!r:.60}")
         if isinstance(factor, list):
             self.factor = tuple(factor)
