@@ -231,3 +231,10 @@ def test_scores_that_are_masked_by_the_least_number_have_a_bound():
     value, unit = error_bound(weights, draw((2, 3)), mask)
     assert (unit < 1e-5).all()
     assert_close(weights(draw((2, 3)), mask), value, bound=LIMIT * unit)
+
+
+def test_products_take_a_precision_and_no_notice_of_it():
+    x, w = bounded.asarray(draw((3, 4))), bounded.asarray(draw((4, 2)))
+    for kernel in (kernels.linear, kernels.matmul):
+        rounded, plain = kernel(x, w, precision="tf32"), kernel(x, w)
+        np.testing.assert_array_equal(rounded.error, plain.error)

@@ -17,7 +17,7 @@ from nnxp import sim
 from nnxp.backend import _lanes
 from nnxp.backend._device import Unrecordable
 from nnxp.backend.cuda import CudaBackend
-from nnxp.program.rewrite import WITH_PRECISION, with_products
+from nnxp.program.rewrite import with_products
 
 RNG = np.random.default_rng(0)
 NET = nnxp.Sequential(
@@ -619,8 +619,8 @@ class Gram(nnxp.Layer):
 )
 def test_tf32_reaches_the_products_inside_kernels(model, row, products):
     program = with_products(model.program(((7, *row), "float32")), "tf32")
-    given = [s for s in program.steps if s.function in WITH_PRECISION]
-    assert [step.options["precision"] for step in given] == ["tf32"] * products
+    noted = [step for step in program.steps if getattr(step.function, "takes_precision", False)]
+    assert [step.options["precision"] for step in noted] == ["tf32"] * products
     assert not any(
         step.name == "matmul" for step in program.steps if isinstance(step.function, str)
     )

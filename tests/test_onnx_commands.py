@@ -144,7 +144,7 @@ def test_convert_takes_the_shape_of_each_input(room):
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [(["net.onnx", "net.pt"], 2, "a .safetensors or an .onnx file"),
-     (["net.onnx", "net.onnx"], 2, "would replace the model"),
+     (["net.onnx", "net.onnx"], 2, "would replace net.onnx"),
      (["net.onnx", "no/net.safetensors"], 2, "no such folder"),
      (["net.onnx", "y.safetensors", "--shape", "6"], 2, "--shape is for an .onnx file"),
      (["net.safetensors", "y.onnx", "--shape", "7"], 2, "takes (rows, 6)"),

@@ -123,6 +123,8 @@ class Everything(nnxp.Layer):
         picked = xp.take(x, np.array([1, 0, -1]), axis=1) if xp is np else x[:, [1, 0, -1]]
         spread = xp.broadcast_to(x.max(axis=1, keepdims=True), (n, 2)) * xp.ones((n, 2))
         parts = [y, w, pads, sums, first * second, picked, spread, xp.clip(x, -0.5, 0.5)]
+        parts += [xp.flip(x, 1), xp.log10(xp.abs(x) + 1), x.std(axis=1, ddof=1, keepdims=True)]
+        parts += [f(x > 0, axis=1, keepdims=True).astype(x.dtype) for f in (xp.any, xp.all)]
         products = xp.einsum("...i,...j->...ij", x, x).reshape(n, c * c)
         return xp.concatenate([*parts, products, xp.repeat(x, 2, axis=1)], axis=1)
 

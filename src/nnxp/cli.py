@@ -115,15 +115,11 @@ app = typer.Typer(
 
 def _known_backends(names: str) -> str:
     """The names as they are; OptionError if one of them means no backend anywhere."""
-    from nnxp.backend import TABLE
+    from nnxp.backend import NAMES, parsed
 
-    words = list(dict.fromkeys(word for row in TABLE for word in row[:2]))
     for name in _listed(names):
-        if not re.fullmatch(f"auto|({'|'.join(words)})(:[0-9]+)?", name.lower()):
-            raise OptionError(
-                f"there is no backend {name!r}; the names are auto, {', '.join(words)}, and a "
-                'device such as "cuda:1"'
-            )
+        if name.lower() != "auto" and parsed(name) is None:
+            raise OptionError(f"there is no backend {name!r}; {NAMES}")
     return names
 
 
@@ -388,9 +384,7 @@ def predict(
 
     ending(rows), ending(output)
     reading = _reading(header, delimiter, columns, missing)
-    for taken in (model, rows):
-        if taken.exists() and output.exists() and output.samefile(taken):
-            raise OptionError(f"{output}: the output would replace {taken}, which is read")
+    _check_not_read(output, model, rows)
     net = load(model)
     reading = _of_model(reading, net)
     engine = Engine(
@@ -666,8 +660,7 @@ def convert(
     if suffix not in (".safetensors", ".onnx"):
         raise OptionError(f"{output}: a model is written to a .safetensors or an .onnx file")
     _check_folder(output)
-    if model.exists() and output.exists() and output.samefile(model):
-        raise OptionError(f"{output}: the output would replace the model, which is read")
+    _check_not_read(output, model)
     if shape and suffix != ".onnx":
         raise OptionError(f"--shape is for an .onnx file; {output} holds a model for any rows")
     net = load(model)
@@ -732,6 +725,12 @@ def _check_picture(path: Path | None) -> None:
     if path.suffix not in endings():
         raise OptionError(f"--plot {path}: a picture ends in {', '.join(endings())}")
     _check_folder(path)
+
+
+def _check_not_read(output: Path, *sources: Path) -> None:
+    for source in sources:
+        if source.exists() and output.exists() and output.samefile(source):
+            raise OptionError(f"{output}: the output would replace {source}, which is read")
 
 
 def _check_folder(path: Path) -> None:

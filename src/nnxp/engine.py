@@ -34,6 +34,7 @@ from nnxp.backend._lanes import LanePool
 from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.kernels import Kernel
+from nnxp.kernels._dispatch import check_precision
 from nnxp.layers._layer import Layer, whole
 from nnxp.program.fused import as_counted, fused
 from nnxp.program.mixing import expanded_as_needed, mixing
@@ -126,8 +127,7 @@ class Engine:
     ) -> None:
         if not isinstance(model, Layer):
             raise OptionError(f"an Engine takes a model made of nnxp layers, not {model!r:.60}")
-        if not (precision is None or (isinstance(precision, str) and precision == "tf32")):
-            raise OptionError(f'precision={precision!r:.60} is not offered; "tf32" is, and None')
+        check_precision(precision)
         if precision and model.dtype != np.float32:
             raise OptionError(
                 f'precision="tf32" is for float32 models, but {model} is {model.dtype}'

@@ -8,13 +8,12 @@ BackendUnavailable; only the automatic choice falls back, and `backend.why` says
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from importlib import import_module
 
 from nnxp._arrays import Array, HostArray, get_array_module, is_array, is_numeric, place_of
 from nnxp._errors import BackendUnavailable, DtypeMismatch
@@ -43,6 +42,10 @@ TABLE = (
     ("cupy", "cuda", "nnxp.backend.cuda"),
     ("numpy", "cpu", "nnxp.backend.cpu"),
     ("sim", "sim", "nnxp.backend.sim"),
+)
+NAMES = (
+    f"the names are auto, {', '.join(dict.fromkeys(word for row in TABLE for word in row[:2]))}, "
+    'and a device such as "cuda:1"'
 )
 _AUTOMATIC = ("cupy", "numpy")  # in this order; the last one is always there
 
@@ -158,23 +161,25 @@ def available_backends() -> dict[str, Availability]:
 
     Where NNXP_BACKEND names the CPU, CUDA is not asked.
 
-        for name, found in nnxp.available_backends().items():
-            print(name, found.ok, found.reason, found.hint)
+        for name, availability in nnxp.available_backends().items():
+            print(name, availability.ok, availability.reason, availability.hint)
 
     Returns:
         An Availability for each of "cupy", "numpy" and "sim". Never raises.
     """
-    found = {}
+    availabilities, chosen = {}, parsed(_environment())
     for name, _, module in TABLE:
-        if name == "cupy" and _device_of(_environment()) == "cpu":
-            said = f"NNXP_BACKEND={_environment()} says not to touch CUDA"
-            found[name] = Availability(False, said, "Unset NNXP_BACKEND to let it be tried")
+        if name == "cupy" and chosen and chosen[0] == "cpu":
+            reason = f"NNXP_BACKEND={_environment()} says not to touch CUDA"
+            availabilities[name] = Availability(
+                False, reason, "Unset NNXP_BACKEND to let it be tried"
+            )
             continue
         try:
-            found[name] = _availability(module, 0)
+            availabilities[name] = _availability(module, 0)
         except BackendUnavailable as error:
-            found[name] = Availability(False, error.reason, error.hint)
-    return found
+            availabilities[name] = Availability(False, error.reason, error.hint)
+    return availabilities
 
 
 def to_backend(x: Array, backend: str | Backend = "auto") -> Array:
@@ -243,29 +248,26 @@ def _environment() -> str:
     return _name(os.environ.get("NNXP_BACKEND", "").strip() or "auto")
 
 
-_NAME = re.compile(r"([a-z]+)(?::(\d+))?")
-
-
-def _device_of(name: str) -> str:
-    """What the devices of a backend of this name are called, in any spelling; "" for no backend."""
-    match = _NAME.fullmatch(name.lower())
-    return next((device for own, device, _ in TABLE if match and match[1] in (own, device)), "")
+def parsed(name: str) -> tuple[str, str, int] | None:
+    """A backend's devices, its module, and the number of the device, by a name in any spelling;
+    None for a name of no backend."""
+    match = re.fullmatch(r"([a-z]+)(?::(\d+))?", name.lower())
+    for library, device, module in TABLE:
+        if match and match[1] in (library, device):
+            return device, module, int(match[2] or 0)
+    return None
 
 
 def _connect(name: str, asked_by: str) -> Backend:
-    match = _NAME.fullmatch(str(name).lower())
-    row = next((row for row in TABLE if match and match[1] in row[:2]), None)
-    if match is None or row is None:
-        names = ", ".join(dict.fromkeys(word for row in TABLE for word in row[:2]))
-        raise BackendUnavailable(
-            f"{asked_by}: there is no backend {name!r:.60}",
-            f'The names are auto, {names}, and a device such as "cuda:1"',
-        )
-    index = int(match[2] or 0)
-    found = _availability(row[2], index)
-    if not found.ok:
-        raise BackendUnavailable(f"{asked_by}: {found.reason}", found.hint)
-    backend: Backend = _module(row[2]).connect(index, f"{found.reason}; {asked_by}")
+    asked = parsed(name)
+    if asked is None:
+        reason = f"{asked_by}: there is no backend {name!r:.60}"
+        raise BackendUnavailable(reason, NAMES[0].upper() + NAMES[1:])
+    _, module, index = asked
+    availability = _availability(module, index)
+    if not availability.ok:
+        raise BackendUnavailable(f"{asked_by}: {availability.reason}", availability.hint)
+    backend: Backend = import_module(module).connect(index, f"{availability.reason}; {asked_by}")
     return backend
 
 
@@ -274,19 +276,15 @@ def _choose() -> Backend:
     for name, _, module in TABLE:
         if name not in _AUTOMATIC:
             continue
-        found = _availability(module, 0)
-        if found.ok:
-            why = "; ".join([found.reason, "chosen automatically", *refused])
-            backend: Backend = _module(module).connect(0, why)
+        availability = _availability(module, 0)
+        if availability.ok:
+            why = "; ".join([availability.reason, "chosen automatically", *refused])
+            backend: Backend = import_module(module).connect(0, why)
             return backend
-        refused.append(f"no GPU: {found.reason}")
+        refused.append(f"no GPU: {availability.reason}")
     raise AssertionError("the last automatic backend is always there")
 
 
 def _availability(module: str, index: int) -> Availability:
-    found: Availability = _module(module).availability(index)
-    return found
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(name)
+    availability: Availability = import_module(module).availability(index)
+    return availability

@@ -159,9 +159,9 @@ class Sweep:
 def _block(source: Source, rows: slice, dtype: np.dtype[Any]) -> HostArray:
     block = host_rows(source[rows])
     if block.shape[:1] != (rows.stop - rows.start,):
-        given = f"{len(block)} rows" if block.ndim else "a single number"
+        count = f"{len(block)} rows" if block.ndim else "a single number"
         raise ShapeError(
-            f"x gave {given} for [{rows.start}:{rows.stop}]; its shape says {source.shape}"
+            f"x gave {count} for [{rows.start}:{rows.stop}]; its shape says {source.shape}"
         )
     if dtype.kind in "iu" and block.dtype.kind not in "iub":
         raise DtypeMismatch(

@@ -108,9 +108,9 @@ class DeviceBackend(Backend):
         block = min(rows, worth, most, wide, ceiling)
         room = self._room(budget)
         lanes = min(LANES, -(-rows // block))
-        while lanes > 1 and _each(room, lanes) < min(block, LANE_ROWS):
+        while lanes > 1 and _rows_of_a_lane(room, lanes) < min(block, LANE_ROWS):
             lanes -= 1
-        block = max(1, min(block, _each(room, lanes)))
+        block = max(1, min(block, _rows_of_a_lane(room, lanes)))
         lanes = min(lanes, -(-rows // block))
         return Plan(block, lanes, lanes * (block * budget.row_bytes + budget.fixed_bytes))
 
@@ -121,7 +121,7 @@ class DeviceBackend(Backend):
         """
         worth = max(1, BLOCK_BYTES // max(budget.row_bytes, 1))
         ceiling = (budget.most_rows or rows) * LANES  # which was found for one lane of several
-        return max(1, min(rows, worth, ceiling, _each(self._room(budget), 1)))
+        return max(1, min(rows, worth, ceiling, _rows_of_a_lane(self._room(budget), 1)))
 
     def _room(self, budget: Budget) -> Budget:
         """The limit, or a fair part of what is free. OutOfMemory if a limit holds not one row."""
@@ -190,22 +190,22 @@ class DeviceBackend(Backend):
         self.guard.check()
         count = len(inputs[0])
         start = 0
-        made: list[Array] = []
+        results: list[Array] = []
         if out is None and block == count:
-            if fits(lambda: made.extend(run(inputs))):
+            if fits(lambda: results.extend(run(inputs))):
                 return tuple(  # a product's rows may lie further apart than they are long
                     y.copy() if others or not y.flags.c_contiguous else y
-                    for y, others in zip(made, borrowed, strict=True)
+                    for y, others in zip(results, borrowed, strict=True)
                 )
-            made.clear()
+            results.clear()
             pool.release()
             self.release()
         if out is None:
             for shape, dtype in outlines:
-                if not fits(partial(_made, made, self.xp, shape, dtype)):
+                if not fits(partial(_append_empty, results, self.xp, shape, dtype)):
                     size = prod(shape) * dtype.itemsize
                     raise OutOfMemory(f"{self.device} has no memory for the result, {size:,} bytes")
-            out = tuple(made)
+            out = tuple(results)
         while start < count:
             part = slice(start, min(start + block, count))
             if fits(partial(_fill, out, part, run, inputs)):
@@ -239,7 +239,7 @@ def fits(work: Callable[[], object]) -> bool:
     return True
 
 
-def _made(arrays: list[Array], xp: Any, shape: Shape, dtype: np.dtype[Any]) -> None:
+def _append_empty(arrays: list[Array], xp: Any, shape: Shape, dtype: np.dtype[Any]) -> None:
     arrays.append(xp.empty(shape, dtype))
 
 
@@ -254,7 +254,7 @@ def _fill(
         into[rows] = result
 
 
-def _each(room: Budget, lanes: int) -> int:
+def _rows_of_a_lane(room: Budget, lanes: int) -> int:
     """The rows that fit into each of so many lanes; none, where not even one does."""
     assert room.limit is not None
     return max(0, room.limit // lanes - room.fixed_bytes) // max(room.row_bytes, 1)

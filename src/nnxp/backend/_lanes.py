@@ -187,21 +187,21 @@ def copy(into: HostArray, rows: HostArray) -> None:
     first, *others = (
         partial(np.copyto, into[a:b], rows[a:b], casting="unsafe") for a, b in pairwise(bounds)
     )
-    copies = [_threads().submit(copy_context().run, each) for each in others]
+    copies = [_threads().submit(copy_context().run, work) for work in others]
     first()
-    for each in copies:
-        each.result()
+    for future in copies:
+        future.result()
 
 
-def travels_as(given: np.dtype[Any], wanted: np.dtype[Any]) -> np.dtype[Any]:
+def travels_as(dtype: np.dtype[Any], wanted: np.dtype[Any]) -> np.dtype[Any]:
     """The type in which rows travel to a device where they become `wanted`.
 
     Small types travel as they are and are converted where the model is, float32 for 16 bits too:
     a core of the host takes longer to round a number than twice the bytes take to travel. Other
     types that are wider than the model's are converted on the way.
     """
-    small = given.itemsize <= wanted.itemsize or (given == np.float32 and wanted.itemsize == 2)
-    return given if small else wanted
+    small = dtype.itemsize <= wanted.itemsize or (dtype == np.float32 and wanted.itemsize == 2)
+    return dtype if small else wanted
 
 
 def view(buffer: HostArray, shape: Shape, dtype: np.dtype[Any]) -> HostArray:

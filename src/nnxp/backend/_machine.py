@@ -34,8 +34,8 @@ def usable_cores() -> int:
 
 def threads_given() -> int | None:
     """OMP_NUM_THREADS, at the outermost level of what may be a list; None if it is no number."""
-    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(given) if given.isdecimal() and int(given) else None
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(threads) if threads.isdecimal() and int(threads) else None
 
 
 def core_quota() -> float | None:

@@ -33,14 +33,14 @@ NO_CARD = 'No NVIDIA card is seen here (a container sees one with --gpus all): u
 def nvidia() -> list[str]:
     """What there is of NVIDIA on this machine: a card, its driver, the driver's library."""
     files = [PROC / "driver/nvidia/version", DEV / "nvidiactl"]
-    found = [str(file) for file in files if file.exists()]
-    found += filter(None, [shutil.which("nvidia-smi")])
+    signs = [str(file) for file in files if file.exists()]
+    signs += filter(None, [shutil.which("nvidia-smi")])
     with suppress(OSError):
         for vendor in PCI.glob("*/vendor"):
             kind = vendor.with_name("class").read_text()
             if vendor.read_text().strip() == "0x10de" and kind.startswith("0x03"):  # a display
-                found.append(f"the card {vendor.parent.name}")
-    return found + (["libcuda"] if libcuda() else [])
+                signs.append(f"the card {vendor.parent.name}")
+    return signs + (["libcuda"] if libcuda() else [])
 
 
 def libcuda() -> Any:
@@ -53,12 +53,12 @@ def libcuda() -> Any:
 
 def cupy_wheels() -> dict[str, str]:
     """The installed distributions that bring the package cupy, with their versions."""
-    found = {}
-    for each in distributions():
-        name = re.sub(r"[-_.]+", "-", each.metadata["Name"] or "").lower()
+    wheels = {}
+    for distribution in distributions():
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if name == "cupy" or re.fullmatch(r"cupy-(cuda|rocm).*", name):
-            found[name] = each.version
-    return found
+            wheels[name] = distribution.version
+    return wheels
 
 
 def probe(index: int = 0) -> Availability:
@@ -126,15 +126,15 @@ def _wrong_answers(cupy: Any) -> list[str]:
 
 
 def _no_device(cupy: Any, error: Exception) -> Availability:
-    said = str(error)
-    if "InsufficientDriver" in said:
+    message = str(error)
+    if "InsufficientDriver" in message:
         cuda = cupy.cuda.runtime.runtimeGetVersion() // 1000
         return _unusable(
             f"CuPy {cupy.__version__} is installed, but no GPU answers: the CUDA driver is missing "
             f"or older than CUDA {cuda} (cudaErrorInsufficientDriver)",
             f"Install or update the NVIDIA driver, install a CuPy for an older CUDA{_OR_NUMPY}",
         )
-    if "NoDevice" in said:
+    if "NoDevice" in message:
         return _unusable(
             "CuPy and a driver are installed, but no CUDA device is visible (cudaErrorNoDevice)",
             _VISIBLE + _OR_NUMPY,
@@ -148,14 +148,14 @@ _TOO_OLD = ("--gpu-architecture", "NoKernelImage", "NO_BINARY_FOR_GPU", "ARCH_MI
 
 def _failure(what: str, error: Exception) -> tuple[str, str]:
     """The reason, and the hint that fits the error."""
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
     hint = "Reinstall CuPy: " + INSTALL
-    if any(word in said for word in _TOO_OLD):
+    if any(word in message for word in _TOO_OLD):
         hint = "The card is too old for this CuPy wheel: try an older one (cupy-cuda12x)"
-    elif "nvrtc" in said.lower() or "cuda_fp16" in said or "vector_types" in said:
+    elif "nvrtc" in message.lower() or "cuda_fp16" in message or "vector_types" in message:
         hint = "A part of the CUDA toolkit is missing: " + INSTALL + " brings all of it"
     elif len(cupy_wheels()) > 1:
         hint = f"Two CuPy wheels are installed ({', '.join(cupy_wheels())}): uninstall all but one"
-    elif "ermission" in said:
+    elif "ermission" in message:
         hint = "Set CUPY_CACHE_DIR to a folder that can be written"
-    return f"{what} ({said[:300]})", hint + _OR_NUMPY
+    return f"{what} ({message[:300]})", hint + _OR_NUMPY

@@ -67,8 +67,8 @@ class DeviceRecording:
             for y, result in zip(replay(), self._results, strict=True):
                 y.get(out=result, blocking=False)
             stream.synchronize()
-            made = tuple(result.copy() for result in self._results)
-        return made if len(made) > 1 else made[0]
+            results = tuple(result.copy() for result in self._results)
+        return results if len(results) > 1 else results[0]
 
     def device(self, rows: Array) -> Any:
         """Rows on the device in, results on the device out."""
@@ -76,9 +76,9 @@ class DeviceRecording:
         with self._lock, self._backend.current():
             stream, (x, replay) = self._follow(), self._on_device
             self._backend.fill(x, rows)
-            made = tuple(map(self._backend.copied, replay()))
+            results = tuple(map(self._backend.copied, replay()))
             self._mark = self._backend.mark(stream)
-        return made if len(made) > 1 else made[0]
+        return results if len(results) > 1 else results[0]
 
     def _follow(self) -> Stream:
         """The caller's stream, made to wait for the call before if that was on another one."""
@@ -152,18 +152,18 @@ def _attempt(backend: DeviceBackend, record: Callable[[Pool], T]) -> T | None:
     The pool is emptied when nothing of the attempt is left, its exception neither.
     """
     pool = backend.pool()
-    made: list[T] = []
+    recordings: list[T] = []
 
     def make() -> None:
         with suppress(Unrecordable):
-            made.append(record(pool))
+            recordings.append(record(pool))
 
     try:
         fits(make)
     finally:
-        if not made:
+        if not recordings:
             pool.release()
-    return made[0] if made else None
+    return recordings[0] if recordings else None
 
 
 def _let_go(on_device: list[Any], pool: Pool) -> None:

@@ -82,8 +82,8 @@ class CudaBackend(DeviceBackend):
         return self.xp.cuda.Device(self.index)
 
     def stream(self) -> Stream:
-        made: Stream = self.xp.cuda.Stream(non_blocking=True)
-        return made
+        stream: Stream = self.xp.cuda.Stream(non_blocking=True)
+        return stream
 
     def current_stream(self) -> Stream:
         stream: Stream = self.xp.cuda.get_current_stream()
@@ -191,7 +191,7 @@ class _Pool:
 
     def unused(self) -> int:
         with self._device:
-            kept = sum(int(each.mem.size) for each in list(self._workspaces.values()))
+            kept = sum(int(space.mem.size) for space in list(self._workspaces.values()))
             return int(self._pool.free_bytes()) + kept
 
 

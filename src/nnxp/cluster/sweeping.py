@@ -328,7 +328,7 @@ class _Pool:
     """
 
     def __init__(self, executor: Executor | None, processes: int | None, size: Any) -> None:
-        self._given, self._processes = executor, processes
+        self._callers, self._processes = executor, processes
         self._executor = executor or self._started()
         known = isinstance(size, int)
         self.width = QUEUED if not known else 2 * size if executor or processes else 1
@@ -344,7 +344,7 @@ class _Pool:
         return self._executor.submit(*call)
 
     def renew(self, error: BaseException) -> None:
-        if self._given is not None:
+        if self._callers is not None:
             raise SweepError(
                 f"the executor broke ({error}); run the sweep again with a new one, and it goes on "
                 "where this one ended"
@@ -353,7 +353,7 @@ class _Pool:
         self._executor = self._started()
 
     def close(self) -> None:
-        if self._given is None:
+        if self._callers is None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
 

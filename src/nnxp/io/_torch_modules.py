@@ -93,7 +93,7 @@ def _axes(m: Module) -> int:
     return int(type(m).__name__[-2])
 
 
-def _each(value: Any, axes: int) -> tuple[Any, ...]:
+def _per_axis(value: Any, axes: int) -> tuple[Any, ...]:
     """An option for each axis."""
     return tuple(value) if isinstance(value, tuple | list) else (value,) * axes
 
@@ -145,14 +145,14 @@ def _pool(kind: Callable[..., Layer], *options: str) -> Callable[[Module, Take],
             raise Unknown(f"{name} with return_indices or divisor_override")
         values = {option: getattr(m, option) for option in options}
         stride = m.kernel_size if m.stride is None else m.stride
-        window = _each(m.kernel_size, axes)
-        return ChannelsFirst(kind(window, stride=_each(stride, axes), **values))
+        window = _per_axis(m.kernel_size, axes)
+        return ChannelsFirst(kind(window, stride=_per_axis(stride, axes), **values))
 
     return make
 
 
 def _adaptive(kind: Callable[..., Layer]) -> Callable[[Module, Take], Layer]:
-    return lambda m, take: ChannelsFirst(kind(_each(m.output_size, _axes(m))))
+    return lambda m, take: ChannelsFirst(kind(_per_axis(m.output_size, _axes(m))))
 
 
 def _group_norm(m: Module, take: Take) -> Layer:
@@ -200,11 +200,8 @@ def _softplus(m: Module, take: Take) -> Any:
     return Activation("softplus") if m.beta == 1 else ("softplus", {"beta": m.beta})
 
 
-def _activation(name: ActivationName, **options: str) -> Callable[[Module, Take], Layer]:
-    def make(m: Module, take: Take) -> Layer:
-        return Activation(name, **{ours: float(getattr(m, its)) for ours, its in options.items()})
-
-    return make
+def _activation(name: ActivationName, *options: str) -> Callable[[Module, Take], Layer]:
+    return lambda m, take: Activation(name, **{o: float(getattr(m, o)) for o in options})
 
 
 def _identity(m: Module, take: Take) -> Layer:
@@ -286,15 +283,15 @@ def activation_of(activation: Any, take: Take) -> str:
 
 def _all(parts: list[tuple[Callable[..., Any], Module]], take: Take) -> list[Any]:
     """What each of these makes of its part; Unknown with all that cannot be read."""
-    made, problems = [], []
+    layers, problems = [], []
     for make, part in parts:
         try:
-            made.append(make(part, take))
+            layers.append(make(part, take))
         except Unknown as error:
             problems.append(str(error))
     if problems:
         raise Unknown("; ".join(problems))
-    return made
+    return layers
 
 
 def _norm_of_encoder(m: Module, take: Take) -> Layer:
@@ -322,7 +319,7 @@ def _encoder_stack(m: Module, take: Take) -> Layer:
     norm = None if m.norm is None else kind_of(m.norm) and MODULES[kind_of(m.norm)](m.norm, take)
     if not (norm is None or isinstance(norm, Layer)):
         raise Unknown(f"TransformerEncoder with the norm {m.norm!r:.60}")
-    layers = _all([(_encoder_layer, each) for each in m.layers], take)
+    layers = _all([(_encoder_layer, layer) for layer in m.layers], take)
     return TransformerEncoder(*layers, norm=norm)
 
 
@@ -347,7 +344,7 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     **{f"AdaptiveMaxPool{n}d": _adaptive(AdaptiveMaxPool) for n in (1, 2, 3)},
     **{f"InstanceNorm{n}d": _instance_norm for n in (1, 2, 3)},
     "GroupNorm": _group_norm,
-    "PixelShuffle": lambda m, take: ChannelsFirst(PixelShuffle(_each(m.upscale_factor, 2))),
+    "PixelShuffle": lambda m, take: ChannelsFirst(PixelShuffle(_per_axis(m.upscale_factor, 2))),
     "RNN": _stack_of("RNN", RNN),
     "GRU": _stack_of("GRU", GRU),
     "LSTM": _stack_of("LSTM", LSTM),
@@ -365,8 +362,8 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "Flatten": _flatten,
     "Unflatten": lambda m, take: ("unflatten", {"dim": m.dim, "sizes": tuple(m.unflattened_size)}),
     "ReLU": _activation("relu"),
-    "LeakyReLU": _activation("leaky_relu", negative_slope="negative_slope"),
-    "ELU": _activation("elu", alpha="alpha"),
+    "LeakyReLU": _activation("leaky_relu", "negative_slope"),
+    "ELU": _activation("elu", "alpha"),
     "SELU": _activation("selu"),
     "Sigmoid": _activation("sigmoid"),
     "Tanh": _activation("tanh"),
@@ -376,13 +373,13 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "Hardsigmoid": _activation("hard_sigmoid"),
     "ReLU6": _activation("relu6"),
     "Hardswish": _activation("hard_swish"),
-    "Hardtanh": _activation("hard_tanh", min_val="min_val", max_val="max_val"),
-    "CELU": _activation("celu", alpha="alpha"),
+    "Hardtanh": _activation("hard_tanh", "min_val", "max_val"),
+    "CELU": _activation("celu", "alpha"),
     "LogSigmoid": _activation("log_sigmoid"),
     "Tanhshrink": _activation("tanh_shrink"),
-    "Softshrink": _activation("soft_shrink", lambd="lambd"),
-    "Hardshrink": _activation("hard_shrink", lambd="lambd"),
-    "Threshold": _activation("threshold", threshold="threshold", value="value"),
+    "Softshrink": _activation("soft_shrink", "lambd"),
+    "Hardshrink": _activation("hard_shrink", "lambd"),
+    "Threshold": _activation("threshold", "threshold", "value"),
     "PReLU": lambda m, take: ChannelsFirst(PReLU.of(take(m.weight))),
     "GLU": _glu,
     "Softplus": _softplus,

@@ -276,10 +276,9 @@ class _Reader:
                     f"{tensor.name!r}, {list(tensor.dims)} of {dtype}, has {len(data)} bytes"
                 )
             return np.frombuffer(data, dtype.newbyteorder("<")).reshape(tensor.dims)
-        else:
-            fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-            if sum(len(getattr(tensor, name)) for name in fields) != prod(tensor.dims):
-                raise CheckpointError(f"{tensor.name!r} has not as many numbers as its shape says")
+        fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+        if sum(len(getattr(tensor, name)) for name in fields) != prod(tensor.dims):
+            raise CheckpointError(f"{tensor.name!r} has not as many numbers as its shape says")
         array: HostArray = self.onnx.numpy_helper.to_array(tensor)
         return array.astype(dtype, copy=False)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Shape, is_array
+from nnxp._arrays import Array, Shape, is_array
 from nnxp._errors import ConversionError, OptionError, ShapeError
 from nnxp._library import KINDS, compute
 from nnxp.backend import asnumpy
@@ -20,6 +20,7 @@ from nnxp.kernels.conv import transposed_ways
 from nnxp.kernels.functions import einsum_terms
 from nnxp.layers._layer import Layer
 from nnxp.layers.operators import ELEMENTWISE
+from nnxp.program import traced
 from nnxp.program.program import Program
 from nnxp.program.traced import (
     ROWS,
@@ -233,6 +234,9 @@ class _Writer:
             return
         if not isinstance(step.function, str):
             raise _refusal(step, f"it is run as Python ({step.reason})")
+        if step.name in FORMULAS:
+            self._written_out(step, FORMULAS[step.name])
+            return
         special = _SPECIAL.get(step.name)
         if special is not None:
             results = special(self, step)
@@ -288,7 +292,7 @@ class _Writer:
                 attributes = {"alpha": 0.01} | attributes
             y = self.node(named[0], self.names_of(*step.values), **attributes)
         else:
-            self._written_out(step, kernel)
+            self._written_out(step, kernel.widened)
             return
         self.names[step.outputs[0]] = y
 
@@ -365,13 +369,13 @@ class _Writer:
         self._kernel(inner, activation)
         return self.names[out]
 
-    def _written_out(self, step: Step, kernel: Kernel) -> None:
-        """A kernel as what its reference body does."""
+    def _written_out(self, step: Step, formula: Callable[..., Any]) -> None:
+        """A step as what a formula does with its inputs."""
         with writing(Tape(expands=True, path=step.path)) as tape:
-            body = kernel.widened(*map(lifted, step.inputs), **step.options)
+            answer = formula(*map(lifted, step.inputs), **step.options)
         for inner in tape.steps:
             self.write(inner)
-        results = body if isinstance(body, tuple | list) else (body,)
+        results = answer if isinstance(answer, tuple | list) else (answer,)
         for value, result in zip(step.outputs, results, strict=True):
             self.names[value] = self.name(value_of(result))
 
@@ -402,6 +406,40 @@ def _axis(step: Step, default: Any, ndim: int) -> int:
     return axis
 
 
+# Functions for which ONNX has no name, but a few words
+
+
+def _variance(
+    x: Array, axis: Any = None, dtype: Any = None, ddof: int = 0, keepdims: bool = False
+) -> Array:
+    x = x if dtype is None else x.astype(dtype)
+    off = x - x.mean(axis=axis, keepdims=True)
+    count = prod(x.shape[i] for i in axes_of(axis, x.ndim)) - ddof
+    return (off * off).sum(axis=axis, keepdims=keepdims) / count
+
+
+def _flipped(x: Array, axis: Any = None) -> Array:
+    turned = axes_of(axis, x.ndim)
+    return x[tuple(slice(None, None, -1 if i in turned else None) for i in range(x.ndim))]
+
+
+xp: Any = traced
+FORMULAS: dict[str, Callable[..., Any]] = {
+    "all": lambda x, **over: x.astype("bool").astype("int32").min(**over).astype("bool"),
+    "any": lambda x, **over: x.astype("bool").astype("int32").max(**over).astype("bool"),
+    "expm1": lambda x: xp.exp(x) - 1,
+    "flip": _flipped,
+    "isfinite": lambda x: xp.logical_not(xp.logical_or(xp.isinf(x), xp.isnan(x))),
+    "log10": lambda x: xp.log(x) * log10(e),
+    "log1p": lambda x: xp.log(x + 1),
+    "log2": lambda x: xp.log(x) * log2(e),
+    "not_equal": lambda x, y: xp.logical_not(xp.equal(x, y)),
+    "square": lambda x: x * x,
+    "std": lambda x, **over: xp.sqrt(_variance(x, **over)),
+    "var": _variance,
+}
+
+
 # Functions that take more than their name
 
 
@@ -412,33 +450,6 @@ def _reduction(op: str) -> Callable[[_Writer, Step], str]:
         axes = axes_of(options.get("axis"), len(x.shape))
         names = [w.name(x, dtype if dtype.kind == "f" or op == "ReduceSum" else None)]
         return w.node(op, [*names, w.ints(*axes)], keepdims=int(options.get("keepdims", False)))
-
-    return write
-
-
-def _truths(op: str) -> Callable[[_Writer, Step], str]:
-    def write(w: _Writer, step: Step) -> str:
-        (x,), options = step.values, step.options
-        axes = axes_of(options.get("axis"), len(x.shape))
-        truth = w.cast(w.name(x, "bool"), np.dtype("int32"))
-        keep = int(options.get("keepdims", False))
-        return w.cast(w.node(op, [truth, w.ints(*axes)], keepdims=keep), np.dtype("bool"))
-
-    return write
-
-
-def _variance(root: bool) -> Callable[[_Writer, Step], str]:
-    def write(w: _Writer, step: Step) -> str:
-        (x,), options = step.values, step.options
-        dtype, axes = step.outputs[0].dtype, axes_of(options.get("axis"), len(step.values[0].shape))
-        name, along = w.name(x, dtype), w.ints(*axes)
-        middle = w.node("ReduceMean", [name, along], keepdims=1)
-        off = w.node("Sub", [name, middle])
-        sums = w.node("ReduceSum", [w.node("Mul", [off, off]), along],
-                      keepdims=int(options.get("keepdims", False)))  # fmt: skip
-        count = prod(x.shape[axis] for axis in axes) - options.get("ddof", 0)
-        y = w.node("Div", [sums, w.constant(np.asarray(count, dtype))])
-        return w.node("Sqrt", [y]) if root else y
 
     return write
 
@@ -582,54 +593,9 @@ def _creation(w: _Writer, step: Step) -> str:
     return w.node("ConstantOfShape", [w.sizes(out.shape)], value=value)
 
 
-def _with_one(op: str, first: str) -> Callable[[_Writer, Step], str]:
-    """exp(x) - 1 and log(1 + x), for which ONNX has no name."""
-
-    def write(w: _Writer, step: Step) -> str:
-        (x,) = step.values
-        dtype = step.outputs[0].dtype
-        name, one = w.name(x, dtype), w.constant(np.asarray(1, dtype))
-        if first == "Add":
-            return w.node(op, [w.node("Add", [name, one])])
-        return w.node("Sub", [w.node(op, [name]), one])
-
-    return write
-
-
-def _logarithm(factor: float) -> Callable[[_Writer, Step], str]:
-    def write(w: _Writer, step: Step) -> str:
-        dtype = step.outputs[0].dtype
-        logs = w.node("Log", [w.name(step.values[0], dtype)])
-        return w.node("Mul", [logs, w.constant(np.asarray(factor, dtype))])
-
-    return write
-
-
-def _not(op: str) -> Callable[[_Writer, Step], str]:
-    return lambda w, step: w.node("Not", [w.node(op, w._inputs_of_one_type(step))])
-
-
-def _finite(w: _Writer, step: Step) -> str:
-    name = w.name(step.values[0])
-    return w.node("Not", [w.node("Or", [w.node("IsInf", [name]), w.node("IsNaN", [name])])])
-
-
-def _square(w: _Writer, step: Step) -> str:
-    name = w.name(step.values[0])
-    return w.node("Mul", [name, name])
-
-
 def _cumsum(w: _Writer, step: Step) -> str:
     name, axis = _flat(w, step, step.outputs[0].dtype)
     return w.node("CumSum", [name, w.ints(axis)])
-
-
-def _flip(w: _Writer, step: Step) -> str:
-    (x,) = step.values
-    axes = axes_of(step.options.get("axis"), len(x.shape))
-    n, least = len(axes), int(np.iinfo("int64").min)
-    ends = [w.ints(*[end] * n) for end in (-1, least)]
-    return w.node("Slice", [w.name(x), *ends, w.ints(*axes), w.ints(*[-1] * n)])
 
 
 def _repeat(w: _Writer, step: Step) -> str:
@@ -662,15 +628,12 @@ def _triangle(upper: int) -> Callable[[_Writer, Step], str]:
 _SPECIAL: dict[str, Callable[[_Writer, Step], Any]] = {
     "sum": _reduction("ReduceSum"), "mean": _reduction("ReduceMean"),
     "max": _reduction("ReduceMax"),
-    "min": _reduction("ReduceMin"), "prod": _reduction("ReduceProd"), "any": _truths("ReduceMax"),
-    "all": _truths("ReduceMin"), "var": _variance(False), "std": _variance(True),
+    "min": _reduction("ReduceMin"), "prod": _reduction("ReduceProd"),
     "argmax": _arg("ArgMax"), "argmin": _arg("ArgMin"), "reshape": _reshape,
     "expand_dims": _reshape, "squeeze": _reshape, "transpose": _transpose, "swapaxes": _transpose,
     "moveaxis": _transpose, "concatenate": _concatenate, "stack": _concatenate,
     "getitem": _getitem, "split": _split, "pad": _pad, "clip": _clip, "take": _take,
-    "einsum": _einsum, "square": _square, "isfinite": _finite, "not_equal": _not("Equal"),
-    "expm1": _with_one("Exp", "Exp"), "log1p": _with_one("Log", "Add"),
-    "log10": _logarithm(log10(e)), "log2": _logarithm(log2(e)), "cumsum": _cumsum, "flip": _flip,
+    "einsum": _einsum, "cumsum": _cumsum,
     "repeat": _repeat, "tile": _tile,
     "astype": lambda w, step: w.cast(w.name(step.values[0]), step.outputs[0].dtype),
     "broadcast_to": lambda w, step: w.node(

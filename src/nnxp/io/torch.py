@@ -150,7 +150,7 @@ class _Reader:
         self.problems: list[str] = []
         self.values: dict[Any, Any] = {}  # by node: a value, a tuple of them, or a plain number
         self._arrays: dict[Any, tuple[Array, Any]] = {}
-        self._made: dict[str, Any] = {}
+        self._names: dict[str, Any] = {}
         self._same: dict[Any, list[Any]] = {}  # of a node: those that are the same tensor
 
     def model(self, graph: Any) -> Layer:
@@ -240,10 +240,10 @@ class _Reader:
 
     def _layer(self, path: str, make: Callable[[], Layer]) -> str:
         """The step that calls this layer, which is made once for each path."""
-        if path not in self._made:
+        if path not in self._names:
             self.layers.append(make())
-            self._made[path] = f"layers.{len(self.layers) - 1}"
-        return str(self._made[path])
+            self._names[path] = f"layers.{len(self.layers) - 1}"
+        return str(self._names[path])
 
     def _constant(self, target: str) -> Any:
         value: Any = self.module

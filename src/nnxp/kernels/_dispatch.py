@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from nnxp._arrays import Array, Shape, is_floating, library_of
-from nnxp._errors import DtypeMismatch, NnxpError, ShapeError
+from nnxp._errors import DtypeMismatch, NnxpError, OptionError, ShapeError
 
 Body = Callable[..., Array]
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -31,6 +31,12 @@ _OF_SHAPES = re.compile(r"broadcast|dimension|reshape|aligned|axes|shape")
 
 KERNELS: dict[str, Kernel] = {}
 """Every kernel by name."""
+
+
+def check_precision(precision: Any) -> None:
+    """OptionError for a precision of products that there is not."""
+    if not (precision is None or (isinstance(precision, str) and precision == "tf32")):
+        raise OptionError(f'precision={precision!r:.60} is not offered; "tf32" is, and None')
 
 
 Outlines = list[tuple[Shape, np.dtype[Any]]]
@@ -75,6 +81,7 @@ class Kernel:
     def __init__(self, reference: Body) -> None:
         update_wrapper(self, reference)
         self.reference = reference
+        self.takes_precision = "precision" in (getattr(reference, "__kwdefaults__", None) or ())
         self.rule: Callable[..., Any] | None = None
         self.activates_last = False  # whether its gradient is that of two steps
         self.outlines: Callable[..., Outlines | None] | None = None
@@ -107,15 +114,15 @@ class Kernel:
     def in_place(self, rule: Callable[..., InPlace | None]) -> Callable[..., InPlace | None]:
         """Decorator: this function makes the body for NumPy that a recording runs.
 
-        `rule(*given, **options)` answers None for what the reference body does as well.
+        `rule(*arrays, **options)` answers None for what the reference body does as well.
         """
         self._in_place = rule
         return rule
 
-    def in_place_for(self, *given: Given | None, **options: Any) -> InPlace | None:
+    def in_place_for(self, *arrays: Given | None, **options: Any) -> InPlace | None:
         """The body for NumPy that a recording runs; None if the reference body is as good."""
         importlib.import_module("nnxp.kernels.cpu")
-        return None if self._in_place is None else self._in_place(*given, **options)
+        return None if self._in_place is None else self._in_place(*arrays, **options)
 
     def vjp(self, rule: Rule) -> Rule:
         """Decorator: this function is the gradient rule of the kernel.
@@ -132,6 +139,8 @@ class Kernel:
         return rule
 
     def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Any:
+        if self.takes_precision and options.get("precision") is not None:
+            check_precision(options["precision"])
         try:
             body = self._body[type(x)]
         except KeyError:
@@ -147,13 +156,13 @@ class Kernel:
     def _misfit(self, arrays: tuple[Array | None, ...], error: ValueError) -> ShapeError:
         """What is said where an array library found, on its way, that shapes do not fit."""
         names = inspect.signature(self.reference).parameters
-        given = ", ".join(
+        shapes = ", ".join(
             f"{name} {array.shape}"
             for name, array in zip(names, arrays, strict=False)
             if array is not None
         )
         return ShapeError(
-            f"{self.__name__} got {given}, which do not fit each other: {error!s:.200}; its "
+            f"{self.__name__} got {shapes}, which do not fit each other: {error!s:.200}; its "
             "docstring says which do"
         )
 
@@ -192,9 +201,9 @@ class Kernel:
         ]
         out = options.pop("out", None)
         with np.errstate(over="ignore"):  # a result too large for the type is infinite, as it says
-            made = self.reference(*wide, **options)
-            several = isinstance(made, tuple)
-            result = tuple(y.astype(x.dtype) for y in made) if several else made.astype(x.dtype)
+            y = self.reference(*wide, **options)
+            several = isinstance(y, tuple)
+            result = tuple(part.astype(x.dtype) for part in y) if several else y.astype(x.dtype)
         if out is None:
             return result
         out[...] = result
@@ -211,6 +220,7 @@ def kernel(reference: Body) -> Kernel:
     """Decorator: this function is the reference body of a kernel of its name.
 
     Written with the functions that NumPy and CuPy share; arrays are positional, options keywords.
+    An option `precision` is that of products, None or "tf32", and is set by an engine that has one.
 
         @nnxp.kernels.kernel
         def cubed(x):

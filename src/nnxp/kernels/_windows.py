@@ -24,7 +24,7 @@ Padding: TypeAlias = "str | int | tuple[int | tuple[int, int], ...]"
 PADDINGS = ("valid", "same", "same_lower")
 
 
-def whole(value: Any, least: int | None) -> bool:
+def is_whole(value: Any, least: int | None) -> bool:
     """Whether a value is a whole number of at least so much."""
     number = hasattr(type(value), "__index__") and not isinstance(value, bool)
     return number and (least is None or value >= least)
@@ -32,22 +32,22 @@ def whole(value: Any, least: int | None) -> bool:
 
 def per_axis(what: str, value: Any, axes: int, least: int = 1) -> Shape:
     """A whole number for each axis; OptionError for what is none."""
-    given = (value,) * axes if whole(value, least) else value
-    good = isinstance(given, tuple | list) and all(whole(each, least) for each in given)
-    if not good or len(given) != axes:
+    numbers = (value,) * axes if is_whole(value, least) else value
+    good = isinstance(numbers, tuple | list) and all(is_whole(number, least) for number in numbers)
+    if not good or len(numbers) != axes:
         raise OptionError(
             f"{what} is a whole number, at least {least}, or one for each of {axes} axes, "
             f"not {value!r:.60}"
         )
-    return tuple(map(int, given))
+    return tuple(map(int, numbers))
 
 
 def pairs(what: str, value: Any, axes: int, least: int | None = 0) -> Pairs:
     """What is added before and behind each axis; OptionError for what does not say so."""
-    given = (value,) * axes if whole(value, least) else value
-    good = isinstance(given, tuple | list) and len(given) == axes
-    spread = [(each, each) if whole(each, least) else each for each in given] if good else []
-    if not good or not all(_is_pair(each, least) for each in spread):
+    sides = (value,) * axes if is_whole(value, least) else value
+    good = isinstance(sides, tuple | list) and len(sides) == axes
+    spread = [(side, side) if is_whole(side, least) else side for side in sides] if good else []
+    if not good or not all(_is_pair(pair, least) for pair in spread):
         raise OptionError(
             f"{what} is a whole number, or for each of {axes} axes a number or a pair (before, "
             f"behind){'' if least is None else f', at least {least}'}, not {value!r:.60}"
@@ -57,7 +57,7 @@ def pairs(what: str, value: Any, axes: int, least: int | None = 0) -> Pairs:
 
 def _is_pair(value: Any, least: int | None) -> bool:
     pair = isinstance(value, tuple | list) and len(value) == 2
-    return pair and all(whole(each, least) for each in value)
+    return pair and all(is_whole(number, least) for number in value)
 
 
 def padding_option(what: str, value: Any, axes: int) -> str | Pairs:
@@ -147,7 +147,11 @@ def windows(
 
 def _named(name: str, n: int, reach: int, stride: int) -> tuple[int, int]:
     """The padding that a name asks for, along one axis."""
-    total = max(0, (-(-n // stride) - 1) * stride + reach - n)
+    return in_two(name, max(0, (-(-n // stride) - 1) * stride + reach - n))
+
+
+def in_two(name: str, total: int) -> tuple[int, int]:
+    """What is added, or cut off, before and behind, by the name of a padding."""
     half = total // 2
     return {"valid": (0, 0), "same": (half, total - half), "same_lower": (total - half, half)}[name]
 

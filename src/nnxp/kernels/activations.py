@@ -30,9 +30,9 @@ ActivationName = Literal[
 
 def activation(reference: Body) -> Kernel:
     """Decorator: this function is the reference body of an activation, known by its name."""
-    made = Kernel(reference)
-    ACTIVATIONS[made.__name__] = made
-    return made
+    function = Kernel(reference)
+    ACTIVATIONS[function.__name__] = function
+    return function
 
 
 @activation

@@ -17,11 +17,12 @@ from nnxp.kernels._windows import (
     PerAxis,
     Windows,
     cut,
+    in_two,
+    is_whole,
     padded,
     padding_option,
     patches,
     per_axis,
-    whole,
     windows,
 )
 from nnxp.kernels.activations import ELEMENTWISE, identity
@@ -63,8 +64,8 @@ def conv(
             seen = x[(slice(None), *(slice(None, None, s) for s in over.stride))]
         else:
             seen = patches(x, over).reshape(x.shape[0], *over.positions, prod(weight.shape[:-1]))
-        options = {"activation": activation} | _if_given(precision)
-        return linear(seen, weight.reshape(-1, weight.shape[-1]), bias, **options)
+        matrix = weight.reshape(-1, weight.shape[-1])
+        return linear(seen, matrix, bias, activation=activation, precision=precision)
     apart = weight.shape[-2] == 1
     y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
     return _finished(y, bias, activation)
@@ -88,10 +89,6 @@ def conv_max_pool(
     return max_pool(conv(x, weight, bias, **options), window=window)
 
 
-def _if_given(precision: str | None) -> dict[str, Any]:
-    return {} if precision is None else {"precision": precision}
-
-
 def _finished(y: Array, bias: Array | None, activation: Kernel) -> Array:
     """activation(y + bias), in place."""
     if bias is not None:
@@ -106,7 +103,7 @@ def _fitting(who: str, x: Array, weight: Array, groups: int) -> None:
             f"{who} takes (rows, *space, channels) with {max(1, weight.ndim - 2)} axes of space, "
             f"as its weight {weight.shape} has, but got {x.ndim} axes"
         )
-    if not whole(groups, 1) or weight.shape[-1] % groups:
+    if not is_whole(groups, 1) or weight.shape[-1] % groups:
         raise OptionError(
             f"groups of {who} is a whole number that divides the outputs, {weight.shape[-1]}, "
             f"not {groups!r:.60}"
@@ -153,8 +150,8 @@ def _by_channel(x: Array, weight: Array, over: Windows) -> Array:
             lines = x[..., phase::stride, :]
             part = weight[..., taps[0] :: stride // gcd(stride, dilation), :]
             first = (taps[0] * dilation - phase) // stride
-            made = _along_lines(lines, part, over, first, dilation // gcd(stride, dilation))
-            y = made if y is None else y + made
+            terms = _along_lines(lines, part, over, first, dilation // gcd(stride, dilation))
+            y = terms if y is None else y + terms
     return y
 
 
@@ -211,26 +208,26 @@ def conv_transpose(
     )
     phases = list(product(*(way.phases for way in ways)))
 
-    options = {"groups": groups, "activation": activation} | _if_given(precision)
+    options = {"groups": groups, "activation": activation, "precision": precision}
 
     def part(phase: tuple[Phase | None, ...]) -> Any:
-        return weight[tuple(each.part for each in phase if each is not None)]
+        return weight[tuple(way.part for way in phase if way is not None)]
 
     alike = len(phases) > 1 and groups == 1 and _alike(phases) and activation in ELEMENTWISE
     if alike:
-        together = xp.concatenate([part(each) for each in phases], axis=-1)
+        together = xp.concatenate([part(phase) for phase in phases], axis=-1)
         several = None if bias is None else xp.tile(bias, len(phases))
         y = _through(x, together, several, phases[0], options)
         y = y.reshape(*y.shape[:-1], len(phases), outputs)
     else:
         empty = (x.shape[0], *(way.count for way in ways), outputs)
-        made = [
+        results = [
             _finished(xp.zeros(empty, x.dtype), bias, activation)
-            if None in each
-            else _through(x, part(each), bias, each, options)
-            for each in phases
+            if None in phase
+            else _through(x, part(phase), bias, phase, options)
+            for phase in phases
         ]
-        y = xp.stack(made, axis=-2) if len(made) > 1 else made[0]
+        y = xp.stack(results, axis=-2) if len(results) > 1 else results[0]
     return _woven(y, ways)
 
 
@@ -274,7 +271,7 @@ def transposed_ways(
     ways = []
     for i, (n, k, s, d) in enumerate(zip(space, window, strides, apart, strict=True)):
         full = (n - 1) * s + (k - 1) * d + 1 + more[i]
-        before, behind = _cut(option, full - n * s) if isinstance(option, str) else option[i]
+        before, behind = in_two(option, full - n * s) if isinstance(option, str) else option[i]
         length = full - before - behind
         if length < 1 or n < 1:
             raise ShapeError(
@@ -287,12 +284,6 @@ def transposed_ways(
         )
         ways.append(Way(phases, count, length, (before, behind)))
     return ways
-
-
-def _cut(name: str, surplus: int) -> tuple[int, int]:
-    half = surplus // 2
-    pairs = {"valid": (0, 0), "same": (half, surplus - half), "same_lower": (surplus - half, half)}
-    return pairs[name]
 
 
 def _phase(at: int, n: int, window: int, stride: int, dilation: int, count: int) -> Phase | None:
@@ -326,7 +317,7 @@ def _through(
 def _alike(phases: Sequence[tuple[Phase | None, ...]]) -> bool:
     """Whether all phases see as many elements, and the same ones."""
     seen = {
-        tuple((len(p.taps), p.dilation, p.pads) if p else None for p in each) for each in phases
+        tuple((len(p.taps), p.dilation, p.pads) if p else None for p in phase) for phase in phases
     }
     return len(seen) == 1 and None not in phases[0]
 
@@ -338,8 +329,8 @@ def _woven(y: Array, ways: Sequence[Way]) -> Array:
         y = y.reshape(*y.shape[:-2], *strides, y.shape[-1])
         order = [axis for i in range(1, axes + 1) for axis in (i, i + axes)]
         y = y.transpose(0, *order, 2 * axes + 1)
-        made = (way.count * s for way, s in zip(ways, strides, strict=True))
-        y = y.reshape(y.shape[0], *made, y.shape[-1])
+        lengths = (way.count * s for way, s in zip(ways, strides, strict=True))
+        y = y.reshape(y.shape[0], *lengths, y.shape[-1])
     if all(way.count * s == way.length for way, s in zip(ways, strides, strict=True)):
         return y
     return y[(slice(None), *(slice(way.length) for way in ways))]

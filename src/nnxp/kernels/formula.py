@@ -10,7 +10,6 @@ from typing import NamedTuple
 from nnxp._arrays import Array, xp_of
 from nnxp._library import compute
 from nnxp.kernels._dispatch import KERNELS, Kernel, kernel
-from nnxp.kernels.activations import ACTIVATIONS
 
 _BINARY = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 _UNARY = """ceil exp exp2 expm1 floor log log10 log1p log2 rint sqrt tanh trunc"""
@@ -44,10 +43,6 @@ OF_BOOLEANS: Mapping[str, str] = {
 }
 """Those that answer so of what is boolean itself."""
 CHOICE = "where"
-ELEMENTWISE = frozenset(ACTIVATIONS.values()) - {
-    ACTIVATIONS[name] for name in ("softmax", "softmin", "log_softmax")
-}
-"""Activations of each element on its own."""
 
 
 class Place(NamedTuple):
@@ -73,12 +68,12 @@ class Formula:
     def __call__(self, *arrays: Array) -> Array:
         xp, known = xp_of(arrays[0]), [*arrays]
         for (function, inputs, options), ended in zip(self.lines, self._ended, strict=True):
-            given = tuple(known[x.at] if isinstance(x, Place) else x for x in inputs)
+            operands = tuple(known[x.at] if isinstance(x, Place) else x for x in inputs)
             if isinstance(function, Kernel):
-                known.append(function(*given, **options))
+                known.append(function(*operands, **options))
             else:
-                known.append(compute(xp, function, given, dict(options)))
-            del given
+                known.append(compute(xp, function, operands, dict(options)))
+            del operands
             for at in ended:
                 known[at] = None
         return known[-1]

@@ -179,9 +179,9 @@ def _clip(dy: Array, y: Array, x: Any, low: Any = None, high: Any = None) -> tup
     xp = xp_of(dy)
     below = None if low is None else xp.less(x, low)
     above = None if high is None else xp.greater(x, high)
-    beyond = [each for each in (below, above) if each is not None]
+    beyond = [side for side in (below, above) if side is not None]
     inside = xp.logical_not(beyond[0] if len(beyond) == 1 else xp.logical_or(*beyond))
-    return dy * inside, *(None if each is None else dy * each for each in (below, above))
+    return dy * inside, *(None if side is None else dy * side for side in (below, above))
 
 
 @_rule("assign")
@@ -380,10 +380,10 @@ def _along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
 @_rule("concatenate")
 def _concatenate(dy: Array, y: Array, *parts: Array, axis: Any = 0) -> tuple[Any, ...]:
     if axis is None:
-        flat = _concatenate(dy, y, *(each.reshape(-1) for each in parts))
-        return tuple(d.reshape(each.shape) for d, each in zip(flat, parts, strict=True))
+        flat = _concatenate(dy, y, *(part.reshape(-1) for part in parts))
+        return tuple(d.reshape(part.shape) for d, part in zip(flat, parts, strict=True))
     (axis,) = _axes(axis, dy.ndim)
-    ends = [int(end) for end in np.cumsum([each.shape[axis] for each in parts])]
+    ends = [int(end) for end in np.cumsum([part.shape[axis] for part in parts])]
     return tuple(dy[_along(axis, start, end)] for start, end in zip([0, *ends], ends, strict=False))
 
 
@@ -451,8 +451,8 @@ def _diagonal(
     rest = tuple(n for i, n in enumerate(x.shape) if i not in _axes((axis1, axis2), x.ndim))
     i = np.arange(dy.shape[-1])
     key = (Ellipsis, i + max(0, -offset), i + max(0, offset))
-    made = scattered([dy], (*rest, x.shape[axis1], x.shape[axis2]), [key])
-    return (xp.moveaxis(made, (-2, -1), (axis1, axis2)),)
+    dx = scattered([dy], (*rest, x.shape[axis1], x.shape[axis2]), [key])
+    return (xp.moveaxis(dx, (-2, -1), (axis1, axis2)),)
 
 
 @_rule("sliding_window_view")
@@ -503,8 +503,8 @@ def _take_along_axis(dy: Array, y: Array, x: Array, ids: Array, axis: Any) -> tu
     at = xp.broadcast_to(xp.moveaxis(ids, axis, -1), last.shape)
     lead = last.shape[:-1]
     at = xp.remainder(at, n) + np.arange(prod(lead)).reshape(*lead, 1) * n
-    made = segment_sum(last.reshape(-1), at.reshape(-1), prod(lead) * n)
-    return xp.moveaxis(made.reshape(*lead, n), -1, axis), None
+    dx = segment_sum(last.reshape(-1), at.reshape(-1), prod(lead) * n)
+    return xp.moveaxis(dx.reshape(*lead, n), -1, axis), None
 
 
 @_rule("diff")
@@ -548,30 +548,33 @@ def _outer(dy: Array, y: Array, a: Array, b: Array) -> tuple[Any, ...]:
 @_rule("tensordot")
 def _tensordot(dy: Array, y: Array, a: Array, b: Array, axes: Any = 2) -> tuple[Any, ...]:
     """As the product of the matrices that a and b are when their axes are in order."""
-    if isinstance(axes, int | np.integer):
-        axes = list(range(a.ndim - int(axes), a.ndim)), list(range(int(axes)))
-    met = [
-        [int(i) % x.ndim for i in np.atleast_1d(each)] for x, each in zip((a, b), axes, strict=True)
-    ]
+    met = met_axes(axes, a.ndim, b.ndim)
     own = [[i for i in range(x.ndim) if i not in m] for x, m in zip((a, b), met, strict=True)]
     orders = own[0] + met[0], met[1] + own[1]
     rows = prod(a.shape[i] for i in own[0])
     left = a.transpose(*orders[0]).reshape(rows, -1)
     right = b.transpose(*orders[1]).reshape(left.shape[1], -1)
     flat = dy.reshape(rows, right.shape[1])
-    made = xp_of(dy).matmul(flat, right.T), xp_of(dy).matmul(left.T, flat)
+    gradients = xp_of(dy).matmul(flat, right.T), xp_of(dy).matmul(left.T, flat)
     return tuple(
-        each.reshape(tuple(x.shape[i] for i in order)).transpose(
+        gradient.reshape(tuple(x.shape[i] for i in order)).transpose(
             *(int(i) for i in np.argsort(order))
         )
-        for each, x, order in zip(made, (a, b), orders, strict=True)
+        for gradient, x, order in zip(gradients, (a, b), orders, strict=True)
     )
+
+
+def met_axes(axes: Any, *ndims: int) -> list[list[int]]:
+    """The axes that tensordot sums over, of its one operand and of the other."""
+    if isinstance(axes, int | np.integer):
+        axes = range(-int(axes), 0), range(int(axes))
+    return [[int(i) % n for i in np.atleast_1d(of_x)] for n, of_x in zip(ndims, axes, strict=True)]
 
 
 @_rule("einsum")
 def _einsum(dy: Array, y: Array, *arrays: Array, subscripts: str) -> tuple[Any, ...]:
     """The same sum with dy in the place of an operand, for that operand."""
-    terms, result = einsum_terms(subscripts, [each.ndim for each in arrays])
+    terms, result = einsum_terms(subscripts, [array.ndim for array in arrays])
     return tuple(_einsum_back(dy, arrays, terms, result, i) for i in range(len(arrays)))
 
 
@@ -583,17 +586,17 @@ def _einsum_back(
     known = {*result, *(c for j in others for c in terms[j])}
     wanted, spare = "", [c for c in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
                          if c not in "".join(terms)]  # fmt: skip
-    given = [(result, dy), *((terms[j], arrays[j]) for j in others)]
+    operands = [(result, dy), *((terms[j], arrays[j]) for j in others)]
     for c, n in zip(terms[i], x.shape, strict=True):
         if c in wanted:  # a diagonal: what is not on it has no gradient
             other = spare.pop()
-            given.append((c + other, xp.eye(n, dtype=dy.dtype)))
+            operands.append((c + other, xp.eye(n, dtype=dy.dtype)))
             c = other
         elif c not in known:  # summed over in x alone
-            given.append((c, xp.ones(n, dy.dtype)))
+            operands.append((c, xp.ones(n, dy.dtype)))
         wanted += c
-    text = f"{','.join(letters for letters, _ in given)}->{wanted}"
-    return xp.einsum(text, *(each for _, each in given))
+    text = f"{','.join(letters for letters, _ in operands)}->{wanted}"
+    return xp.einsum(text, *(array for _, array in operands))
 
 
 def einsum_terms(subscripts: str, ndims: Sequence[int]) -> tuple[list[str], str]:

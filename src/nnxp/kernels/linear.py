@@ -96,12 +96,11 @@ def bilinear(
     if x.shape[-1] != left or y.shape[-1] != right or x.shape[:-1] != y.shape[:-1]:
         raise ShapeError(
             f"bilinear takes x (..., {left}) and y (..., {right}) with the same axes before, but "
-            "got "
-            f"(rows, *{x.shape[1:]}) and (rows, *{y.shape[1:]})"
+            f"got (rows, *{x.shape[1:]}) and (rows, *{y.shape[1:]})"
         )
-    made = matmul(x, weight.reshape(left, right * outputs))
-    made = made.reshape(*x.shape[:-1], right, outputs)
-    z = xp_of(x).matmul(y[..., None, :], made)[..., 0, :]
+    products = matmul(x, weight.reshape(left, right * outputs))
+    products = products.reshape(*x.shape[:-1], right, outputs)
+    z = xp_of(x).matmul(y[..., None, :], products)[..., 0, :]
     if bias is not None:
         z = z + bias
     return z if activation is identity else activation(z)

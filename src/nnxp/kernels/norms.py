@@ -157,8 +157,7 @@ def group_norm(
     if x.ndim < 2 or groups < 1 or channels % groups:
         raise ShapeError(
             f"group_norm with {groups} groups takes (rows, *space, channels), the channels a "
-            "multiple "
-            f"of {groups}, but got (rows, *{x.shape[1:]})"
+            f"multiple of {groups}, but got (rows, *{x.shape[1:]})"
         )
     space = tuple(range(1, x.ndim - 1))
 

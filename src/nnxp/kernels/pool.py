@@ -29,16 +29,15 @@ def _pooled(who: str, x: Array, window: Any, options: dict[str, Any]) -> Windows
             f"window of {who} has a size for each axis of space, such as (2, 2), not {window!r:.60}"
         )
     window = per_axis(f"window of {who}", window, len(window))
-    over = windows(who, x, window, **options)
-    option = options["padding"]
-    if not isinstance(option, str):
-        for reach, (before, _) in zip(over.reach, over.pads, strict=True):
-            if before >= reach:
-                raise OptionError(
-                    f"padding of {who}, {option!r:.60}, is not smaller than its windows, which "
-                    "reach "
-                    f"over {over.reach}: some would see nothing of x"
-                )
+    if options.get("stride") is None:
+        options = options | {"stride": window}
+    over, padding = windows(who, x, window, **options), options.get("padding", 0)
+    blind = any(before >= n for n, (before, _) in zip(over.reach, over.pads, strict=True))
+    if blind and not isinstance(padding, str):
+        raise OptionError(
+            f"padding of {who}, {padding!r:.60}, is not smaller than its windows, which reach over "
+            f"{over.reach}: some would see nothing of x"
+        )
     return over
 
 
@@ -68,8 +67,7 @@ def max_pool(
     padding is never the largest. With `ceil_mode` a last window may reach beyond x and its padding,
     if it begins before their end, as in PyTorch and ONNX.
     """
-    options = {"stride": window if stride is None else stride, "padding": padding}
-    options |= {"dilation": dilation, "ceil_mode": ceil_mode}
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
     over = _pooled("max_pool", x, window, options)
     return _reduced(padded(x, over.pads, -inf), over, xp_of(x).maximum)
 
@@ -126,8 +124,7 @@ def average_pool(
     `count_include_pad` over its zeros from padding as well (PyTorch's default), though not over
     what `ceil_mode` lets it reach beyond them. Of nothing, as between `dilation`, it is 0.
     """
-    options = {"stride": window if stride is None else stride, "padding": padding}
-    options |= {"dilation": dilation, "ceil_mode": ceil_mode}
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
     over = _pooled("average_pool", x, window, options)
     xp = xp_of(x)
     y = _reduced(padded(x, over.pads), over, xp.add)
@@ -156,8 +153,7 @@ def lp_pool(
     x (n, *space, c) -> y (n, *positions, c); the windows are those of max_pool. (PyTorch takes no
     absolute value: its result for negative numbers and odd p is another.)
     """
-    options = {"stride": window if stride is None else stride, "padding": padding}
-    options |= {"dilation": dilation, "ceil_mode": ceil_mode}
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
     over = _pooled("lp_pool", x, window, options)
     xp = xp_of(x)
     if p == 2:
@@ -228,6 +224,6 @@ def _by_parts(who: str, x: Array, size: tuple[int | None, ...], reduce: str) -> 
             continue
         before = (slice(None),) * axis
         spans = (slice(i * n // m, -(-(i + 1) * n // m)) for i in range(m))
-        parts = [getattr(x[(*before, each)], reduce)(axis=axis, keepdims=True) for each in spans]
+        parts = [getattr(x[(*before, span)], reduce)(axis=axis, keepdims=True) for span in spans]
         x = xp_of(x).concatenate(parts, axis=axis)
     return x

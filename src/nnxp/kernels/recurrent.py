@@ -36,8 +36,8 @@ def rnn(
     """
     _fitting("rnn", x, weight, 1)
 
-    def step(given: Array, h: Array) -> tuple[Array, ...]:
-        z = given + xp_of(x).matmul(h, weight)
+    def step(x_t: Array, h: Array) -> tuple[Array, ...]:
+        z = x_t + xp_of(x).matmul(h, weight)
         return (activation(z, out=z),)
 
     return _through_time(step, x, (h,), (weight.shape[0],), lengths, reverse)
@@ -67,15 +67,15 @@ def gru(
     xp, n = xp_of(x), weight.shape[0]
     shift = None if bias is None or reset_after else bias[2 * n :]
 
-    def step(given: Array, h: Array) -> tuple[Array, ...]:
+    def step(x_t: Array, h: Array) -> tuple[Array, ...]:
         hidden = xp.matmul(h, weight if reset_after else weight[:, : 2 * n])
         if bias is not None:
             hidden += bias if reset_after else bias[: 2 * n]
-        gates = given[:, : 2 * n] + hidden[:, : 2 * n]
+        gates = x_t[:, : 2 * n] + hidden[:, : 2 * n]
         sigmoid(gates, out=gates)
         r, z = gates[:, :n], gates[:, n:]
         new = r * hidden[:, 2 * n :] if reset_after else xp.matmul(r * h, weight[:, 2 * n :])
-        new += given[:, 2 * n :]
+        new += x_t[:, 2 * n :]
         if shift is not None:
             new += shift
         xp.tanh(new, out=new)
@@ -109,8 +109,8 @@ def lstm(
     _fitting("lstm", x, weight, 4, projected=projection is not None)
     xp, m, n = xp_of(x), weight.shape[0], weight.shape[1] // 4
 
-    def step(given: Array, h: Array, c: Array) -> tuple[Array, ...]:
-        z = given + xp.matmul(h, weight)
+    def step(x_t: Array, h: Array, c: Array) -> tuple[Array, ...]:
+        z = x_t + xp.matmul(h, weight)
         gates = sigmoid(z[:, : 3 * n])
         new = xp.tanh(z[:, 3 * n :])
         new *= gates[:, :n]
@@ -137,15 +137,15 @@ def _fitting(who: str, x: Array, weight: Array, gates: int, *, projected: bool =
 
 
 @rnn.row_wise
-def _rnn_makes(
+def _rnn_outlines(
     x: Array, weight: Array, h: Array | None = None, lengths: Array | None = None, **_: Any
 ) -> Outlines | None:
     _fitting("rnn", x, weight, 1)
-    return _made(x, weight, (h,), (len(weight),), lengths)
+    return _outlines(x, weight, (h,), (len(weight),), lengths)
 
 
 @gru.row_wise
-def _gru_makes(
+def _gru_outlines(
     x: Array,
     weight: Array,
     bias: Array | None = None,
@@ -157,11 +157,11 @@ def _gru_makes(
     size = len(weight)
     if bias is not None and (bias.shape != (3 * size,) or bias.dtype != x.dtype):
         return None
-    return _made(x, weight, (h,), (size,), lengths)
+    return _outlines(x, weight, (h,), (size,), lengths)
 
 
 @lstm.row_wise
-def _lstm_makes(
+def _lstm_outlines(
     x: Array,
     weight: Array,
     projection: Array | None = None,
@@ -174,10 +174,10 @@ def _lstm_makes(
     m, n = len(weight), weight.shape[1] // 4
     if projection is not None and (projection.shape, projection.dtype) != ((n, m), x.dtype):
         return None
-    return _made(x, weight, (h, c), (m, n), lengths)
+    return _outlines(x, weight, (h, c), (m, n), lengths)
 
 
-def _made(
+def _outlines(
     x: Array,
     weight: Array,
     states: tuple[Array | None, ...],

@@ -37,8 +37,7 @@ def pad(x: Array, *, padding: Any, mode: str = "constant", value: float = 0.0) -
         ):
             raise ShapeError(
                 f"pad by {around} in mode {mode!r} does not fit (rows, *{x.shape[1:-1]}, "
-                "channels): "
-                "there is not so much to take from"
+                "channels): there is not so much to take from"
             )
     if mode == "constant":
         return with_padding(x, around, value)
@@ -218,21 +217,21 @@ def _lengths(x: Array, size: Any, scale: Any) -> list[tuple[float | None, int]]:
     if size is None and scale is None:
         raise OptionError("resize takes a size or a scale")
 
-    def each(given: Any, single: int) -> list[Any]:
-        return list(given) if isinstance(given, tuple | list) else [given] * single
+    def listed(option: Any, single: int) -> list[Any]:
+        return list(option) if isinstance(option, tuple | list) else [option] * single
 
-    sizes = [None] * len(space) if size is None else each(size, 1)
-    scales = [None] * len(space) if scale is None else each(scale, len(space))
-    made: list[tuple[float | None, int]] = []
+    sizes = [None] * len(space) if size is None else listed(size, 1)
+    scales = [None] * len(space) if scale is None else listed(scale, len(space))
+    lengths: list[tuple[float | None, int]] = []
     for n, m, s in zip(space, sizes, scales, strict=False):
         length = m if s is None else n * s
-        made.append((length, n if length is None else floor(length) if m is None else m))
-    if not len(sizes) == len(scales) == len(space) or any(m < 1 for _, m in made):
+        lengths.append((length, n if length is None else floor(length) if m is None else m))
+    if not len(sizes) == len(scales) == len(space) or any(m < 1 for _, m in lengths):
         raise ShapeError(
             f"resize takes a size or a scale for each axis of space, {space}, of which something "
             f"is left; got size={size}, scale={scale}"
         )
-    return made
+    return lengths
 
 
 def _within(start: float, end: float, n: int, m: float) -> Line:
@@ -266,7 +265,7 @@ def _weights(
     high = max(n, ceil(max(ends) + support) + 1)
     at = (xp.arange(*outputs, dtype="float64") * line.a + line.b) / line.d
     far = xp.abs(at[:, None] - xp.arange(low, high, dtype="float64"))
-    weight = _triangle(xp, far * shrink) if cubic is None else _keys(xp, far * shrink, cubic)
+    weight = _triangle(xp, far * shrink) if cubic is None else keys_weight(xp, far * shrink, cubic)
     inside = weight[:, -low : n - low]
     if exclude_outside:
         weight = inside
@@ -286,10 +285,11 @@ def _triangle(xp: Any, d: Array) -> Array:
     return xp.maximum(1 - d, 0)
 
 
-def _keys(xp: Any, d: Array, a: float) -> Array:
-    """((a + 2) d - (a + 3)) d^2 + 1 up to 1, a (((d - 5) d + 8) d - 4) up to 2   [Keys 1981]
+def keys_weight(xp: Any, d: Array, a: float) -> Array:
+    """((a + 2) d - (a + 3)) d^2 + 1 up to 1, a (((d - 5) d + 8) d - 4) up to 2
 
-    Each is 0 where the other begins or ends, so that they can be added.
+    [Keys 1981, doi:10.1109/TASSP.1981.1163711] Each is 0 where the other begins or ends, so that
+    they can be added.
     """
     near, far = xp.minimum(d, 1), xp.clip(d, 1, 2)
     return ((a + 2) * near - (a + 3)) * near * near + 1 + a * (((far - 5) * far + 8) * far - 4)

@@ -935,6 +935,15 @@ def generator(rng: Rng) -> np.random.Generator:
         ) from None
 
 
+def zero_bias(who: str, bias: Any, outputs: int, dtype: np.dtype[Any]) -> Array | None:
+    """Zeros, None for bias=False; OptionError for what is neither True nor False."""
+    if not isinstance(bias, bool | np.bool_):
+        raise OptionError(
+            f"bias of {who} is True or False, not {bias!r:.60}; {who}.of(weight, bias) takes arrays"
+        )
+    return np.zeros(outputs, dtype) if bias else None
+
+
 def uniform(shape: Shape, limit: float, rng: Rng, dtype: np.dtype[Any]) -> Array:
     """Numbers drawn uniformly from ±limit."""
     drawn = np.float64 if dtype == np.float64 else np.float32

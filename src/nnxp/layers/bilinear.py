@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import sqrt
 
-import numpy as np
-
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import ShapeError
-from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole
+from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole, zero_bias
 from nnxp.layers.activation import named
 
 
@@ -39,7 +37,7 @@ class Bilinear(Layer):
         left, right = whole("Bilinear's left", left), whole("Bilinear's right", right)
         outputs, kind = whole("Bilinear's outputs", outputs), float_dtype(dtype)
         self.weight = uniform((left, right, outputs), 1 / sqrt(left), rng, kind)
-        self.bias = np.zeros(outputs, kind) if bias else None
+        self.bias = zero_bias("Bilinear", bias, outputs, kind)
         self.activation = activation
 
     def validate(self) -> None:

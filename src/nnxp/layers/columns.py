@@ -7,6 +7,7 @@ from math import isnan
 
 from nnxp._arrays import Array
 from nnxp._errors import OptionError, ShapeError
+from nnxp.kernels._windows import is_whole
 from nnxp.layers._layer import Example, Layer
 
 
@@ -25,7 +26,7 @@ class Take(Layer):
 
     def validate(self) -> None:
         indices = self.indices if isinstance(self.indices, tuple | list) else (self.indices,)
-        if not indices or not all(_is_place(index) for index in indices):
+        if not indices or not all(is_whole(index, 0) for index in indices):
             raise OptionError(
                 f"Take takes a whole number from 0, or some of them, not {self.indices!r:.60}"
             )
@@ -76,7 +77,3 @@ class Clip(Layer):
     def examples(cls) -> Iterator[Example]:
         yield cls(-0.5, 1.0), (5, 4)
         yield cls(0.0, 1.0), (2, 3, 4)
-
-
-def _is_place(value: object) -> bool:
-    return hasattr(type(value), "__index__") and not isinstance(value, bool) and value >= 0  # type: ignore[operator]

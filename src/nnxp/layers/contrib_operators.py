@@ -15,8 +15,8 @@ from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.layers.operators import concat, leaky_relu, operator, softmax, xp_of
 from nnxp.layers.quantized_operators import dequantize, dynamic_quantize, exact, quantize, saturated
-from nnxp.layers.sequence_operators import lstm_step, recurrent
-from nnxp.layers.window_operators import average_pool
+from nnxp.layers.sequence_operators import CHOSEN, lstm_step, recurrent
+from nnxp.layers.window_operators import POOL, average_pool
 
 
 @operator("com.microsoft.QLinearAdd com.microsoft.QLinearMul")
@@ -36,43 +36,33 @@ def qlinear_arithmetic(
     return quantize(a + b if op == "QLinearAdd" else a * b, y_scale, y_zero)
 
 
-@operator("com.microsoft.QLinearSigmoid")
-def qlinear_sigmoid(
-    x: Array, x_scale: Array, x_zero: Array | None, y_scale: Array, y_zero: Array | None = None
-) -> Array:
-    return quantize(kernels.sigmoid(dequantize(x, x_scale, x_zero)), y_scale, y_zero)
+def _of_floats(formula: Callable[..., Array]) -> Callable[..., Array]:
+    """The formula, on the floats that x stands for; what it makes is quantized again."""
+
+    def call(
+        x: Array,
+        x_scale: Array,
+        x_zero: Array | None,
+        y_scale: Array,
+        y_zero: Array | None = None,
+        **options: Any,
+    ) -> Array:
+        return quantize(formula(dequantize(x, x_scale, x_zero), **options), y_scale, y_zero)
+
+    return call
 
 
-@operator("com.microsoft.QLinearLeakyRelu")
-def qlinear_leaky_relu(
-    x: Array,
-    x_scale: Array,
-    x_zero: Array | None,
-    y_scale: Array,
-    y_zero: Array | None = None,
-    *,
-    alpha: float = 0.01,
-) -> Array:
-    return quantize(leaky_relu(dequantize(x, x_scale, x_zero), alpha=alpha), y_scale, y_zero)
+operator("com.microsoft.QLinearSigmoid")(_of_floats(kernels.sigmoid))
+operator("com.microsoft.QLinearLeakyRelu", attributes="alpha")(_of_floats(leaky_relu))
 
 
-@operator("com.microsoft.QLinearSoftmax")
-def qlinear_softmax(
-    x: Array,
-    x_scale: Array,
-    x_zero: Array | None,
-    y_scale: Array,
-    y_zero: Array | None = None,
-    *,
-    axis: int = -1,
-    opset: int,
-) -> Array:
+@operator("com.microsoft.QLinearSoftmax", attributes="axis opset")
+@_of_floats
+def qlinear_softmax(x: Array, *, axis: int = -1, opset: int) -> Array:
     """Before opset 13, of all axes from its own."""
-    y, axis = dequantize(x, x_scale, x_zero), axis % max(x.ndim, 1)
-    if opset < 13:
-        y = y.reshape((*x.shape[:axis], -1))
-    y = softmax(y, axis=axis, op="Softmax").reshape(x.shape)
-    return quantize(y, y_scale, y_zero)
+    axis %= max(x.ndim, 1)
+    flat = x.reshape((*x.shape[:axis], -1)) if opset < 13 else x
+    return softmax(flat, axis=axis, op="Softmax").reshape(x.shape)
 
 
 @operator("com.microsoft.QLinearConcat")
@@ -97,61 +87,20 @@ def qlinear_where(
     return quantize(xp_of(condition).where(condition, a, b), y_scale, y_zero)
 
 
-def _channels(pool: Callable[[Array], Array], x: Array, channels_last: int) -> Array:
+@operator("com.microsoft.QLinearGlobalAveragePool", attributes="channels_last")
+@_of_floats
+def qlinear_global_average_pool(x: Array, *, channels_last: int = 0) -> Array:
+    first, last = (1, x.ndim - 1) if channels_last else (2, x.ndim)
+    return x.mean(axis=tuple(range(first, last)), keepdims=True)
+
+
+@operator("com.microsoft.QLinearAveragePool", attributes=f"channels_last count_include_pad {POOL}")
+@_of_floats
+def qlinear_average_pool(x: Array, *, channels_last: int = 0, **how: Any) -> Array:
     if not channels_last:
-        return pool(x)
+        return average_pool(x, **how)
     xp = xp_of(x)
-    return xp.moveaxis(pool(xp.moveaxis(x, -1, 1)), 1, -1)
-
-
-@operator("com.microsoft.QLinearGlobalAveragePool")
-def qlinear_global_average_pool(
-    x: Array,
-    x_scale: Array,
-    x_zero: Array,
-    y_scale: Array,
-    y_zero: Array,
-    *,
-    channels_last: int = 0,
-) -> Array:
-    def pool(x: Array) -> Array:
-        return x.mean(axis=tuple(range(2, x.ndim)), keepdims=True)
-
-    y = _channels(pool, dequantize(x, x_scale, x_zero), channels_last)
-    return quantize(y, y_scale, y_zero)
-
-
-@operator("com.microsoft.QLinearAveragePool")
-def qlinear_average_pool(
-    x: Array,
-    x_scale: Array,
-    x_zero: Array | None,
-    y_scale: Array,
-    y_zero: Array | None = None,
-    *,
-    channels_last: int = 0,
-    kernel_shape: Any,
-    strides: Any = None,
-    dilations: Any = None,
-    pads: Any = None,
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    count_include_pad: int = 0,
-) -> Array:
-    def pool(x: Array) -> Array:
-        return average_pool(
-            x,
-            kernel_shape=kernel_shape,
-            strides=strides,
-            dilations=dilations,
-            pads=pads,
-            auto_pad=auto_pad,
-            ceil_mode=ceil_mode,
-            count_include_pad=count_include_pad,
-        )
-
-    y = _channels(pool, dequantize(x, x_scale, x_zero), channels_last)
-    return quantize(y, y_scale, y_zero)
+    return xp.moveaxis(average_pool(xp.moveaxis(x, -1, 1), **how), 1, -1)
 
 
 @operator("com.microsoft.QGemm")
@@ -183,7 +132,7 @@ def qgemm(
     return saturated(y + zero, (a if y_zero is None else y_zero).dtype)
 
 
-@operator("com.microsoft.DynamicQuantizeLSTM")
+@operator("com.microsoft.DynamicQuantizeLSTM", attributes=CHOSEN)
 def dynamic_quantize_lstm(
     x: Array,
     w: Array,
@@ -198,13 +147,10 @@ def dynamic_quantize_lstm(
     r_scale: Any = None,
     r_zero: Array | None = None,
     *,
-    hidden_size: int | None = None,
     direction: str = "forward",
-    activations: Any = None,
-    activation_alpha: Any = None,
-    activation_beta: Any = None,
     clip: float | None = None,
     input_forget: int = 0,
+    **chosen: Any,
 ) -> tuple[Array, ...]:
     """Its products are of whole numbers: x, and the state before each step, are rounded to a
     255th of what all of their numbers span."""
@@ -213,8 +159,7 @@ def dynamic_quantize_lstm(
         for part, scale, zero in ((w, w_scale, w_zero), (r, r_scale, r_zero))
     )
     w, r, n = w.swapaxes(1, 2), r.swapaxes(1, 2), r.shape[1]
-    more = activation_alpha, activation_beta, clip, input_forget
-    step = lstm_step(n, p, activations, *more, seen=_rounded)
+    step = lstm_step(n, p, len(w), clip, input_forget, _rounded, **chosen)
     return recurrent(step, [h, c], _rounded(x), w, r, b, lengths, direction, 0, n)
 
 

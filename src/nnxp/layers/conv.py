@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from math import prod, sqrt
 from typing import Any
 
-import numpy as np
-
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels._windows import Padding, PerAxis, padding_option, per_axis
-from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole
+from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole, zero_bias
 from nnxp.layers.activation import named
 
 
@@ -50,15 +48,10 @@ class _Convolution(Layer):
                 f"groups of {name} divides its inputs and outputs, {inputs} and {outputs}, not "
                 f"{groups}"
             )
-        if not isinstance(bias, bool | np.bool_):
-            raise OptionError(
-                f"bias of {name} is True or False, not {bias!r:.60}; {name}.of(weight, bias) "
-                "takes arrays"
-            )
         kind = float_dtype(dtype)
         limit = sqrt(6 * groups / (prod(window) * (inputs + outputs)))
         self.weight = uniform((*window, inputs // groups, outputs), limit, rng, kind)
-        self.bias = np.zeros(outputs, kind) if bias else None
+        self.bias = zero_bias(name, bias, outputs, kind)
         self.activation = activation
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.groups = groups

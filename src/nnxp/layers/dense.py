@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import sqrt
 
-import numpy as np
-
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
-from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole
+from nnxp._errors import ShapeError
+from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole, zero_bias
 from nnxp.layers.activation import named
 
 
@@ -51,15 +49,10 @@ class Dense(Layer):
         dtype: object = "float32",
     ) -> None:
         inputs, outputs = whole("Dense's inputs", inputs), whole("Dense's outputs", outputs)
-        if not isinstance(bias, bool | np.bool_):
-            raise OptionError(
-                f"bias of Dense is True or False, not {bias!r:.60}; "
-                "Dense.of(weight, bias) takes arrays"
-            )
         limit = sqrt(6 / (inputs + outputs))
         kind = float_dtype(dtype)
         self.weight = uniform((inputs, outputs), limit, rng, kind)
-        self.bias = np.zeros(outputs, kind) if bias else None
+        self.bias = zero_bias("Dense", bias, outputs, kind)
         self.activation = activation
 
     def validate(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import KW_ONLY
 from typing import Any, ClassVar
 
 import numpy as np
@@ -240,14 +241,10 @@ class LocalResponseNorm(Layer):
     """
 
     size: int
-    alpha: float
-    beta: float
-    k: float
-
-    def __init__(
-        self, size: int, *, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-    ) -> None:
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+    _: KW_ONLY
+    alpha: float = 1e-4
+    beta: float = 0.75
+    k: float = 1.0
 
     def validate(self) -> None:
         whole("LocalResponseNorm's size", self.size)

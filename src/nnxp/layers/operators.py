@@ -103,11 +103,12 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def operator(
-    names: str, *, numbers: str = "", loose: str = "", as_is: bool = False
+    names: str, *, numbers: str = "", loose: str = "", attributes: str = "", as_is: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: this function is the formula of these operators.
 
     `numbers` are the inputs that are known on the host, `loose` those that may stay there.
+    `attributes` are those that it takes as `**options`, besides its own keywords.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +120,8 @@ def operator(
             frozenset(places.index(name) for name in numbers.split()),
             frozenset(places.index(name) for name in loose.split()),
             as_is,
-            frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+            frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+            | frozenset(attributes.split()),
             sum(p.default is p.empty for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
             + variadic,
             None if variadic else len(places),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY
 from math import inf
 from typing import Any
 
@@ -18,6 +19,7 @@ class _Pool(Layer):
     """What pools over windows share: their options."""
 
     window: tuple[int, ...]
+    _: KW_ONLY
     stride: PerAxis | None = None
     padding: Padding = 0
     dilation: PerAxis = 1
@@ -61,18 +63,6 @@ class MaxPool(_Pool):
         nnxp.MaxPool((3, 3), stride=2, padding=1)
     """
 
-    def __init__(
-        self,
-        window: tuple[int, ...],
-        *,
-        stride: PerAxis | None = None,
-        padding: Padding = 0,
-        dilation: PerAxis = 1,
-        ceil_mode: bool = False,
-    ) -> None:
-        self.window, self.stride, self.padding = window, stride, padding
-        self.dilation, self.ceil_mode = dilation, ceil_mode
-
     def __call__(self, x: Array) -> Array:
         return kernels.max_pool(x, **self._options())
 
@@ -93,21 +83,8 @@ class AveragePool(_Pool):
         nnxp.AveragePool((2, 2))
     """
 
+    _: KW_ONLY
     count_include_pad: bool = False
-
-    def __init__(
-        self,
-        window: tuple[int, ...],
-        *,
-        stride: PerAxis | None = None,
-        padding: Padding = 0,
-        dilation: PerAxis = 1,
-        ceil_mode: bool = False,
-        count_include_pad: bool = False,
-    ) -> None:
-        self.window, self.stride, self.padding = window, stride, padding
-        self.dilation, self.ceil_mode = dilation, ceil_mode
-        self.count_include_pad = count_include_pad
 
     def __call__(self, x: Array) -> Array:
         return kernels.average_pool(x, **self._options())
@@ -125,21 +102,8 @@ class LpPool(_Pool):
     x (rows, *space, channels) -> y (rows, *positions, channels); windows as in MaxPool.
     """
 
+    _: KW_ONLY
     p: float = 2.0
-
-    def __init__(
-        self,
-        window: tuple[int, ...],
-        *,
-        p: float = 2.0,
-        stride: PerAxis | None = None,
-        padding: Padding = 0,
-        dilation: PerAxis = 1,
-        ceil_mode: bool = False,
-    ) -> None:
-        self.window, self.stride, self.padding = window, stride, padding
-        self.dilation, self.ceil_mode = dilation, ceil_mode
-        self.p = p
 
     def validate(self) -> None:
         super().validate()

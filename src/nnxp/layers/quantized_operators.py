@@ -14,7 +14,7 @@ from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import ShapeError
 from nnxp.layers.operators import beside, dtype_of, operator, xp_of
-from nnxp.layers.window_operators import conv
+from nnxp.layers.window_operators import MOVES, conv
 
 
 def _along(scale: Array, x: Array, axis: int, block: int) -> Array:
@@ -124,34 +124,18 @@ def _matrix(scale: Array, x: Array, axis: int) -> Array:
     return scale if scale.ndim == x.ndim and scale.size > 1 else _along(scale, x, axis, 0)
 
 
-@operator("ConvInteger")
+@operator("ConvInteger", attributes=f"kernel_shape group {MOVES}")
 def conv_integer(
     x: Array,
     weight: Array,
     x_zero: Array | None = None,
     w_zero: Array | None = None,
-    *,
-    kernel_shape: Any = None,
-    strides: Any = None,
-    dilations: Any = None,
-    pads: Any = None,
-    group: int = 1,
-    auto_pad: str = "NOTSET",
+    **how: Any,
 ) -> Array:
-    y = conv(
-        exact(x, x_zero, 1),
-        exact(weight, w_zero, 0),
-        None,
-        strides=strides,
-        dilations=dilations,
-        pads=pads,
-        group=group,
-        auto_pad=auto_pad,
-    )
-    return y.astype("int32")
+    return conv(exact(x, x_zero, 1), exact(weight, w_zero, 0), **how).astype("int32")
 
 
-@operator("QLinearConv")
+@operator("QLinearConv", attributes=f"kernel_shape group {MOVES}")
 def qlinear_conv(
     x: Array,
     x_scale: Array,
@@ -162,24 +146,10 @@ def qlinear_conv(
     y_scale: Array,
     y_zero: Array,
     bias: Array | None = None,
-    *,
-    kernel_shape: Any = None,
-    strides: Any = None,
-    dilations: Any = None,
-    pads: Any = None,
-    group: int = 1,
-    auto_pad: str = "NOTSET",
+    **how: Any,
 ) -> Array:
-    y = conv(
-        exact(x, x_zero, 1),
-        exact(weight, w_zero, 0),
-        None if bias is None else bias.astype("float64"),
-        strides=strides,
-        dilations=dilations,
-        pads=pads,
-        group=group,
-        auto_pad=auto_pad,
-    )
+    bias = None if bias is None else bias.astype("float64")
+    y = conv(exact(x, x_zero, 1), exact(weight, w_zero, 0), bias, **how)
     scale = x_scale.astype("float64").reshape(()) / y_scale.astype("float64").reshape(())
     y = y * (scale * _along(w_scale.astype("float64"), y, 1, 0))
     return saturated(xp_of(y).rint(y) + y_zero.reshape(()).astype("float64"), y_zero.dtype)
@@ -330,8 +300,8 @@ def imputer(
 @operator("ai.onnx.ml.OneHotEncoder")
 def one_hot_encoder(x: Array, *, cats_int64s: Sequence[int], zeros: int = 1) -> Array:
     """A column for each number; one that is none of them has none, whatever `zeros` says."""
-    each = beside(np.asarray(cats_int64s, "int64"), x)
-    return (xp_of(x).expand_dims(x.astype("int64"), -1) == each).astype("float32")
+    categories = beside(np.asarray(cats_int64s, "int64"), x)
+    return (xp_of(x).expand_dims(x.astype("int64"), -1) == categories).astype("float32")
 
 
 @operator("ai.onnx.ml.FeatureVectorizer")

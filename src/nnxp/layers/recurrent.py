@@ -26,7 +26,7 @@ class _Cell(Layer):
     gates: ClassVar[int]
     weight_x: Array
     weight_h: Array
-    bias: Array | None
+    bias: Array | None = None
 
     def _draw(
         self, inputs: int, size: int, bias: bool, rng: Rng, dtype: object, states: int
@@ -93,9 +93,6 @@ class RNNCell(_Cell):
 
     gates = 1
 
-    weight_x: Array
-    weight_h: Array
-    bias: Array | None = None
     activation: str = "tanh"
 
     def __init__(
@@ -147,9 +144,6 @@ class GRUCell(_Cell):
 
     gates = 3
 
-    weight_x: Array
-    weight_h: Array
-    bias: Array | None = None
     bias_h: Array | None = None
     reset_after: bool = True
 
@@ -203,9 +197,6 @@ class LSTMCell(_Cell):
 
     gates = 4
 
-    weight_x: Array
-    weight_h: Array
-    bias: Array | None = None
     projection: Array | None = None
 
     def __init__(
@@ -264,8 +255,8 @@ class _Stack(Layer):
     """Cells through time, in layers, each in one direction or in both."""
 
     cells: tuple[Layer, ...]
-    bidirectional: bool
-    returns: str
+    bidirectional: bool = False
+    returns: str = "sequence"
 
     def _assign(
         self, make: Any, inputs: int, layers: int, bidirectional: bool, returns: str, rng: Rng
@@ -340,10 +331,6 @@ class RNN(_Stack):
     )
     takes = ("float", "int", "float")
 
-    cells: tuple[Layer, ...]
-    bidirectional: bool = False
-    returns: str = "sequence"
-
     def __init__(
         self,
         inputs: int,
@@ -379,10 +366,6 @@ class GRU(_Stack):
     )
     takes = ("float", "int", "float")
 
-    cells: tuple[Layer, ...]
-    bidirectional: bool = False
-    returns: str = "sequence"
-
     def __init__(
         self,
         inputs: int,
@@ -417,10 +400,6 @@ class LSTM(_Stack):
         + _STACK
     )
     takes = ("float", "int", "float", "float")
-
-    cells: tuple[Layer, ...]
-    bidirectional: bool = False
-    returns: str = "sequence"
 
     def __init__(
         self,

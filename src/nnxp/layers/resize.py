@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY
 from math import isfinite
 from typing import Any
 
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
-from nnxp.kernels._windows import Padding, PerAxis, whole
+from nnxp.kernels._windows import Padding, PerAxis, is_whole
 from nnxp.kernels.resize import COORDINATES, METHODS, NEAREST, ORDERS, PAD_MODES
 from nnxp.layers._layer import Example, Layer
 
@@ -29,17 +30,14 @@ class Pad(Layer):
     """
 
     padding: Padding
-    mode: str
-    value: float
-
-    def __init__(self, padding: Padding, mode: str = "constant", value: float = 0.0) -> None:
-        self.padding, self.mode, self.value = padding, mode, value
+    mode: str = "constant"
+    value: float = 0.0
 
     def validate(self) -> None:
         _one_of("mode of Pad", self.mode, PAD_MODES)
         sides = self.padding if isinstance(self.padding, tuple | list) else (self.padding,)
         pairs = [side if isinstance(side, tuple | list) else (side, side) for side in sides]
-        if not pairs or not all(len(p) == 2 and all(whole(n, None) for n in p) for p in pairs):
+        if not pairs or not all(len(p) == 2 and all(is_whole(n, None) for n in p) for p in pairs):
             raise OptionError(
                 "padding of Pad is a whole number, or for each axis of space a number or a pair "
                 f"(before, behind), not {self.padding!r:.60}"
@@ -76,30 +74,15 @@ class Resize(Layer):
         ... align_corners   nnxp.Resize(scale=2, method="linear", coordinates="align_corners")
     """
 
-    size: tuple[int | None, ...] | None
-    scale: float | tuple[float, ...] | None
-    method: str
-    coordinates: str
-    nearest: str
-    cubic: float
-    exclude_outside: bool
-    antialias: bool
-
-    def __init__(
-        self,
-        size: tuple[int | None, ...] | None = None,
-        *,
-        scale: float | tuple[float, ...] | None = None,
-        method: str = "nearest",
-        coordinates: str = "half_pixel",
-        nearest: str = "round_prefer_floor",
-        cubic: float = -0.75,
-        exclude_outside: bool = False,
-        antialias: bool = False,
-    ) -> None:
-        self.size, self.scale, self.method = size, scale, method
-        self.coordinates, self.nearest, self.cubic = coordinates, nearest, cubic
-        self.exclude_outside, self.antialias = exclude_outside, antialias
+    size: tuple[int | None, ...] | None = None
+    _: KW_ONLY
+    scale: float | tuple[float, ...] | None = None
+    method: str = "nearest"
+    coordinates: str = "half_pixel"
+    nearest: str = "round_prefer_floor"
+    cubic: float = -0.75
+    exclude_outside: bool = False
+    antialias: bool = False
 
     def validate(self) -> None:
         _one_of("method of Resize", self.method, METHODS)
@@ -108,11 +91,10 @@ class Resize(Layer):
         if (self.size is None) == (self.scale is None):
             raise OptionError("Resize takes either a size, such as (64, 64), or scale=2")
         size = self.size if isinstance(self.size, tuple | list) else (self.size,)
-        if not all(m is None or whole(m, 1) for m in size):
+        if not all(m is None or is_whole(m, 1) for m in size):
             raise OptionError(
                 "size of Resize is a whole number for each axis of space, or None for an axis "
-                "that "
-                f"stays, not {self.size!r:.60}"
+                f"that stays, not {self.size!r:.60}"
             )
         scales = self.scale if isinstance(self.scale, tuple | list) else (self.scale or 1.0,)
         if not all(isinstance(s, int | float) and s > 0 and isfinite(s) for s in scales):
@@ -147,17 +129,14 @@ class PixelShuffle(Layer):
     """
 
     factor: PerAxis
-    order: str
-
-    def __init__(self, factor: PerAxis, order: str = "channels first") -> None:
-        self.factor, self.order = factor, order
+    order: str = "channels first"
 
     def validate(self) -> None:
         name = type(self).__name__
         _one_of(f"order of {name}", self.order, ORDERS)
         factor: Any = self.factor
         factors = factor if isinstance(factor, tuple | list) else (factor,)
-        if not factors or not all(whole(f, 1) for f in factors):
+        if not factors or not all(is_whole(f, 1) for f in factors):
             raise OptionError(f"factor of {name} is a whole number, not {factor!r:.60}")
         if isinstance(factor, list):
             self.factor = tuple(factor)

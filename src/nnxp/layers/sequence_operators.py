@@ -10,7 +10,7 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
-from nnxp.layers.operators import beside, operator, xp_of
+from nnxp.layers.operators import beside, hard_sigmoid, operator, xp_of
 from nnxp.program import traced
 
 Step = Callable[[Array, list[Array], Array, Array, Any], list[Array]]
@@ -103,41 +103,47 @@ def _by_kernel(
     return (outputs if layout else outputs.transpose(1, 2, 0, 3), *last)
 
 
-def _plain(
-    activations: Sequence[str] | None, defaults: Sequence[str], ways: int, *others: Any
-) -> bool:
-    """Whether a network has the activations of the kernels, and nothing that they have not."""
-    usual = activations is None or list(activations) == list(defaults) * ways
-    return usual and not any(option is not None and option != 0 for option in others)
+CHOSEN = "hidden_size activations activation_alpha activation_beta"
+"""The attributes that all recurrent networks have, and say what their activations are."""
+
+LSTM = ["Sigmoid", "Tanh", "Tanh"]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "Tanh": kernels.tanh,
+    "Sigmoid": kernels.sigmoid,
+    "Relu": kernels.relu,
+    "Softsign": kernels.softsign,
+    "Softplus": kernels.softplus,
+    "HardSigmoid": hard_sigmoid,
+}
 
 
-def _gates(
-    names: Sequence[str] | None, defaults: Sequence[str], way: int, alpha: Any, beta: Any
-) -> list[Callable[[Array], Array]]:
+def _names(
+    defaults: Sequence[str],
+    ways: int,
+    *,
+    hidden_size: int | None = None,
+    activations: Sequence[str] | None = None,
+    activation_alpha: Any = None,
+    activation_beta: Any = None,
+) -> list[str]:
+    """The names of the activations, those of one direction after the other's."""
+    names = list(activations or [*defaults] * ways)
+    by_numbers = activation_alpha is not None or activation_beta is not None
+    if by_numbers or not set(names) <= ACTIVATIONS.keys():
+        raise OptionError(f"recurrent activations {', '.join(names)} with alpha or beta: not known")
+    return names
+
+
+def _gates(names: list[str], count: int, way: int) -> list[Callable[[Array], Array]]:
     """The activations of one direction."""
-    count = len(defaults)
-    chosen = list(names)[way * count : (way + 1) * count] if names else list(defaults)
-    known: dict[str, Callable[[Array], Array]] = {
-        "Tanh": kernels.tanh,
-        "Sigmoid": kernels.sigmoid,
-        "Relu": kernels.relu,
-        "Softsign": kernels.softsign,
-        "Softplus": kernels.softplus,
-        "HardSigmoid": lambda x: xp_of(x).minimum(xp_of(x).maximum(0.2 * x + 0.5, 0), 1),
-    }
-    unknown = [name for name in chosen if name not in known]
-    if unknown or alpha is not None or beta is not None:
-        raise OptionError(
-            f"recurrent activations {', '.join(chosen)} with alpha or beta: not known"
-        )
-    return [known[name] for name in chosen]
+    return [ACTIVATIONS[name] for name in names[way * count : (way + 1) * count]]
 
 
 def _clipped(x: Array, clip: float | None) -> Array:
     return x if clip is None else xp_of(x).minimum(xp_of(x).maximum(x, -clip), clip)
 
 
-@operator("RNN")
+@operator("RNN", attributes=CHOSEN)
 def rnn(
     x: Array,
     w: Array,
@@ -146,19 +152,14 @@ def rnn(
     lengths: Array | None = None,
     h: Array | None = None,
     *,
-    hidden_size: int | None = None,
     direction: str = "forward",
     layout: int = 0,
-    activations: Any = None,
-    activation_alpha: Any = None,
-    activation_beta: Any = None,
     clip: float | None = None,
+    **chosen: Any,
 ) -> tuple[Array, ...]:
-    n, xp, more = r.shape[-1], xp_of(x), (activation_alpha, activation_beta, clip)
-    known = ("Tanh", kernels.tanh), ("Relu", kernels.relu)
-    names = activations or ["Tanh"] * w.shape[0]
-    activation = next((k for name, k in known if _plain(names, [name], w.shape[0], *more)), None)
-    if activation is not None:
+    n, xp, names = r.shape[-1], xp_of(x), _names(["Tanh"], len(w), **chosen)
+    if not clip and set(names) in ({"Tanh"}, {"Relu"}):
+        activation = kernels.tanh if names[0] == "Tanh" else kernels.relu
 
         def run(x: Array, w: Array, r: Array, b: Any, c: Any, back: bool, h: Any) -> Any:
             projected = kernels.linear(x, w, None if b is None else b + c)
@@ -167,7 +168,7 @@ def rnn(
         return _by_kernel(run, [0], [h], x, w, r, b, direction, layout)
 
     def one(way: int) -> Step:
-        (act,) = _gates(activations, ["Tanh"], way, activation_alpha, activation_beta)
+        (act,) = _gates(names, 1, way)
 
         def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
             z = xp.matmul(x, w) + xp.matmul(state[0], r)
@@ -178,7 +179,7 @@ def rnn(
     return recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
 
 
-@operator("GRU")
+@operator("GRU", attributes=CHOSEN)
 def gru(
     x: Array,
     w: Array,
@@ -187,17 +188,15 @@ def gru(
     lengths: Array | None = None,
     h: Array | None = None,
     *,
-    hidden_size: int | None = None,
     direction: str = "forward",
     layout: int = 0,
     linear_before_reset: int = 0,
-    activations: Any = None,
-    activation_alpha: Any = None,
-    activation_beta: Any = None,
     clip: float | None = None,
+    **chosen: Any,
 ) -> tuple[Array, ...]:
-    n, xp, more = r.shape[-1], xp_of(x), (activation_alpha, activation_beta, clip)
-    if _plain(activations, ["Sigmoid", "Tanh"], w.shape[0], *more):
+    usual = ["Sigmoid", "Tanh"]
+    n, xp, names = r.shape[-1], xp_of(x), _names(usual, len(w), **chosen)
+    if not clip and names == usual * len(w):
 
         def run(x: Array, w: Array, r: Array, b: Any, c: Any, back: bool, h: Any) -> Any:
             after = bool(linear_before_reset)
@@ -207,7 +206,7 @@ def gru(
         return _by_kernel(run, [1, 0, 2], [h], x, w, r, b, direction, layout)
 
     def one(way: int) -> Step:
-        f, g = _gates(activations, ["Sigmoid", "Tanh"], way, activation_alpha, activation_beta)
+        f, g = _gates(names, 2, way)
 
         def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
             (h,) = state
@@ -227,7 +226,7 @@ def gru(
     return recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
 
 
-@operator("LSTM")
+@operator("LSTM", attributes=CHOSEN)
 def lstm(
     x: Array,
     w: Array,
@@ -238,41 +237,38 @@ def lstm(
     c: Array | None = None,
     p: Array | None = None,
     *,
-    hidden_size: int | None = None,
     direction: str = "forward",
     layout: int = 0,
-    activations: Any = None,
-    activation_alpha: Any = None,
-    activation_beta: Any = None,
     clip: float | None = None,
     input_forget: int = 0,
+    **chosen: Any,
 ) -> tuple[Array, ...]:
-    more = activation_alpha, activation_beta, clip, input_forget
-    if p is None and _plain(activations, ["Sigmoid", "Tanh", "Tanh"], w.shape[0], *more):
+    names = _names(LSTM, len(w), **chosen)
+    if p is None and not clip and not input_forget and names == LSTM * len(w):
 
         def run(x: Array, w: Array, r: Array, b: Any, d: Any, back: bool, h: Any, c: Any) -> Any:
             projected = kernels.linear(x, w, None if b is None else b + d)
             return kernels.lstm(projected, r, None, h, c, lengths, reverse=back)
 
         return _by_kernel(run, [0, 2, 1, 3], [h, c], x, w, r, b, direction, layout)
-    step = lstm_step(r.shape[-1], p, activations, *more)
+    step = lstm_step(r.shape[-1], p, len(w), clip, input_forget, **chosen)
     return recurrent(step, [h, c], x, w, r, b, lengths, direction, layout, r.shape[-1])
 
 
 def lstm_step(
     n: int,
-    p: Array | None = None,
-    activations: Any = None,
-    alpha: Any = None,
-    beta: Any = None,
+    p: Array | None,
+    ways: int,
     clip: float | None = None,
     input_forget: int = 0,
     seen: Callable[[Array], Array] = lambda h: h,
+    **chosen: Any,
 ) -> Callable[[int], Step]:
     """The step of each direction of an LSTM, which multiplies what `seen` makes of its state."""
+    names = _names(LSTM, ways, **chosen)
 
     def one(way: int) -> Step:
-        f, g, out = _gates(activations, ["Sigmoid", "Tanh", "Tanh"], way, alpha, beta)
+        f, g, out = _gates(names, 3, way)
         peep = None if p is None else p[way]
 
         def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
@@ -427,18 +423,8 @@ def rotary(
     else:
         x = x.reshape(shape[0], shape[1], num_heads, shape[2] // num_heads)
     size = rotary_embedding_dim or x.shape[-1]
-    turned, rest = x[..., :size], x[..., size:]
     if ids is not None:
         cos, sin = (xp.take(table, beside(ids, x), axis=0) for table in (cos, sin))
     cos, sin = (xp.expand_dims(table[..., : size // 2], 2) for table in (cos, sin))
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-    else:
-        a, b = turned[..., : size // 2], turned[..., size // 2 :]
-    real, imaginary = cos * a - sin * b, sin * a + cos * b
-    if interleaved:
-        y = xp.stack([real, imaginary], axis=-1).reshape(turned.shape)
-    else:
-        y = xp.concatenate([real, imaginary], axis=-1)
-    y = xp.concatenate([y, rest], axis=-1)
+    y = kernels.rotary(x, cos, sin, interleaved=bool(interleaved))
     return y.transpose(0, 2, 1, 3) if len(shape) == 4 else y.reshape(shape)

@@ -7,6 +7,7 @@ from math import prod
 
 from nnxp._arrays import Array
 from nnxp._errors import OptionError, ShapeError
+from nnxp.kernels._windows import is_whole
 from nnxp.layers._layer import Example, Layer
 
 
@@ -35,7 +36,7 @@ class Reshape(Layer):
 
     def validate(self) -> None:
         shape = self.shape if isinstance(self.shape, tuple | list) else (self.shape,)
-        known = [n for n in shape if hasattr(type(n), "__index__") and (n > 0 or n == -1)]
+        known = [n for n in shape if is_whole(n, -1) and n]
         if len(known) != len(shape) or known.count(-1) > 1:
             raise OptionError(
                 "shape of Reshape is the sizes of a row, one of them perhaps -1, not "

@@ -84,10 +84,10 @@ SAME = {
 
 def _met(x: Any, y: Any) -> tuple[Any, Any]:
     """Whole numbers that meet floats take their type, as torch has it; NumPy would take float64."""
-    arrays = [each for each in (x, y) if is_array(each)]
-    floats = [each.dtype for each in arrays if is_floating(each.dtype)]
+    arrays = [array for array in (x, y) if is_array(array)]
+    floats = [array.dtype for array in arrays if is_floating(array.dtype)]
     if len(arrays) == 2 and len(floats) == 1:
-        x, y = (each.astype(floats[0], copy=False) for each in (x, y))
+        x, y = (array.astype(floats[0], copy=False) for array in (x, y))
     return x, y
 
 
@@ -115,25 +115,6 @@ def power(x: Any, y: Any) -> Any:
     return int(result) if isinstance(x, int) and isinstance(y, int) and y >= 0 else result
 
 
-@function("rsqrt")
-def rsqrt(x: Array) -> Array:
-    return 1 / xp_of(x).sqrt(x)
-
-
-@function("rsub")
-def rsub(x: Any, y: Any) -> Any:
-    return y - x
-
-
-FUNCTIONS["maximum"] = lambda x, y: xp_of(x).maximum(x, y)
-FUNCTIONS["minimum"] = lambda x, y: xp_of(x).minimum(x, y)
-
-
-@function("matmul")
-def matmul(x: Array, y: Array) -> Array:
-    return xp_of(x).matmul(x, y)
-
-
 @function("addmm", "baddbmm")
 def addmm(x: Array, a: Array, b: Array, *, beta: float = 1, alpha: float = 1) -> Array:
     product = xp_of(a).matmul(a, b)
@@ -144,11 +125,6 @@ def addmm(x: Array, a: Array, b: Array, *, beta: float = 1, alpha: float = 1) ->
 def einsum(subscripts: str, *operands: Any) -> Array:
     arrays = operands[0] if isinstance(operands[0], tuple | list) else operands
     return xp_of(arrays[0]).einsum(subscripts, *arrays)
-
-
-@function("linear")
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    return kernels.linear(x, weight.swapaxes(0, 1), bias)
 
 
 @function("layer_norm")
@@ -218,16 +194,6 @@ def mask_of_attention(
     return xp.broadcast_to(mask, (rows, *mask.shape[1:]))
 
 
-@function("dropout")
-def dropout(x: Array, *args: Any, **options: Any) -> Array:
-    return x
-
-
-@function("clone")
-def clone(x: Array, *args: Any, **options: Any) -> Array:
-    return x
-
-
 @function("gelu")
 def gelu(x: Array, approximate: str = "none") -> Array:
     return kernels.gelu_tanh(x) if approximate == "tanh" else kernels.gelu(x)
@@ -236,11 +202,6 @@ def gelu(x: Array, approximate: str = "none") -> Array:
 @function("leaky_relu")
 def leaky_relu(x: Array, negative_slope: float = 0.01) -> Array:
     return kernels.leaky_relu(x, negative_slope=negative_slope)
-
-
-@function("elu")
-def elu(x: Array, alpha: float = 1.0) -> Array:
-    return kernels.elu(x, alpha=alpha)
 
 
 @function("softplus")
@@ -268,19 +229,20 @@ def log_softmax(x: Array, dim: int | None = None, _stacklevel: int = 3, dtype: A
     return _along(kernels.log_softmax, x, dim, dtype)
 
 
-@function("clamp")
-def clamp(x: Array, min: Any = None, max: Any = None) -> Array:
-    return xp_of(x).clip(x, min, max)
-
-
-@function("where")
-def where(condition: Array, x: Any, y: Any) -> Array:
-    return xp_of(condition).where(condition, *_met(x, y))
-
-
-@function("masked_fill")
-def masked_fill(x: Array, mask: Array, value: Any) -> Array:
-    return xp_of(x).where(mask, value, x)
+FUNCTIONS |= {
+    "rsqrt": lambda x: 1 / xp_of(x).sqrt(x),
+    "rsub": lambda x, y: y - x,
+    "matmul": lambda x, y: xp_of(x).matmul(x, y),
+    "linear": lambda x, weight, bias=None: kernels.linear(x, weight.swapaxes(0, 1), bias),
+    "dropout": lambda x, *args, **options: x,
+    "clone": lambda x, *args, **options: x,
+    "elu": lambda x, alpha=1.0: kernels.elu(x, alpha=alpha),
+    "clamp": lambda x, min=None, max=None: xp_of(x).clip(x, min, max),
+    "where": lambda condition, x, y: xp_of(condition).where(condition, *_met(x, y)),
+    "masked_fill": lambda x, mask, value: xp_of(x).where(mask, value, x),
+    "maximum": lambda x, y: xp_of(x).maximum(x, y),
+    "minimum": lambda x, y: xp_of(x).minimum(x, y),
+}
 
 
 # sums and what else looks along axes
@@ -349,18 +311,8 @@ def cumsum(x: Array, dim: int, *, dtype: Any = None) -> Array:
 # shapes
 
 
-def _sizes(given: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
-
-
-@function("reshape")
-def reshape(x: Array, *shape: Any) -> Array:
-    return x.reshape(_sizes(shape))
-
-
-@function("view_as", "reshape_as")
-def view_as(x: Array, other: Array) -> Array:
-    return x.reshape(other.shape)
+def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
 
 
 @function("flatten")
@@ -377,36 +329,11 @@ def unflatten(x: Array, dim: int, sizes: Any) -> Array:
     return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
-@function("permute")
-def permute(x: Array, *dims: Any) -> Array:
-    return x.transpose(_sizes(dims))
-
-
-@function("transpose")
-def transpose(x: Array, a: int, b: int) -> Array:
-    return x.swapaxes(a, b)
-
-
-@function("t")
-def t(x: Array) -> Array:
-    return x.swapaxes(0, 1) if x.ndim == 2 else x
-
-
-@function("movedim")
-def movedim(x: Array, source: Any, destination: Any) -> Array:
-    return xp_of(x).moveaxis(x, source, destination)
-
-
 @function("squeeze")
 def squeeze(x: Array, dim: Any = None) -> Array:
     dims = [dim] if isinstance(dim, int) else range(x.ndim) if dim is None else dim
     ones = tuple(d % x.ndim for d in dims if x.shape[d] == 1)
     return xp_of(x).squeeze(x, ones) if ones else x
-
-
-@function("unsqueeze")
-def unsqueeze(x: Array, dim: int) -> Array:
-    return xp_of(x).expand_dims(x, dim)
 
 
 @function("expand")
@@ -417,29 +344,9 @@ def expand(x: Array, *sizes: Any) -> Array:
     return xp_of(x).broadcast_to(x, shape)
 
 
-@function("expand_as")
-def expand_as(x: Array, other: Array) -> Array:
-    return xp_of(x).broadcast_to(x, other.shape)
-
-
-@function("repeat", "tile")
-def repeat(x: Array, *times: Any) -> Array:
-    return xp_of(x).tile(x, _sizes(times))
-
-
-@function("repeat_interleave")
-def repeat_interleave(x: Array, repeats: int, dim: int | None = None) -> Array:
-    return xp_of(x).repeat(x, repeats, axis=dim)
-
-
 @function("cat")
 def cat(arrays: Any, dim: int = 0, *, axis: int | None = None) -> Array:
     return xp_of(arrays[0]).concatenate(list(arrays), axis=dim if axis is None else axis)
-
-
-@function("stack")
-def stack(arrays: Any, dim: int = 0) -> Array:
-    return xp_of(arrays[0]).stack(list(arrays), axis=dim)
 
 
 def _part(x: Array, dim: int, start: Any, stop: Any) -> Array:
@@ -455,16 +362,6 @@ def split(x: Array, sizes: Any, dim: int = 0) -> Any:
     return tuple(_part(x, dim, a, a + n) for a, n in zip(starts, sizes, strict=True))
 
 
-@function("chunk")
-def chunk(x: Array, chunks: int, dim: int = 0) -> Any:
-    return split(x, -(-x.shape[dim] // chunks), dim)
-
-
-@function("narrow")
-def narrow(x: Array, dim: int, start: int, length: int) -> Array:
-    return _part(x, dim, start, start + length)
-
-
 @function("select")
 def select(x: Array, dim: int, index: int) -> Array:
     return x[(slice(None),) * (dim % x.ndim) + (index,)]
@@ -475,30 +372,11 @@ def unbind(x: Array, dim: int = 0) -> Any:
     return tuple(select(x, dim, i) for i in range(x.shape[dim]))
 
 
-@function("getitem")
-def getitem(x: Any, key: Any) -> Any:
-    return x[tuple(key) if isinstance(key, tuple | list) else key]
-
-
 @function("setitem")
 def setitem(x: Array, key: Any, value: Any) -> Array:
     y = x.copy()
     y[tuple(key) if isinstance(key, tuple | list) else key] = value
     return y
-
-
-@function("flip")
-def flip(x: Array, *dims: Any) -> Array:
-    return xp_of(x).flip(x, _sizes(dims))
-
-
-@function("roll")
-def roll(x: Array, shifts: Any, dims: Any = None) -> Array:
-    return xp_of(x).roll(x, shifts, axis=dims)
-
-
-FUNCTIONS["tril"] = lambda x, diagonal=0: xp_of(x).tril(x, diagonal)
-FUNCTIONS["triu"] = lambda x, diagonal=0: xp_of(x).triu(x, diagonal)
 
 
 @function("pad")
@@ -510,12 +388,31 @@ def pad(x: Array, pads: Any, mode: str = "constant", value: float | None = None)
     return xp_of(x).pad(x, widths, mode={"replicate": "edge", "circular": "wrap"}.get(mode, mode))
 
 
+FUNCTIONS |= {
+    "reshape": lambda x, *shape: x.reshape(_sizes(shape)),
+    "view_as": lambda x, other: x.reshape(other.shape),
+    "permute": lambda x, *dims: x.transpose(_sizes(dims)),
+    "transpose": lambda x, a, b: x.swapaxes(a, b),
+    "t": lambda x: x.swapaxes(0, 1) if x.ndim == 2 else x,
+    "movedim": lambda x, source, destination: xp_of(x).moveaxis(x, source, destination),
+    "reshape_as": lambda x, other: x.reshape(other.shape),
+    "unsqueeze": lambda x, dim: xp_of(x).expand_dims(x, dim),
+    "expand_as": lambda x, other: xp_of(x).broadcast_to(x, other.shape),
+    "repeat": lambda x, *times: xp_of(x).tile(x, _sizes(times)),
+    "tile": lambda x, *times: xp_of(x).tile(x, _sizes(times)),
+    "repeat_interleave": lambda x, repeats, dim=None: xp_of(x).repeat(x, repeats, axis=dim),
+    "stack": lambda arrays, dim=0: xp_of(arrays[0]).stack(list(arrays), axis=dim),
+    "chunk": lambda x, chunks, dim=0: split(x, -(-x.shape[dim] // chunks), dim),
+    "narrow": lambda x, dim, start, length: _part(x, dim, start, start + length),
+    "getitem": lambda x, key: x[tuple(key) if isinstance(key, tuple | list) else key],
+    "flip": lambda x, *dims: xp_of(x).flip(x, _sizes(dims)),
+    "roll": lambda x, shifts, dims=None: xp_of(x).roll(x, shifts, axis=dims),
+    "tril": lambda x, diagonal=0: xp_of(x).tril(x, diagonal),
+    "triu": lambda x, diagonal=0: xp_of(x).triu(x, diagonal),
+}
+
+
 # what an array tells of itself, and its type
-
-
-@function("size")
-def size(x: Array, dim: int | None = None) -> Any:
-    return tuple(x.shape) if dim is None else x.shape[dim]
 
 
 ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
@@ -531,35 +428,15 @@ ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
 """Attributes of a tensor, and of what `max` along an axis answers."""
 
 
-@function("getattr")
-def attribute(x: Any, name: str) -> Any:
-    return ATTRIBUTES[name](x)
-
-
-@function("dim", "ndimension")
-def dim(x: Array) -> int:
-    return int(x.ndim)
-
-
-@function("numel")
-def numel(x: Array) -> int:
-    return int(x.size)
-
-
 @function("to")
 def to(x: Array, *args: Any, **options: Any) -> Array:
     """Only the type counts: where an array is, the model says."""
-    for each in (*args, options.get("dtype")):
-        if is_array(each):
-            return x.astype(each.dtype, copy=False)
-        if isinstance(each, np.dtype) or (isinstance(each, str) and each.startswith("torch.")):
-            return x.astype(_dtype(each), copy=False)
+    for value in (*args, options.get("dtype")):
+        if is_array(value):
+            return x.astype(value.dtype, copy=False)
+        if isinstance(value, np.dtype) or (isinstance(value, str) and value.startswith("torch.")):
+            return x.astype(_dtype(value), copy=False)
     return x
-
-
-@function("type_as")
-def type_as(x: Array, other: Array) -> Array:
-    return x.astype(other.dtype, copy=False)
 
 
 def _to(kind: str) -> Callable[..., Any]:
@@ -571,6 +448,16 @@ for _name, _kind in {
     "bool": "bool",
 }.items():  # fmt: skip
     FUNCTIONS[_name] = _to(_kind)
+
+
+FUNCTIONS |= {
+    "size": lambda x, dim=None: tuple(x.shape) if dim is None else x.shape[dim],
+    "getattr": lambda x, name: ATTRIBUTES[name](x),
+    "dim": lambda x: int(x.ndim),
+    "ndimension": lambda x: int(x.ndim),
+    "numel": lambda x: int(x.size),
+    "type_as": lambda x, other: x.astype(other.dtype, copy=False),
+}
 
 
 # arrays from nothing
@@ -587,7 +474,7 @@ def maker(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @maker("arange")
 def arange(xp: Any, *bounds: Any, dtype: Any = None, device: Any = None, **other: Any) -> Array:
     start, stop, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
-    whole = all(isinstance(each, int) for each in (start, stop, step))
+    whole = all(isinstance(bound, int) for bound in (start, stop, step))
     return xp.arange(start, stop, step, dtype=_dtype(dtype) or ("int64" if whole else "float32"))
 
 
@@ -609,19 +496,15 @@ def full(
     return xp.full(shape, value, dtype=_dtype(dtype) or default)
 
 
-@function("zeros_like")
-def zeros_like(x: Array, *, dtype: Any = None, **other: Any) -> Array:
-    return xp_of(x).zeros_like(x, dtype=_dtype(dtype))
-
-
-@function("ones_like")
-def ones_like(x: Array, *, dtype: Any = None, **other: Any) -> Array:
-    return xp_of(x).ones_like(x, dtype=_dtype(dtype))
-
-
 @function("full_like")
 def full_like(x: Array, value: Any, *, dtype: Any = None, **other: Any) -> Array:
     return xp_of(x).full_like(x, value, dtype=_dtype(dtype))
+
+
+FUNCTIONS |= {
+    "zeros_like": lambda x, *, dtype=None, **other: xp_of(x).zeros_like(x, dtype=_dtype(dtype)),
+    "ones_like": lambda x, *, dtype=None, **other: xp_of(x).ones_like(x, dtype=_dtype(dtype)),
+}
 
 
 def known(name: str) -> str:
@@ -632,4 +515,4 @@ def known(name: str) -> str:
 
 def library_of(arrays: Any) -> Any:
     """The library of the first array among values of a graph."""
-    return get_array_module(next((each for each in arrays if is_array(each)), None))
+    return get_array_module(next((array for array in arrays if is_array(array)), None))

@@ -18,12 +18,24 @@ from nnxp._arrays import Array, HostArray, is_floating
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels import Kernel
 from nnxp.kernels._windows import Windows, padded, patches, windows
+from nnxp.kernels.resize import keys_weight
 from nnxp.layers.operators import beside, channels_last, ints, library_of_shape, operator, xp_of
 
 _NAMED = {"SAME_UPPER": "same", "SAME_LOWER": "same_lower", "VALID": "valid"}
 
 
-def _moved(axes: int, strides: Any, dilations: Any, pads: Any, auto_pad: str) -> dict[str, Any]:
+MOVES = "strides dilations pads auto_pad"
+"""The attributes of what looks through windows."""
+
+
+def _moved(
+    axes: int,
+    *,
+    strides: Any = None,
+    dilations: Any = None,
+    pads: Any = None,
+    auto_pad: str = "NOTSET",
+) -> dict[str, Any]:
     """How windows move over space, as options of a kernel."""
     ends = list(pads or [0] * 2 * axes)
     return {
@@ -33,47 +45,42 @@ def _moved(axes: int, strides: Any, dilations: Any, pads: Any, auto_pad: str) ->
     }
 
 
-@operator("Conv", as_is=True)
+@operator("Conv", attributes=MOVES, as_is=True)
 def conv(
     x: Array,
     weight: Array,
     bias: Array | None = None,
     *,
     kernel_shape: Any = None,
-    strides: Any = None,
-    dilations: Any = None,
-    pads: Any = None,
     group: int = 1,
-    auto_pad: str = "NOTSET",
+    **moves: Any,
 ) -> Array:
     if x.shape[1] != weight.shape[1] * group or weight.shape[0] % group:
         raise ShapeError(f"Conv of {x.shape} with {weight.shape} in {group} groups")
     axes = weight.ndim - 2
     window = weight.transpose((*range(2, axes + 2), 1, 0))
-    options = _moved(axes, strides, dilations, pads, auto_pad) | {"groups": group}
+    options = _moved(axes, **moves) | {"groups": group}
     return channels_last(lambda x: kernels.conv(x, window, bias, **options), x)
 
 
-@operator("ConvTranspose", as_is=True)
+@operator("ConvTranspose", attributes=MOVES, as_is=True)
 def conv_transpose(
     x: Array,
     weight: Array,
     bias: Array | None = None,
     *,
     kernel_shape: Any = None,
-    strides: Any = None,
-    dilations: Any = None,
-    pads: Any = None,
     group: int = 1,
     auto_pad: str = "NOTSET",
     output_padding: Any = None,
     output_shape: Any = None,
+    **moves: Any,
 ) -> Array:
     c, outputs, *size = weight.shape
     if x.shape[1] != c or c % group:
         raise ShapeError(f"ConvTranspose of {x.shape} with {weight.shape} in {group} groups")
     axes = len(size)
-    options = _moved(axes, strides, dilations, pads, auto_pad)
+    options = _moved(axes, auto_pad=auto_pad, **moves)
     more = list(output_padding or [0] * axes)
     if output_shape or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
         steps = options["stride"]
@@ -98,10 +105,13 @@ def conv_transpose(
 # Pools
 
 
-def _over(kernel_shape: Any, ceil_mode: int, *how: Any) -> dict[str, Any]:
+POOL = f"kernel_shape ceil_mode {MOVES}"
+
+
+def _over(*, kernel_shape: Any, ceil_mode: int = 0, **moves: Any) -> dict[str, Any]:
     """The windows of a pool, and how they move, as options of a kernel."""
     size = tuple(kernel_shape)
-    return {"window": size, "ceil_mode": bool(ceil_mode), **_moved(len(size), *how)}
+    return {"window": size, "ceil_mode": bool(ceil_mode), **_moved(len(size), **moves)}
 
 
 def _pooled(kernel: Kernel, x: Array, **options: Any) -> Array:
@@ -111,20 +121,9 @@ def _pooled(kernel: Kernel, x: Array, **options: Any) -> Array:
     return _pooled(kernel, x.astype("float64"), **options).astype(x.dtype)
 
 
-@operator("MaxPool", as_is=True)
-def max_pool(
-    x: Array,
-    *,
-    kernel_shape: Any,
-    strides: Any = None,
-    dilations: Any = None,
-    pads: Any = None,
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    storage_order: int = 0,
-    count: int,
-) -> Any:
-    options = _over(kernel_shape, ceil_mode, strides, dilations, pads, auto_pad)
+@operator("MaxPool", attributes=POOL, as_is=True)
+def max_pool(x: Array, *, storage_order: int = 0, count: int, **how: Any) -> Any:
+    options = _over(**how)
     y = _pooled(kernels.max_pool, x, **options)
     if count == 1:
         return y
@@ -152,37 +151,15 @@ def _largest(x: Array, over: Windows, storage_order: int) -> Array:
     return xp_of(x).take(beside(inner, x), at, axis=0) + beside(outer, x)
 
 
-@operator("AveragePool", as_is=True)
-def average_pool(
-    x: Array,
-    *,
-    kernel_shape: Any,
-    strides: Any = None,
-    dilations: Any = None,
-    pads: Any = None,
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    count_include_pad: int = 0,
-) -> Array:
-    options = _over(kernel_shape, ceil_mode, strides, dilations, pads, auto_pad)
+@operator("AveragePool", attributes=POOL, as_is=True)
+def average_pool(x: Array, *, count_include_pad: int = 0, **how: Any) -> Array:
     counted = bool(count_include_pad)
-    return _pooled(kernels.average_pool, x, count_include_pad=counted, **options)
+    return _pooled(kernels.average_pool, x, count_include_pad=counted, **_over(**how))
 
 
-@operator("LpPool", as_is=True)
-def lp_pool(
-    x: Array,
-    *,
-    kernel_shape: Any,
-    strides: Any = None,
-    dilations: Any = None,
-    pads: Any = None,
-    auto_pad: str = "NOTSET",
-    ceil_mode: int = 0,
-    p: int = 2,
-) -> Array:
-    options = _over(kernel_shape, ceil_mode, strides, dilations, pads, auto_pad)
-    return _pooled(kernels.lp_pool, x, p=p, **options)
+@operator("LpPool", attributes=POOL, as_is=True)
+def lp_pool(x: Array, *, p: int = 2, **how: Any) -> Array:
+    return _pooled(kernels.lp_pool, x, p=p, **_over(**how))
 
 
 @operator("GlobalAveragePool GlobalMaxPool", as_is=True)
@@ -382,8 +359,8 @@ def _taps(
         weights = {0: xp.ones_like(at)}
     elif mode == "linear":
         weights = {0: 1 - apart, 1: apart}
-    else:  # of cubic convolution, by a = -0.75   [Keys 1981, doi:10.1109/TASSP.1981.1163711]
-        weights = {k: _cubic(xp.absolute(apart - k), abs(k - 0.5) < 1) for k in (-1, 0, 1, 2)}
+    else:
+        weights = {k: keys_weight(xp, xp.absolute(apart - k), -0.75) for k in (-1, 0, 1, 2)}
     taps = []
     for k, weight in weights.items():
         place = first + k
@@ -393,12 +370,6 @@ def _taps(
             place = _reflected(place, low, high)
         taps.append((xp.clip(place, 0, size - 1).astype("int64"), weight, size))
     return taps
-
-
-def _cubic(d: Array, near: bool, a: float = -0.75) -> Array:
-    if near:
-        return ((a + 2) * d - (a + 3)) * d * d + 1
-    return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
 
 
 def _reflected(at: Array, low: float, high: float) -> Array:

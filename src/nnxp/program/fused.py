@@ -11,10 +11,9 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import is_floating, xp_of
 from nnxp.kernels._windows import windows
-from nnxp.kernels.activations import ELEMENTWISE as ACTIVATIONS
+from nnxp.kernels.activations import ELEMENTWISE
 from nnxp.kernels.formula import (
     CHOICE,
-    ELEMENTWISE,
     OF_BOOLEANS,
     OF_COMPARISONS,
     OF_FLOATS,
@@ -41,15 +40,15 @@ def fused(program: Program) -> Program:
     if not runs:
         return program
     member = {step for run in runs.values() for step in run}
-    given: dict[Step, tuple[Any, ...]] = {}
+    arrays_of: dict[Step, tuple[Any, ...]] = {}
     formulas: dict[str, Formula] = {}  # equal ones are one, as those of a recurrence are
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         if step in member:
-            given[step] = arrays
+            arrays_of[step] = arrays
         if step not in runs:
             return again(step, arrays)
-        read, lines = _written(runs[step], given)
+        read, lines = _written(runs[step], arrays_of)
         formula = formulas.setdefault(repr(lines), Formula(lines))
         return record(elementwise, read, {"formula": formula})
 
@@ -92,10 +91,15 @@ def _runs(program: Program) -> dict[Step, list[Step]]:
 
 def _fits(step: Step, last: Step) -> bool:
     """Whether a step may be in a run that ends with this one."""
-    (made,), of = step.outputs[:1], last.outputs[0]
-    if step.several or made.shape != of.shape or not is_floating(of.dtype) or of.dtype.itemsize > 4:
+    (result,), of = step.outputs[:1], last.outputs[0]
+    if (
+        step.several
+        or result.shape != of.shape
+        or not is_floating(of.dtype)
+        or of.dtype.itemsize > 4
+    ):
         return False
-    if any(each.dtype not in (of.dtype, BOOL) for each in (made, *step.values)):
+    if any(value.dtype not in (of.dtype, BOOL) for value in (result, *step.values)):
         return False
     if not all(isinstance(x, Value | int | float) for x in step.inputs):
         return False
@@ -106,12 +110,12 @@ def _fits(step: Step, last: Step) -> bool:
     if step.options or not isinstance(function, str):
         return False
     if function == CHOICE:
-        return boolean[0] and made.dtype == of.dtype
+        return boolean[0] and result.dtype == of.dtype
     if function in OF_BOOLEANS:
         return all(boolean)
     if function in OF_COMPARISONS:
         return not all(boolean)
-    return function in OF_FLOATS and made.dtype == of.dtype
+    return function in OF_FLOATS and result.dtype == of.dtype
 
 
 def _is_boolean(x: Any) -> bool:
@@ -121,26 +125,26 @@ def _is_boolean(x: Any) -> bool:
 def _reads(run: list[Step], last: Step) -> bool:
     """Whether one of the arrays that a run reads is as large as its result, and they are few."""
     read = set(_read(run))
-    made = last.outputs[0]
-    like = any((x.shape, x.dtype) == (made.shape, made.dtype) for x in read)
+    result = last.outputs[0]
+    like = any((x.shape, x.dtype) == (result.shape, result.dtype) for x in read)
     return like and len(read) <= MOST_ARRAYS
 
 
 def _read(run: list[Step]) -> list[Value]:
     """What a run reads, each once."""
-    made = {step.outputs[0] for step in run}
-    return [x for x in dict.fromkeys(x for step in run for x in step.values) if x not in made]
+    results = {step.outputs[0] for step in run}
+    return [x for x in dict.fromkeys(x for step in run for x in step.values) if x not in results]
 
 
 def _written(
-    run: list[Step], given: dict[Step, tuple[Any, ...]]
+    run: list[Step], arrays_of: dict[Step, tuple[Any, ...]]
 ) -> tuple[tuple[Any, ...], tuple[Line, ...]]:
     """What a run reads, of the arrays that its steps were given, and its lines."""
     result = run[-1].outputs[0]
     now = {
         value: array
         for step in run
-        for value, array in zip(step.inputs, given[step], strict=True)
+        for value, array in zip(step.inputs, arrays_of[step], strict=True)
         if isinstance(value, Value)
     }
     read = _read(run)
@@ -167,26 +171,26 @@ def as_counted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[st
     if kernel not in WINDOWED or x.dtype.name not in TYPES or x.ndim > 5:
         return kernel.widened(*arrays, **options)
     window = options["window"] if weight is None else weight.shape[:-2]
-    given = {k: v for k, v in options.items() if k in ("padding", "dilation", "ceil_mode")}
+    chosen = {k: v for k, v in options.items() if k in ("padding", "dilation", "ceil_mode")}
     stride = options.get("stride") or (window if weight is None else 1)
-    over = windows(kernel.__name__, x, window, stride=stride, **given)
+    over = windows(kernel.__name__, x, window, stride=stride, **chosen)
     activation = options.get("activation", kernels.identity)
     if min(map(min, over.pads)) < 0:
         return kernel.widened(*arrays, **options)
     if weight is None:
         return _new(x, (x.shape[0], *over.positions, x.shape[-1]), x.dtype)
     outputs, groups = weight.shape[-1], options.get("groups", 1)
-    if groups > 1 and (weight.shape[-2] > 1 or activation not in ACTIVATIONS):
+    if groups > 1 and (weight.shape[-2] > 1 or activation not in ELEMENTWISE):
         return kernel.widened(*arrays, **options)
     if groups > 1:
         return _new(x, (x.shape[0], *over.positions, outputs), x.dtype)
-    inner, size, made = prod(weight.shape[:-1]), x.dtype.itemsize, (x.shape[0], *over.positions)
+    inner, size, lead = prod(weight.shape[:-1]), x.dtype.itemsize, (x.shape[0], *over.positions)
     columns = inner
     if set(over.window + over.stride) != {1} or any(map(any, over.pads)):
         columns = -(-inner * size // 16) * 16 // size  # as tensor cores want them
-        lines = _new(x, (*made, columns), x.dtype)
+        lines = _new(x, (*lead, columns), x.dtype)
     else:
-        lines = x.reshape(*made, inner)
+        lines = x.reshape(*lead, inner)
     wide = outputs if outputs * size % 16 == 0 else -(-outputs // 16) * 16
     one = x[(slice(0, 1),) * x.ndim].reshape(1, 1)
     twice = _new(one, (columns, 2 * wide), "float32")  # weights that are widened, in both ways

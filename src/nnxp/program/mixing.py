@@ -8,7 +8,7 @@ from typing import Any
 from nnxp._arrays import Shape
 from nnxp._library import KINDS
 from nnxp.kernels._dispatch import Kernel
-from nnxp.kernels.functions import einsum_terms
+from nnxp.kernels.functions import einsum_terms, met_axes
 from nnxp.program.program import Program, expanded, shape_text
 from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows, full_index, record
 
@@ -129,11 +129,9 @@ def _einsum_mixes(step: Step) -> bool:
 
 
 def _tensordot_mixes(step: Step) -> bool:
-    a = step.values[0]
-    axes = step.options.get("axes", 2)
-    left = axes[0] if isinstance(axes, tuple | list) else range(len(a.shape) - axes, len(a.shape))
-    left = left if isinstance(left, tuple | list | range) else [left]
-    return any(counts_rows(a.shape[axis]) for axis in left)
+    a, b = (value.shape for value in step.values)
+    met, _ = met_axes(step.options.get("axes", 2), len(a), len(b))
+    return any(counts_rows(a[axis]) for axis in met)
 
 
 def _tile_mixes(step: Step) -> bool:

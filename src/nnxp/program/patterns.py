@@ -44,16 +44,16 @@ def kernel_for(step: Step, arrays: tuple[Any, ...]) -> Any:
     if not isinstance(step.function, str | kernels.Kernel) or step.outputs[0].dtype.kind != "f":
         return None
     for seen in _PATTERNS.get(step.function, ()):
-        made = seen(step, *arrays)
-        if made is not None:
-            return made
+        result = seen(step, *arrays)
+        if result is not None:
+            return result
     return None
 
 
 # looking back
 
 
-def _made_by(x: Any, *functions: Any) -> tuple[Any, ...] | None:
+def _inputs_by(x: Any, *functions: Any) -> tuple[Any, ...] | None:
     """The inputs of the step that made x, if it is one of these functions."""
     step = _step(x)
     return tuple(map(lifted, step.inputs)) if step and step.function in functions else None
@@ -87,10 +87,10 @@ def _polynomial(y: Any, variables: tuple[Any, ...], depth: int = DEPTH) -> Polyn
     step = _step(y)
     if step is None or depth == 0 or step.function not in _ALGEBRA:
         return None
-    parts = [_polynomial(lifted(each), variables, depth - 1) for each in step.inputs]
-    known = [each for each in parts if each is not None]
-    made = _ALGEBRA[step.function](*known) if len(known) == len(parts) else None
-    return made if made is not None and len(made) <= MOST_TERMS else None
+    parts = [_polynomial(lifted(factor), variables, depth - 1) for factor in step.inputs]
+    known = [part for part in parts if part is not None]
+    polynomial = _ALGEBRA[step.function](*known) if len(known) == len(parts) else None
+    return polynomial if polynomial is not None and len(polynomial) <= MOST_TERMS else None
 
 
 def _sum(a: Polynomial, b: Polynomial, sign: float = 1.0) -> Polynomial:
@@ -98,11 +98,11 @@ def _sum(a: Polynomial, b: Polynomial, sign: float = 1.0) -> Polynomial:
 
 
 def _times(a: Polynomial, b: Polynomial) -> Polynomial:
-    made: Polynomial = {}
+    polynomial: Polynomial = {}
     for (p, x), (q, y) in product(a.items(), b.items()):
         powers = tuple(i + j for i, j in zip(p, q, strict=True))
-        made[powers] = made.get(powers, 0.0) + x * y
-    return made
+        polynomial[powers] = polynomial.get(powers, 0.0) + x * y
+    return polynomial
 
 
 def _constant(a: Polynomial) -> float:
@@ -128,15 +128,15 @@ _ALGEBRA: dict[Any, Callable[..., Polynomial | None]] = {
 }
 
 
-def _is(found: Polynomial | None, wanted: Polynomial, dtype: np.dtype[Any]) -> bool:
+def _is(polynomial: Polynomial | None, wanted: Polynomial, dtype: np.dtype[Any]) -> bool:
     """Whether a polynomial is this one, up to a rounding of its coefficients."""
-    if found is None:
+    if polynomial is None:
         return False
     rounding = 4 * float(np.finfo(dtype).eps)
-    powers = found.keys() | wanted.keys()
     return all(
-        abs(found.get(each, 0.0) - wanted.get(each, 0.0)) <= rounding * abs(wanted.get(each, 0.0))
-        for each in powers
+        abs(polynomial.get(term, 0.0) - wanted.get(term, 0.0))
+        <= rounding * abs(wanted.get(term, 0.0))
+        for term in polynomial.keys() | wanted.keys()
     )
 
 
@@ -146,7 +146,7 @@ def _behind(x: Any, depth: int = DEPTH) -> Iterator[Any]:
     for _ in range(depth):
         yield from layer
         steps = [step for step in map(_step, layer) if step and step.function in _ALGEBRA]
-        layer = [lifted(each) for step in steps for each in step.values if each.numbers is None]
+        layer = [lifted(value) for step in steps for value in step.values if value.numbers is None]
         if len(layer) > MOST_TERMS:
             return
 
@@ -172,20 +172,20 @@ _INNER = {function for _, functions, _, _ in _GATES for function in functions}
 @pattern("multiply", "divide")
 def _gated(step: Step, *arrays: Any) -> Any:
     """GELU, by the error function and by tanh, SiLU and hard swish."""
-    found = [s for x in arrays for s in _behind(x, 4) if _named(s) in _INNER]
-    return next((made for s in found if (made := _gated_by(s, step, arrays)) is not None), None)
+    steps = [s for x in arrays for s in _behind(x, 4) if _named(s) in _INNER]
+    return next((result for s in steps if (result := _gated_by(s, step, arrays)) is not None), None)
 
 
 def _gated_by(inner: Any, step: Step, arrays: tuple[Any, ...]) -> Any:
     """The kernel that makes the step's result of some x, and of this function of x."""
     function, outline = _named(inner), step.outputs[0]
-    argument, *limits = _made_by(inner, function) or (None,)
+    argument, *limits = _inputs_by(inner, function) or (None,)
     if function == "clip" and [*map(_number, limits)] != [0.0, 6.0]:
         return None
     for x in _behind(argument):
         if x.shape != outline.shape or x.dtype != outline.dtype:
             continue
-        parts = [_polynomial(each, (x, inner)) for each in arrays]
+        parts = [_polynomial(array, (x, inner)) for array in arrays]
         whole = None if None in parts else _ALGEBRA[step.function](*parts)
         for kernel, functions, of_x, of_both in _GATES:
             fits = function in functions and _is(_polynomial(argument, (x,)), of_x, x.dtype)
@@ -213,17 +213,17 @@ def _norm(step: Step, x: Any, by: Any) -> Any:
     for top, below in ((x, by), (by, x)) if step.function == "multiply" else ((x, by),):
         if step.function == "multiply":
             below = _inverse(below)
-        (root,) = _made_by(below, "sqrt") or (None,)
-        terms = _made_by(root, "add") or ()
+        (root,) = _inputs_by(below, "sqrt") or (None,)
+        terms = _inputs_by(root, "add") or ()
         eps = [number for number in map(_number, terms) if number is not None]
-        means = [each for each in terms if _number(each) is None]
+        means = [term for term in terms if _number(term) is None]
         if len(eps) != 1 or len(means) != 1 or not isinstance(top, ndarray):
             continue
         if step.outputs[0].shape != top.shape:
             continue
         squared = _mean_of(means[0])
         if _is(_polynomial(squared, (top,)), {(2,): 1.0}, top.dtype):
-            whole, mean = _made_by(top, "subtract") or (None, None)
+            whole, mean = _inputs_by(top, "subtract") or (None, None)
             if whole is not None and _same(_mean_of(mean), whole):
                 return _noted(kernels.layer_norm, whole, eps=eps[0])
             return _noted(kernels.rms_norm, top, eps=eps[0])
@@ -232,8 +232,8 @@ def _norm(step: Step, x: Any, by: Any) -> Any:
 
 def _inverse(x: Any) -> Any:
     """What x is 1 over."""
-    one, below = _made_by(x, "divide") or (None, None)
-    (inverse,) = _made_by(x, "reciprocal") or (below if _number(one) == 1 else None,)
+    one, below = _inputs_by(x, "divide") or (None, None)
+    (inverse,) = _inputs_by(x, "reciprocal") or (below if _number(one) == 1 else None,)
     return inverse
 
 
@@ -251,17 +251,17 @@ def _mean_of(x: Any) -> Any:
 def _gain_or_bias(step: Step, x: Any, y: Any) -> Any:
     """The gain and the bias of a norm that has none."""
     for norm, vector in ((x, y), (y, x)):
-        made = _step(norm)
-        if made is None or made.function not in (kernels.layer_norm, kernels.rms_norm):
+        norm_step = _step(norm)
+        if norm_step is None or norm_step.function not in (kernels.layer_norm, kernels.rms_norm):
             continue
         if not is_constant(vector) or vector.shape != norm.shape[-1:] or vector.dtype != norm.dtype:
             continue
-        inputs = tuple(map(lifted, made.inputs))
+        inputs = tuple(map(lifted, norm_step.inputs))
         whole, gain, bias = (*inputs, None, None)[:3]
         if step.function == "multiply" and gain is None and bias is None:
-            return _noted(made.function, whole, vector, **made.options)
-        if step.function == "add" and bias is None and made.function is kernels.layer_norm:
-            return _noted(made.function, whole, gain, vector, **made.options)
+            return _noted(norm_step.function, whole, vector, **norm_step.options)
+        if step.function == "add" and bias is None and norm_step.function is kernels.layer_norm:
+            return _noted(norm_step.function, whole, gain, vector, **norm_step.options)
     return None
 
 
@@ -274,29 +274,29 @@ def _attention(step: Step, weights: Any, v: Any) -> Any:
 
     Of a query that may look nowhere the softmax is NaN, and attention 0.
     """
-    (scores,) = _made_by(weights, kernels.softmax) or (None,)
+    (scores,) = _inputs_by(weights, kernels.softmax) or (None,)
     if scores is None:
         return None
     mask = None
-    if terms := _made_by(scores, "add"):
+    if terms := _inputs_by(scores, "add"):
         scores, mask = terms if _scaled_product(terms[0]) else terms[::-1]
     scale, factors = _scaled_product(scores) or (0.0, None)
     if factors is None:
         return None
     q, k = factors[0], factors[1].swapaxes(-1, -2)
-    shapes = {each.shape[:-2] for each in (q, k, v)}
+    shapes = {array.shape[:-2] for array in (q, k, v)}
     if q.ndim < 3 or len(shapes) > 1 or step.outputs[0].shape != (*q.shape[:-1], v.shape[-1]):
         return None
     if mask is not None and (not isinstance(mask, ndarray) or mask.dtype != q.dtype):
         return None
-    given = (q, k, v) if mask is None else (q, k, v, mask)
-    return _noted(kernels.attention, *given, scale=scale, **step.options)
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    return _noted(kernels.attention, *inputs, scale=scale, **step.options)
 
 
 def _scaled_product(x: Any) -> tuple[float, tuple[Any, ...]] | None:
     """The factors of a product of matrices, and a number that it is multiplied by."""
     for part in _behind(x, 3):
-        factors = _made_by(part, "matmul", kernels.matmul)
+        factors = _inputs_by(part, "matmul", kernels.matmul)
         if factors is not None:
             number = (_polynomial(x, (part,)) or {}).get((1,))
             return None if number is None else (number, factors)

@@ -14,6 +14,7 @@ from nnxp import kernels
 from nnxp._arrays import HostArray, is_array, is_floating, xp_of
 from nnxp._library import KINDS
 from nnxp.kernels._windows import windows
+from nnxp.kernels.activations import ELEMENTWISE
 from nnxp.program.patterns import kernel_for
 from nnxp.program.program import Program, expanded, multiply_adds, replay, trace
 from nnxp.program.traced import (
@@ -31,10 +32,6 @@ from nnxp.program.traced import (
 
 CENTRING = (kernels.standardize, kernels.batch_norm)
 """Kernels that take away from the rows what is large in them."""
-WITH_PRECISION = (
-    kernels.linear, kernels.matmul, kernels.conv, kernels.conv_transpose, kernels.attention,
-)  # fmt: skip
-"""Kernels that are told of the precision of their products."""
 
 
 def with_products(program: Program, precision: str | None = None) -> Program:
@@ -44,8 +41,8 @@ def with_products(program: Program, precision: str | None = None) -> Program:
     """
 
     def noted(kernel: kernels.Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if kernel in WITH_PRECISION:
-            return record(kernel, arrays, options | given)
+        if kernel.takes_precision:
+            return record(kernel, arrays, options | chosen)
         step = Step(kernel, tuple(map(value_of, arrays)), options, "")
         if multiply_adds(step):
             return kernel.widened(*arrays, **options)
@@ -56,10 +53,10 @@ def with_products(program: Program, precision: str | None = None) -> Program:
             x, weight = arrays
             kernel = (weight.ndim == 2 and x.ndim > 0) or min(x.ndim, weight.ndim) > 2
             if kernel and x.dtype == weight.dtype and is_floating(x.dtype):
-                return record(kernels.matmul, arrays, step.options | given)
+                return record(kernels.matmul, arrays, step.options | chosen)
         return again(step, arrays)
 
-    given = {} if precision is None else {"precision": precision}
+    chosen = {} if precision is None else {"precision": precision}
     if precision is not None:
         program = expanded(program, noted)
     elif not any(step.function == "matmul" for step in program.steps):
@@ -116,15 +113,15 @@ def optimized(program: Program) -> Program:
         return uses[value] == 1
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
-        made = _reordered(step, arrays)
-        if made is None and step.function in RULES:
+        changed = _reordered(step, arrays)
+        if changed is None and step.function in RULES:
             for i in (0, 1) if step.function == "add" else (0,):
                 x = step.inputs[i]
                 product = _product(arrays[i]) if isinstance(x, Value) and lone(x) else None
-                if product is not None and made is None:
+                if product is not None and changed is None:
                     others = arrays[:i] + arrays[i + 1 :]
-                    made = RULES[step.function](product, step, *others)
-        return again(step, arrays) if made is None else made
+                    changed = RULES[step.function](product, step, *others)
+        return again(step, arrays) if changed is None else changed
 
     def moved(step: Step, arrays: tuple[Any, ...]) -> Any:
         """The step on arrays whose axes are in the order of what they were made of."""
@@ -138,24 +135,22 @@ def optimized(program: Program) -> Program:
             return change(step, arrays)
         if step.name == "concatenate":
             along = {"axis": axes[step.options.get("axis", 0)]}
-            made = record("concatenate", tuple(parts), along)
+            result = record("concatenate", tuple(parts), along)
         else:
-            made = change(step, tuple(parts))
-        return record("transpose", (made,), {"axes": axes})
+            result = change(step, tuple(parts))
+        return record("transpose", (result,), {"axes": axes})
 
     return rewritten(program, moved, program.inputs)
 
 
 def _seen(step: Step, arrays: tuple[Any, ...]) -> Any:
     """The step, or the kernel that is written out by it and by what is before it."""
-    made = kernel_for(step, arrays)
-    return again(step, arrays) if made is None else made
+    result = kernel_for(step, arrays)
+    return again(step, arrays) if result is None else result
 
 
 ORDERS = ("transpose", "moveaxis", "swapaxes")
 """Functions that order axes otherwise."""
-OVER_LAST_AXIS = (kernels.softmax, kernels.softmin, kernels.log_softmax)
-"""Activations that are not of each element on its own."""
 PRODUCTS = (kernels.linear, kernels.conv, kernels.conv_transpose)
 """Kernels with outputs last, weights (..., outputs), a bias and an activation."""
 
@@ -172,8 +167,7 @@ def _order(x: Any) -> tuple[Any, tuple[int, ...]] | None:
 def _commutes(step: Step) -> bool:
     """Whether a step does the same to each element, wherever it is, or only joins arrays."""
     if isinstance(step.function, kernels.Kernel):
-        elementwise = step.name in kernels.ACTIVATIONS and step.function not in OVER_LAST_AXIS
-        return elementwise and len(step.inputs) == 1
+        return step.function in ELEMENTWISE and len(step.inputs) == 1
     if KINDS.get(step.name) not in ("elementwise", "comparison"):
         return step.name == "concatenate"
     return step.name not in ("assign", "tril", "triu")
@@ -196,16 +190,16 @@ def _reordered(step: Step, arrays: tuple[Any, ...]) -> Any:
     """One order of axes for two, and none for what is left as it was."""
     if step.name not in ORDERS:
         return None
-    made = again(step, arrays)
-    order, before = _order(made), _order(arrays[0])
+    reordered = again(step, arrays)
+    order, before = _order(reordered), _order(arrays[0])
     if order is None:
-        return made
+        return reordered
     x, axes = order
     if before is not None:
         x, axes = before[0], tuple(before[1][axis] for axis in axes)
     if axes == tuple(range(len(axes))):
         return x
-    return made if before is None else record("transpose", (x,), {"axes": axes})
+    return reordered if before is None else record("transpose", (x,), {"axes": axes})
 
 
 class Product(NamedTuple):
@@ -289,8 +283,9 @@ def _bias(product: Product, step: Step, added: Any) -> Any:
 @rule(kernels.batch_norm)
 def _norm(product: Product, step: Step, *others: Any) -> Any:
     _, _, weight, bias, _ = product
-    parameters = [each for each in (weight, *others) if each is not None]
-    types = {each.dtype for each in (*parameters, step.outputs[0], bias) if each is not None}
+    parameters = [array for array in (weight, *others) if array is not None]
+    of_products = [step.outputs[0]] if bias is None else [step.outputs[0], bias]
+    types = {array.dtype for array in (*parameters, *of_products)}
     if not all(map(is_constant, parameters)) or len(types) > 1 or weight.dtype.itemsize <= 2:
         return None
     mean, var, gain, shift = (*others, None, None)[:4]
@@ -306,7 +301,7 @@ def _pool(product: Product, step: Step) -> Any:
     options = {name: option for name, option in step.options.items() if option is not None}
     window = tuple(options.pop("window"))
     over = windows("max_pool", lifted(step.inputs[0]), window, **{"stride": window} | options)
-    if over.stride != window or any(map(any, over.pads)) or any(each > 1 for each in over.dilation):
+    if over.stride != window or any(map(any, over.pads)) or max(over.dilation) > 1:
         return None
     if product.function is not kernels.conv or product.x.dtype.itemsize == 2:
         return None  # what bodies do with 16 bits themselves is not to be widened
@@ -332,8 +327,8 @@ def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
     narrow = x.dtype
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
-        made = again(step, arrays)
-        return made.astype(narrow) if step is uses[0] else made
+        result = again(step, arrays)
+        return result.astype(narrow) if step is uses[0] else result
 
     return rewritten(program, change, [Value(x.shape, np.dtype(dtype), name=x.name)])
 
@@ -343,7 +338,7 @@ def merged(program: Program, note: Callable[..., Any] = again) -> Program:
 
     `note(step, arrays)` notes what is computed.
     """
-    made: dict[Any, Any] = {}
+    noted: dict[Any, Any] = {}
 
     def change(step: Step, arrays: tuple[Any, ...]) -> Any:
         current_tape().path = step.path
@@ -352,9 +347,9 @@ def merged(program: Program, note: Callable[..., Any] = again) -> Program:
             return arrays[0]
         if key is None:
             return again(step, arrays)
-        if key not in made:
-            made[key] = arrays, note(step, arrays)  # arrays live on: an id is not used again
-        return made[key][1]
+        if key not in noted:
+            noted[key] = arrays, note(step, arrays)  # arrays live on: an id is not used again
+        return noted[key][1]
 
     return rewritten(program, change, program.inputs)
 
@@ -364,11 +359,11 @@ def _key(step: Step, arrays: tuple[Any, ...]) -> Any:
     if not isinstance(step.function, str | kernels.Kernel):
         return None
     inputs = tuple(
-        id(_same_numbers(each)) if isinstance(each, ndarray) else (type(each), repr(each))
-        for each in arrays
+        id(_same_numbers(array)) if isinstance(array, ndarray) else (type(array), repr(array))
+        for array in arrays
     )
     options = tuple(step.options.items())
-    if any(is_array(each) for _, option in options for each in _leaves(option)):
+    if any(is_array(leaf) for _, option in options for leaf in _leaves(option)):
         return None
     return step.function, inputs, repr(options)
 
@@ -379,8 +374,8 @@ def _same_numbers(x: ndarray) -> Any:
 
 def _leaves(option: Any) -> Any:
     if isinstance(option, tuple | list):
-        for each in option:
-            yield from _leaves(each)
+        for part in option:
+            yield from _leaves(part)
     else:
         yield option
 

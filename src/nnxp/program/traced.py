@@ -25,7 +25,7 @@ from nnxp._errors import NnxpError
 from nnxp._library import KINDS, VIEWS, compute
 from nnxp.backend import home_of
 from nnxp.kernels import Kernel
-from nnxp.kernels.functions import einsum_terms
+from nnxp.kernels.functions import einsum_terms, met_axes
 
 ROWS = 1_000_003
 """A prime stands for the number of rows: a size that is a multiple of it counts rows."""
@@ -711,12 +711,7 @@ def _outer(step: Step) -> Any:
 def _tensordot(step: Step) -> Any:
     a, b = step.inputs
     axes = step.options.get("axes", 2)
-    if isinstance(axes, int | np.integer):
-        axes = list(range(len(a.shape) - int(axes), len(a.shape))), list(range(int(axes)))
-    left, right = (
-        [int(axis) % len(x.shape) for axis in np.atleast_1d(of_x)]
-        for x, of_x in zip((a, b), axes, strict=True)
-    )
+    left, right = met_axes(axes, len(a.shape), len(b.shape))
     if [a.shape[i] for i in left] != [b.shape[i] for i in right]:
         raise ValueError(f"tensordot of {a.shape} and {b.shape} along {axes}")
     shape = [n for i, n in enumerate(a.shape) if i not in left]

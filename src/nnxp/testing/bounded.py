@@ -45,6 +45,7 @@ from nnxp._errors import UnsupportedFunction
 from nnxp._library import compute
 from nnxp.kernels import Kernel, identity, linear
 from nnxp.kernels import matmul as matmul_kernel
+from nnxp.kernels.functions import einsum_terms, met_axes
 
 LIMIT = 6.0
 """Correct results stay within this many units of the bound; measured ones within about 3."""
@@ -847,32 +848,29 @@ def _outer(x: Any, y: Any) -> ndarray:
 @_rule
 def _tensordot(x: Any, y: Any, axes: Any = 2) -> ndarray:
     arrays, dtype = _factors(x, y)
-    summed = range(-axes, 0) if isinstance(axes, int) else np.atleast_1d(axes[0])
-    terms = math.prod(arrays[0].shape[int(i)] for i in summed)
+    met, _ = met_axes(axes, *(x.ndim for x in arrays))
+    terms = math.prod(arrays[0].shape[i] for i in met)
     return _product("tensordot", arrays, {"axes": axes}, terms, dtype)
 
 
 @_rule
 def _einsum(*operands: Any, subscripts: str) -> ndarray:
     arrays, dtype = _factors(*operands)
-    result_like = np.einsum(subscripts, *(np.broadcast_to(0, x.shape) for x in arrays))
-    if len(arrays) == 1:  # a sum over what is not kept, a diagonal, or a transposed array
-        terms = arrays[0].size // max(1, result_like.size)
-    else:
-        inputs, _, result = subscripts.replace(" ", "").partition("->")
-        letters: dict[str, int] = {}
-        for part, x in zip(inputs.split(","), arrays, strict=True):
-            behind, before = part.rpartition("...")[2], part.partition("...")[0]
-            letters |= dict(zip(reversed(behind), reversed(x.shape), strict=False))
-            letters |= dict(zip(before, x.shape, strict=False))
-        kept = result if "->" in subscripts else [c for c in letters if inputs.count(c) == 1]
-        terms = math.prod(n for c, n in letters.items() if c not in kept)
+    letters, kept = einsum_terms(subscripts, [x.ndim for x in arrays])
+    sizes = {c: n for of_x, x in zip(letters, arrays, strict=True)
+             for c, n in zip(of_x, x.shape, strict=True)}  # fmt: skip
+    terms = math.prod(n for c, n in sizes.items() if c not in kept)
     return _product("einsum", arrays, {"subscripts": subscripts}, max(1, terms), dtype)
 
 
 @linear.on("bounded")
 def _linear(
-    x: ndarray, weight: ndarray, bias: ndarray | None = None, *, activation: Kernel = identity
+    x: ndarray,
+    weight: ndarray,
+    bias: ndarray | None = None,
+    *,
+    activation: Kernel = identity,
+    precision: str | None = None,
 ) -> Any:
     """x @ weight + bias, with the bias as one more term of the sum: weight 1 for it in x.
 

@@ -47,7 +47,8 @@ Part = str | int | np.dtype[Any]
 
 def cpp_name(template: str, *arguments: Part) -> str:
     """An instance of a template in C++: `bias_act<float, __half, act::relu, 8>`."""
-    return f"{template}<{', '.join(TYPES.get(str(each), str(each)) for each in arguments)}>"
+    names = map(str, arguments)
+    return f"{template}<{', '.join(TYPES.get(name, name) for name in names)}>"
 
 
 @cache
@@ -72,11 +73,11 @@ def launch(
     """Launch on the current stream. CuPy passes an int as long long, None as nullptr, and an array
     of the host, of one element, by value: as a struct."""
     here = cupy.cuda.runtime.getDevice()
-    for each in arrays:
-        if each is not None and each.data.device_id != here:
+    for array in arrays:
+        if array is not None and array.data.device_id != here:
             raise ValueError(
                 "Array device must be same as the current device: "
-                f"array device = {each.data.device_id} while current = {here}"
+                f"array device = {array.data.device_id} while current = {here}"
             )
     kernel(*instance)(grid, block, arrays + numbers)
 
@@ -93,9 +94,9 @@ def pack(x: Array, out: Array, *vectors: Array | None) -> int:
     places = x.data.ptr | out.data.ptr
     if rows > 1:
         places |= x.strides[0] | out.strides[0]
-    for each in vectors:
-        if each is not None:
-            places |= each.data.ptr
+    for vector in vectors:
+        if vector is not None:
+            places |= vector.data.ptr
     return 1 if places % 16 else v
 
 

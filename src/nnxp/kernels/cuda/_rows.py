@@ -66,7 +66,7 @@ def over_scores(scores: Array, mask: Array | None, *, causal: bool, scale: float
     rows = n * heads * queries
     v = pack(flat := scores.reshape(rows, keys), flat)
     how, lanes, blocks, threads = _spread(rows, keys, v)
-    steps = (0, 0, 0, 0) if mask is None else [each // mask.itemsize for each in mask.strides]
+    steps = (0, 0, 0, 0) if mask is None else [step // mask.itemsize for step in mask.strides]
     boolean = mask is not None and mask.dtype == bool
     launch(
         ("rows.cu", f"{how}_scores", v, *lanes),
@@ -87,7 +87,7 @@ def _spread(rows: int, cols: int, v: int) -> tuple[str, tuple[int, ...], int, in
     """Whether rows are held or streamed, by how many lanes and packs in each; blocks, threads."""
     packs = -(-cols // v)
     lanes = min(32, max(8, next_power(packs)))
-    each = next((n for n in HELD[v] if packs <= n * lanes), None)
-    if each is None:
+    held = next((n for n in HELD[v] if packs <= n * lanes), None)
+    if held is None:
         return "streamed", (), rows, 256 if packs <= 4096 else 1024
-    return "held", (lanes, each), -(-rows * lanes // HELD_THREADS), HELD_THREADS
+    return "held", (lanes, held), -(-rows * lanes // HELD_THREADS), HELD_THREADS

@@ -30,7 +30,7 @@ class Seen:
     def __init__(self, x: Array, over: Windows, counted: Any = None) -> None:
         self.x, self.over = x, over
         size = x.itemsize
-        *steps, channel_step = (each // size for each in x.strides[1:])
+        *steps, channel_step = (step // size for step in x.strides[1:])
         self.row_step = x.strides[0] // size
         self.positions = prod(over.positions)
         axes = [(1, 0, 1, 1, 1, 0, 1, 0, 1)] * (AXES - len(over.window))
@@ -99,8 +99,8 @@ def laid_out(seen: Seen, first: int, lines: int, columns: int) -> Array:
 
 def _across(count: int) -> int:
     """Threads of a block side by side for so many packs: few of them idle, and many together."""
-    widths = (each for each in ACROSS if each <= next_power(count))
-    return min(widths, key=lambda each: -(-count // each) * each, default=next_power(count))
+    widths = (width for width in ACROSS if width <= next_power(count))
+    return min(widths, key=lambda width: -(-count // width) * width, default=next_power(count))
 
 
 def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -36,10 +36,10 @@ def bias_act(x: Array, bias: Array | None, activation: Kernel, out: Array) -> Ar
 def _defaults(activation: Kernel) -> dict[str, float]:
     """The options of an activation, in their order, and what they are unless they are given."""
     parameters = signature(activation.reference).parameters
-    return {name: each.default for name, each in parameters.items() if name not in ("x", "out")}
+    return {name: p.default for name, p in parameters.items() if name not in ("x", "out")}
 
 
-DEFAULTS = {name: _defaults(each) for name, each in kernels.ACTIVATIONS.items()}
+DEFAULTS = {name: _defaults(activation) for name, activation in kernels.ACTIVATIONS.items()}
 
 
 def option_numbers(options: dict[str, float]) -> tuple[np.float32, np.float32]:
@@ -92,10 +92,10 @@ def _fuse(activation: Kernel) -> None:
 
     @activation.on("cupy")
     @wraps(activation.reference)
-    def fused(x: Array, *, out: Array | None = None, **given: float) -> Array:
-        options = defaults | given
+    def fused(x: Array, *, out: Array | None = None, **chosen: float) -> Array:
+        options = defaults | chosen
         if options.keys() != defaults.keys() or not fusable(x, out):
-            return unfused(activation, x, out=out, **given)
+            return unfused(activation, x, out=out, **chosen)
         if not x.flags.c_contiguous:
             x = x.copy()
         y = cupy.empty(x.shape, x.dtype) if out is None else out

@@ -40,16 +40,16 @@ def attention_lt(
     *lead, heads, queries, c = q.shape
     groups, keys, d = v.shape[-3:]
     n = prod(lead)
-    each = n * groups, heads // groups * queries
+    stack = n * groups, heads // groups * queries
     scores = stacked(
-        q.reshape(*each, c), k.reshape(n * groups, keys, c).swapaxes(1, 2), FLOAT32, precision
+        q.reshape(*stack, c), k.reshape(n * groups, keys, c).swapaxes(1, 2), FLOAT32, precision
     ).reshape(n, heads, queries, keys)
     if mask is not None:
         mask = mask if mask.dtype == bool else converted(mask, FLOAT32)
         mask = cupy.broadcast_to(mask, (*lead, heads, queries, keys)).reshape(scores.shape)
     over_scores(scores, mask, causal=causal, scale=1 / sqrt(c) if scale is None else scale)
     values = converted(v.reshape(n * groups, keys, d), FLOAT32)
-    y = stacked(scores.reshape(*each, keys), values, FLOAT32, precision)
+    y = stacked(scores.reshape(*stack, keys), values, FLOAT32, precision)
     if q.dtype != FLOAT32:
         y = y.reshape(-1, d)
         y = bias_act(y, None, identity, cupy.empty(y.shape, q.dtype))
@@ -58,9 +58,9 @@ def attention_lt(
 
 def _covered(q: Array, k: Array, v: Array, mask: Array | None) -> bool:
     """Whether the arrays are of one type and here, with the same axes before the heads."""
-    given = [q, k, v, *([] if mask is None else [mask])]
+    arrays = [q, k, v, *([] if mask is None else [mask])]
     return (
-        on_this_device(*given)
+        on_this_device(*arrays)
         and fit(q, k, v)
         and fusable(q)
         and q.dtype == k.dtype == v.dtype

@@ -11,7 +11,7 @@ import cupy
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Kernel
-from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
+from nnxp.kernels._windows import Windows, windows
 from nnxp.kernels.activations import ELEMENTWISE, identity
 from nnxp.kernels.conv import _fitting
 from nnxp.kernels.cuda import cudnn
@@ -31,22 +31,19 @@ def conv(
     weight: Array,
     bias: Array | None = None,
     *,
-    stride: PerAxis = 1,
-    padding: Padding = 0,
-    dilation: PerAxis = 1,
     groups: int = 1,
     activation: Kernel = identity,
     precision: str | None = None,
+    **options: Any,
 ) -> Array:
     """As its reference; what is laid out of patches takes at most PATCHES bytes at a time, or LINES
     lines. Groups of several channels are convolutions one after the other."""
     _fitting("conv", x, weight, groups)
-    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     over = windows("conv", x, weight.shape[:-2], **options)
     alike = all(
-        isinstance(each, cupy.ndarray) and each.dtype == x.dtype and each.size > 0
-        for each in (weight, bias)
-        if each is not None
+        isinstance(array, cupy.ndarray) and array.dtype == x.dtype and array.size > 0
+        for array in (weight, bias)
+        if array is not None
     )
     outputs = weight.shape[-1]
     alike = alike and (bias is None or bias.shape == (outputs,))
@@ -78,10 +75,10 @@ def _own(
     if weight.shape[-2] == 1:
         return _by_channel(Seen(x, over), weight, bias, activation)
     y = cupy.empty((x.shape[0], *over.positions, weight.shape[-1]), x.dtype)
-    inner, each = weight.shape[-2], weight.shape[-1] // groups
+    inner, own_outputs = weight.shape[-2], weight.shape[-1] // groups
     options = options | {"activation": activation, "precision": precision}
     for group in range(groups):
-        own = slice(group * each, (group + 1) * each)
+        own = slice(group * own_outputs, (group + 1) * own_outputs)
         part = x[..., group * inner : (group + 1) * inner]
         y[..., own] = conv(part, weight[..., own], None if bias is None else bias[own], **options)
     return y

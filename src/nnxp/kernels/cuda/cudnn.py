@@ -29,10 +29,10 @@ from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels._windows import Windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.cuda.lt.bindings import loaded
-from nnxp.kernels.cuda.lt.call import MOST_PLANS, making
+from nnxp.kernels.cuda.lt.call import MOST_PLANS
 from nnxp.kernels.cuda.lt.descriptors import FLOAT32, WORKSPACE, workspace
 from nnxp.kernels.cuda.lt.passes import finished
-from nnxp.kernels.cuda.lt.plans import MOST_CHOICES, Lately
+from nnxp.kernels.cuda.lt.plans import MOST_CHOICES, Lately, making
 from nnxp.kernels.cuda.lt.tuning import keeps_nan, milliseconds
 
 TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BFLOAT16"}
@@ -86,7 +86,7 @@ class Plan:
         """Enqueue it on the current stream: arrays are numbered from 1 on, the result is last."""
         stream = get_current_stream().ptr
         space = workspace(self.size, stream) if self.size else None
-        pointers = {i: each.data.ptr for i, each in enumerate(arrays, 1)}
+        pointers = {i: array.data.ptr for i, array in enumerate(arrays, 1)}
         with _launching:
             self.cudnn.set_stream(handle=self.handle, stream=stream)
             self.graph.execute(pointers, None if space is None else space.ptr, handle=self.handle)
@@ -192,7 +192,7 @@ def _note(error: Exception) -> None:
 def usable(*arrays: Array | None) -> bool:
     """Whether cuDNN may be asked about arrays that lie like these."""
     return not (_off or library()[0] is None) and not any(
-        each is not None and each.data.ptr % 16 for each in arrays
+        array is not None and array.data.ptr % 16 for array in arrays
     )
 
 
@@ -273,9 +273,9 @@ def draw_convolution(graph: Any, x: Shape, weight: Shape, over: Windows, way: in
         y = graph.bias(input=y, bias=graph.tensor(uid=3, **channels_last((*ones, weight[-1]))))
     if way == RELU_BIAS:
         y = graph.relu(input=y)
-    made = channels_last((x[0], *more, *over.positions, weight[-1]))
+    outline = channels_last((x[0], *more, *over.positions, weight[-1]))
     y.set_output(True).set_uid(3 if way == ALONE else 4)
-    y.set_dim(made["dim"]).set_stride(made["stride"])
+    y.set_dim(outline["dim"]).set_stride(outline["stride"])
 
 
 def channels_last(shape: Sequence[int]) -> dict[str, list[int]]:

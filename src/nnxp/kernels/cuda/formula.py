@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ class Plan(NamedTuple):
             rows,
             cols,
             *sizes[1:],
-            *(each for of_one in steps for each in of_one),
+            *chain.from_iterable(steps),
             *self.numbers,
         )
         return (
@@ -158,8 +159,8 @@ def _read(x: Array, steps: tuple[int, ...], dtype: np.dtype[Any], v: int) -> str
     if across == 0:
         return ONE
     places = x.data.ptr
-    for each in down:
-        places |= each * x.itemsize
+    for step in down:
+        places |= step * x.itemsize
     whole = places % (v * x.itemsize) == 0
     return PACKED if across == 1 and x.dtype == dtype and whole else EACH
 
@@ -198,7 +199,7 @@ def text(
             f"const bool v{i} = {value};" if boolean[i] else f"const float v{i} = wide({value});"
         )
 
-    def said(x: Place | float, as_boolean: bool = False) -> str:
+    def operand(x: Place | float, as_boolean: bool = False) -> str:
         if isinstance(x, Place):
             return f"v{x.at}" if boolean[x.at] == as_boolean else f"float(v{x.at})"
         with np.errstate(over="ignore"):
@@ -211,25 +212,25 @@ def text(
             function, inputs = "square", inputs[:1]
         if isinstance(function, Kernel):
             both = DEFAULTS[function.__name__] | dict(options)
-            given = [*map(said, (*inputs, *both.values())), "0.f", "0.f"][:3]
-            made = f"act::{function.__name__}::of({', '.join(given)})"
+            arguments = [*map(operand, (*inputs, *both.values())), "0.f", "0.f"][:3]
+            expression = f"act::{function.__name__}::of({', '.join(arguments)})"
         elif function == CHOICE:
-            made = f"{said(inputs[0], True)} ? {said(inputs[1])} : {said(inputs[2])}"
+            expression = f"{operand(inputs[0], True)} ? {operand(inputs[1])} : {operand(inputs[2])}"
         elif function in OF_BOOLEANS:
             answers = True
-            made = OF_BOOLEANS[function].format(*(said(x, True) for x in inputs))
+            expression = OF_BOOLEANS[function].format(*(operand(x, True) for x in inputs))
         else:
             answers = function in OF_COMPARISONS
             words = OF_COMPARISONS[function] if answers else OF_FLOATS[function]
-            made = words.format(*map(said, inputs))
+            expression = words.format(*map(operand, inputs))
         kind = "bool" if answers else "float"
-        lines.append(f"const {kind} v{len(boolean)} = {made};")
+        lines.append(f"const {kind} v{len(boolean)} = {expression};")
         boolean.append(answers)
     arrays = [f"const {kind}* x{i}" for i, kind in enumerate(types)]
     names = ["rows", "cols", *(f"size{axis}" for axis in range(1, axes))]
     for i in range(len(types)):
         names += [*(f"down{i}_{axis}" for axis in range(axes)), f"across{i}"]
-    parameters = [*arrays, f"{types[0]}* y", *(f"Index {each}" for each in names)]
+    parameters = [*arrays, f"{types[0]}* y", *(f"Index {name}" for name in names)]
     parameters += [f"float n{i}" for i in range(len(numbers))]
     parts = {
         "PARAMETERS": ", ".join(parameters),

@@ -52,8 +52,8 @@ def matmul_lt(x: Array, weight: Array, *, precision: str | None = None) -> Array
         return unfused(matmul, x, weight, precision=precision)
     lead = np.broadcast_shapes(x.shape[:-2], weight.shape[:-2])
     both = [
-        cupy.broadcast_to(each, (*lead, *each.shape[-2:])).reshape(prod(lead), *each.shape[-2:])
-        for each in (x, weight)
+        cupy.broadcast_to(array, (*lead, *array.shape[-2:])).reshape(prod(lead), *array.shape[-2:])
+        for array in (x, weight)
     ]
     y = stacked(both[0], both[1], x.dtype, precision)
     return y.reshape(*lead, *y.shape[1:])

@@ -32,8 +32,8 @@ def _normalized(
     kernel: Kernel, x: Array, gain: Array | None, bias: Array | None = None, *, eps: float
 ) -> Array:
     fits = x.ndim > 0 and all(
-        each is None or (each.dtype == x.dtype and each.shape == x.shape[-1:])
-        for each in (gain, bias)
+        vector is None or (vector.dtype == x.dtype and vector.shape == x.shape[-1:])
+        for vector in (gain, bias)
     )
     if not fits or not fusable(x):
         arrays = (gain,) if kernel is kernels.rms_norm else (gain, bias)

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nnxp import kernels
 from nnxp._arrays import Array
-from nnxp.kernels._windows import Padding, PerAxis
 from nnxp.kernels.cuda._compiled import unfused
 from nnxp.kernels.cuda._windows import Seen, fits, over_lines
 from nnxp.kernels.pool import _pooled
 
 
 @kernels.max_pool.on("cupy")
-def max_pool(
-    x: Array,
-    *,
-    window: tuple[int, ...],
-    stride: PerAxis | None = None,
-    padding: Padding = 0,
-    dilation: PerAxis = 1,
-    ceil_mode: bool = False,
-) -> Array:
-    options = {
-        "stride": window if stride is None else stride,
-        "padding": padding,
-        "dilation": dilation,
-        "ceil_mode": ceil_mode,
-    }
+def max_pool(x: Array, *, window: tuple[int, ...], **options: Any) -> Array:
     over = _pooled("max_pool", x, window, options)
     if not fits(x, over):
         return unfused(kernels.max_pool, x, window=window, **options)
@@ -35,21 +22,8 @@ def max_pool(
 
 @kernels.average_pool.on("cupy")
 def average_pool(
-    x: Array,
-    *,
-    window: tuple[int, ...],
-    stride: PerAxis | None = None,
-    padding: Padding = 0,
-    dilation: PerAxis = 1,
-    ceil_mode: bool = False,
-    count_include_pad: bool = False,
+    x: Array, *, window: tuple[int, ...], count_include_pad: bool = False, **options: Any
 ) -> Array:
-    options = {
-        "stride": window if stride is None else stride,
-        "padding": padding,
-        "dilation": dilation,
-        "ceil_mode": ceil_mode,
-    }
     over = _pooled("average_pool", x, window, options)
     if not fits(x, over):
         options["count_include_pad"] = count_include_pad

@@ -64,8 +64,8 @@ def loaded(
             warnings.simplefilter("ignore")
             return load(), None
     except Exception as error:  # whatever it is, there is another way
-        said = " ".join(str(error).split())[:300]
-        return None, f"{who} cannot be loaded ({type(error).__name__}: {said})"
+        message = " ".join(str(error).split())[:300]
+        return None, f"{who} cannot be loaded ({type(error).__name__}: {message})"
 
 
 def handle(lt: Any, device: int) -> int:

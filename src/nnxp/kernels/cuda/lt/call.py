@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Hashable
 from functools import partial
 
 import cupy
@@ -23,9 +21,6 @@ MOST_PLANS = 1024  # a network of a hundred convolutions has some, for each size
 MOST_ROWS, MOST_ELEMENTS, PART = 1 << 20, (1 << 31) - 1, 1 << 28
 
 plans = Lately[Run](MOST_PLANS)
-# One plan at a time, so that none disturbs the timing of another. The activation that is timed may
-# be a user's own, with products of its own.
-making = threading.RLock()
 
 
 def product(
@@ -69,33 +64,16 @@ def product(
         )
     except AttributeError:  # an array of the host among them: CuPy says so
         return uncovered(x, weight, bias, activation)
-    plan = plans.young.get(key) or _plan(key, wish, x, weight, bias, activation, precision)
+    plan = plans.young.get(key) or plans.planned(
+        key, partial(_way, wish, x, weight, bias, activation, precision)
+    )
     if out is None:
         return plan(x, weight, bias, activation)
-    if isinstance(plan, Plan):
-        y = plan(x, weight, bias, activation, out)
-    else:
-        y = plan(x, weight, bias, activation)
+    into = (out,) if isinstance(plan, Plan) else ()
+    y = plan(x, weight, bias, activation, *into)
     if y is not out:
         cupy.copyto(out, y)
     return out
-
-
-def _plan(
-    key: Hashable,
-    wish: int,
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    activation: Kernel,
-    precision: str | None,
-) -> Run:
-    with making:
-        plan = plans.get(key)
-        if plan is None:
-            plan = _way(wish, x, weight, bias, activation, precision)
-            plans.keep(key, plan)
-        return plan
 
 
 def _way(
@@ -107,11 +85,11 @@ def _way(
     precision: str | None,
 ) -> Run:
     """The way to do such a product; the wish is the epilogue that would leave nothing to do."""
-    given = [each for each in (x, weight, bias) if each is not None]
+    arrays = [x, weight] if bias is None else [x, weight, bias]
     dtype, device = x.dtype, get_device_id()
     if (
         dtype.name not in DATA_TYPES
-        or any(each.dtype != dtype or each.data.device_id != device for each in given)
+        or any(a.dtype != dtype or a.data.device_id != device for a in arrays)
         or weight.shape[:-1] != x.shape[1:]
         or (bias is not None and bias.shape != weight.shape[1:])
     ):

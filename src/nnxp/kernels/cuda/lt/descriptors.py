@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cupy
@@ -97,8 +98,8 @@ class Product:
         if batch > 1:
             steps = form.weight_step, form.x_step, rows * cols
             for layout, step in zip((self.weight, self.x, self.y), steps, strict=True):
-                _lay(lt, layout, BATCH_COUNT, ctypes.c_int32(batch))
-                _lay(lt, layout, BATCH_STEP, ctypes.c_int64(step))
+                _set(lt.matrix_layout_set_attribute, layout, BATCH_COUNT, ctypes.c_int32(batch))
+                _set(lt.matrix_layout_set_attribute, layout, BATCH_STEP, ctypes.c_int64(step))
         self._set(TRANSPOSE_A, ctypes.c_int32(form.turned))
         self._set(TRANSPOSE_B, ctypes.c_int32(form.x_turned))
         self._set(EPILOGUE, ctypes.c_uint32(self.epilogue))
@@ -110,38 +111,41 @@ class Product:
             self._set(BIAS_POINTER, ctypes.c_int64(self.bias))
 
     def _set(self, attribute: int, value: Any) -> None:
-        self.lt.matmul_desc_set_attribute(
-            self.product, attribute, ctypes.addressof(value), ctypes.sizeof(value)
-        )
+        _set(self.lt.matmul_desc_set_attribute, self.product, attribute, value)
 
     def proposals(self) -> list[Algorithm]:
         """The algorithms that cuBLASLt thinks best, the best first; none if it has none."""
-        lt, found, count = self.lt, (Algorithm * PROPOSALS)(), ctypes.c_int32()
+        lt, algorithms, count = self.lt, (Algorithm * PROPOSALS)(), ctypes.c_int32()
         wishes: list[tuple[int, Any]] = [(MAX_WORKSPACE, ctypes.c_uint64(WORKSPACE))]
-        wishes += [(each, ctypes.c_uint32(self.form.alignment)) for each in MIN_ALIGNMENTS]
+        alignment = ctypes.c_uint32(self.form.alignment)
+        wishes += [(attribute, alignment) for attribute in MIN_ALIGNMENTS]
         if self.form.dtype.itemsize == 2:  # partial sums are not to be rounded to 16 bits
             wishes += [(REDUCTION_SCHEMES, ctypes.c_uint32(REDUCE_IN_COMPUTE_TYPE))]
         preference = lt.matmul_preference_create()
         try:
             for attribute, value in wishes:
-                lt.matmul_preference_set_attribute(
-                    preference, attribute, ctypes.addressof(value), ctypes.sizeof(value)
-                )
+                _set(lt.matmul_preference_set_attribute, preference, attribute, value)
             lt.matmul_algo_get_heuristic(
                 *(self.handle, self.product, self.weight, self.x, self.y, self.y, preference),
-                *(PROPOSALS, ctypes.addressof(found), ctypes.addressof(count)),
+                *(PROPOSALS, ctypes.addressof(algorithms), ctypes.addressof(count)),
             )
         except lt.cuBLASLtError as error:
-            said = self._refused(error)
-            if "NOT_SUPPORTED" in str(said):
+            refusal = self._refused(error)
+            if "NOT_SUPPORTED" in str(refusal):
                 return []
-            raise said from error
+            raise refusal from error
         finally:
             lt.matmul_preference_destroy(preference)
-        return [each for each in found[: count.value] if each.state == 0]
+        return [algorithm for algorithm in algorithms[: count.value] if algorithm.state == 0]
 
-    def checked(self, algorithm: Algorithm) -> Algorithm | None:
-        """An algorithm found for other rows, with the workspace it takes here, if it works here."""
+    def working(self, algorithm: Algorithm | None) -> Algorithm | None:
+        """An algorithm chosen for other rows, if there is one and it works here; else the one that
+        cuBLASLt thinks best; None if it has none."""
+        here = None if algorithm is None else self._checked(algorithm)
+        return next(iter(self.proposals()), None) if here is None else here
+
+    def _checked(self, algorithm: Algorithm) -> Algorithm | None:
+        """The algorithm with the workspace it takes here, if it works here."""
         here = Algorithm()
         try:
             self.lt.matmul_algo_check(
@@ -205,14 +209,14 @@ def workspace(size: int, stream: int) -> Any:
     return space
 
 
-def _lay(lt: Any, layout: int, attribute: int, value: Any) -> None:
-    lt.matrix_layout_set_attribute(layout, attribute, ctypes.addressof(value), ctypes.sizeof(value))
+def _set(setter: Callable[..., None], described: int, attribute: int, value: Any) -> None:
+    setter(described, attribute, ctypes.addressof(value), ctypes.sizeof(value))
 
 
 def _destroy(lt: Any, product: int, layouts: tuple[int, ...]) -> None:
     lt.matmul_desc_destroy(product)
-    for each in layouts:
-        lt.matrix_layout_destroy(each)
+    for layout in layouts:
+        lt.matrix_layout_destroy(layout)
 
 
 def leading(x: Array) -> int | None:

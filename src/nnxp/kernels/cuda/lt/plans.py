@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+import threading
+from collections.abc import Callable, Collection, Hashable
 from typing import Any, Generic, TypeVar
 
 import cupy
@@ -24,6 +25,11 @@ PAD_FROM_ROWS = 1024
 MOST_CHOICES = 1024
 
 
+# One plan at a time, so that none disturbs the timing of another. The activation that is timed may
+# be a user's own, with products of its own.
+making = threading.RLock()
+
+
 class Lately(Generic[T]):
     """What was asked for lately, at most so much: what is asked for again and again stays.
 
@@ -38,17 +44,26 @@ class Lately(Generic[T]):
         self._half = most // 2
 
     def get(self, key: Hashable) -> T | None:
-        found = self.young.get(key)
-        if found is None:
-            found = self._old.get(key)
-            if found is not None:
-                self.keep(key, found)
-        return found
+        value = self.young.get(key)
+        if value is None:
+            value = self._old.get(key)
+            if value is not None:
+                self.keep(key, value)
+        return value
 
     def keep(self, key: Hashable, value: T) -> None:
         if len(self.young) >= self._half:
             self._old, self.young = self.young, {}
         self.young[key] = value
+
+    def planned(self, key: Hashable, plan: Callable[[], T]) -> T:
+        """What is kept, else what `plan()` answers, which is kept: one plan at a time."""
+        with making:
+            value = self.get(key)
+            if value is None:
+                value = plan()
+                self.keep(key, value)
+            return value
 
     def values(self) -> Collection[T]:
         return (self._old | self.young).values()
@@ -118,7 +133,7 @@ def planned(
     if (
         rows >= PAD_FROM_ROWS
         and cols * size % 16
-        and not any(each % 16 for each in (inner * size, ldx * size, x.data.ptr))
+        and not any(number % 16 for number in (inner * size, ldx * size, x.data.ptr))
     ):  # tensor cores and wide accesses want rows of 16 bytes: of x, of the weight and of y
         wide = -(-cols // 16) * 16
         wish = wish if wish == DEFAULT else PASS  # rather than a bias that is padded, too
@@ -149,11 +164,6 @@ def planned(
         if choice is not None:
             choices.keep(key, choice)
     way = choice.way if choice is not None else DEFAULT if wish == DEFAULT else PASS
-    found = Product(lt, form, rows, way)
-    algorithm = None if choice is None else found.checked(choice.algorithm)
-    if algorithm is None:
-        proposals = found.proposals()
-        if not proposals:
-            return by_cupy
-        algorithm = proposals[0]
-    return Plan(found, algorithm, way, cols)
+    product = Product(lt, form, rows, way)
+    algorithm = product.working(None if choice is None else choice.algorithm)
+    return by_cupy if algorithm is None else Plan(product, algorithm, way, cols)

@@ -14,7 +14,7 @@ from cupy.cuda.device import get_device_id
 from nnxp._arrays import Array
 from nnxp.kernels.cuda.lt import bindings
 from nnxp.kernels.cuda.lt.bindings import COMPUTE_FLOAT32, COMPUTE_TF32, DEFAULT
-from nnxp.kernels.cuda.lt.call import MOST_ELEMENTS, MOST_PLANS, MOST_ROWS, making
+from nnxp.kernels.cuda.lt.call import MOST_ELEMENTS, MOST_PLANS, MOST_ROWS
 from nnxp.kernels.cuda.lt.descriptors import FLOAT32, PASS, Algorithm, Form, Product, leading
 from nnxp.kernels.cuda.lt.passes import converted
 from nnxp.kernels.cuda.lt.plans import TIMED_ROWS, Lately, choices
@@ -53,13 +53,7 @@ def stacked(x: Array, weight: Array, dtype: np.dtype[Any], precision: str | None
         weight.shape,
         weight.strides,
     )
-    plan = plans.young.get(key)
-    if plan is None:
-        with making:
-            plan = plans.get(key)
-            if plan is None:
-                plan = _way(x, weight, dtype, precision)
-                plans.keep(key, plan)
+    plan = plans.young.get(key) or plans.planned(key, partial(_way, x, weight, dtype, precision))
     return plan(x, weight)
 
 
@@ -110,12 +104,9 @@ def _planned(lt: Any, form: Form, x: Array, weight: Array, way: int) -> Run:
             choice = Choice(way, best)
             choices.keep(key, choice)
     product = Product(lt, form, rows, way, batch)
-    algorithm = None if choice is None else product.checked(choice.algorithm)
+    algorithm = product.working(None if choice is None else choice.algorithm)
     if algorithm is None:
-        proposals = product.proposals()
-        if not proposals:
-            return partial(_by_cupy, dtype=product.dtype)
-        algorithm = proposals[0]
+        return partial(_by_cupy, dtype=product.dtype)
     return StackPlan(product, algorithm, batch)
 
 

@@ -75,13 +75,13 @@ def chosen(
 def fastest(product: Product, x: int, weight: int, bias: int, y: int) -> Algorithm | None:
     """The fastest of the algorithms that cuBLASLt proposes; of equals the one it likes better."""
     best, shortest = None, float("inf")
-    for each in product.proposals():
+    for algorithm in product.proposals():
         try:
-            took = milliseconds(partial(product.launch, each, x, weight, bias, y))
+            took = milliseconds(partial(product.launch, algorithm, x, weight, bias, y))
         except (LtError, MemoryError):  # not this one, then: the next may need no workspace
             continue
         if took < 0.97 * shortest:
-            best, shortest = each, took
+            best, shortest = algorithm, took
     return best
 
 
@@ -134,4 +134,4 @@ def keeps_nan(relu_of: Callable[..., Array], x: Array, weight: Array) -> bool:
     nan = cupy.full(weight.shape[-1] * x.itemsize, 0xFF, "uint8").view(x.dtype)
     y = relu_of(x, weight, nan)
     ends = [cupy.asnumpy(y[row]).astype("float32") for row in (0, -1)]
-    return all(bool(np.isnan(each).all()) for each in ends)
+    return all(bool(np.isnan(end).all()) for end in ends)
