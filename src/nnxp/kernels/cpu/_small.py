@@ -1,4 +1,4 @@
-"""Products in parts that OpenBLAS multiplies as they lie.
+"""Products with constant matrices: by oneDNN, or in parts that OpenBLAS multiplies as they lie.
 
 For AVX-512 it has kernels that need not pack a matrix, which take half the time for few rows, and
 four fifths of it for many. It takes them for up to a million multiply-adds, so that half of the
@@ -76,9 +76,10 @@ _blocks = ByContent(_Blocks)
 class Weight:
     """A constant matrix (..., inputs, outputs), or a stack of them, to multiply lines by.
 
-    `weight(x, out)` makes out (..., lines, outputs) = x (..., lines, inputs) @ weight, in blocks of
-    lines and columns that are small enough, all in one call of NumPy. The columns of a block lie in
-    memory of their own, whole vectors of them in a line of the cache.
+    `weight(x, out)` makes out (..., lines, outputs) = x (..., lines, inputs) @ weight, by oneDNN
+    where it is used. Else in blocks of lines and columns that are small enough, all in one call of
+    NumPy: the columns of a block lie in memory of their own, whole vectors of them in a line of the
+    cache.
     """
 
     def __init__(self, matrix: HostArray) -> None:
@@ -91,7 +92,7 @@ class Weight:
         """Of a block; 0 where the matrix is multiplied as a whole."""
         if self.lines < FEWEST or matrix.dtype != np.float32 or not small_kernels():
             self.lines = 0
-        self._plans: onednn.Planned[onednn.Plan | None] | None = None
+        self._plans: onednn.Planned | None = None
         if matrix.dtype == np.float32 and onednn.why_not() is None:
             self._plans, self.lines = onednn.product(matrix), 0
 

@@ -154,7 +154,9 @@ def _by_onednn(
                 np.copyto(own[: len(part)], part)
                 part = own[: len(part)]
             whole = y if pooling is None else products[: len(part)]
-            planned(onednn.threads_for(len(part) * work), len(part))(part, whole)
+            plan = planned(onednn.threads_for(len(part) * work), len(part))
+            assert plan is not None, "oneDNN planned it for one row"
+            plan(part, whole)
             if pooling is not None:
                 pooling.run(y, rest, whole)
             finish(y.reshape(-1, outputs))

@@ -28,7 +28,7 @@ from ctypes import (
 from functools import cache, partial
 from math import prod
 from sysconfig import get_default_scheme, get_path, get_preferred_scheme
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -272,7 +272,6 @@ class Constant:
 
 
 constants = ByContent(Constant)
-Made = TypeVar("Made", bound="Plan | None")
 
 
 class Plan:
@@ -341,20 +340,23 @@ class _Call:
         self.run()
 
 
-class Planned(Generic[Made]):
+class Planned:
     """Plans by what decides them, such as the number of rows, and by the number of threads; `make`
-    makes one that is new."""
+    makes one that is new. None where oneDNN has none."""
 
-    def __init__(self, make: Callable[..., Made]) -> None:
+    def __init__(self, make: Callable[..., Plan | None]) -> None:
         self._make = make
-        self._plans: dict[Hashable, Made] = {}
+        self._plans: dict[Hashable, Plan | None] = {}
 
-    def __call__(self, threads: int, *key: Hashable) -> Made:
+    def __call__(self, threads: int, *key: Hashable) -> Plan | None:
         try:
             return self._plans[threads, key]
         except KeyError:
-            with _limited_to(threads):
-                plan = self._make(*key)
+            try:
+                with _limited_to(threads):
+                    plan = self._make(*key)
+            except OneDNNError:
+                plan = None
             while len(self._plans) >= MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)), None)
             self._plans[threads, key] = plan
@@ -422,7 +424,7 @@ def _product(x: _Owned, matrix: _Owned, out: _Owned) -> _Owned:
     return _Owned("primitive_desc", "matmul_primitive_desc_create", library()[0].engine, *operands)
 
 
-def product(matrix: HostArray) -> Planned[Plan | None]:
+def product(matrix: HostArray) -> Planned:
     """Plans of out = x @ matrix, (..., lines, inputs) @ (..., inputs, outputs), by the shape of x
     and the strides, in bytes, of x and of out; None where lines have gaps or overlap."""
     steps = [step // SIZE for step in matrix.strides]
@@ -479,7 +481,7 @@ def convolution(
     over: Windows,
     groups: int,
     activation: Kernel,
-) -> Planned[Plan] | None:
+) -> Planned | None:
     """Plans of out = conv(x, weight) + bias, by the rows of x (rows, *space, channels), with the
     activation if it is one of FUSED; None where oneDNN has no fast way.
 
