@@ -410,6 +410,18 @@ def test_products_in_blocks_are_products(monkeypatch, lines, shape):
         assert np.all(np.abs(out - exact) <= bound)
 
 
+@pytest.mark.parametrize("lines", [1, 2, 300])
+def test_a_bias_is_added_whoever_multiplies(lines):
+    x, matrix, bias = draw(lines, 200), draw(200, 100), draw(100)
+    weight, out = _small.Weight(matrix, bias), np.empty((lines, 100), "float32")
+    weight(x, out)
+    np.testing.assert_allclose(out, x @ matrix + bias, rtol=1e-4, atol=1e-4)
+    out[...] = np.nan
+    for call in weight.bound(x, out):
+        call()
+    np.testing.assert_allclose(out, x @ matrix + bias, rtol=1e-4, atol=1e-4)
+
+
 @only_numpy
 def test_products_that_are_not_cut_are_products_too(monkeypatch):
     monkeypatch.setattr(_small, "small_kernels", lambda: True)

@@ -22,7 +22,7 @@ from nnxp._library import KINDS, WITH_OUT
 from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import zeros
-from nnxp.kernels.cpu._small import LITTLE, Weight, columns_at_once
+from nnxp.kernels.cpu._small import TINY, Weight, columns_at_once
 from nnxp.program.program import (
     Costs,
     Program,
@@ -419,7 +419,7 @@ class _Lines:
         if out.dtype == "float32" and rows > 1 and onednn.why_not() is None:
             work = rows * inner * columns
             self.work = max(self.work, work)
-            if weight.numbers is not None and work >= LITTLE:
+            if weight.numbers is not None and work >= TINY:
                 matrix = Weight(weight.numbers)
                 if known:
                     for multiply in matrix.bound(left, into):

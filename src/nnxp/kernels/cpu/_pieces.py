@@ -119,8 +119,13 @@ class Finish:
         simple = self.activation is identity or self.activation is relu
         return 0 if simple else PASSES * min(PIECE, nbytes)
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.bias is None and self.activation is identity
+
     def __call__(self, y: HostArray) -> None:
-        if self.bias is None and self.activation is identity:
+        if self.idle:
             return
         if y.nbytes <= PIECE:
             self._piece(y)

@@ -25,10 +25,9 @@ WIDTH = 64  # columns of a block: four vectors
 FEWEST, STEP, MOST = 12, 6, 480  # lines of a block, at least, in steps of, and at most
 IN_CACHE = 3 << 19  # bytes of a matrix that stays in a core's second cache, for many lines
 FEW = 64  # lines, for which each part of the matrix is read once anyway
-LITTLE = 1 << 15  # multiply-adds: of fewer, to ask oneDNN takes longer than what it saves
 TINY, SHARED = 1 << 19, 1 << 24
-"""Multiply-adds: of fewer, to look at them in blocks takes longer than what it saves; of more, they
-are worth all threads of BLAS, where it has several."""
+"""Multiply-adds: of fewer, to look at them in blocks, or to ask oneDNN, takes longer than what it
+saves; of more, they are worth all threads of BLAS, where it has several."""
 WITH_SMALL_KERNELS = frozenset("SkylakeX Cooperlake SapphireRapids".split())
 
 
@@ -76,14 +75,14 @@ _blocks = ByContent(_Blocks)
 class Weight:
     """A constant matrix (..., inputs, outputs), or a stack of them, to multiply lines by.
 
-    `weight(x, out)` makes out (..., lines, outputs) = x (..., lines, inputs) @ weight, by oneDNN
-    where it is used. Else in blocks of lines and columns that are small enough, all in one call of
+    `weight(x, out)` makes out (..., lines, outputs) = x (..., lines, inputs) @ weight + bias, by
+    oneDNN where it is used. Else in blocks of lines and columns that are small enough, all in one call of
     NumPy: the columns of a block lie in memory of their own, whole vectors of them in a line of the
     cache.
     """
 
-    def __init__(self, matrix: HostArray) -> None:
-        self._matrix = matrix
+    def __init__(self, matrix: HostArray, bias: HostArray | None = None) -> None:
+        self._matrix, self._bias = matrix, bias
         self._blocks: _Blocks | None = None
         inputs, outputs = matrix.shape[-2:]
         self._elements: int = inputs * outputs
@@ -94,17 +93,20 @@ class Weight:
             self.lines = 0
         self._plans: onednn.Planned | None = None
         if matrix.dtype == np.float32 and onednn.why_not() is None:
-            self._plans, self.lines = onednn.product(matrix), 0
+            self._plans, self.lines = onednn.product(matrix, bias), 0
 
     def __call__(self, x: HostArray, out: HostArray) -> None:
         plan = self._plan(x, out)
         if plan is not None:
             plan(x, out)
-        elif x.ndim == 2 and self._as_a_whole(len(x), 1):
+            return
+        if x.ndim == 2 and self._as_a_whole(len(x), 1):
             np.dot(x, self._matrix, out)  # which starts sooner
         else:
             for operands in self._operands(x, out):
                 np.matmul(*operands)
+        if self._bias is not None:
+            np.add(out, self._bias, out)
 
     def bound(self, x: HostArray, out: HostArray) -> list[Callable[[], object]]:
         """What makes out = x @ weight of these arrays, to be called in order, again and again."""
@@ -113,11 +115,16 @@ class Weight:
             return [plan.bound(x, out)]
         if plan is not None:  # by as many threads as there are then
             return [partial(self, x, out)]
-        return [partial(np.matmul, *operands) for operands in self._operands(x, out)]
+        calls: list[Callable[[], object]] = [
+            partial(np.matmul, *operands) for operands in self._operands(x, out)
+        ]
+        if self._bias is not None:
+            calls.append(partial(np.add, out, self._bias, out))
+        return calls
 
     def _plan(self, x: HostArray, out: HostArray) -> onednn.Plan | None:
         """What oneDNN does; None where NumPy is as fast."""
-        if self._plans is None or x.shape[-2] == 1 or self._work(x) < LITTLE:
+        if self._plans is None or x.shape[-2] == 1 or self._work(x) < TINY:
             return None
         return self._plans(onednn.threads_for(self._work(x)), x.shape, x.strides, out.strides)
 

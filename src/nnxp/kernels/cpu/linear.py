@@ -10,6 +10,7 @@ import numpy as np
 from nnxp._arrays import HostArray
 from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels.activations import identity
+from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import Finish, carved, plain, room
 from nnxp.kernels.cpu._small import Weight
 from nnxp.kernels.linear import linear, matmul
@@ -20,6 +21,9 @@ BLOCK = 512 << 10  # bytes of a result that are finished before the next
 
 def product(x: HostArray, weight: Weight, out: HostArray, finish: Finish) -> None:
     """finish(x @ weight), for matrices, in blocks of lines."""
+    if finish.idle:
+        weight(x, out)
+        return
     step = max(LINES, BLOCK // (out.shape[1] * out.itemsize))
     if weight.lines:
         step += -step % weight.lines
@@ -42,8 +46,10 @@ def linear_in_place(
     constant = weight.numbers is not None and (bias is None or bias.numbers is not None)
     if x.ndim < 3 or not constant or not plain(x, weight, bias):
         return None
-    matrix = Weight(np.ascontiguousarray(weight.numbers))
-    finish = Finish(None if bias is None else bias.numbers, activation, x.dtype)
+    shift = None if bias is None else np.ascontiguousarray(bias.numbers)
+    by_onednn = x.dtype == np.float32 and onednn.why_not() is None  # which adds it on the way
+    matrix = Weight(np.ascontiguousarray(weight.numbers), shift if by_onednn else None)
+    finish = Finish(None if by_onednn else shift, activation, x.dtype)
     inputs, outputs = weight.shape
 
     def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:

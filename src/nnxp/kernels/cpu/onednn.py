@@ -418,17 +418,22 @@ def _attributes(activation: Kernel = identity) -> _Owned:
     return attributes
 
 
-def _product(x: _Owned, matrix: _Owned, out: _Owned) -> _Owned:
+def _product(x: _Owned, matrix: _Owned, bias: _Owned | None, out: _Owned) -> _Owned:
     """The description of a product of matrices, or of stacks of them."""
-    operands = x, matrix, None, out, _attributes()
+    operands = x, matrix, bias, out, _attributes()
     return _Owned("primitive_desc", "matmul_primitive_desc_create", library()[0].engine, *operands)
 
 
-def product(matrix: HostArray) -> Planned:
-    """Plans of out = x @ matrix, (..., lines, inputs) @ (..., inputs, outputs), by the shape of x
-    and the strides, in bytes, of x and of out; None where lines have gaps or overlap."""
+def product(matrix: HostArray, bias: HostArray | None) -> Planned:
+    """Plans of out = x @ matrix + bias, (..., lines, inputs) @ (..., inputs, outputs), by the shape
+    of x and the strides, in bytes, of x and of out; None where lines have gaps or overlap.
+
+    A bias is for a matrix, not for a stack of them.
+    """
     steps = [step // SIZE for step in matrix.strides]
     constant = constants.of(matrix, matrix.shape, tuple(steps))
+    shift = None if bias is None else outline((1, bias.size), (bias.size, 1))
+    biases = {} if shift is None else {BIAS: _Memory(shift, bias)}
 
     def make(shape: Shape, strides: Shape, out_strides: Shape) -> Plan | None:
         if not _plain(shape, strides):
@@ -436,8 +441,9 @@ def product(matrix: HostArray) -> Planned:
         x = outline(shape, [step // SIZE for step in strides])
         out_shape = *shape[:-1], matrix.shape[-1]
         out = outline(out_shape, [step // SIZE for step in out_strides])
-        description = _product(x, constant.any_layout(), out)
-        return Plan(description, {WEIGHTS: constant.memory(description)}, {SOURCE: x, RESULT: out})
+        description = _product(x, constant.any_layout(), shift, out)
+        weights = {WEIGHTS: constant.memory(description)}
+        return Plan(description, weights | biases, {SOURCE: x, RESULT: out})
 
     return Planned(make)
 
@@ -458,7 +464,7 @@ def _product_of(shapes: Sequence[Shape], strides: Sequence[Shape]) -> Plan | Non
         return None
     steps = [(down // SIZE, across // SIZE) for down, across in strides]
     x, matrix, out = map(outline, shapes, steps)
-    return Plan(_product(x, matrix, out), {}, {SOURCE: x, WEIGHTS: matrix, RESULT: out})
+    return Plan(_product(x, matrix, None, out), {}, {SOURCE: x, WEIGHTS: matrix, RESULT: out})
 
 
 _products = Planned(_product_of)
