@@ -76,9 +76,9 @@ class Weight:
     """A constant matrix (..., inputs, outputs), or a stack of them, to multiply lines by.
 
     `weight(x, out)` makes out (..., lines, outputs) = x (..., lines, inputs) @ weight + bias, by
-    oneDNN where it is used. Else in blocks of lines and columns that are small enough, all in one call of
-    NumPy: the columns of a block lie in memory of their own, whole vectors of them in a line of the
-    cache.
+    oneDNN where it is used. Else in blocks of lines and columns that are small enough, all in one
+    call of NumPy: the columns of a block lie in memory of their own, whole vectors of them in a
+    line of the cache.
     """
 
     def __init__(self, matrix: HostArray, bias: HostArray | None = None) -> None:
