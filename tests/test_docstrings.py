@@ -36,6 +36,7 @@ INSIDE = {
     "global_norm",
     "is_array",
     "is_floating",
+    "is_number",
     "is_real",
     "leaves_of",
     "rate_at",

@@ -266,10 +266,10 @@ def _onednn() -> Answer:
     """Whether products and convolutions of float32 go through oneDNN, which is an extra."""
     from nnxp.kernels.cpu import onednn
 
-    why = onednn.why_not()
-    if why is None:
-        why = f"{onednn.library()[0].version}, for products and convolutions of float32"
-    return {"ok": onednn.why_not() is None, "reason": why}
+    if why := onednn.why_not():
+        return {"ok": False, "reason": why}
+    number = onednn.library()[0].version
+    return {"ok": True, "reason": f"{number}, for products and convolutions of float32"}
 
 
 def _cublas() -> str | None:

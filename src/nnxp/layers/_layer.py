@@ -918,10 +918,15 @@ def whole(what: str, value: Any, least: int = 1) -> int:
     raise OptionError(f"{what} is a whole number, at least {least}, not {value!r:.60}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether an option is a number, which may be infinite; NaN and truth values are none."""
+    numbers = int | float | np.integer | np.floating
+    return isinstance(value, numbers) and not isinstance(value, bool) and value == value
+
+
 def is_real(value: Any) -> bool:
     """Whether an option is a finite number; truth values are none."""
-    numbers = int | float | np.integer | np.floating
-    return isinstance(value, numbers) and not isinstance(value, bool) and isfinite(value)
+    return is_number(value) and isfinite(value)
 
 
 def generator(rng: Rng) -> np.random.Generator:

@@ -32,7 +32,7 @@ from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.backend._blas import one_blas_thread
 from nnxp.backend._threads import together
 from nnxp.engine import parse_bytes
-from nnxp.layers._layer import Layer, Rng, generator, whole
+from nnxp.layers._layer import Layer, Rng, generator, is_number, whole
 from nnxp.layers.norm import rounding
 from nnxp.program.program import multiply_adds
 from nnxp.training._chunks import chunks
@@ -185,7 +185,7 @@ def fit(
         if validation is None:
             raise OptionError("patience waits for a lower loss on validation=(x, y)")
     path = None if checkpoint is None else _checkpoint_path(checkpoint)
-    if not _is_number(checkpoint_seconds) or checkpoint_seconds < 0:
+    if not is_number(checkpoint_seconds) or checkpoint_seconds < 0:
         raise OptionError(f"checkpoint_seconds is 0 or more, not {checkpoint_seconds!r:.60}")
     if callback is not None and not callable(callback):
         raise OptionError(f"callback is a function of an epoch's entry, not {callback!r:.60}")
@@ -267,11 +267,6 @@ def _checkpoint_path(checkpoint: Any) -> Path:
     return path
 
 
-def _is_number(x: Any) -> bool:
-    """Whether x is a number, which may be infinite."""
-    return isinstance(x, int | float | np.integer | np.floating) and not bool(np.isnan(x))
-
-
 def _outputs(model: Layer, rows: Rows) -> int | None:
     """The size of the last axis of what the model answers."""
     x = data_of(rows.at(np.zeros(1, "int64"))[:1])
@@ -295,7 +290,7 @@ class Trainer:
         workers: int | None = None,
         memory_limit: int | str | None = None,
     ) -> None:
-        if clip is not None and not (_is_number(clip) and clip > 0):
+        if clip is not None and not (is_number(clip) and clip > 0):
             raise OptionError(f"gradients are clipped to a norm above zero, not {clip!r}")
         self.model = model
         self.seen, self.form = _rounding(model), _rounding(_training_form(model))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 from nnxp import kernels
 from nnxp._arrays import Array, is_array, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels import Kernel
-from nnxp.layers._layer import Layer, is_real
+from nnxp.layers._layer import Layer, is_number, is_real
 from nnxp.program import traced
 from nnxp.training.differentiate import evaluated, leaves_of
 
@@ -92,11 +91,6 @@ _ONE_OUTPUT = (
 )
 
 
-def _is_number(x: Any) -> bool:
-    """Whether x is a number that may be infinite."""
-    return is_real(x) or (isinstance(x, float) and not isfinite(x))
-
-
 def _is_traced(x: Any) -> bool:
     return isinstance(x, traced.ndarray)
 
@@ -146,7 +140,7 @@ class Huber(Loss):
     delta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.delta) and self.delta > 0):
+        if not (is_number(self.delta) and self.delta > 0):
             raise OptionError(f"Huber's delta is above zero, not {self.delta!r}")
 
     def rows(self, y: Array, target: Array) -> Array:
