@@ -35,6 +35,7 @@ from nnxp.kernels.attention import attention as attention
 from nnxp.kernels.conv import conv as conv
 from nnxp.kernels.conv import conv_max_pool as conv_max_pool
 from nnxp.kernels.conv import conv_transpose as conv_transpose
+from nnxp.kernels.conv import conv_weight_gradient as conv_weight_gradient
 from nnxp.kernels.linear import bilinear as bilinear
 from nnxp.kernels.linear import linear as linear
 from nnxp.kernels.linear import matmul as matmul

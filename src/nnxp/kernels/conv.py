@@ -26,7 +26,7 @@ from nnxp.kernels._windows import (
     windows,
 )
 from nnxp.kernels.activations import ELEMENTWISE, identity
-from nnxp.kernels.linear import linear
+from nnxp.kernels.linear import linear, matmul
 from nnxp.kernels.pool import max_pool
 
 
@@ -69,6 +69,86 @@ def conv(
     apart = weight.shape[-2] == 1
     y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
     return _finished(y, bias, activation)
+
+
+@conv.vjp
+def _conv(
+    dy: Array,
+    y: Array,
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    precision: str | None = None,
+) -> tuple[Array | None, ...]:
+    """By x the transposed convolution of dy, by the weight a product with what windows see of x.
+
+    [Dumoulin & Visin 2016, section 4]
+    """
+    window = weight.shape[:-2]
+    over = windows("conv", x, window, stride=stride, padding=padding, dilation=dilation)
+    options: dict[str, Any] = {
+        "stride": over.stride, "padding": over.pads, "dilation": over.dilation,
+        "groups": groups, "precision": precision,
+    }  # fmt: skip
+    sizes = zip(x.shape[1:-1], over.pads, over.positions, over.stride, over.reach, strict=True)
+    unseen = tuple(n + sum(pads) - (p - 1) * s - r for n, pads, p, s, r in sizes)
+    dx = conv_transpose(dy, _swapped(weight, groups), output_padding=unseen, **options)
+    return dx, conv_weight_gradient(x, dy, window=window, **options), dy
+
+
+def _swapped(weight: Array, groups: int) -> Array:
+    """weight (*window, c / groups, o) -> (*window, o / groups, c), as a transposed convolution
+    takes it."""
+    *window, inputs, outputs = weight.shape
+    axes = len(window)
+    apart = weight.reshape(*window, inputs, groups, outputs // groups)
+    turned = apart.transpose(*range(axes), axes + 2, axes + 1, axes)
+    return turned.reshape(*window, outputs // groups, groups * inputs)
+
+
+@kernel
+def conv_weight_gradient(
+    x: Array,
+    dy: Array,
+    *,
+    window: tuple[int, ...],
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    precision: str | None = None,
+) -> Array:
+    """dw[k, i, o] = sum over n, p of x[n, stride p + dilation k - padding, i] dy[n, p, o]
+
+    x (n, *space, c), dy (n, *positions, o) -> dw (*window, c / groups, o): the gradient of
+    sum(dy * conv(x, weight)) by the weight, of which i and o are those of one group. The options
+    are those of `conv`.
+    """
+    over = windows(
+        "conv_weight_gradient", x, window, stride=stride, padding=padding, dilation=dilation
+    )
+    inputs, outputs = x.shape[-1] // groups, dy.shape[-1]
+    seen = patches(padded(x, over.pads), over)
+    if groups == 1:
+        lines = seen.reshape(-1, prod(window) * inputs)
+        made = matmul(lines.swapaxes(0, 1), dy.reshape(-1, outputs), precision=precision)
+        return made.reshape(*window, inputs, outputs)
+    if groups == outputs:
+        at = ascii_letters[: len(window) + 1]
+        elements = (seen[..., *tap, :] for tap in product(*map(range, window)))
+        sums = [xp_of(x).einsum(f"{at}Z,{at}Z->Z", element, dy) for element in elements]
+        return xp_of(x).stack(sums).reshape(*window, 1, outputs)
+    apart = xp_of(x).moveaxis(seen.reshape(*seen.shape[:-1], groups, inputs), -2, 0)
+    lines = apart.reshape(groups, -1, prod(window) * inputs)
+    worth = dy.reshape(-1, groups, outputs // groups).swapaxes(0, 1)
+    made = matmul(lines.swapaxes(1, 2), worth, precision=precision)
+    made = xp_of(x).moveaxis(made, 0, 1)
+    return made.reshape(*window, inputs, outputs)
 
 
 @kernel
