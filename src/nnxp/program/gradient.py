@@ -84,10 +84,13 @@ def _kernel(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) ->
     """A kernel as one step, or as several where it has no rule or its activation is apart."""
     if kernel.rule is None:
         return kernel.widened(*arrays, **options)
-    activation = options.get("activation", identity)
-    if activation is identity or not kernel.activates_last:
+    if not kernel.activates_last:
         return record(kernel, arrays, options)
-    z = record(kernel, tuple(map(_wide, arrays)), options | {"activation": identity})
+    options = dict(options)
+    activation = options.pop("activation", identity)
+    if activation is identity:
+        return record(kernel, arrays, options)
+    z = record(kernel, tuple(map(_wide, arrays)), options)
     return _kernel(activation, (z,), {}).astype(arrays[0].dtype, copy=False)
 
 

@@ -91,7 +91,7 @@ class Weight:
         """Of a block; 0 where the matrix is multiplied as a whole."""
         if self.lines < FEWEST or matrix.dtype != np.float32 or not small_kernels():
             self.lines = 0
-        self._plans: onednn.Planned | None = None
+        self._plans: onednn.Planned[onednn.Plan] | None = None
         if matrix.dtype == np.float32 and onednn.why_not() is None:
             self._plans, self.lines = onednn.product(matrix, bias), 0
 

@@ -12,7 +12,7 @@ from nnxp._arrays import HostArray, Shape
 from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
-from nnxp.kernels.conv import conv, conv_max_pool
+from nnxp.kernels.conv import conv, conv_max_pool, conv_weight_gradient
 from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
 from nnxp.kernels.cpu._small import OfGroups, Weight
@@ -44,27 +44,28 @@ def conv_in_place(
     activation: Kernel = identity,
     precision: str | None = None,
 ) -> InPlace | None:
-    """With constant weights."""
+    """With constant weights; by oneDNN also with others."""
     options = {"stride": stride, "padding": padding, "dilation": dilation}
     over = _taken(x, weight, bias, groups, **options)
     if over is None or weight.shape[-1] % groups:
         return None  # the reference body says what is wrong
-    numbers = np.ascontiguousarray(weight.numbers)
-    space, shift = x.shape[1:-1], None if bias is None else bias.numbers
-    planned = None
-    if not _transforms(weight.shape, over):
-        planned = _by_onednn(space, numbers, over, shift, activation, groups)
-    return planned or _by_ourselves(space, numbers, over, shift, activation, groups)
+    planned, constant = None, _are_constant(weight, bias)
+    if not constant or not _transforms(weight.shape, over):
+        planned = _by_onednn(x.shape[1:-1], weight, over, bias, activation, groups)
+    if planned or not constant:
+        return planned
+    shift = None if bias is None else bias.numbers
+    return _by_ourselves(x.shape[1:-1], weight.numbers, over, shift, activation, groups)
 
 
 def _by_ourselves(
-    space: Shape, numbers: HostArray, over: Windows, bias: HostArray | None, activation: Kernel,
+    space: Shape, numbers: Any, over: Windows, bias: HostArray | None, activation: Kernel,
     groups: int,
 ) -> InPlace | None:  # fmt: skip
     """Without oneDNN: for windows over one or two axes, in one group, with a group for each
     channel, or in any groups where a window is one element."""
     apart = groups > 1 and numbers.shape[-2] == 1 and groups == numbers.shape[-1]
-    axes = len(over.window)
+    axes, numbers = len(over.window), np.ascontiguousarray(numbers)
     if axes > 2 or (groups > 1 and not apart and not _alone(over)):
         return None
     finish = Finish(bias, activation, numbers.dtype)
@@ -107,47 +108,92 @@ def conv_max_pool_in_place(
     over = _taken(x, weight, bias, groups, **options)
     if over is None or any(n < size for n, size in zip(over.positions, window, strict=True)):
         return None  # the reference body says what is wrong
-    numbers, space = np.ascontiguousarray(weight.numbers), x.shape[1:-1]
-    shift = None if bias is None else bias.numbers
-    if groups == 1 and _transforms(weight.shape, over):
+    if not _are_constant(weight, bias) or (groups == 1 and _transforms(weight.shape, over)):
         return None
-    planned = _by_onednn(space, numbers, over, shift, activation, groups, window)
+    space = x.shape[1:-1]
+    planned = _by_onednn(space, weight, over, bias, activation, groups, window)
     if planned or groups != 1 or _alone(over):
         return planned
-    body = _by_patches(space, numbers, over, Finish(shift, activation, x.dtype), window)
+    finish = Finish(None if bias is None else bias.numbers, activation, x.dtype)
+    body = _by_patches(space, np.ascontiguousarray(weight.numbers), over, finish, window)
     return InPlace(lambda out, scratch, x, *_: body.run(out, scratch, x), body.room)
+
+
+@conv_weight_gradient.in_place
+def conv_weight_gradient_in_place(
+    x: Given,
+    dy: Given,
+    *,
+    window: tuple[int, ...],
+    groups: int = 1,
+    precision: str | None = None,
+    **options: Any,
+) -> InPlace | None:
+    """By oneDNN."""
+    weight = Given((*window, x.shape[-1] // groups, dy.shape[-1]), x.dtype, None)
+    over = _taken(x, weight, None, groups, **options)
+    if over is None or not plain(x, dy) or not _has_onednn(x.dtype):
+        return None
+    planned = onednn.weight_gradient(onednn.Pictures(x.shape[1:-1], weight.shape, over, groups))
+    if planned is None:
+        return None
+    work = prod(over.positions) * prod(weight.shape)
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray, dy: HostArray) -> None:
+        plan = planned(onednn.threads_for(len(x) * work), len(x))
+        assert plan is not None, "oneDNN planned it for one row"
+        plan(np.ascontiguousarray(x), np.ascontiguousarray(dy), out)
+
+    return InPlace(run, lambda rows: 0, lambda rows: rows * work)
+
+
+def _has_onednn(dtype: np.dtype[Any]) -> bool:
+    """Whether oneDNN is there for numbers of this type."""
+    return dtype == np.float32 and onednn.why_not() is None
 
 
 def _by_onednn(
     space: Shape,
-    weight: HostArray,
+    weight: Given,
     over: Windows,
-    bias: HostArray | None,
+    bias: Given | None,
     activation: Kernel,
     groups: int,
     pool: Shape = (),
 ) -> InPlace | None:
     """A few pictures at a time, whose pool and activation follow; None where oneDNN has no fast
     way."""
-    if weight.dtype != np.float32 or onednn.why_not() is not None:
+    if not _has_onednn(weight.dtype):
         return None
-    planned = onednn.convolution(space, weight, bias, over, groups, activation)
+    seen_by = onednn.Pictures(space, weight.shape, over, groups)
+    planned: onednn.Planned[Any] | None
+    constant = _are_constant(weight, bias)
+    if constant:
+        shift = None if bias is None else bias.numbers
+        numbers = np.ascontiguousarray(weight.numbers)
+        planned = onednn.convolution(seen_by, numbers, shift, activation)
+    else:
+        planned = onednn.changing_convolution(seen_by, bias is not None, activation)
     if planned is None:
         return None
     outputs, dtype = weight.shape[-1], weight.dtype
     seen, made = (*space, weight.shape[-2] * groups), (*over.positions, outputs)
-    pictures = max(1, TOGETHER // (prod(made) * dtype.itemsize))
     pooling = max_pool.in_place_for(Given((1, *made), dtype, None), window=pool) if pool else None
     finish = Finish(None, identity if activation in onednn.FUSED else activation, dtype)
-    work = prod(over.positions) * weight.size
+    most = max(1, TOGETHER // (prod(made) * dtype.itemsize))
+    work = prod(over.positions) * prod(weight.shape)
+
+    def together(rows: int) -> int:
+        return max(1, rows if finish.idle and not pool else min(rows, most))
 
     def shapes(rows: int) -> tuple[Shape, Shape]:
-        together = min(rows, pictures)
-        return (together, *seen), (together if pool else 0, *made)
+        return (together(rows), *seen), (together(rows) if pool else 0, *made)
 
-    def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
+    def run(out: HostArray, scratch: HostArray, x: HostArray, *weights: HostArray | None) -> None:
         own, products = carved(scratch, dtype, *shapes(len(x)))
         rest = scratch[room(dtype, *shapes(len(x))) :]
+        changing = [] if constant else [np.ascontiguousarray(w) for w in weights if w is not None]
+        pictures = together(len(x))
         for start in range(0, len(x), pictures):
             part, y = x[start : start + pictures], out[start : start + pictures]
             if not part.flags.c_contiguous:
@@ -156,31 +202,33 @@ def _by_onednn(
             whole = y if pooling is None else products[: len(part)]
             plan = planned(onednn.threads_for(len(part) * work), len(part))
             assert plan is not None, "oneDNN planned it for one row"
-            plan(part, whole)
+            plan(part, *changing, whole)
             if pooling is not None:
                 pooling.run(y, rest, whole)
             finish(y.reshape(-1, outputs))
 
     def bytes_for(rows: int) -> int:
-        here = room(dtype, *shapes(rows)) + finish.room(min(rows, pictures) * prod(made) * 4)
-        if pooling is not None:
-            here += pooling.room(min(rows, pictures))
-        return here
+        pictures = together(rows)
+        here = room(dtype, *shapes(rows)) + finish.room(pictures * prod(made) * 4)
+        return here + (0 if pooling is None else pooling.room(pictures))
 
-    return InPlace(run, bytes_for, lambda rows: min(rows, pictures) * work)
+    return InPlace(run, bytes_for, lambda rows: together(rows) * work)
 
 
 def _taken(
     x: Given, weight: Given, bias: Given | None, groups: int, **options: Any
 ) -> Windows | None:
     """The windows of a convolution that bodies here do; None for what is left to others."""
-    constant = weight.numbers is not None and (bias is None or bias.numbers is not None)
-    if not constant or not plain(x, weight, bias):
+    if not plain(x, weight, bias):
         return None
     if x.ndim != weight.ndim or x.shape[-1] != weight.shape[-2] * groups:
         return None  # the reference body says what is wrong
     over = windows("conv", x, weight.shape[:-2], **options)
     return None if any(each < 0 for pair in over.pads for each in pair) else over
+
+
+def _are_constant(weight: Given, bias: Given | None) -> bool:
+    return weight.numbers is not None and (bias is None or bias.numbers is not None)
 
 
 def _alone(over: Windows) -> bool:

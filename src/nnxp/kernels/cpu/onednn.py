@@ -28,7 +28,7 @@ from ctypes import (
 from functools import cache, partial
 from math import prod
 from sysconfig import get_default_scheme, get_path, get_preferred_scheme
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -43,10 +43,12 @@ FILE = "libdnnl.so.3"
 
 # As in oneDNN's headers, dnnl_types.h and dnnl_common_types.h
 CPU, FLOAT32, ANY_LAYOUT, IN_ORDER = 1, 3, 1, 1
-FORWARD_INFERENCE, DIRECT = 96, 1
+FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
 SOURCE, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 17, 33, 41, 80  # what an operand is
-NAME, WEIGHTS_LAYOUT, SCRATCHPAD_LAYOUT = 8, 131, 136  # what a primitive is asked for
+WORTH, WEIGHT_GRADIENT = 145, 161  # of those of a gradient: dy and dw
+NAME, WEIGHTS_LAYOUT, WEIGHT_GRADIENT_LAYOUT = 8, 131, 132  # what a primitive is asked for
+SCRATCHPAD_LAYOUT = 136
 SEQUENTIAL, OPENMP = 1, 2  # how it is built
 AVX512 = 0x20  # among the sets of instructions that it uses
 
@@ -106,6 +108,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "matmul_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 6],
     "convolution_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 4, *[_Dims] * 4, c_void_p)
+    ],
+    "convolution_backward_weights_primitive_desc_create": [
+        *(POINTER(c_void_p), c_void_p, c_int, *[c_void_p] * 4, *[_Dims] * 4, c_void_p, c_void_p)
     ],
     "reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
     "primitive_desc_query": [c_void_p, c_int, c_int, c_void_p],
@@ -262,11 +267,7 @@ class Constant:
                     return memory
             array = aligned((dnnl.dnnl_memory_desc_get_size(wanted),), "uint8")
             memory = _Memory(wanted, array)
-            given = outline(self._shape, self._strides)
-            source = _Memory(given, self.numbers)
-            between = given, dnnl.engine, wanted, dnnl.engine, None
-            change = _Owned("primitive_desc", "reorder_primitive_desc_create", *between)
-            Plan(change, {SOURCE: source, RESULT: memory}, {})()
+            _change(outline(self._shape, self._strides), wanted)(self.numbers, array)
             self._laid_out.append(memory)
             return memory
 
@@ -285,7 +286,7 @@ class Plan:
         self,
         description: _Owned,
         constants: dict[int, _Memory],
-        operands: dict[int, _Owned],
+        operands: dict[int, Any],
     ) -> None:
         dnnl = library()[0]
         self.primitive = _Owned("primitive", "primitive_create", description)
@@ -340,15 +341,54 @@ class _Call:
         self.run()
 
 
-class Planned:
+def _change(layout: Any, into: Any) -> Plan:
+    """The plan that copies an array of one layout into another."""
+    engine = library()[0].engine
+    between = layout, engine, into, engine, None
+    change = _Owned("primitive_desc", "reorder_primitive_desc_create", *between)
+    return Plan(change, {}, {SOURCE: layout, RESULT: into})
+
+
+class Relaid:
+    """A plan that wants one of its arrays, `what`, laid out in its own way: it is changed at each
+    call from the `layout` that NumPy has, or into that if it is the result."""
+
+    def __init__(self, plan: Plan, what: int, layout: _Owned) -> None:
+        own = plan.operands[what]
+        self._plan, self._place = plan, list(plan.operands).index(what)
+        self._makes = self._place == len(plan.operands) - 1
+        self._change = _change(own, layout) if self._makes else _change(layout, own)
+        self._own = _Memories(library()[0].dnnl_memory_desc_get_size(own))
+
+    def __call__(self, *arrays: HostArray) -> None:
+        """Run it with these arrays."""
+        array, own = arrays[self._place], self._own.array
+        if not self._makes:
+            self._change(array, own)
+        self._plan(*arrays[: self._place], own, *arrays[self._place + 1 :])
+        if self._makes:
+            self._change(own, array)
+
+
+class _Memories(threading.local):
+    """Memory of each thread."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.array = aligned((nbytes,), "uint8")
+
+
+AnyPlan = TypeVar("AnyPlan", bound="Plan | Relaid")
+
+
+class Planned(Generic[AnyPlan]):
     """Plans by what decides them, such as the number of rows, and by the number of threads; `make`
     makes one that is new. None where oneDNN has none."""
 
-    def __init__(self, make: Callable[..., Plan | None]) -> None:
+    def __init__(self, make: Callable[..., AnyPlan | None]) -> None:
         self._make = make
-        self._plans: dict[Hashable, Plan | None] = {}
+        self._plans: dict[Hashable, AnyPlan | None] = {}
 
-    def __call__(self, threads: int, *key: Hashable) -> Plan | None:
+    def __call__(self, threads: int, *key: Hashable) -> AnyPlan | None:
         try:
             return self._plans[threads, key]
         except KeyError:
@@ -424,7 +464,7 @@ def _product(x: _Owned, matrix: _Owned, bias: _Owned | None, out: _Owned) -> _Ow
     return _Owned("primitive_desc", "matmul_primitive_desc_create", library()[0].engine, *operands)
 
 
-def product(matrix: HostArray, bias: HostArray | None) -> Planned:
+def product(matrix: HostArray, bias: HostArray | None) -> Planned[Plan]:
     """Plans of out = x @ matrix + bias, (..., lines, inputs) @ (..., inputs, outputs), by the shape
     of x and the strides, in bytes, of x and of out; None where lines have gaps or overlap.
 
@@ -480,58 +520,111 @@ def multiply(x: HostArray, matrix: HostArray, out: HostArray) -> None:
         plan(x, matrix, out)
 
 
-def convolution(
-    space: Shape,
-    weight: HostArray,
-    bias: HostArray | None,
-    over: Windows,
-    groups: int,
-    activation: Kernel,
-) -> Planned | None:
-    """Plans of out = conv(x, weight) + bias, by the rows of x (rows, *space, channels), with the
-    activation if it is one of FUSED; None where oneDNN has no fast way.
+class Pictures:
+    """What a convolution takes and makes, as oneDNN is to look at it: x (rows, *space, channels)
+    and a weight of the shape (*window, channels / groups, outputs)."""
 
-    The weight is (*window, channels / groups, outputs).
-    """
-    space, over = _without_single_elements(space, over)
-    window = over.window
-    channels, outputs = weight.shape[-2:]
-    weight = weight.reshape(*window, channels, outputs)
-    shape: Shape = (outputs, channels, *window)
-    strides = _strides(weight.shape)
-    strides = strides[-1], strides[-2], *strides[:-2]
-    if groups > 1:
-        shape = groups, outputs // groups, *shape[1:]
-        strides = outputs // groups * strides[0], *strides
-    constant = constants.of(weight, shape, strides)
-    shift = None if bias is None else outline(bias.shape, (1,))
-    biases = {} if shift is None else {BIAS: _Memory(shift, bias)}
-
-    def describe(rows: int) -> tuple[_Owned, _Owned, _Owned]:
-        x = _channels_last((rows, *space, channels * groups))
-        out = _channels_last((rows, *over.positions, outputs))
+    def __init__(self, space: Shape, weight: Shape, over: Windows, groups: int) -> None:
+        space, over = _without_single_elements(space, over)
+        channels, outputs = weight[-2:]
+        steps = _strides((*over.window, channels, outputs))
+        self._x, self._y = (*space, channels * groups), (*over.positions, outputs)
+        self.shape: Shape = (outputs, channels, *over.window)
+        self.strides: Shape = (steps[-1], steps[-2], *steps[:-2])
+        if groups > 1:
+            self.shape = groups, outputs // groups, *self.shape[1:]
+            self.strides = outputs // groups * self.strides[0], *self.strides
+        self.bias = outline((outputs,), (1,))
         before, behind = zip(*over.pads, strict=True)
         dilation = [n - 1 for n in over.dilation]
-        description = _Owned(
+        self._sizes = [_Dims(*sizes) for sizes in (over.stride, dilation, before, behind)]
+
+    def x(self, rows: int) -> _Owned:
+        return _channels_last((rows, *self._x))
+
+    def y(self, rows: int) -> _Owned:
+        return _channels_last((rows, *self._y))
+
+    def weight(self) -> _Owned:
+        """The weight as NumPy has it."""
+        return outline(self.shape, self.strides)
+
+    def forward(
+        self, rows: int, bias: bool, activation: Kernel = identity, kind: int = FORWARD_INFERENCE
+    ) -> _Owned:
+        """The description of y = conv(x, weight) + bias."""
+        return _Owned(
             "primitive_desc", "convolution_forward_primitive_desc_create",
-            library()[0].engine, FORWARD_INFERENCE, DIRECT,
-            x, constant.any_layout(), shift, out,
-            *(_Dims(*sizes) for sizes in (over.stride, dilation, before, behind)),
-            _attributes(activation),
+            library()[0].engine, kind, DIRECT,
+            self.x(rows), outline(self.shape, None), self.bias if bias else None, self.y(rows),
+            *self._sizes, _attributes(activation),
         )  # fmt: skip
-        return description, x, out
+
+    def weight_gradient(self, rows: int) -> _Owned:
+        """The description of dw, of x and dy."""
+        return _Owned(
+            "primitive_desc", "convolution_backward_weights_primitive_desc_create",
+            library()[0].engine, DIRECT,
+            self.x(rows), outline(self.shape, None), None, self.y(rows),
+            *self._sizes, self.forward(rows, False, kind=FORWARD_TRAINING), _attributes(),
+        )  # fmt: skip
+
+
+def convolution(
+    pictures: Pictures, weight: HostArray, bias: HostArray | None, activation: Kernel
+) -> Planned[Plan] | None:
+    """Plans of y = conv(x, weight) + bias, by the rows, with the activation if it is one of FUSED:
+    `plan(x, y)`; None where oneDNN has no fast way."""
+    if not _is_fast(pictures.forward, bias is not None, activation):
+        return None
+    constant = constants.of(weight, pictures.shape, pictures.strides)
+    biases = {} if bias is None else {BIAS: _Memory(pictures.bias, bias)}
 
     def make(rows: int) -> Plan:
-        description, x, out = describe(rows)
+        description = pictures.forward(rows, bias is not None, activation)
         weights = {WEIGHTS: constant.memory(description)}
-        return Plan(description, biases | weights, {SOURCE: x, RESULT: out})
+        operands = {SOURCE: pictures.x(rows), RESULT: pictures.y(rows)}
+        return Plan(description, biases | weights, operands)
 
-    try:
-        with _limited_to(1):
-            description, *_ = describe(1)
-    except OneDNNError:
+    return Planned(make)
+
+
+def changing_convolution(
+    pictures: Pictures, bias: bool, activation: Kernel
+) -> Planned[Relaid] | None:
+    """The same with another weight, and another bias if there is one, at each call: `plan(x,
+    weight, y)`, or `plan(x, weight, bias, y)`."""
+    if not _is_fast(pictures.forward, bias, activation):
         return None
-    return Planned(make) if _is_fast(description) else None
+
+    def make(rows: int) -> Relaid:
+        description = pictures.forward(rows, bias, activation)
+        wanted = _described(description, WEIGHTS_LAYOUT)
+        biases = {BIAS: pictures.bias} if bias else {}
+        operands: dict[int, Any] = {
+            SOURCE: pictures.x(rows),
+            WEIGHTS: wanted,
+            **biases,
+            RESULT: pictures.y(rows),
+        }
+        return Relaid(Plan(description, {}, operands), WEIGHTS, pictures.weight())
+
+    return Planned(make)
+
+
+def weight_gradient(pictures: Pictures) -> Planned[Relaid] | None:
+    """Plans of the gradient by the weight, by the rows: `plan(x, dy, dw)`; None where oneDNN has no
+    fast way."""
+    if not _is_fast(pictures.weight_gradient):
+        return None
+
+    def make(rows: int) -> Relaid:
+        description = pictures.weight_gradient(rows)
+        made = _described(description, WEIGHT_GRADIENT_LAYOUT)
+        operands = {SOURCE: pictures.x(rows), WORTH: pictures.y(rows), WEIGHT_GRADIENT: made}
+        return Relaid(Plan(description, {}, operands), WEIGHT_GRADIENT, pictures.weight())
+
+    return Planned(make)
 
 
 def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:
@@ -545,9 +638,15 @@ def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Window
     return tuple(space[axis] for axis in kept), Windows(**fields)
 
 
-def _is_fast(description: _Owned) -> bool:
-    """Whether what oneDNN would run is made for this CPU, and works on arrays as they lie."""
+def _is_fast(describe: Callable[..., _Owned], *how: Any) -> bool:
+    """Whether oneDNN has a way, for one row, that is made for this CPU and works on arrays as they
+    lie."""
     dnnl, name = library()[0], c_char_p()
+    try:
+        with _limited_to(1):
+            description = describe(1, *how)
+    except OneDNNError:
+        return False
     dnnl.dnnl_primitive_desc_query(description, NAME, 0, byref(name))
     scratch = dnnl.dnnl_memory_desc_get_size(_described(description, SCRATCHPAD_LAYOUT))
     return not (name.value or b"").startswith((b"ref", b"gemm")) and scratch <= MOST_SCRATCH
