@@ -90,15 +90,31 @@ def _conv(
     [Dumoulin & Visin 2016, section 4]
     """
     window = weight.shape[:-2]
-    over = windows("conv", x, window, stride=stride, padding=padding, dilation=dilation)
-    options: dict[str, Any] = {
-        "stride": over.stride, "padding": over.pads, "dilation": over.dilation,
-        "groups": groups, "precision": precision,
-    }  # fmt: skip
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    options |= {"groups": groups, "precision": precision}
+    dx = _back_to(x, dy, weight, **options)
+    return dx, conv_weight_gradient(x, dy, window=window, **options), dy
+
+
+def _back_to(
+    x: Array,
+    dy: Array,
+    weight: Array,
+    *,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    precision: str | None = None,
+) -> Array:
+    """The transposed convolution of dy that has the shape of x, which was convolved."""
+    over = windows("conv", x, weight.shape[:-2], stride=stride, padding=padding, dilation=dilation)
     sizes = zip(x.shape[1:-1], over.pads, over.positions, over.stride, over.reach, strict=True)
     unseen = tuple(n + sum(pads) - (p - 1) * s - r for n, pads, p, s, r in sizes)
-    dx = conv_transpose(dy, _swapped(weight, groups), output_padding=unseen, **options)
-    return dx, conv_weight_gradient(x, dy, window=window, **options), dy
+    return conv_transpose(
+        dy, _swapped(weight, groups), stride=over.stride, padding=over.pads,
+        output_padding=unseen, dilation=over.dilation, groups=groups, precision=precision,
+    )  # fmt: skip
 
 
 def _swapped(weight: Array, groups: int) -> Array:
@@ -149,6 +165,14 @@ def conv_weight_gradient(
     made = matmul(lines.swapaxes(1, 2), worth, precision=precision)
     made = xp_of(x).moveaxis(made, 0, 1)
     return made.reshape(*window, inputs, outputs)
+
+
+@conv_weight_gradient.vjp
+def _conv_weight_gradient(
+    d: Array, dw: Array, x: Array, dy: Array, *, window: tuple[int, ...], **options: Any
+) -> tuple[Array, Array]:
+    """It is linear in both: d is the weight of the convolutions that it passes back."""
+    return _back_to(x, dy, d, **options), conv(x, d, **options)
 
 
 @kernel

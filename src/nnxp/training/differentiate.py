@@ -33,7 +33,7 @@ from nnxp.layers._layer import Layer, Rng, generator, reason_of
 from nnxp.program import traced
 from nnxp.program.fused import fused
 from nnxp.program.gradient import gradient, pullback
-from nnxp.program.program import Program, expanded, trace
+from nnxp.program.program import Program, trace
 from nnxp.program.recording import Bodied, Layout, Recording, bodied
 from nnxp.program.rewrite import merged, placed, with_products, written_out
 from nnxp.program.traced import Drawn, Untraceable, Value
@@ -65,7 +65,7 @@ class LossProgram:
     @cached_property
     def bodied(self) -> Bodied:
         """The program as the CPU runs it."""
-        return bodied(merged(expanded(self.program)))
+        return bodied(merged(bodied(self.program)))
 
     @cached_property
     def working_set(self) -> int:
