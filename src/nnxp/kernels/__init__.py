@@ -54,6 +54,7 @@ from nnxp.kernels.pool import global_average_pool as global_average_pool
 from nnxp.kernels.pool import global_max_pool as global_max_pool
 from nnxp.kernels.pool import lp_pool as lp_pool
 from nnxp.kernels.pool import max_pool as max_pool
+from nnxp.kernels.pool import max_pool_gradient as max_pool_gradient
 from nnxp.kernels.positions import add_positions as add_positions
 from nnxp.kernels.positions import embedding as embedding
 from nnxp.kernels.positions import rotary as rotary

@@ -41,6 +41,11 @@ def _pooled(who: str, x: Array, window: Any, options: dict[str, Any]) -> Windows
     return over
 
 
+def sees_padding(x: Array, *, window: tuple[int, ...], **options: Any) -> bool:
+    """Whether a window of such a pool sees anything but x."""
+    return any(map(any, _pooled("a pool", x, window, options).pads))
+
+
 def _reduced(x: Array, over: Windows, combine: Callable[..., Array]) -> Array:
     """Along one axis after the other, what the windows see of x, padded, combined two by two."""
     for axis in range(1, len(over.window) + 1):
@@ -74,8 +79,14 @@ def max_pool(
 
 @max_pool.vjp
 def _max_pool(
+    dy: Array, y: Array, x: Array, *, window: tuple[int, ...], **options: Any
+) -> tuple[Array]:
+    return (max_pool_gradient(dy, x, window=window, **options),)
+
+
+@kernel
+def max_pool_gradient(
     dy: Array,
-    y: Array,
     x: Array,
     *,
     window: tuple[int, ...],
@@ -83,10 +94,14 @@ def _max_pool(
     padding: Padding = 0,
     dilation: PerAxis = 1,
     ceil_mode: bool = False,
-) -> tuple[Array]:
-    """dx[k] = dy where element k of a window is the first of its largest, in row-major order."""
-    options = {"stride": window if stride is None else stride, "padding": padding}
-    options |= {"dilation": dilation, "ceil_mode": ceil_mode}
+) -> Array:
+    """dx[k] = sum of dy over the windows of which element k is the first of the largest
+
+    dy (n, *positions, c), x (n, *space, c) -> dx (n, *space, c): the gradient of
+    sum(dy * max_pool(x)); the first in row-major order, as in PyTorch. The options are those of
+    `max_pool`.
+    """
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
     over = _pooled("max_pool", x, window, options)
     largest, stages = padded(x, over.pads, -inf), []
     for axis in reversed(range(1, len(over.window) + 1)):
@@ -104,7 +119,19 @@ def _max_pool(
             dy = dy - values[-1]
         keys = [((slice(None),) * axis + (place,)) for place in places_along(over, axis)]
         dy = scattered([dy, *values[::-1]], shape, keys)
-    return (padded(dy, [(-before, -behind) for before, behind in over.pads]),)
+    return padded(dy, [(-before, -behind) for before, behind in over.pads])
+
+
+@max_pool_gradient.vjp
+def _max_pool_gradient(
+    d: Array, dx: Array, dy: Array, x: Array, **options: Any
+) -> tuple[Array, None] | None:
+    """By dy what d is where dx is not 0; of windows that overlap that is not to be seen."""
+    over = _pooled("max_pool", x, options.pop("window"), options)
+    if any(s < r for s, r in zip(over.stride, over.reach, strict=True)):
+        return None
+    picked = max_pool_gradient(xp_of(dy).ones_like(dy), x, window=over.window, **options)
+    return _reduced(padded(d * picked, over.pads), over, xp_of(d).add), None
 
 
 @kernel

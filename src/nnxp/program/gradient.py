@@ -15,8 +15,9 @@ import numpy as np
 
 from nnxp._arrays import is_floating
 from nnxp._errors import NotDifferentiable
-from nnxp.kernels import Kernel, identity
+from nnxp.kernels import Kernel, identity, max_pool, relu
 from nnxp.kernels.functions import FLAT, RULES, Part, scattered
+from nnxp.kernels.pool import sees_padding
 from nnxp.program import traced as xp
 from nnxp.program.program import Program, replay, trace
 from nnxp.program.rewrite import merged
@@ -84,6 +85,8 @@ def _kernel(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) ->
     """A kernel as one step, or as several where it has no rule or its activation is apart."""
     if kernel.rule is None:
         return kernel.widened(*arrays, **options)
+    if kernel is max_pool:
+        return _pooled(arrays[0], options)
     if not kernel.activates_last:
         return record(kernel, arrays, options)
     options = dict(options)
@@ -92,6 +95,15 @@ def _kernel(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) ->
         return record(kernel, arrays, options)
     z = record(kernel, tuple(map(_wide, arrays)), options)
     return _kernel(activation, (z,), {}).astype(arrays[0].dtype, copy=False)
+
+
+def _pooled(x: ndarray, options: dict[str, Any]) -> Any:
+    """max_pool(relu(x)) as relu(max_pool(x)), of which the gradients are the same, for fewer
+    numbers; padding would not be 0."""
+    step = x.value.step
+    if step is None or step.function is not relu or sees_padding(x, **options):
+        return record(max_pool, (x,), options)
+    return record(relu, (_pooled(lifted(step.inputs[0]), options),), {})
 
 
 def _wide(x: Any) -> Any:
