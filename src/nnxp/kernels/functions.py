@@ -21,6 +21,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from nnxp._arrays import Array, Shape, xp_of
+from nnxp._library import compute
 
 RULES: dict[str, Callable[..., Any]] = {}
 """The rule of each function by its name."""
@@ -50,7 +51,7 @@ def _rule(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def scattered(values: Sequence[Array], shape: Shape, keys: Sequence[Any]) -> Array:
     """Zeros of this shape, with each value added at its key."""
     options = {"shape": shape, "keys": tuple(keys)}
-    return type(values[0]).apply("scatter", tuple(values), options, None)
+    return compute(xp_of(values[0]), "scatter", tuple(values), options)
 
 
 def segment_sum(values: Array, ids: Array, size: int) -> Array:

@@ -14,7 +14,7 @@ from nnxp.kernels._windows import Padding, PerAxis
 from nnxp.kernels.cpu._pieces import PIECE, carved, plain, room
 from nnxp.kernels.pool import _pooled, max_pool, max_pool_gradient
 
-PICTURES = 1 << 20  # bytes of pictures that a gradient is found for at once
+PICTURES = 1 << 19  # bytes of pictures that a gradient is found for at once
 
 
 @max_pool.in_place
