@@ -169,6 +169,21 @@ def test_pictures_that_lie_by_channels_are_taken_as_they_are():
         agrees(Turned(nnxp.Conv(channels, 6, window, groups=groups, rng=0)), draw(4, 3, 9, 8))
 
 
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_channels_that_are_shuffled_are_the_same(groups):
+    class Shuffled(nnxp.Layer):
+        inner: nnxp.Layer
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, x):
+            y = self.inner(x)
+            return y.reshape(*y.shape[:-1], groups, -1).swapaxes(-1, -2).reshape(y.shape)
+
+    agrees(Shuffled(nnxp.Conv(6, 12, (1, 1), rng=0)), draw(4, 9, 8, 6))
+
+
 # Winograd's
 
 
@@ -487,6 +502,20 @@ def test_axes_of_one_element_are_left_out_for_onednn(space):
     window = tuple(min(n, 3) for n in space)
     agrees(nnxp.Conv(6, 16, window, "relu", rng=0), draw(4, *space, 6))
     agrees(nnxp.Conv(6, 16, window, padding=1, rng=0), draw(4, *space, 6))
+
+
+@only_onednn
+def test_convolutions_are_bound_to_their_arrays_which_stay():
+    conv = partial(nnxp.Conv, 8, 8, (3, 3), padding=1)
+    net = nnxp.Sequential(conv(rng=0), conv(rng=1, groups=8), conv("relu", rng=2), conv(rng=3))
+    x, y = draw(2, 9, 7, 8), np.full((2, 9, 7, 8), np.nan, "float32")
+    recording = Recording(net.program((x.shape, x.dtype)), 2, [x.dtype])
+    others = [np.full_like(y, np.nan) for _ in range(50)]
+    recording([x], [y])
+    assert np.isnan(others).all()  # nobody has got its memory
+    np.testing.assert_allclose(y, net(x), rtol=1e-4, atol=1e-4)
+    calls = [line for line in recording.text.splitlines() if line.endswith("()")]
+    assert len(calls) == 3  # with a relu; the first and the last have the caller's arrays
 
 
 @only_onednn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
@@ -14,7 +16,7 @@ from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
+from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, copy, plain, room
 from nnxp.kernels.cpu._small import OfGroups, Weight
 from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest
@@ -151,7 +153,7 @@ def _by_onednn(
         for start in range(0, len(x), pictures):
             part, y = x[start : start + pictures], out[start : start + pictures]
             if not part.flags.c_contiguous:
-                np.copyto(own[: len(part)], part)
+                copy(part, own[: len(part)])
                 part = own[: len(part)]
             whole = y if pooling is None else products[: len(part)]
             plan = planned(onednn.threads_for(len(part) * work), len(part))
@@ -161,13 +163,27 @@ def _by_onednn(
                 pooling.run(y, rest, whole)
             finish(y.reshape(-1, outputs))
 
+    def bind(
+        out: HostArray, scratch: HostArray, x: HostArray, *_: Any
+    ) -> list[Callable[[], object]]:
+        if pool or len(x) > pictures or len(x) * work > onednn.SHARED:
+            return [partial(run, out, scratch, x)]
+        before: list[Callable[[], object]] = []
+        if not x.flags.c_contiguous:
+            own = next(carved(scratch, dtype, *shapes(len(x))))
+            before.append(partial(copy, x, own))
+            x = own
+        plan = planned(1, len(x))
+        assert plan is not None, "oneDNN planned it for one row"
+        return [*before, plan.bound(x, out), *finish.bound(out.reshape(-1, outputs))]
+
     def bytes_for(rows: int) -> int:
         here = room(dtype, *shapes(rows)) + finish.room(min(rows, pictures) * prod(made) * 4)
         if pooling is not None:
             here += pooling.room(min(rows, pictures))
         return here
 
-    return InPlace(run, bytes_for, lambda rows: min(rows, pictures) * work)
+    return InPlace(run, bytes_for, lambda rows: min(rows, pictures) * work, bind)
 
 
 def _taken(
