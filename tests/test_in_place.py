@@ -17,7 +17,7 @@ import nnxp
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Given
-from nnxp.kernels.cpu import _small, conv, onednn
+from nnxp.kernels.cpu import _pieces, _small, conv, onednn
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
 
@@ -494,6 +494,30 @@ def test_onednn_convolves_over_up_to_three_axes_in_any_groups(axes, groups):
     for rows in (5, 1, 0):
         x = draw(rows, *(9, 8, 7)[:axes], 16)
         agrees(layer, x) if rows else recorded(layer, x)
+
+
+@only_onednn
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("order", ["outputs first", "backwards", "repeated", "apart"])
+def test_weights_are_not_copied_for_onednn_where_they_are_in_one_piece(monkeypatch, order, groups):
+    weight = {
+        "outputs first": draw(8, 6, 3, 3).transpose(2, 3, 1, 0),
+        "backwards": draw(3, 3, 6, 8)[..., ::-1],
+        "repeated": np.broadcast_to(draw(3, 3, 1, 8), (3, 3, 6, 8)),
+        "apart": draw(3, 3, 6, 16)[..., ::2],
+    }[order]
+    known = _pieces.ByContent(onednn.Constant)
+    monkeypatch.setattr(onednn, "constants", known)
+    x = draw(4, 9, 7, 6 * groups)
+    given = (Given(array.shape, array.dtype, array) for array in (weight, draw(8)))
+    body = kernels.conv.in_place_for(Given(x.shape, x.dtype, None), *given, groups=groups)
+    y = np.full((4, 7, 5, 8), np.nan, "float32")
+    body.run(y, np.empty(body.room(4), "uint8"), x)
+    np.testing.assert_allclose(
+        y, kernels.conv(x, weight, draw(8), groups=groups), rtol=1e-4, atol=1e-4
+    )
+    (constant,) = known._known.values()
+    assert np.shares_memory(constant.numbers, weight) == (order == "outputs first")
 
 
 @only_onednn

@@ -39,8 +39,8 @@ def check_precision(precision: Any) -> None:
         raise OptionError(f'precision={precision!r:.60} is not offered; "tf32" is, and None')
 
 
-Outlines = list[tuple[Shape, np.dtype[Any]]]
-"""Shapes and types."""
+Outlines = tuple[Shape, np.dtype[Any]] | list[tuple[Shape, np.dtype[Any]]]
+"""The shape and type of a result, or those of several."""
 
 
 class Given(NamedTuple):
@@ -109,7 +109,7 @@ class Kernel:
 
     def row_wise(self, rule: Rule) -> Rule:
         """Decorator: each row, along axis 0 of whatever has rows, is treated on its own, and this
-        function answers the shapes and types of the results.
+        function answers the shape and type of the result, or a list of them.
 
         `rule(*arrays, **options)` is given what has `shape`, `ndim` and `dtype`; it answers None
         for arrays of which the reference body is to say what is wrong. Nobody then needs to look

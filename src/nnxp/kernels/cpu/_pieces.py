@@ -107,7 +107,7 @@ class ByContent(Generic[Made]):
         self._known: WeakValueDictionary[Any, Made] = WeakValueDictionary()
 
     def of(self, numbers: HostArray, *how: Any) -> Made:
-        sample = numbers.reshape(-1)[:: max(1, numbers.size // SAMPLE)]
+        sample = numbers.ravel("K")[:: max(1, numbers.size // SAMPLE)]
         key = numbers.shape, how, hash(sample.tobytes())
         made = self._known.get(key)
         if made is None or not np.array_equal(made.numbers, numbers):

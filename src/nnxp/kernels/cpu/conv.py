@@ -51,12 +51,15 @@ def conv_in_place(
     over = _taken(x, weight, bias, groups, **options)
     if over is None or weight.shape[-1] % groups:
         return None  # the reference body says what is wrong
-    numbers = np.ascontiguousarray(weight.numbers)
+    numbers = np.asarray(weight.numbers)
     space, shift = x.shape[1:-1], None if bias is None else bias.numbers
     planned = None
     if not _transforms(weight.shape, over):
         planned = _by_onednn(space, numbers, over, shift, activation, groups)
-    return planned or _by_ourselves(space, numbers, over, shift, activation, groups)
+    if planned is not None:
+        return planned
+    numbers = np.ascontiguousarray(numbers)
+    return _by_ourselves(space, numbers, over, shift, activation, groups)
 
 
 def _by_ourselves(
@@ -109,13 +112,14 @@ def conv_max_pool_in_place(
     over = _taken(x, weight, bias, groups, **options)
     if over is None or any(n < size for n, size in zip(over.positions, window, strict=True)):
         return None  # the reference body says what is wrong
-    numbers, space = np.ascontiguousarray(weight.numbers), x.shape[1:-1]
+    numbers, space = np.asarray(weight.numbers), x.shape[1:-1]
     shift = None if bias is None else bias.numbers
     if groups == 1 and _transforms(weight.shape, over):
         return None
     planned = _by_onednn(space, numbers, over, shift, activation, groups, window)
     if planned or groups != 1 or _alone(over):
         return planned
+    numbers = np.ascontiguousarray(numbers)
     body = _by_patches(space, numbers, over, Finish(shift, activation, x.dtype), window)
     return InPlace(lambda out, scratch, x, *_: body.run(out, scratch, x), body.room)
 
@@ -377,8 +381,9 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
 
     def transformed() -> Weight:
         if not made:
-            both = np.einsum("ai,bj,ijco->abco", _LEFT, _LEFT, weight.astype("float64"))
-            made.append(Weight(both.reshape(16, inputs, outputs).astype(dtype)))
+            lines = _LEFT @ weight.reshape(3, 3, -1).astype("float64")
+            both = (_LEFT @ lines.reshape(3, -1)).astype(dtype)
+            made.append(Weight(both.reshape(16, inputs, outputs)))
         return made[0]
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:

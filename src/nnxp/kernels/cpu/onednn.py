@@ -496,10 +496,13 @@ def convolution(
     space, over = _without_single_elements(space, over)
     window = over.window
     channels, outputs = weight.shape[-2:]
-    weight = weight.reshape(*window, channels, outputs)
+    span = sum((n - 1) * step for n, step in zip(weight.shape, weight.strides, strict=True))
+    if min(weight.strides) < SIZE or span + SIZE != weight.nbytes:  # not in one piece
+        weight = np.ascontiguousarray(weight)
+    weight = weight.reshape(*window, channels, outputs)  # a view: axes of one element are left out
     shape: Shape = (outputs, channels, *window)
-    strides = _strides(weight.shape)
-    strides = strides[-1], strides[-2], *strides[:-2]
+    *steps, inner, outer = (step // SIZE for step in weight.strides)
+    strides: Shape = (outer, inner, *steps)
     if groups > 1:
         shape = groups, outputs // groups, *shape[1:]
         strides = outputs // groups * strides[0], *strides
