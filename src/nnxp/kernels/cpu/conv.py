@@ -152,8 +152,10 @@ def _by_onednn(
         return (together, *seen), (together if pool else 0, *made)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
-        own, products = carved(scratch, dtype, *shapes(len(x)))
-        rest = scratch[room(dtype, *shapes(len(x))) :]
+        own = products = rest = scratch
+        if pool or not x.flags.c_contiguous:
+            own, products = carved(scratch, dtype, *shapes(len(x)))
+            rest = scratch[room(dtype, *shapes(len(x))) :]
         for start in range(0, len(x), pictures):
             part, y = x[start : start + pictures], out[start : start + pictures]
             if not part.flags.c_contiguous:
