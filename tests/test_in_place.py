@@ -17,7 +17,7 @@ import nnxp
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Given
-from nnxp.kernels.cpu import _small, conv, onednn
+from nnxp.kernels.cpu import _pieces, _small, conv, onednn
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
 
@@ -167,6 +167,21 @@ def test_pictures_that_lie_by_channels_are_taken_as_they_are():
 
     for window, channels, groups in [((3, 3), 3, 1), ((1, 1), 3, 1), ((3, 3), 3, 3)]:
         agrees(Turned(nnxp.Conv(channels, 6, window, groups=groups, rng=0)), draw(4, 3, 9, 8))
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_channels_that_are_shuffled_are_the_same(groups):
+    class Shuffled(nnxp.Layer):
+        inner: nnxp.Layer
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, x):
+            y = self.inner(x)
+            return y.reshape(*y.shape[:-1], groups, -1).swapaxes(-1, -2).reshape(y.shape)
+
+    agrees(Shuffled(nnxp.Conv(6, 12, (1, 1), rng=0)), draw(4, 9, 8, 6))
 
 
 # Winograd's
@@ -482,11 +497,49 @@ def test_onednn_convolves_over_up_to_three_axes_in_any_groups(axes, groups):
 
 
 @only_onednn
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("order", ["outputs first", "backwards", "repeated", "apart"])
+def test_weights_are_not_copied_for_onednn_where_they_are_in_one_piece(monkeypatch, order, groups):
+    weight = {
+        "outputs first": draw(8, 6, 3, 3).transpose(2, 3, 1, 0),
+        "backwards": draw(3, 3, 6, 8)[..., ::-1],
+        "repeated": np.broadcast_to(draw(3, 3, 1, 8), (3, 3, 6, 8)),
+        "apart": draw(3, 3, 6, 16)[..., ::2],
+    }[order]
+    known = _pieces.ByContent(onednn.Constant)
+    monkeypatch.setattr(onednn, "constants", known)
+    x = draw(4, 9, 7, 6 * groups)
+    given = (Given(array.shape, array.dtype, array) for array in (weight, draw(8)))
+    body = kernels.conv.in_place_for(Given(x.shape, x.dtype, None), *given, groups=groups)
+    y = np.full((4, 7, 5, 8), np.nan, "float32")
+    body.run(y, np.empty(body.room(4), "uint8"), x)
+    np.testing.assert_allclose(
+        y, kernels.conv(x, weight, draw(8), groups=groups), rtol=1e-4, atol=1e-4
+    )
+    (constant,) = known._known.values()
+    assert np.shares_memory(constant.numbers, weight) == (order == "outputs first")
+
+
+@only_onednn
 @pytest.mark.parametrize("space", [(9, 1), (1, 9), (1, 1)])
 def test_axes_of_one_element_are_left_out_for_onednn(space):
     window = tuple(min(n, 3) for n in space)
     agrees(nnxp.Conv(6, 16, window, "relu", rng=0), draw(4, *space, 6))
     agrees(nnxp.Conv(6, 16, window, padding=1, rng=0), draw(4, *space, 6))
+
+
+@only_onednn
+def test_convolutions_are_bound_to_their_arrays_which_stay():
+    conv = partial(nnxp.Conv, 8, 8, (3, 3), padding=1)
+    net = nnxp.Sequential(conv(rng=0), conv(rng=1, groups=8), conv("relu", rng=2), conv(rng=3))
+    x, y = draw(2, 9, 7, 8), np.full((2, 9, 7, 8), np.nan, "float32")
+    recording = Recording(net.program((x.shape, x.dtype)), 2, [x.dtype])
+    others = [np.full_like(y, np.nan) for _ in range(50)]
+    recording([x], [y])
+    assert np.isnan(others).all()  # nobody has got its memory
+    np.testing.assert_allclose(y, net(x), rtol=1e-4, atol=1e-4)
+    calls = [line for line in recording.text.splitlines() if line.endswith("()")]
+    assert len(calls) == 3  # with a relu; the first and the last have the caller's arrays
 
 
 @only_onednn

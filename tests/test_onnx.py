@@ -13,6 +13,7 @@ import pytest
 import nnxp
 from conftest import draw
 from nnxp import CheckpointError, ConversionError, DtypeMismatch, ShapeError, load_onnx
+from nnxp.io import onnx as reader
 from nnxp.program.mixing import mixing
 from nnxp.testing import assert_parity
 
@@ -65,6 +66,19 @@ def test_reading_leaves_the_proto_as_it_is():
     before = source.SerializeToString()
     load_onnx(source)
     assert source.SerializeToString() == before
+
+
+def test_a_model_is_gone_through_as_often_however_many_arrays_it_has(monkeypatch):
+    walks = []
+    monkeypatch.setattr(reader, "_nodes", lambda g, n=reader._nodes: walks.append(g) or n(g))
+    counts = []
+    for layers in (2, 20):
+        nodes = [("MatMul", f"x{i} w{i}", f"x{i + 1}") for i in range(layers)]
+        arrays = {f"w{i}": draw((6, 6)) for i in range(layers)}
+        load_onnx(proto(nodes, [("x0", ["n", 6])], [f"x{layers}"], arrays))
+        counts.append(len(walks))
+        walks.clear()
+    assert counts[0] == counts[1]
 
 
 def test_initialisers_that_are_inputs_too_are_no_inputs():

@@ -9,6 +9,7 @@ import nnxp
 from conftest import draw
 from nnxp import kernels
 from nnxp._arrays import Array, xp_of
+from nnxp.program import patterns
 from nnxp.program.rewrite import optimized
 from test_rewrite import judge
 
@@ -109,6 +110,24 @@ def test_a_gate_is_seen_behind_another_one(name, formula):
         return formula(kernels.relu6(x + 1) * sigmoid(x * 2))
 
     assert functions(behind, x).count(name) == 1
+
+
+def test_a_recurrence_that_is_written_out_is_not_looked_through_again_and_again(monkeypatch):
+    looks, polynomial = [], patterns._polynomial
+    monkeypatch.setattr(patterns, "_polynomial", lambda *of: looks.append(of) or polynomial(*of))
+    steps, weight = 10, draw((4, 16)) / 4
+
+    def recurrence(x):
+        h = c = x[:, 0, :4]
+        for t in range(steps):
+            i, f, g, o = ((x[:, t] + h @ weight)[:, 4 * k : 4 * k + 4] for k in range(4))
+            c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+            h = sigmoid(o) * tanh(c)
+        return h
+
+    kept = functions(recurrence, draw((3, steps, 16)))
+    assert kept.count("sigmoid") == 3 * steps
+    assert len(looks) < 100 * steps
 
 
 def mean(x):

@@ -136,6 +136,44 @@ def test_orders_that_do_not_cancel_become_one(rng):
     np.testing.assert_array_equal(program(x), formula(x))
 
 
+def test_channels_that_are_shuffled_go_on_lying_behind_the_others(rng):
+    first, second = (rng.normal(size=(1, 1, n, 6)).astype("float32") for n in (3, 2))
+
+    def formula(x):
+        y = nnxp.kernels.conv(x.transpose(0, 2, 3, 1), first, groups=2).transpose(0, 3, 1, 2)
+        y = y.reshape(len(x), 2, 3, 4, 5).swapaxes(1, 2).reshape(len(x), 6, 4, 5)
+        return nnxp.kernels.conv(y.transpose(0, 2, 3, 1), second, groups=3)
+
+    x = rng.normal(size=(7, 6, 4, 5)).astype("float32")
+    program = optimized(trace(formula, (x.shape, x.dtype)))
+    names = [step.name for step in program.steps]
+    assert names == ["transpose", "conv", "reshape", "transpose", "copy", "reshape", "conv"]
+    assert program.steps[3].outputs[0].shape[1:] == (4, 5, 3, 2)
+    np.testing.assert_allclose(program(x), formula(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "copied"),
+    [
+        ((0, 3, 1, 2), (7, -1), True),  # channels before space
+        ((0, 2, 1, 3), (7, 4, 15), True),  # heads put together
+        ((0, 3, 1, 2), (7, 5, 12), False),  # space alone
+        ((0, 3, 1, 2), (7, 5, 1, 3, 2, 2), False),  # taken apart
+        ((2, 0, 3, 1), (4, 35, 3), True),
+        ((3, 2, 1, 0), (5, 2, 2, 21), True),
+        ((1, 0, 2, 3), (1, 21, 20, 1, 1), True),
+    ],
+)
+def test_another_shape_of_another_order_is_the_same(rng, axes, shape, copied):
+    def formula(x):
+        return x.transpose(axes).reshape(shape) * np.float32(2)
+
+    x = rng.normal(size=(7, 3, 4, 5)).astype("float32")
+    program = optimized(trace(formula, (x.shape, x.dtype)))
+    assert ("copy" in [step.name for step in program.steps]) == copied
+    np.testing.assert_array_equal(program(x), formula(x))
+
+
 def test_steps_that_look_alike_are_told_apart():
     def formula(x):
         return x * 2, x * 2.0, x * 2, x[:, 0:1], x[:, 0:2], x.sum(axis=0), x.sum(axis=0, keepdims=1)

@@ -730,6 +730,32 @@ def test_what_does_not_fit_is_refused_in_words(words):
     assert re.search(words, str(refused.value)), refused.value
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": (2, 1), "padding": ((1, 0), 2)}, {"dilation": 2, "groups": 2}]
+)
+def test_a_convolution_says_itself_what_it_makes(options):
+    rng = np.random.default_rng(0)
+    x, bias = rng.normal(size=(2, 7, 6, 4)), rng.normal(size=6)
+    weight = rng.normal(size=(3, 2, 4 // options.get("groups", 1), 6))
+    y = kernels.conv(x, weight, bias, **options)
+    assert kernels.conv.outlines(x, weight, bias, **options) == (y.shape, y.dtype)
+    for call in (kernels.conv, kernels.conv.outlines):
+        with pytest.raises(nnxp.ShapeError, match="conv takes"):
+            call(x[..., :3], weight, bias, **options)
+        with pytest.raises(nnxp.OptionError, match="padding of conv"):
+            call(x, weight, bias, **options | {"padding": "SAME"})
+    for odd in (bias[:5], bias.astype("float32")):
+        assert kernels.conv.outlines(x, weight, odd, **options) is None
+    assert kernels.conv.outlines(x.astype("float32"), weight, bias, **options) is None
+
+
+def test_a_convolution_is_not_looked_into_for_the_shape_of_its_result(monkeypatch):
+    """Its reference body would lay out the weights anew."""
+    monkeypatch.setattr(kernels.conv, "reference", lambda *_, **__: pytest.fail("looked into"))
+    net = nnxp.Sequential(nnxp.Conv(3, 4, (3, 3), rng=0), nnxp.Flatten())
+    assert net.program((1, 8, 8, 3)).outputs[0].shape[1:] == (144,)
+
+
 def test_a_model_says_which_of_its_layers_does_not_fit():
     net = nnxp.Sequential(nnxp.Conv(3, 4, (3, 3), rng=0), nnxp.Conv(5, 4, (3, 3), rng=1))
     with pytest.raises(nnxp.ShapeError, match=r"layers\.1 conv takes 5 channels"):

@@ -287,8 +287,10 @@ class _Reader:
         them, to which it is the same; None for others."""
         kinds = {self.onnx.TensorProto.INT4: "int8", self.onnx.TensorProto.UINT4: "uint8"}
         dtype = kinds.get(tensor.data_type)
+        if dtype is None:
+            return None
         asking = {n.op_type for n in _nodes(self.model.graph) if tensor.name in n.input}
-        if dtype is None or asking != {"DequantizeLinear"}:
+        if asking != {"DequantizeLinear"}:
             return None
         count = prod(tensor.dims)
         if tensor.HasField("raw_data"):

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,8 +39,8 @@ def check_precision(precision: Any) -> None:
         raise OptionError(f'precision={precision!r:.60} is not offered; "tf32" is, and None')
 
 
-Outlines = list[tuple[Shape, np.dtype[Any]]]
-"""Shapes and types."""
+Outlines = tuple[Shape, np.dtype[Any]] | list[tuple[Shape, np.dtype[Any]]]
+"""The shape and type of a result, or those of several."""
 
 
 class Given(NamedTuple):
@@ -61,11 +61,18 @@ class InPlace(NamedTuple):
     `run(out, scratch, *arrays)` fills `out`, or one for each result, in order. `scratch` is memory
     to work in, uint8, of `room(rows)` bytes, which grow with the rows by no more than they do at
     first. `work(rows)` is the multiply-adds of its products that may be shared among threads.
+    `bind(out, scratch, *arrays)`, where it can be said once what is to be done to these arrays, is
+    the calls that do it, in order, again and again.
     """
 
     run: Callable[..., object]
     room: Callable[[int], int]
     work: Callable[[int], int] = lambda _: 0
+    bind: Callable[..., list[Callable[[], object]]] | None = None
+
+    def bound(self, *arrays: Array) -> list[Callable[[], object]]:
+        """The calls that do what `run` does with these arrays, as long as they are there."""
+        return [partial(self.run, *arrays)] if self.bind is None else self.bind(*arrays)
 
 
 class Kernel:
@@ -102,7 +109,7 @@ class Kernel:
 
     def row_wise(self, rule: Rule) -> Rule:
         """Decorator: each row, along axis 0 of whatever has rows, is treated on its own, and this
-        function answers the shapes and types of the results.
+        function answers the shape and type of the result, or a list of them.
 
         `rule(*arrays, **options)` is given what has `shape`, `ndim` and `dtype`; it answers None
         for arrays of which the reference body is to say what is wrong. Nobody then needs to look

@@ -9,7 +9,7 @@ from math import gcd, prod
 from string import ascii_letters
 from typing import Any
 
-from nnxp._arrays import Array, Shape, xp_of
+from nnxp._arrays import Array, Shape, is_floating, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels._dispatch import Kernel, kernel
 from nnxp.kernels._windows import (
@@ -69,6 +69,29 @@ def conv(
     apart = weight.shape[-2] == 1
     y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
     return _finished(y, bias, activation)
+
+
+@conv.row_wise
+def _conv_outline(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: PerAxis = 1,
+    padding: Padding = 0,
+    dilation: PerAxis = 1,
+    groups: int = 1,
+    **_: Any,
+) -> tuple[Shape, Any] | None:
+    _fitting("conv", x, weight, groups)
+    window = weight.shape[:-2]
+    over = windows("conv", x, window, stride=stride, padding=padding, dilation=dilation)
+    outputs = weight.shape[-1:]
+    if bias is not None and (bias.shape, bias.dtype) != (outputs, x.dtype):
+        return None
+    if weight.dtype != x.dtype or not is_floating(x.dtype):
+        return None
+    return (x.shape[0], *over.positions, *outputs), x.dtype
 
 
 @conv.vjp

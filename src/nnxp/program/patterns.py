@@ -6,7 +6,7 @@ noted in its place; the steps that nobody needs any more are left out as any oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
 from math import pi, prod, sqrt
@@ -87,9 +87,20 @@ def _polynomial(y: Any, variables: tuple[Any, ...], depth: int = DEPTH) -> Polyn
     step = _step(y)
     if step is None or depth == 0 or step.function not in _ALGEBRA:
         return None
-    parts = [_polynomial(lifted(factor), variables, depth - 1) for factor in step.inputs]
-    known = [part for part in parts if part is not None]
-    polynomial = _ALGEBRA[step.function](*known) if len(known) == len(parts) else None
+    return _combined(step.function, map(lifted, step.inputs), variables, depth - 1)
+
+
+def _combined(
+    function: Any, arrays: Iterable[Any], variables: tuple[Any, ...], depth: int = DEPTH
+) -> Polynomial | None:
+    """What a function makes of polynomials; None as soon as an array is none."""
+    parts = []
+    for array in arrays:
+        part = _polynomial(array, variables, depth)
+        if part is None:
+            return None
+        parts.append(part)
+    polynomial = _ALGEBRA[function](*parts)
     return polynomial if polynomial is not None and len(polynomial) <= MOST_TERMS else None
 
 
@@ -185,8 +196,7 @@ def _gated_by(inner: Any, step: Step, arrays: tuple[Any, ...]) -> Any:
     for x in _behind(argument):
         if x.shape != outline.shape or x.dtype != outline.dtype:
             continue
-        parts = [_polynomial(array, (x, inner)) for array in arrays]
-        whole = None if None in parts else _ALGEBRA[step.function](*parts)
+        whole = _combined(step.function, arrays, (x, inner))
         for kernel, functions, of_x, of_both in _GATES:
             fits = function in functions and _is(_polynomial(argument, (x,)), of_x, x.dtype)
             if fits and _is(whole, of_both, x.dtype):

@@ -21,7 +21,7 @@ from nnxp._errors import located
 from nnxp._library import KINDS, WITH_OUT
 from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import zeros
+from nnxp.kernels.cpu._pieces import copy, zeros
 from nnxp.kernels.cpu._small import TINY, Weight, columns_at_once
 from nnxp.program.program import (
     Costs,
@@ -238,6 +238,7 @@ class _Lines:
         layout = Layout(program, rows)
         buffers = [np.empty(size, "uint8") for size in layout.sizes]
         scratch = np.empty(layout.scratch, "uint8")
+        self.names["memory"] = scratch, *buffers  # a call that is bound to it does not keep it
         self.nbytes = sum(layout.sizes) + scratch.nbytes
         for value, dtype, name in zip(program.inputs, given, inputs, strict=True):
             self._places[value] = name
@@ -261,7 +262,7 @@ class _Lines:
                         self._places[value] = whole.view(value.dtype).reshape(shape)
                 if step in program.bodies:
                     self.work = max(self.work, program.bodies[step].work(rows))
-                    self._line(program.bodies[step].run, *step.outputs, scratch, *step.inputs)
+                    self._body(program.bodies[step], *step.outputs, scratch, *step.inputs)
                 else:
                     self._written(now, step.outputs[0])
             self._end(ended)
@@ -285,6 +286,15 @@ class _Lines:
         answer = f"({', '.join(results)},)" if program.several else results[0]
         tail = [f" except Exception as error:\n  {located}(error)\n  raise\n return {answer}\n"]
         return "\n".join([*head, *(f"  {line}" for line in [*self._lines, "pass"]), *tail])
+
+    def _body(self, body: InPlace, *operands: Any) -> None:
+        """The lines of a body in place: bound to its arrays if they are the same at each call."""
+        places = [self._place(each) for each in operands]
+        if any(isinstance(place, Local) for place in places):
+            self._line(body.run, *operands)
+            return
+        for call in body.bound(*places):
+            self._line(call)
 
     def _line(self, fn: Callable[..., Any], *operands: Any, **options: Any) -> None:
         """A line that calls fn, with values and what else is given."""
@@ -378,7 +388,9 @@ class _Lines:
         """The lines that write a step's result where it lies."""
         name, inputs, options = step.name, step.inputs, step.options
         fn: Any = getattr(np, name, None)
-        if name in ("astype", "copy"):
+        if name == "copy":
+            self._line(copy, inputs[0], out)
+        elif name == "astype":
             self._line(np.copyto, out, inputs[0], casting="unsafe")
         elif name == "where":
             condition, x, y = inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import HostArray, is_array, is_floating, xp_of
+from nnxp._arrays import HostArray, Shape, is_array, is_floating, xp_of
 from nnxp._library import KINDS
 from nnxp.kernels._windows import windows
 from nnxp.kernels.activations import ELEMENTWISE
@@ -127,6 +127,9 @@ def optimized(program: Program) -> Program:
         """The step on arrays whose axes are in the order of what they were made of."""
         if step.name == "copy":
             return arrays[0]  # a reshape that needs one notes it
+        if step.name == "reshape":
+            regrouped = _regrouped(arrays[0], step.outputs[0].shape)
+            return change(step, arrays) if regrouped is None else regrouped
         axes = next((order[1] for order in map(_order, arrays) if order), None)
         if axes is None or not _commutes(step):
             return change(step, arrays)
@@ -184,6 +187,43 @@ def _undone(x: Any, axes: tuple[int, ...]) -> Any:
         return NotImplemented
     full = x.reshape((1,) * (len(axes) - x.ndim) + x.shape)
     return full.transpose(tuple(int(at) for at in np.argsort(axes)))
+
+
+def _regrouped(x: Any, shape: Shape) -> Any:
+    """x.reshape(shape), of x that is another order of axes, as another order of a reshape; None
+    where none is better.
+
+    Axes that become one are put together first. What lies together in memory stays last, so that
+    channels that are shuffled go on lying behind the others.
+    """
+    order = _order(x)
+    if order is None or 0 in x.shape:
+        return None
+    memory, axes = order
+    groups = [([axes[axis] for axis in taken], made) for taken, made in _factors(x.shape, shape)]
+    groups.sort(key=lambda group: max(group[0], default=-1))
+    together = tuple(axis for taken, _ in groups for axis in taken)
+    if together == axes:
+        return None
+    if together != tuple(range(memory.ndim)):
+        memory = memory.transpose(together)
+    made = [axis for _, some in groups for axis in some]
+    regrouped = record("reshape", (memory,), {"shape": tuple(shape[axis] for axis in made)})
+    if made == sorted(made):
+        return regrouped
+    return record("transpose", (regrouped,), {"axes": tuple(int(i) for i in np.argsort(made))})
+
+
+def _factors(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
+    """The axes of a shape, in order, and the axes that a reshape makes of them, as few as can be at
+    a time: none of those of one element at the end."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        first = i, j
+        i, j = min(i + 1, len(before)), min(j + 1, len(after))
+        while (left := prod(before[first[0] : i])) != (right := prod(after[first[1] : j])):
+            i, j = (i + 1, j) if left < right else (i, j + 1)
+        yield range(first[0], i), range(first[1], j)
 
 
 def _reordered(step: Step, arrays: tuple[Any, ...]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
@@ -14,7 +16,7 @@ from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool, conv_weight_gradient
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
+from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, copy, plain, room
 from nnxp.kernels.cpu._small import OfGroups, Weight
 from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest
@@ -52,7 +54,7 @@ def conv_in_place(
     planned, constant = None, _are_constant(weight, bias)
     if not constant or not _transforms(weight.shape, over):
         planned = _by_onednn(x.shape[1:-1], weight, over, bias, activation, groups)
-    if planned or not constant:
+    if planned is not None or not constant:
         return planned
     shift = None if bias is None else bias.numbers
     return _by_ourselves(x.shape[1:-1], weight.numbers, over, shift, activation, groups)
@@ -170,8 +172,7 @@ def _by_onednn(
     constant = _are_constant(weight, bias)
     if constant:
         shift = None if bias is None else bias.numbers
-        numbers = np.ascontiguousarray(weight.numbers)
-        planned = onednn.convolution(seen_by, numbers, shift, activation)
+        planned = onednn.convolution(seen_by, np.asarray(weight.numbers), shift, activation)
     else:
         planned = onednn.changing_convolution(seen_by, bias is not None, activation)
     if planned is None:
@@ -190,14 +191,16 @@ def _by_onednn(
         return (together(rows), *seen), (together(rows) if pool else 0, *made)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray, *weights: HostArray | None) -> None:
-        own, products = carved(scratch, dtype, *shapes(len(x)))
-        rest = scratch[room(dtype, *shapes(len(x))) :]
+        own = products = rest = scratch
+        if pool or not x.flags.c_contiguous:
+            own, products = carved(scratch, dtype, *shapes(len(x)))
+            rest = scratch[room(dtype, *shapes(len(x))) :]
         changing = [] if constant else [np.ascontiguousarray(w) for w in weights if w is not None]
         pictures = together(len(x))
         for start in range(0, len(x), pictures):
             part, y = x[start : start + pictures], out[start : start + pictures]
             if not part.flags.c_contiguous:
-                np.copyto(own[: len(part)], part)
+                copy(part, own[: len(part)])
                 part = own[: len(part)]
             whole = y if pooling is None else products[: len(part)]
             plan = planned(onednn.threads_for(len(part) * work), len(part))
@@ -207,12 +210,26 @@ def _by_onednn(
                 pooling.run(y, rest, whole)
             finish(y.reshape(-1, outputs))
 
+    def bind(
+        out: HostArray, scratch: HostArray, x: HostArray, *weights: HostArray | None
+    ) -> list[Callable[[], object]]:
+        if not constant or pool or len(x) > together(len(x)) or len(x) * work > onednn.SHARED:
+            return [partial(run, out, scratch, x, *weights)]
+        before: list[Callable[[], object]] = []
+        if not x.flags.c_contiguous:
+            own = next(carved(scratch, dtype, *shapes(len(x))))
+            before.append(partial(copy, x, own))
+            x = own
+        plan = planned(1, len(x))
+        assert isinstance(plan, onednn.Plan), "oneDNN planned it for one row"
+        return [*before, plan.bound(x, out), *finish.bound(out.reshape(-1, outputs))]
+
     def bytes_for(rows: int) -> int:
         pictures = together(rows)
         here = room(dtype, *shapes(rows)) + finish.room(pictures * prod(made) * 4)
         return here + (0 if pooling is None else pooling.room(pictures))
 
-    return InPlace(run, bytes_for, lambda rows: together(rows) * work)
+    return InPlace(run, bytes_for, lambda rows: together(rows) * work, bind)
 
 
 def _taken(
@@ -409,8 +426,9 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
 
     def transformed() -> Weight:
         if not made:
-            both = np.einsum("ai,bj,ijco->abco", _LEFT, _LEFT, weight.astype("float64"))
-            made.append(Weight(both.reshape(16, inputs, outputs).astype(dtype)))
+            lines = _LEFT @ weight.reshape(3, 3, -1).astype("float64")
+            both = (_LEFT @ lines.reshape(3, -1)).astype(dtype)
+            made.append(Weight(both.reshape(16, inputs, outputs)))
         return made[0]
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:

@@ -527,13 +527,11 @@ class Pictures:
     def __init__(self, space: Shape, weight: Shape, over: Windows, groups: int) -> None:
         space, over = _without_single_elements(space, over)
         channels, outputs = weight[-2:]
-        steps = _strides((*over.window, channels, outputs))
+        self._groups, self._weight = groups, (*over.window, channels, outputs)
         self._x, self._y = (*space, channels * groups), (*over.positions, outputs)
         self.shape: Shape = (outputs, channels, *over.window)
-        self.strides: Shape = (steps[-1], steps[-2], *steps[:-2])
         if groups > 1:
             self.shape = groups, outputs // groups, *self.shape[1:]
-            self.strides = outputs // groups * self.strides[0], *self.strides
         self.bias = outline((outputs,), (1,))
         before, behind = zip(*over.pads, strict=True)
         dilation = [n - 1 for n in over.dilation]
@@ -546,8 +544,19 @@ class Pictures:
         return _channels_last((rows, *self._y))
 
     def weight(self) -> _Owned:
-        """The weight as NumPy has it."""
-        return outline(self.shape, self.strides)
+        """A weight in one piece."""
+        return outline(self.shape, self._in_order(_strides(self._weight)))
+
+    def strides(self, weight: HostArray) -> Shape:
+        """Those of a weight without gaps, in elements."""
+        view = weight.reshape(self._weight)  # without axes of one element
+        return self._in_order([step // SIZE for step in view.strides])
+
+    def _in_order(self, steps: Sequence[int]) -> Shape:
+        """The strides of (*window, channels, outputs) in the order of `shape`."""
+        *window, inner, outer = steps
+        groups = (self.shape[1] * outer,) if self._groups > 1 else ()
+        return *groups, outer, inner, *window
 
     def forward(
         self, rows: int, bias: bool, activation: Kernel = identity, kind: int = FORWARD_INFERENCE
@@ -577,7 +586,10 @@ def convolution(
     `plan(x, y)`; None where oneDNN has no fast way."""
     if not _is_fast(pictures.forward, bias is not None, activation):
         return None
-    constant = constants.of(weight, pictures.shape, pictures.strides)
+    span = sum((n - 1) * step for n, step in zip(weight.shape, weight.strides, strict=True))
+    if min(weight.strides) < SIZE or span + SIZE != weight.nbytes:  # not in one piece
+        weight = np.ascontiguousarray(weight)
+    constant = constants.of(weight, pictures.shape, pictures.strides(weight))
     biases = {} if bias is None else {BIAS: _Memory(pictures.bias, bias)}
 
     def make(rows: int) -> Plan:
