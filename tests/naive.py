@@ -73,6 +73,19 @@ def conv(x, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1):
     return y if bias is None else y + bias
 
 
+def conv_weight_gradient(x, dy, *, window, stride=1, padding=0, dilation=1, groups=1):
+    axes, inner, per = len(window), x.shape[-1] // groups, dy.shape[-1] // groups
+    stride, dilation = each(stride, axes), each(dilation, axes)
+    pairs = named_sides(padding, x.shape[1:-1], window, stride, dilation)
+    dw = np.zeros((*window, inner, groups * per), x.dtype)
+    for at in np.ndindex(*counts(x.shape[1:-1], window, stride, pairs, dilation)):
+        for tap, place in seen(x, at, window, stride, pairs, dilation):
+            for g in range(groups):
+                channels, made = slice(g * inner, (g + 1) * inner), slice(g * per, (g + 1) * per)
+                dw[(*tap, slice(None), made)] += x[:, *place, channels].T @ dy[:, *at, made]
+    return dw
+
+
 def conv_transpose(
     x, weight, bias=None, *, stride=1, padding=0, output_padding=0, dilation=1, groups=1
 ):
@@ -124,6 +137,20 @@ def pooled(x, window, stride, padding, dilation, ceil_mode, reduce, nothing=0.0)
 
 def max_pool(x, *, window, stride=None, padding=0, dilation=1, ceil_mode=False):
     return pooled(x, window, stride, padding, dilation, ceil_mode, lambda v, _: v.max(0), -np.inf)
+
+
+def max_pool_gradient(dy, x, *, window, stride=None, padding=0, dilation=1, ceil_mode=False):
+    axes = len(window)
+    stride, dilation = each(window if stride is None else stride, axes), each(dilation, axes)
+    pairs = named_sides(padding, x.shape[1:-1], window, stride, dilation)
+    dx = np.zeros_like(x)
+    for at in np.ndindex(*counts(x.shape[1:-1], window, stride, pairs, dilation, ceil_mode)):
+        places = [place for _, place in seen(x, at, window, stride, pairs, dilation)]
+        values = np.stack([x[:, *place] for place in places])
+        for row, channel in np.ndindex(*values.shape[1:]):
+            first = places[int(values[:, row, channel].argmax())]
+            dx[row, *first, channel] += dy[row, *at, channel]
+    return dx
 
 
 def conv_max_pool(x, weight, bias=None, *, window, **options):

@@ -13,7 +13,7 @@ from conftest import draw, every_layer
 from nnxp import kernels
 from nnxp._arrays import Array, xp_of
 from nnxp._errors import NotDifferentiable
-from nnxp.kernels.functions import RULES
+from nnxp.kernels.functions import RULES, scattered
 from nnxp.program import traced as xp
 from nnxp.program.gradient import gradient, pullback
 from nnxp.program.program import expanded, trace
@@ -93,6 +93,10 @@ CASES = {
     "split": (lambda x: xp.split(x, [1, 3], axis=1)[1], [normal(2, 4)]),
     "getitem": (lambda x: x[1, ::-2] * x[0, 1:3], [normal(2, 4)]),
     "getitem by ids": (lambda x: x[:, ids], [normal(2, 3)]),
+    "scatter": (
+        lambda x, y: scattered([x, y], (3, 4), [(slice(2), slice(3)), (slice(1, 3), slice(1, 4))]),
+        [normal(2, 3), normal(2, 3)],
+    ),
     "pad": (lambda x: xp.pad(x, ((1, 0), (2, 1)), constant_values=7), [normal(2, 3)]),
     "pad reflect": (lambda x: xp.pad(x, ((1, 0), (2, 1)), mode="reflect"), [normal(2, 3)]),
     "pad edge": (lambda x: xp.pad(x, 1, mode="edge"), [normal(2, 3)]),
@@ -198,8 +202,13 @@ KERNELS_WITH_RULES = [
 ]
 ARRAYS = {"linear": [(4, 5), (5, 3), (3,)], "matmul": [(2, 4, 5), (5, 3)],
           "layer_norm": [(4, 6), (6,), (6,)], "rms_norm": [(4, 6), (6,)],
-          "max_pool": [(2, 6, 7, 3)]}  # fmt: skip
-OPTIONS = {"max_pool": {"window": (3, 2), "stride": (1, 2), "padding": 1}}
+          "max_pool": [(2, 6, 7, 3)], "max_pool_gradient": [(2, 3, 2, 3), (2, 6, 7, 3)],
+          "conv": [(2, 5, 6, 4), (3, 2, 2, 6), (6,)],
+          "conv_weight_gradient": [(2, 5, 6, 4), (2, 2, 5, 6)]}  # fmt: skip
+CONV = {"stride": (3, 1), "padding": ((1, 2), (0, 0)), "groups": 2}
+OPTIONS = {"max_pool": {"window": (3, 2), "stride": (1, 2), "padding": 1},
+           "max_pool_gradient": {"window": (2, 2), "stride": (2, 3)},
+           "conv": CONV, "conv_weight_gradient": {"window": (3, 2)} | CONV}  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", KERNELS_WITH_RULES, ids=lambda kernel: kernel.__name__)
@@ -232,6 +241,23 @@ def test_of_equals_the_first_in_a_window_takes_it_all_as_in_torch(options):
     pooled = torch.nn.functional.max_pool2d(there, options["window"], **rest)
     pooled.backward(torch.from_numpy(dy).permute(0, 3, 1, 2))
     np.testing.assert_allclose(back(dy), there.grad.permute(0, 2, 3, 1).numpy(), atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": (1, 3)}, {"padding": 1}, {"ceil_mode": True}], ids=str
+)
+def test_a_pool_behind_relu_passes_back_what_torch_passes(options):
+    """relu is applied behind it, where nothing is padded."""
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).integers(-3, 3, (3, 7, 8, 4)).astype("float64")
+    run = partial(kernels.max_pool, window=(2, 2), **options)
+    y, back = nnxp.vjp(lambda x: run(kernels.relu(x)), x)
+    dy = normal(*y.shape)
+    there = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    torch.nn.functional.max_pool2d(torch.relu(there), 2, **options).backward(
+        torch.from_numpy(dy).permute(0, 3, 1, 2)
+    )
+    np.testing.assert_array_equal(back(dy), there.grad.permute(0, 2, 3, 1).numpy())
 
 
 @pytest.mark.parametrize("lead", [((2,), (2,)), ((3, 1), (2,)), ((1,), (4,))], ids=str)

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
@@ -17,9 +18,10 @@ import nnxp
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Given
-from nnxp.kernels.cpu import _pieces, _small, conv, onednn
+from nnxp.kernels.cpu import _pieces, _small, conv, onednn, pool
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
+from nnxp.training.differentiate import write_out
 
 
 @pytest.fixture(autouse=True, params=["NumPy", "oneDNN"])
@@ -721,3 +723,111 @@ def test_products_that_are_worth_several_threads_share_them(monkeypatch):
         program = layer.astype(x.dtype.name).program((x.shape, x.dtype))
         Recording(program, len(x), [x.dtype]).answer(x)
         assert bool(entered) == shares, (layer, x.shape)
+
+
+# gradients, and weights that change
+
+
+def run_in_place(kernel, *arrays, **options):
+    """What the body in place makes of arrays none of which is constant, and that it is right."""
+    body = kernel.in_place_for(*(Given(x.shape, x.dtype, None) for x in arrays), **options)
+    assert body is not None
+    value, error = error_bound(partial(kernel, **options), *arrays)
+    out = np.full(value.shape, np.nan, "float32")
+    for _ in range(2):
+        body.run(out, np.empty(body.room(len(arrays[0])), "uint8"), *arrays)
+        check = compare(kernel.__name__, "", "cpu", out, value, error)
+        assert check.ok, f"{options}: {check.problem}"
+    return out
+
+
+CHANGING = [
+    ((3, 3), 1, 1, {"padding": 1}),
+    ((3, 2), 1, 1, {"stride": (2, 3), "padding": ((2, 0), (0, 1)), "dilation": (1, 2)}),
+    ((3, 3), 4, 1, {"padding": "same"}),
+    ((3, 3), 8, 8, {"stride": 2, "padding": 1}),
+    ((1, 1), 1, 1, {"stride": 2}),
+    ((4,), 2, 2, {"padding": 3}),
+    ((2, 1, 3), 1, 1, {}),
+]
+
+
+@only_onednn
+@pytest.mark.parametrize(("window", "groups", "per", "options"), CHANGING, ids=str)
+def test_convolutions_whose_weights_change_and_their_gradients(window, groups, per, options):
+    space = (11, 9, 5)[: len(window)]
+    x, weight, bias = draw(7, *space, 8), draw(*window, 8 // groups, 16), draw(16, seed=1)
+    for activation in (kernels.identity, kernels.relu):
+        how = options | {"groups": groups, "activation": activation}
+        y = run_in_place(kernels.conv, x, weight, bias, **how)
+        run_in_place(kernels.conv, x, weight[::-1], **how)
+    dy = draw(*y.shape, seed=2)
+    how = options | {"window": window, "groups": groups}
+    run_in_place(kernels.conv_weight_gradient, x, dy, **how)
+    run_in_place(kernels.conv_weight_gradient, x[::-1], np.asfortranarray(dy), **how)
+
+
+@only_onednn
+def test_weights_that_change_are_those_of_their_thread(monkeypatch):
+    """In threads of oneDNN's, and in several callers at once."""
+    monkeypatch.setattr(onednn, "SHARED", 1)
+    x, dy = draw(33, 12, 12, 16), draw(33, 12, 12, 24, seed=1)
+    given = [Given(a.shape, a.dtype, None) for a in (x, draw(3, 3, 16, 24))]
+    body = kernels.conv.in_place_for(*given, padding=1)
+    back = kernels.conv_weight_gradient.in_place_for(
+        given[0], Given(dy.shape, dy.dtype, None), window=(3, 3), padding=1
+    )
+
+    def both(seed):
+        weight = draw(3, 3, 16, 24, seed=seed)
+        y, dw = np.empty_like(dy), np.empty_like(weight)
+        for _ in range(10):
+            with onednn.sharing_threads() if seed % 2 else nullcontext():
+                body.run(y, np.empty(body.room(33), "uint8"), x, weight)
+                back.run(dw, np.empty(0, "uint8"), x, dy * np.float32(seed + 1))
+        return weight, y, dw
+
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(both, range(4)))
+    whole = kernels.conv_weight_gradient(x, dy, window=(3, 3), padding=1)
+    for seed, (weight, y, dw) in enumerate(made):
+        wanted = kernels.conv(x, weight, padding=1)
+        np.testing.assert_allclose(y, wanted, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(dw, whole * (seed + 1), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("window", [(2, 2), (3, 2), (1, 3), (1, 1)])
+@pytest.mark.parametrize("pictures", [1, 1 << 20])
+def test_the_gradient_of_a_max_pool_in_place_is_that_of_its_formula(monkeypatch, window, pictures):
+    """Bit by bit: also of equals, of what no window sees, and of what is no number."""
+    monkeypatch.setattr(pool, "PICTURES", pictures)
+    x = np.random.default_rng(0).integers(0, 3, (5, 9, 8, 6)).astype("float32")
+    x[1, 2, 3] = np.nan
+    dy = draw(5, 9 // window[0], 8 // window[1], 6)
+    dy[2, 1, 1] = np.inf
+    given = [Given(a.shape, a.dtype, None) for a in (dy, x)]
+    body = kernels.max_pool_gradient.in_place_for(*given, window=window)
+    out = np.full_like(x, np.nan)
+    with np.errstate(all="ignore"):
+        body.run(out, np.empty(body.room(5), "uint8"), dy, x)
+        np.testing.assert_array_equal(out, kernels.max_pool_gradient(dy, x, window=window))
+    for more in ({"stride": 1}, {"padding": 1}, {"dilation": 2}):
+        assert kernels.max_pool_gradient.in_place_for(*given, window=(4, 4), **more) is None
+
+
+@only_onednn
+def test_a_training_step_runs_convolutions_and_pools_by_bodies_in_place():
+    conv_layer = nnxp.Conv(2, 4, (3, 3), "relu", padding=1, rng=0)
+    model = nnxp.Sequential(conv_layer, nnxp.MaxPool((2, 2)), nnxp.Conv(4, 4, (3, 3), rng=0))
+    given = draw(8, 9, 8, 2), draw(8, 2, 2, 4)
+    written = write_out(loss_of, model, given, lambda name: True)
+    names = [step.name for step in written.bodied.bodies]
+    assert names.count("conv") == 3  # the gradient by x of the second one is a convolution
+    assert names.count("conv_weight_gradient") == 2
+    assert names.count("max_pool_gradient") == 1
+    order = [step.name for step in written.program.steps]
+    assert order.index("max_pool") < order.index("relu")
+
+
+def loss_of(model, x, y):
+    return ((model(x) - y) ** 2).mean()

@@ -93,6 +93,26 @@ def drawn_pool(draw, **more):
     return [draw.image(axes)], options | more
 
 
+def drawn_weight_gradient(draw):
+    (x, weight, _), options = drawn_conv(draw)
+    options["window"] = weight.shape[:-2]
+    return [x, draw.numbers(len(x), *positions(x, **options), weight.shape[-1])], options
+
+
+def drawn_max_pool_gradient(draw):
+    (x,), options = drawn_pool(draw)
+    return [draw.numbers(len(x), *positions(x, **options), x.shape[-1]), x], options
+
+
+def positions(x, *, window, stride, padding, dilation, ceil_mode=False, **_):
+    """How many windows stand along each axis of x."""
+    axes = len(window)
+    steps = naive.each(window if stride is None else stride, axes)
+    apart = naive.each(dilation, axes)
+    pairs = naive.named_sides(padding, x.shape[1:-1], window, steps, apart)
+    return naive.counts(x.shape[1:-1], window, steps, pairs, apart, ceil_mode)
+
+
 def drawn_conv_and_pool(draw):
     (x, weight, bias), options = drawn_conv(draw)
     return [x, weight, bias], options | {"window": draw.ints(1, 3, x.ndim - 2)}
@@ -169,8 +189,10 @@ def drawn_bilinear(draw):
 DRAWN = {
     "conv": drawn_conv,
     "conv_transpose": drawn_transpose,
+    "conv_weight_gradient": drawn_weight_gradient,
     "conv_max_pool": drawn_conv_and_pool,
     "max_pool": drawn_pool,
+    "max_pool_gradient": drawn_max_pool_gradient,
     "average_pool": lambda draw: drawn_pool(draw, count_include_pad=draw.one(True, False)),
     "lp_pool": lambda draw: drawn_pool(draw, p=draw.one(1.0, 2.0, 3.0, 1.5)),
     "global_average_pool": lambda draw: (
@@ -273,6 +295,24 @@ def torch_max_pool(x, *, window, dilation, stride, padding, ceil_mode):
     flat = [p for pair in reversed(pairs) for p in pair]
     x = torch.nn.functional.pad(first(x), flat, value=-np.inf)
     return last(run(x, window, stride, 0, dilation, ceil_mode))
+
+
+def torch_max_pool_gradient(dy, x, *, window, dilation, stride, padding, ceil_mode):
+    there = first(x).requires_grad_()
+    run = getattr(torch.nn.functional, f"max_pool{x.ndim - 2}d")
+    stride = window if stride is None else stride
+    run(there, window, stride, symmetric(padding), dilation, ceil_mode).backward(first(dy))
+    return last(there.grad)
+
+
+def torch_weight_gradient(x, dy, *, window, stride, padding, dilation, groups):
+    axes = len(window)
+    steps, apart = naive.each(stride, axes), naive.each(dilation, axes)
+    pairs = naive.named_sides(padding, x.shape[1:-1], window, steps, apart)
+    x = torch.nn.functional.pad(first(x), [p for pair in reversed(pairs) for p in pair])
+    run = getattr(torch.nn.grad, f"conv{axes}d_weight")
+    shape = dy.shape[-1], x.shape[1] // groups, *window
+    return np.moveaxis(run(x, shape, first(dy), steps, 0, apart, groups).numpy(), (0, 1), (-1, -2))
 
 
 def symmetric(padding):
@@ -401,8 +441,10 @@ TORCH = {
     "mean_variance_norm": torch_mean_variance_norm,
     "conv": torch_conv,
     "conv_transpose": torch_transpose,
+    "conv_weight_gradient": torch_weight_gradient,
     "conv_max_pool": torch_conv_and_pool,
     "max_pool": torch_max_pool,
+    "max_pool_gradient": torch_max_pool_gradient,
     "average_pool": torch_average_pool,
     "adaptive_average_pool": torch_adaptive("avg"),
     "adaptive_max_pool": torch_adaptive("max"),
@@ -460,6 +502,20 @@ def plain_case(name, draw):
                 "groups": 1,
             },
         ),
+        "conv_weight_gradient": (
+            [image(3, 4, 2), image(4, 1, 2)],
+            {
+                "window": (2, 3),
+                "stride": (1, 2),
+                "padding": (1, 0),
+                "dilation": 1,
+                "groups": 2,
+            },
+        ),
+        "max_pool_gradient": (
+            [image(2, 3, 1), image(3, 4, 1)],
+            window | {"padding": (1, 0), "ceil_mode": False},
+        ),
         "max_pool": ([image(4, 4, 2)], window | {"padding": (1, 0), "ceil_mode": True}),
         "average_pool": (
             [image(4, 4, 2)],
@@ -516,6 +572,15 @@ WRONG = {  # what each kernel could be mistaken for
         lambda x, w, b, window, **options: kernels.average_pool(
             kernels.conv(x, w, b, **options), window=window
         ),
+    ],
+    "conv_weight_gradient": [
+        lambda x, dy, **options: kernels.conv_weight_gradient(x, dy, **options)[::-1],
+        lambda x, dy, **options: kernels.conv_weight_gradient(x, dy[:, ::-1], **options),
+        lambda x, dy, **options: kernels.conv_weight_gradient(x[:-1], dy[:-1], **options),
+    ],
+    "max_pool_gradient": [
+        lambda dy, x, **options: kernels.max_pool_gradient(dy, -x, **options),
+        lambda dy, x, **options: kernels.max_pool_gradient(dy[:, ::-1], x, **options),
     ],
     "max_pool": [lambda x, **options: kernels.average_pool(x, **options)],
     "average_pool": [

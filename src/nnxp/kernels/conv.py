@@ -177,7 +177,7 @@ def conv_weight_gradient(
         lines = seen.reshape(-1, prod(window) * inputs)
         made = matmul(lines.swapaxes(0, 1), dy.reshape(-1, outputs), precision=precision)
         return made.reshape(*window, inputs, outputs)
-    if groups == outputs:
+    if inputs == 1 and groups == outputs:
         at = ascii_letters[: len(window) + 1]
         elements = (seen[..., *tap, :] for tap in product(*map(range, window)))
         sums = [xp_of(x).einsum(f"{at}Z,{at}Z->Z", element, dy) for element in elements]

@@ -478,6 +478,11 @@ def _windows(dy: Array, y: Array, x: Array, window_shape: Any, axis: Any = None)
     return (dy,)
 
 
+@_rule("scatter")
+def _scatter(dy: Array, y: Array, *values: Array, shape: Shape, keys: Any) -> tuple[Any, ...]:
+    return tuple(dy[key] for key in keys)
+
+
 @_rule("take")
 def _take(dy: Array, y: Array, x: Array, ids: Any, axis: Any = None) -> tuple[Any, ...]:
     if axis is None:
