@@ -11,10 +11,11 @@ from numpy.lib.stride_tricks import as_strided
 from nnxp._arrays import HostArray, Shape
 from nnxp.kernels._dispatch import Given, InPlace
 from nnxp.kernels._windows import Padding, PerAxis
-from nnxp.kernels.cpu._pieces import PIECE, carved, plain, room
+from nnxp.kernels.cpu._pieces import carved, plain, room
 from nnxp.kernels.pool import _pooled, max_pool, max_pool_gradient
 
-PICTURES = 1 << 19  # bytes of pictures that a gradient is found for at once
+PICTURES = 1 << 20
+"""Bytes of pictures at once: with fewer, threads that work side by side wait for one another."""
 
 
 @max_pool.in_place
@@ -39,7 +40,7 @@ def max_pool_in_place(
     (height, width), (down, across), (apart, beside) = over.positions, over.stride, over.dilation
     needs_copy = any(map(any, over.pads))
     around = (tall + top + bottom, broad + left + right, channels)
-    pictures = max(1, PIECE // (prod(around) * x.dtype.itemsize))
+    pictures = max(1, PICTURES // (prod(around) * x.dtype.itemsize))
 
     def shapes(rows: int) -> tuple[Shape, Shape]:
         together = min(rows, pictures)
