@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -71,9 +71,9 @@ class LossProgram:
     def working_set(self) -> int:
         """Bytes that a run takes besides its inputs, its results, and Python's own objects."""
         layout = Layout(self.bodied, 1)
-        given = {each for step in self.bodied.steps for each in step.values}
-        constants = [each.numbers.nbytes for each in given if each.numbers is not None]
-        noise = [prod(each.value.shape) * NOISE_BYTES for each in self.drawn]
+        inputs = {value for step in self.bodied.steps for value in step.values}
+        constants = [value.numbers.nbytes for value in inputs if value.numbers is not None]
+        noise = [prod(drawn.value.shape) * NOISE_BYTES for drawn in self.drawn]
         return layout.anew + layout.scratch + sum([*layout.sizes, *constants, *noise])
 
 
@@ -91,30 +91,29 @@ def write_out(
     a loss that looks at numbers.
     """
     parameters = model.parameters()
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
-    inputs = tuple(first.values())
-    leaves = [x for x in leaves_of(arrays) if is_array(x)]
+    names = first_names(parameters)
+    inputs = tuple(dict.fromkeys(names.values()))
+    flat = arrays_in(arrays)
     values = [Value(parameters[n].shape, parameters[n].dtype, name=n) for n in inputs]
-    values += [Value(x.shape, x.dtype, name=f"x{i}") for i, x in enumerate(leaves)]
+    values += [Value(x.shape, x.dtype, name=f"x{i}") for i, x in enumerate(flat)]
     layers: dict[int, tuple[str, Any]] = {}
     tapes: list[traced.Tape] = []
 
-    def written(*given: Any) -> tuple[Any, ...]:
-        own = dict(zip(inputs, given, strict=False))
+    def written(*traced_inputs: Any) -> tuple[Any, ...]:
+        own = dict(zip(inputs, traced_inputs, strict=False))
         lifted = model.map_arrays(lambda name, _: own[names[name]])
         pairs = zip([*model.walk(), ("", model)], [*lifted.walk(), ("", lifted)], strict=True)
         layers.update({id(copy): (path, layer) for (path, layer), (_, copy) in pairs})
         tapes.append(traced.current_tape())
-        rest = iter(given[len(inputs) :])
-        y = loss(lifted, *with_leaves(tuple(arrays), rest))
+        rest = iter(traced_inputs[len(inputs) :])
+        y = loss(lifted, *with_arrays(tuple(arrays), rest))
         if not isinstance(y, traced.ndarray):
             raise NotDifferentiable(
                 f"the loss is {y!r:.60}, which does not come from the model and its arrays"
             )
         return y, *map(traced.lifted, tapes[0].told.values())
 
-    rows = next((len(x) for x in leaves if x.ndim), None)
+    rows = next((len(x) for x in flat if x.ndim), None)
     try:
         program = trace(written, *values, layers=layers, rows=rows)
     except (Untraceable, UnsupportedFunction) as error:
@@ -201,50 +200,52 @@ class LossRunner:
         outputs = self.written.program.outputs
         mark = 1 + len(self.written.told)
         drawn = self.draw(rng)
-        if self._recording is not None:
-            results = [np.empty(v.shape, v.dtype) for v in outputs[:mark]]
-            rest = gradients or [np.empty(v.shape, v.dtype) for v in outputs[mark:]]
-            results += rest
-            with _ids_told():
-                self._recording([*parameters, *arrays, *drawn], results)
-            return (
-                results[0],
-                dict(zip(self.written.told, results[1:], strict=False)),
-                results[mark:],
-            )
-        with self._home.current() if self.place != "cpu" else nullcontext(), _ids_told():
-            given = [*arrays, *(to_backend(each, self._home) for each in drawn)]
-            if gradients is not None:
-                made = [*self._filled(parameters, given, gradients), *gradients]
+        with self._home.current(), _ids_told():
+            batch = [*arrays, *(to_backend(noise, self._home) for noise in drawn)]
+            if self._recording is not None:
+                due = outputs if gradients is None else outputs[:mark]
+                results = [*(np.empty(v.shape, v.dtype) for v in due), *(gradients or ())]
+                self._recording([*parameters, *batch], results)
+            elif gradients is not None:
+                results = [*self._filled(parameters, batch, gradients), *gradients]
             else:
-                made = self._program.run([*parameters, *given])
-                made = [_owned(y, v) for y, v in zip(made, outputs, strict=True)]
-        return made[0], dict(zip(self.written.told, made[1:mark], strict=True)), made[mark:]
+                results = self._program.run([*parameters, *batch])
+                results = [_owned(y, v) for y, v in zip(results, outputs, strict=True)]
+        told = dict(zip(self.written.told, results[1:mark], strict=True))
+        return results[0], told, results[mark:]
+
+    def over(
+        self, model: Layer, arrays: Sequence[Any], rng: np.random.Generator | None = None
+    ) -> tuple[Array, dict[str, Array], list[Array]]:
+        """The same, of the parameters of a model and of all arrays in what the loss takes."""
+        parameters = model.parameters()
+        own = [parameters[name] for name in self.written.inputs]
+        return self(own, arrays_in(arrays), rng)
 
     def _filled(
-        self, parameters: Sequence[Array], given: Sequence[Array], gradients: Sequence[Array]
+        self, parameters: Sequence[Array], batch: Sequence[Array], gradients: Sequence[Array]
     ) -> tuple[Array, ...]:
         """The loss and what the layers tell, on a device; the gradients are filled."""
 
-        def run(own: Sequence[Array]) -> tuple[Array, ...]:
-            made = self._program.run([*parameters, *own])
+        def run(arrays: Sequence[Array]) -> tuple[Array, ...]:
+            results = self._program.run([*parameters, *arrays])
             mark = 1 + len(self.written.told)
-            for into, g in zip(gradients, made[mark:], strict=True):
+            for into, g in zip(gradients, results[mark:], strict=True):
                 into[...] = g
-            return tuple(made[:mark])
+            return tuple(results[:mark])
 
         fixed = [*parameters, *gradients]
         again = len(fixed) == len(self._fixed) and all(map(is_, fixed, self._fixed))
         self._fixed = fixed
         if not again:
             self._step = None
-            return run(given)
+            return run(batch)
         if self.records:
             self.records = False  # it is tried once
-            few = all(max(x.shape[:1], default=0) <= FEW_ROWS for x in given)
+            few = all(max(x.shape[:1], default=0) <= FEW_ROWS for x in batch)
             if few and isinstance(self._home, DeviceBackend):
-                self._step = recorded_step(self._home, run, given)
-        return run(given) if self._step is None else self._step(given)
+                self._step = recorded_step(self._home, run, batch)
+        return run(batch) if self._step is None else self._step(batch)
 
 
 def _owned(y: Array, value: Value) -> Array:
@@ -283,11 +284,8 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
 
     def both(model: Layer, *arrays: Any, rng: Rng = None) -> tuple[Array, dict[str, Array]]:
         runner = _runner(runners, loss, model, arrays, lambda name: True)
-        parameters = model.parameters()
-        given = [parameters[name] for name in runner.written.inputs]
-        leaves = [x for x in leaves_of(arrays) if is_array(x)]
         random = generator(rng) if runner.written.drawn and rng is not None else None
-        y, _, gradients = runner(given, leaves, random)
+        y, _, gradients = runner.over(model, arrays, random)
         by_name = dict(zip(runner.written.learned, gradients, strict=True))
         return y, {name: by_name[own] for name, own in runner.written.names.items()}
 
@@ -296,10 +294,7 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
 
 def evaluated(loss: Loss, model: Layer, *arrays: Any) -> Array:
     """loss(model, *arrays), run as its program is: without gradients, and in no training form."""
-    runner = _runner({}, loss, model, arrays, None)
-    parameters = model.parameters()
-    given = [parameters[name] for name in runner.written.inputs]
-    return runner(given, [x for x in leaves_of(arrays) if is_array(x)], None)[0]
+    return _runner({}, loss, model, arrays, None).over(model, arrays)[0]
 
 
 def _runner(
@@ -312,8 +307,7 @@ def _runner(
     """What runs this loss for such a model and such arrays."""
     if not isinstance(model, Layer):
         raise OptionError(f"a loss has a model of nnxp layers first, not {model!r:.60}")
-    leaves = [x for x in leaves_of(arrays) if is_array(x)]
-    places = {place_of(x) for x in (*model.parameters().values(), *leaves)}
+    places = {place_of(x) for x in (*model.parameters().values(), *arrays_in(arrays))}
     if len(places) > 1:
         raise DeviceMismatch(
             f"the model and its arrays are in different places: {', '.join(sorted(places))}; "
@@ -379,10 +373,10 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
         raise OptionError(
             f"vjp differentiates a layer or a function of arrays, not {function!r:.60}"
         )
-    for each in arrays:
-        if not is_array(each):
+    for x in arrays:
+        if not is_array(x):
             raise OptionError(
-                f"vjp takes arrays of NumPy or CuPy behind the function, not {each!r:.60}"
+                f"vjp takes arrays of NumPy or CuPy behind the function, not {x!r:.60}"
             )
     if not arrays:
         raise OptionError("vjp takes the arrays that the function is called with, but none came")
@@ -395,10 +389,10 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
         program = trace(function, *values, layers=layers)
     except (Untraceable, UnsupportedFunction) as error:
         raise NotDifferentiable(f"{function!r:.60}: {reason_of(error)}") from error
-    made = pullback(program, program.inputs)
+    backward = pullback(program, program.inputs)
     home = home_of(place_of(arrays[0]))
     if xp_of(arrays[0]) is not np and home.device != "cpu":
-        made = placed(made, lambda x: to_backend(x, home))
+        backward = placed(backward, lambda x: to_backend(x, home))
     count = len(program.outputs)
 
     def back(*worth: Array) -> Any:
@@ -409,10 +403,11 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
         for dy, value in zip(worth, program.outputs, strict=True):
             if dy.shape != value.shape:
                 raise OptionError(f"a change of {list(value.shape)} has no worth {list(dy.shape)}")
-        with home.current() if home.device != "cpu" else nullcontext():
-            found = made.run([*arrays, *worth])[count:]
-        found = [_owned(g, v) for g, v in zip(found, made.outputs[count:], strict=True)]
-        return found[0] if len(found) == 1 else tuple(found)
+        with home.current():
+            gradients = backward.run([*arrays, *worth])[count:]
+        pairs = zip(gradients, backward.outputs[count:], strict=True)
+        owned = tuple(_owned(g, v) for g, v in pairs)
+        return owned if len(owned) > 1 else owned[0]
 
     return function(*arrays), back
 
@@ -442,19 +437,32 @@ def structure(x: Any) -> Any:
     return told(x)
 
 
-def leaves_of(x: Any) -> list[Any]:
-    """What is in tuples, lists and dicts, in order."""
+def arrays_in(x: Any) -> list[Array]:
+    """The arrays in tuples, lists and dicts, in order."""
     if isinstance(x, Mapping):
         x = tuple(x.values())
     if isinstance(x, tuple | list):
-        return [leaf for each in x for leaf in leaves_of(each)]
-    return [x]
+        return [array for item in x for array in arrays_in(item)]
+    return [x] if is_array(x) else []
 
 
-def with_leaves(x: Any, arrays: Any) -> Any:
-    """The same tuples and dicts with these in place of the arrays."""
+def with_arrays(x: Any, arrays: Iterator[Array]) -> Any:
+    """The same tuples and dicts with these arrays in place of their own."""
     if isinstance(x, Mapping):
-        return {key: with_leaves(value, arrays) for key, value in x.items()}
+        return {key: with_arrays(value, arrays) for key, value in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(with_leaves(each, arrays) for each in x)
+        return type(x)(with_arrays(item, arrays) for item in x)
     return next(arrays) if is_array(x) else x
+
+
+def first_names(parameters: Mapping[str, Array]) -> dict[str, str]:
+    """For every parameter the first one that has the same array."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in parameters.items()}
+
+
+def applied(model: Layer, x: Any) -> Any:
+    """What a model answers for its input, or for several in a tuple or a dict by name."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple | list) else model(x)
