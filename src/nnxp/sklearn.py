@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite
@@ -152,7 +151,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             trainer = self._trainer = self._new_trainer(home)
             if incremental and not fresh:
                 self._restore_optimizer(trainer)
-        with _current(home):
+        with home.current():
             if self.solver == "lbfgs":
                 self._fit_lbfgs(trainer, X, y, counts)
             else:
@@ -224,7 +223,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         """What trains `model_` there."""
         model = self.model_.to(home)
         parameters = model.parameters()
-        held = {f"{path}.{name}" for path, layer in model.walk() for name in layer.fixed}
+        held = model._names_in("fixed")
         matrices = frozenset(n for n, p in parameters.items() if p.ndim > 1 and n not in held)
         loss = _PenalisedLoss(_LOSSES[self.out_activation_], float(self.alpha), matrices)
         return Trainer(model, loss, self._optimizer())
@@ -671,10 +670,6 @@ def _rows_at(
     """(rows, targets) or (rows, targets, counts), dense."""
     x = X[ids].toarray() if issparse(X) else X[ids]
     return (x, y[ids]) if counts is None else (x, y[ids], counts[ids])
-
-
-def _current(home: Backend) -> AbstractContextManager[Any]:
-    return home.current() if home.device != "cpu" else nullcontext()
 
 
 # parameters

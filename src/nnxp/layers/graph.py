@@ -438,8 +438,7 @@ def _scan(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]
     if len(lengths) != 1:
         raise ShapeError(f"it goes along axes of {sorted(lengths)}, not of one length")
     (length,) = lengths
-    if traced.counts_rows(length):
-        raise Untraceable("it goes along axis 0, which does not hold rows")
+    sequence_operators.refuse_rows(length)
     stacks = []
     for step in range(length):
         _count_step()

@@ -29,7 +29,7 @@ from nnxp._errors import (
 from nnxp.backend import home_of, to_backend
 from nnxp.backend._device import DeviceBackend
 from nnxp.backend._recording import StepRecording, recorded_step
-from nnxp.layers._layer import Layer, Rng, generator, reason_of
+from nnxp.layers._layer import Layer, Rng, generator, originals, reason_of
 from nnxp.program import traced
 from nnxp.program.fused import fused
 from nnxp.program.gradient import gradient, pullback
@@ -102,8 +102,7 @@ def write_out(
     def written(*traced_inputs: Any) -> tuple[Any, ...]:
         own = dict(zip(inputs, traced_inputs, strict=False))
         lifted = model.map_arrays(lambda name, _: own[names[name]])
-        pairs = zip([*model.walk(), ("", model)], [*lifted.walk(), ("", lifted)], strict=True)
-        layers.update({id(copy): (path, layer) for (path, layer), (_, copy) in pairs})
+        layers.update(originals(lifted, model))
         tapes.append(traced.current_tape())
         rest = iter(traced_inputs[len(inputs) :])
         y = loss(lifted, *with_arrays(tuple(arrays), rest))
@@ -124,9 +123,8 @@ def write_out(
     if learned is not None:
         by_name = dict(zip(inputs, program.inputs, strict=False))
         whole = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
-        _refuse_constants(
-            program, {n for n, own in names.items() if own in chosen} - fixed_names(model)
-        )
+        learning = {n for n, own in names.items() if own in chosen}
+        _refuse_constants(program, learning - model._names_in("fixed"))
         program = whole
     return LossProgram(program, inputs, names, chosen, tuple(tape.told), tuple(tape.drawn))
 
@@ -331,22 +329,13 @@ def _runner(
 def tell_idle(written: LossProgram, model: Layer) -> None:
     """Warn of parameters that got no gradient, which is mostly a mistake."""
     values = written.program.outputs[1 + len(written.told) :]
-    fixed = fixed_names(model)
+    fixed = model._names_in("fixed")
     idle = [name for name, value in zip(written.learned, values, strict=True)
             if not (name in fixed or value.numbers is None or value.numbers.any())]  # fmt: skip
     if idle:
         warnings.warn(
             f"no gradient: the loss does not depend on {', '.join(idle)}", UserWarning, stacklevel=4
         )
-
-
-def fixed_names(model: Layer) -> set[str]:
-    """The parameters that do not learn, by their dotted names."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, layer in [*model.walk(), ("", model)]
-        for name in layer.fixed
-    }
 
 
 def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[..., Any]]:
@@ -380,9 +369,7 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
             )
     if not arrays:
         raise OptionError("vjp takes the arrays that the function is called with, but none came")
-    layers = {}
-    if isinstance(function, Layer):
-        layers = {id(layer): (path, layer) for path, layer in [*function.walk(), ("", function)]}
+    layers = originals(function, function) if isinstance(function, Layer) else {}
     names = [f"x{i}" for i in range(len(arrays))]
     values = [Value(x.shape, x.dtype, name=n) for x, n in zip(arrays, names, strict=True)]
     try:

@@ -37,7 +37,6 @@ from nnxp.training.differentiate import (
     applied,
     arrays_in,
     first_names,
-    fixed_names,
     tell_idle,
     with_arrays,
     write_out,
@@ -295,7 +294,7 @@ class Trainer:
             raise OptionError(f"workers are threads of the CPU, but the model is on {self.place}")
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         parameters = model.parameters()
-        held = _held(parameters, fixed_names(model), fixed)
+        held = _held(parameters, model._names_in("fixed"), fixed)
         self.names = first_names(parameters)
         own = {n: parameters[n] for n in self.names.values()}
         self.learned = tuple(n for n in own if n not in held)
