@@ -507,7 +507,7 @@ class Replica:
         backend: Backend,
         precision: str | None,
         sparing: bool,
-        rewrite: bool = True,
+        rewrite: bool,
     ) -> None:
         self.backend, self.model = backend, _shared(model, backend)
         self.precision, self.sparing, self.rewrite = precision, sparing, rewrite
@@ -644,7 +644,7 @@ class Replica:
         count = self._seen[key] = self._seen.get(key, 0) + 1
         if count < 2 or count & (count - 1):
             return
-        recording = recorded(self.backend, prepared.run, x.shape, x.dtype)
+        recording = recorded(DeviceRecording, self.backend, prepared.run, x.shape, x.dtype)
         if recording is None:
             return  # it goes the long way, as it did so far
         for oldest in list(self.ready)[: max(0, len(self.ready) - MOST_RECORDED + 1)]:
@@ -680,7 +680,7 @@ class Prepared:
         input_types: InputTypes,
         backend: Backend,
         sparing: bool,
-        lay_out: Callable[[Program], Program] = lambda program: program,
+        lay_out: Callable[[Program], Program],
     ) -> None:
         if mixed := mixing(expanded_as_needed(program)):
             raise ShapeError(

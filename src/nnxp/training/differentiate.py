@@ -28,7 +28,7 @@ from nnxp._errors import (
 )
 from nnxp.backend import home_of, to_backend
 from nnxp.backend._device import DeviceBackend
-from nnxp.backend._recording import StepRecording, recorded_step
+from nnxp.backend._recording import StepRecording, recorded
 from nnxp.layers._layer import Layer, Rng, generator, originals, reason_of
 from nnxp.program import traced
 from nnxp.program.fused import fused
@@ -242,7 +242,7 @@ class LossRunner:
             self.records = False  # it is tried once
             few = all(max(x.shape[:1], default=0) <= FEW_ROWS for x in batch)
             if few and isinstance(self._home, DeviceBackend):
-                self._step = recorded_step(self._home, run, batch)
+                self._step = recorded(StepRecording, self._home, run, batch)
         return run(batch) if self._step is None else self._step(batch)
 
 
