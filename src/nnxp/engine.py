@@ -502,12 +502,7 @@ class Replica:
     """
 
     def __init__(
-        self,
-        model: Layer,
-        backend: Backend,
-        precision: str | None,
-        sparing: bool,
-        rewrite: bool,
+        self, model: Layer, backend: Backend, precision: str | None, sparing: bool, rewrite: bool
     ) -> None:
         self.backend, self.model = backend, _shared(model, backend)
         self.precision, self.sparing, self.rewrite = precision, sparing, rewrite

@@ -21,7 +21,7 @@ from nnxp._arrays import Array, HostArray, xp_of
 from nnxp._errors import OptionError, TrainingError
 from nnxp.backend import Backend, asnumpy, get_backend, to_backend
 from nnxp.engine import predict
-from nnxp.io.sklearn import class_names_of, column_names_of
+from nnxp.io.sklearn import ACTIVATIONS, class_names_of, column_names_of
 from nnxp.layers._layer import Layer
 from nnxp.layers.containers import Sequential
 from nnxp.layers.dense import Dense
@@ -51,8 +51,7 @@ except ImportError as error:
 
 __all__ = ["MLPClassifier", "MLPRegressor"]
 
-_ACTIVATIONS = {"identity": "identity", "logistic": "sigmoid", "relu": "relu", "tanh": "tanh",
-                "softmax": "softmax", "exp": "identity"}  # fmt: skip
+_ACTIVATIONS = ACTIVATIONS | {"exp": "identity"}
 """scikit-learn's names and ours; of a network that ends in exp, `model_` answers the logarithm."""
 _LOSSES = {"identity": "squared_error", "exp": "poisson", "softmax": "log_loss",
            "logistic": "binary_log_loss"}  # fmt: skip

@@ -33,15 +33,7 @@ from nnxp.layers import (  # noqa: F401  (these make their operators known)
     window_operators,
 )
 from nnxp.layers._layer import Example, Layer, shape_and_dtype
-from nnxp.layers.operators import (
-    OPERATORS,
-    Items,
-    Operator,
-    beside,
-    home,
-    numbers,
-    row_by_row,
-)
+from nnxp.layers.operators import OPERATORS, Items, Operator, beside, home, numbers, row_by_row
 from nnxp.program import traced
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Program, shape_text

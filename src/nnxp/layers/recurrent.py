@@ -413,11 +413,7 @@ class LSTM(_Stack):
         self._assign(cell, inputs, layers, bidirectional, returns, rng)
 
     def __call__(
-        self,
-        x: Array,
-        lengths: Array | None = None,
-        h: Array | None = None,
-        c: Array | None = None,
+        self, x: Array, lengths: Array | None = None, h: Array | None = None, c: Array | None = None
     ) -> Any:
         return self._through(x, lengths, h, c)
 

@@ -264,8 +264,8 @@ def lstm_step(
     n: int,
     p: Array | None,
     ways: int,
-    clip: float | None = None,
-    input_forget: int = 0,
+    clip: float | None,
+    input_forget: int,
     seen: Callable[[Array], Array] = lambda h: h,
     **chosen: Any,
 ) -> Callable[[int], Step]:
