@@ -26,7 +26,7 @@ from nnxp._arrays import (
 )
 from nnxp._errors import CheckpointError, DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp._exchange import host_rows, in_order, shares_memory, source_of
-from nnxp._progress import Progress, told
+from nnxp._progress import Progress, reported
 from nnxp.backend import Backend, Budget, Plan, Sweep, asnumpy, get_backend, to_backend
 from nnxp.backend._base import Cursor, Source
 from nnxp.backend._device import BLOCK_ROWS, DeviceBackend, fits
@@ -262,7 +262,7 @@ class Engine:
         rows = sources[0].shape[0]
         replicas, plans = self._plans(rows, input_types)
         cursor = Cursor(rows)
-        with told(rows, progress) as done:
+        with reported(rows, progress) as done:
 
             def sweep(replica: Replica, plan: Plan) -> None:
                 prepared = replica.prepared(input_types)

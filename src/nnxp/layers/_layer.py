@@ -499,8 +499,6 @@ class Layer(metaclass=_LayerType):
         Read off the program. A layer whose formula looks at numbers may define it; without it, such
         a layer is taken to keep the shape.
         """
-        if not shapes:
-            raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
         shapes = tuple(None if shape is None else self._shape(shape) for shape in shapes)
         pairs = zip(shapes, self.input_dtypes(len(shapes)), strict=True)
         program = self.program(*(None if s is None else (s, dtype) for s, dtype in pairs))

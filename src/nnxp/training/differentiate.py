@@ -51,15 +51,15 @@ class LossProgram:
     """A loss written out, and its gradients by the parameters that learn.
 
     The program's inputs are the parameters `inputs`, the arrays, and what is `drawn`; its outputs
-    the loss, what the layers tell, by name, and the gradients of `learned`. `names` tells for every
-    parameter of the model the one whose array it is: the first with the same array.
+    the loss, the running `statistics` of layers, and the gradients of `learned`. `names` has for
+    every parameter of the model the one whose array it is: the first with the same array.
     """
 
     program: Program
     inputs: tuple[str, ...]
     names: Mapping[str, str]
     learned: tuple[str, ...]
-    told: tuple[str, ...]
+    statistics: tuple[str, ...]
     drawn: tuple[Drawn, ...]
 
     @cached_property
@@ -194,9 +194,9 @@ class LossRunner:
         rng: np.random.Generator | None,
         gradients: Sequence[Array] | None = None,
     ) -> tuple[Array, dict[str, Array], list[Array]]:
-        """The loss, what the layers tell, and the gradients, written to `gradients` if given."""
+        """The loss, the statistics of layers, and the gradients; in `gradients`, if given."""
         outputs = self.written.program.outputs
-        mark = 1 + len(self.written.told)
+        mark = 1 + len(self.written.statistics)
         drawn = self.draw(rng)
         with self._home.current(), _ids_told():
             batch = [*arrays, *(to_backend(noise, self._home) for noise in drawn)]
@@ -209,8 +209,8 @@ class LossRunner:
             else:
                 results = self._program.run([*parameters, *batch])
                 results = [_owned(y, v) for y, v in zip(results, outputs, strict=True)]
-        told = dict(zip(self.written.told, results[1:mark], strict=True))
-        return results[0], told, results[mark:]
+        statistics = dict(zip(self.written.statistics, results[1:mark], strict=True))
+        return results[0], statistics, results[mark:]
 
     def over(
         self, model: Layer, arrays: Sequence[Any], rng: np.random.Generator | None = None
@@ -223,11 +223,11 @@ class LossRunner:
     def _filled(
         self, parameters: Sequence[Array], batch: Sequence[Array], gradients: Sequence[Array]
     ) -> tuple[Array, ...]:
-        """The loss and what the layers tell, on a device; the gradients are filled."""
+        """The loss and the statistics of layers, on a device; the gradients are filled."""
 
         def run(arrays: Sequence[Array]) -> tuple[Array, ...]:
             results = self._program.run([*parameters, *arrays])
-            mark = 1 + len(self.written.told)
+            mark = 1 + len(self.written.statistics)
             for into, g in zip(gradients, results[mark:], strict=True):
                 into[...] = g
             return tuple(results[:mark])
@@ -318,7 +318,7 @@ def _runner(
             known.clear()
         written = write_out(loss, model, arrays, learned)
         if learned is not None:
-            tell_idle(written, model)
+            warn_of_idle(written, model)
         known[key] = model, LossRunner(written, place)  # the model lives on: ids in the key are its
     check = getattr(loss, "check", None)
     if check is not None and place == "cpu":
@@ -326,9 +326,9 @@ def _runner(
     return known[key][1]
 
 
-def tell_idle(written: LossProgram, model: Layer) -> None:
+def warn_of_idle(written: LossProgram, model: Layer) -> None:
     """Warn of parameters that got no gradient, which is mostly a mistake."""
-    values = written.program.outputs[1 + len(written.told) :]
+    values = written.program.outputs[1 + len(written.statistics) :]
     fixed = model._names_in("fixed")
     idle = [name for name, value in zip(written.learned, values, strict=True)
             if not (name in fixed or value.numbers is None or value.numbers.any())]  # fmt: skip
@@ -406,22 +406,22 @@ def structure(x: Any) -> Any:
     """What a program depends on in a model or in arrays: all but the numbers."""
     arrays: dict[int, int] = {}
 
-    def told(x: Any) -> Any:
+    def key(x: Any) -> Any:
         if is_array(x):
             return x.shape, str(x.dtype), arrays.setdefault(id(x), len(arrays))
         if isinstance(x, Layer):
-            return type(x), tuple((name, told(value)) for name, value in x._fields())
+            return type(x), tuple((name, key(value)) for name, value in x._fields())
         if isinstance(x, tuple | list):
-            return type(x), tuple(map(told, x))
+            return type(x), tuple(map(key, x))
         if isinstance(x, dict):
-            return dict, tuple((key, told(value)) for key, value in x.items())
+            return dict, tuple((name, key(value)) for name, value in x.items())
         try:
             hash(x)
         except TypeError:
             return type(x), id(x)
         return type(x), x
 
-    return told(x)
+    return key(x)
 
 
 def arrays_in(x: Any) -> list[Array]:

@@ -20,7 +20,7 @@ import numpy as np
 from nnxp._arrays import Array, HostArray, is_floating, xp_of
 from nnxp._errors import CheckpointError, NnxpError, OptionError, OutOfMemory, TrainingError
 from nnxp._printed import Printed
-from nnxp._progress import Progress, told
+from nnxp._progress import Progress, reported
 from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.backend._blas import one_blas_thread
 from nnxp.backend._threads import together
@@ -37,7 +37,7 @@ from nnxp.training.differentiate import (
     applied,
     arrays_in,
     first_names,
-    tell_idle,
+    warn_of_idle,
     with_arrays,
     write_out,
 )
@@ -194,7 +194,7 @@ def fit(
             seen.check_targets(check)
     run = _Run(trainer, rows, batch, path)
     run.begin(rng)
-    with home_of(trainer.place).current(), told(rows.count * epochs, progress) as done:
+    with home_of(trainer.place).current(), reported(rows.count * epochs, progress) as done:
         done(run.rows_done)
         while run.epoch < epochs and not run.waited(patience):
             run.set_rate()
@@ -312,7 +312,7 @@ class Trainer:
                 first_scale = SCALE if self.vector.dtype == np.float16 else 1.0
                 self.state |= {"scale": np.array(first_scale), "unscathed": np.zeros((), "int64")}
         self._drawn: bool | None = None
-        self._told_idle = False
+        self._warned = False
         self._of_pieces = [(self.slopes, self.gradients)]  # the first is where all are added up
         self._parts: dict[tuple[int, bool], int] = {}  # of a batch of so many rows
         self._piece_rows: int | None = None  # that workers like best
@@ -411,7 +411,7 @@ class Trainer:
         rng: np.random.Generator | None = None,
         gradients: Mapping[str, Array] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """The loss of a batch, and what the layers tell; the gradients are filled."""
+        """The loss of a batch, and the statistics of layers; the gradients are filled."""
         parameters = [self.arrays[n] for n in runner.written.inputs]
         into = None if gradients is None else [gradients[n] for n in runner.written.learned]
         return runner(parameters, arrays_in(batch), rng, into)[:2]
@@ -491,7 +491,7 @@ class Trainer:
         return float((counts if own is None else counts * own).sum(dtype="float64"))
 
     def _record(self, statistics: Mapping[str, Array]) -> None:
-        """The running statistics that layers told."""
+        """Keep the running statistics of layers."""
         for name, value in statistics.items():
             self.arrays[self.names[name]][...] = value
 
@@ -549,9 +549,9 @@ class Trainer:
             learned = (lambda n: n in self.learned) if learns else None
             model = self.form if learns else self.seen
             self._written[key] = written = write_out(self.loss, model, batch, learned, scale)
-            if learns and not self._told_idle:
-                self._told_idle = True
-                tell_idle(written, model)
+            if learns and not self._warned:
+                self._warned = True
+                warn_of_idle(written, model)
         return self._written[key]
 
     def _runner(self, batch: Sequence[Any], learns: bool, piece: int = 0) -> LossRunner:
@@ -591,7 +591,9 @@ class Trainer:
                     f"{needs:,}, parameters and gradients aside; raise the limit"
                 )
             count = min(size, max(count + 1, count * needs // limit))
-        statistics = self._program(rows.like(size), learns).told if count > 1 and learns else ()
+        statistics = (
+            self._program(rows.like(size), learns).statistics if count > 1 and learns else ()
+        )
         if statistics:
             raise OptionError(
                 f"memory_limit={limit:,} bytes holds no step of {size:,} rows, and they cannot be "

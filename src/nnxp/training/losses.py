@@ -277,7 +277,7 @@ def before(y: Array, activations: tuple[Kernel, ...], name: str) -> Array:
     step = y.value.step
     last = step.options.get("activation", step.function)
     if last in activations:
-        inputs = [traced.lifted(each) for each in step.inputs]
+        inputs = [traced.lifted(x) for x in step.inputs]
         if step.function is last:
             return inputs[0]
         return step.function(*inputs, **step.options | {"activation": kernels.identity})  # type: ignore[operator]
