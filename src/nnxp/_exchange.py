@@ -30,8 +30,7 @@ _PLAIN = frozenset(np.dtype(code) for code in "?bBhHiIlLqQefdg")
 MOST_HELD, DEEPEST = 10_000, 4  # objects that are asked for the arrays in them, and levels of them
 
 _FIXES = {
-    "U": "numpy.loadtxt or a column's own conversion makes numbers of text",
-    "S": "numpy.loadtxt or a column's own conversion makes numbers of text",
+    **dict.fromkeys("US", "numpy.loadtxt or a column's own conversion makes numbers of text"),
     "c": "x.real, x.imag or numpy.abs(x) are real",
     "M": "(x - start) / numpy.timedelta64(1, 's') makes numbers of dates",
     "m": "x / numpy.timedelta64(1, 's') makes numbers of durations",

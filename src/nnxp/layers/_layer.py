@@ -12,7 +12,7 @@ import inspect
 import operator
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import cache, cached_property, wraps
 from math import isfinite
@@ -913,6 +913,16 @@ def array_shape(layer: Layer, name: str) -> Shape:
         )
     shape: Shape = value.shape
     return shape
+
+
+def check_weight(layer: Any, form: str, axes: Container[int]) -> None:
+    """Raise ShapeError unless `weight` has so many axes, and `bias` the size of the last one."""
+    weight = array_shape(layer, "weight")
+    bias = None if layer.bias is None else array_shape(layer, "bias")
+    if len(weight) not in axes or 0 in weight or bias not in (None, weight[-1:]):
+        raise ShapeError(
+            f"{type(layer).__name__} takes weight {form}, bias (outputs,); got {weight} and {bias}"
+        )
 
 
 def whole(what: str, value: Any, least: int = 1) -> int:
