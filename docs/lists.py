@@ -58,7 +58,7 @@ LISTS = {
     "schedules": lambda: rows(
         (name, thing)
         for name, thing in vars(schedules).items()
-        if isinstance(thing, type) and thing.__module__ == schedules.__name__
+        if isinstance(thing, type) and thing.__module__ == schedules.__name__ and name[0] != "_"
     ),
     "errors": lambda: rows(public(nnxp, nnxp.NnxpError)),
     "functions": functions,

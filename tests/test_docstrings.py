@@ -30,15 +30,15 @@ HOMES = {
     "nnxp.testing": testing,
 }
 INSIDE = {
+    "applied",
+    "arrays_in",
     "before",
     "chunks",
     "evaluated",
-    "global_norm",
     "is_array",
     "is_floating",
     "is_number",
     "is_real",
-    "leaves_of",
     "rate_at",
     "xp_of",
 }  # what modules use themselves

@@ -352,7 +352,7 @@ def fake_proc(monkeypatch, tmp_path, **files):
         path = tmp_path / "proc" / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for module in (looked_up, _machine, _probe):
+    for module in (_machine, _probe):
         monkeypatch.setattr(module, "PROC", tmp_path / "proc")
     monkeypatch.setattr(_machine, "CGROUPS", tmp_path / "cgroup")
 
@@ -360,7 +360,7 @@ def fake_proc(monkeypatch, tmp_path, **files):
 def test_the_name_of_the_cpu_is_read_from_the_kernel(monkeypatch, tmp_path):
     cpuinfo = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu\n\nprocessor\t: 1\n"
     fake_proc(monkeypatch, tmp_path, cpuinfo=cpuinfo)
-    assert looked_up.cpu() == "Some CPU"
+    assert _machine.processor() == "Some CPU"
 
 
 @pytest.mark.parametrize(
@@ -501,20 +501,22 @@ def test_whether_products_go_through_cublaslt_is_asked_of_the_products(monkeypat
     monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda", SimpleNamespace(lt=lt))
     monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda.lt", lt)
     monkeypatch.setattr(looked_up, "_cupy", lambda: started(None))
-    assert looked_up._cublaslt() == {"ok": why is None, "reason": why or "products go through it"}
+    answer = {"ok": why is None, "reason": why or "products go through it"}
+    assert looked_up._used("lt", "products go through it") == answer
     monkeypatch.setattr(looked_up, "_cupy", lambda: None)
-    assert looked_up._cublaslt() is None
+    assert looked_up._used("lt", "products go through it") is None
 
 
 @pytest.mark.parametrize("why", [None, "nvidia-cudnn-frontend is not installed"])
 def test_whether_convolutions_go_through_cudnn_is_asked_of_them(monkeypatch, why):
     cudnn = SimpleNamespace(why_not=lambda: why)
     monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda", SimpleNamespace(cudnn=cudnn))
+    monkeypatch.setitem(sys.modules, "nnxp.kernels.cuda.cudnn", cudnn)
     monkeypatch.setattr(looked_up, "_cupy", lambda: started(None))
-    made = looked_up._cudnn()
-    assert (made["ok"], made["reason"] == why) == (why is None, why is not None)
+    answer = looked_up._used("cudnn", "yes")
+    assert (answer["ok"], answer["reason"] == why) == (why is None, why is not None)
     monkeypatch.setattr(looked_up, "_cupy", lambda: None)
-    assert looked_up._cudnn() is None
+    assert looked_up._used("cudnn", "yes") is None
 
 
 class Card:

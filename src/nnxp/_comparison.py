@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from nnxp._printed import Printed, aligned
-from nnxp.backend._machine import core_quota, cores
-from nnxp.doctor.facts import blas, cpu
+from nnxp.backend._machine import core_quota, cores, processor
+from nnxp.doctor.facts import blas
 
 PINS = (
     *("OPENBLAS_", "GOTO_", "MKL_", "BLIS_", "VECLIB_", "DNNL_", "ONEDNN_"),
@@ -141,7 +141,7 @@ def here() -> dict[str, Any]:
     """The place where this process runs."""
     return {
         "device": "cpu",
-        "cpu": cpu(),
+        "cpu": processor(),
         "cores": cores(),
         "core_quota": core_quota(),
         "blas": [

@@ -30,8 +30,7 @@ _PLAIN = frozenset(np.dtype(code) for code in "?bBhHiIlLqQefdg")
 MOST_HELD, DEEPEST = 10_000, 4  # objects that are asked for the arrays in them, and levels of them
 
 _FIXES = {
-    "U": "numpy.loadtxt or a column's own conversion makes numbers of text",
-    "S": "numpy.loadtxt or a column's own conversion makes numbers of text",
+    **dict.fromkeys("US", "numpy.loadtxt or a column's own conversion makes numbers of text"),
     "c": "x.real, x.imag or numpy.abs(x) are real",
     "M": "(x - start) / numpy.timedelta64(1, 's') makes numbers of dates",
     "m": "x / numpy.timedelta64(1, 's') makes numbers of durations",
@@ -116,10 +115,7 @@ def host_rows(block: Any) -> HostArray:
         return block[:]
     if isinstance(block, (list, tuple)):
         return _of_list(block)
-    if isinstance(block, dict):
-        raise DtypeMismatch(_of_dict(block))
-    if isinstance(block, (str, bytes, os.PathLike)):
-        raise DtypeMismatch(_of_path(block))
+    _refuse_names(block)
     if _is_tensor(block):
         return host_rows(_tensor_numbers(block))
     if _is_table(block):
@@ -253,10 +249,7 @@ def _is_foreign(item: Any) -> bool:
 
 def _without_shape(x: Any) -> HostArray:
     """Rows of what NumPy makes an array of, such as array.array or what has __array__."""
-    if isinstance(x, dict):
-        raise DtypeMismatch(_of_dict(x))
-    if isinstance(x, (str, bytes, os.PathLike)):
-        raise DtypeMismatch(_of_path(x))
+    _refuse_names(x)
     if not hasattr(x, "__len__") and hasattr(x, "__iter__") and not hasattr(x, "__array__"):
         raise ShapeError(
             f"{_named(x)} has no shape; nnxp.predict_iter takes batches from an iterator, and "
@@ -271,17 +264,19 @@ def _without_shape(x: Any) -> HostArray:
     return array
 
 
-def _of_path(x: object) -> str:
-    return (
-        f"x is rows, not the name of a file: {x!r:.60}; numpy.load(path, mmap_mode='r') gives the "
-        "rows of a .npy file"
-    )
-
-
-def _of_dict(x: dict[Any, Any]) -> str:
-    inside = ", ".join(f"x[{name!r}]" for name in list(x)[:3])
-    more = ", ..." if len(x) > 3 else ""
-    return f"rows are not a dict of columns; nnxp.Columns({inside}{more}) puts them side by side"
+def _refuse_names(x: object) -> None:
+    """Raise DtypeMismatch for the name of a file, and for columns by name."""
+    if isinstance(x, (str, bytes, os.PathLike)):
+        raise DtypeMismatch(
+            f"x is rows, not the name of a file: {x!r:.60}; numpy.load(path, mmap_mode='r') gives "
+            "the rows of a .npy file"
+        )
+    if isinstance(x, dict):
+        inside = ", ".join(f"x[{name!r}]" for name in list(x)[:3])
+        more = ", ..." if len(x) > 3 else ""
+        raise DtypeMismatch(
+            f"rows are not a dict of columns; nnxp.Columns({inside}{more}) puts them side by side"
+        )
 
 
 # masks and objects

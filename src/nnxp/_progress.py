@@ -15,7 +15,7 @@ Progress = bool | Callable[[int, int], object]
 
 
 @contextmanager
-def told(rows: int, progress: Progress) -> Iterator[Callable[[int], None]]:
+def reported(rows: int, progress: Progress) -> Iterator[Callable[[int], None]]:
     """What hears of finished rows, from any thread, while so many rows are swept.
 
     With True it moves a bar on stderr, where somebody looks at it: on a terminal and in a notebook.

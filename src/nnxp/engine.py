@@ -26,7 +26,7 @@ from nnxp._arrays import (
 )
 from nnxp._errors import CheckpointError, DeviceMismatch, DtypeMismatch, OptionError, ShapeError
 from nnxp._exchange import host_rows, in_order, shares_memory, source_of
-from nnxp._progress import Progress, told
+from nnxp._progress import Progress, reported
 from nnxp.backend import Backend, Budget, Plan, Sweep, asnumpy, get_backend, to_backend
 from nnxp.backend._base import Cursor, Source
 from nnxp.backend._device import BLOCK_ROWS, DeviceBackend, fits
@@ -262,7 +262,7 @@ class Engine:
         rows = sources[0].shape[0]
         replicas, plans = self._plans(rows, input_types)
         cursor = Cursor(rows)
-        with told(rows, progress) as done:
+        with reported(rows, progress) as done:
 
             def sweep(replica: Replica, plan: Plan) -> None:
                 prepared = replica.prepared(input_types)
@@ -502,12 +502,7 @@ class Replica:
     """
 
     def __init__(
-        self,
-        model: Layer,
-        backend: Backend,
-        precision: str | None,
-        sparing: bool,
-        rewrite: bool = True,
+        self, model: Layer, backend: Backend, precision: str | None, sparing: bool, rewrite: bool
     ) -> None:
         self.backend, self.model = backend, _shared(model, backend)
         self.precision, self.sparing, self.rewrite = precision, sparing, rewrite
@@ -644,7 +639,7 @@ class Replica:
         count = self._seen[key] = self._seen.get(key, 0) + 1
         if count < 2 or count & (count - 1):
             return
-        recording = recorded(self.backend, prepared.run, x.shape, x.dtype)
+        recording = recorded(DeviceRecording, self.backend, prepared.run, x.shape, x.dtype)
         if recording is None:
             return  # it goes the long way, as it did so far
         for oldest in list(self.ready)[: max(0, len(self.ready) - MOST_RECORDED + 1)]:
@@ -680,7 +675,7 @@ class Prepared:
         input_types: InputTypes,
         backend: Backend,
         sparing: bool,
-        lay_out: Callable[[Program], Program] = lambda program: program,
+        lay_out: Callable[[Program], Program],
     ) -> None:
         if mixed := mixing(expanded_as_needed(program)):
             raise ShapeError(

@@ -27,7 +27,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from types import TracebackType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -102,17 +101,10 @@ class Device:
         return stack[-1] if stack else Device(0)
 
     def __enter__(self) -> Device:
-        if not hasattr(self._current, "stack"):
-            self._current.stack = []
-        self._current.stack.append(self)
+        self._current.__dict__.setdefault("stack", []).append(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._current.stack.pop()
 
     _under_way: list[tuple[Stream, Callable[[], None]]]
@@ -184,9 +176,7 @@ class Stream:
     def __enter__(self) -> Stream:
         if self.device is not Device.current():
             raise RuntimeError(f"the stream is on {self.device}, but {Device.current()} is current")
-        if not hasattr(self._current, "stack"):
-            self._current.stack = []
-        self._current.stack.append(self)
+        self._current.__dict__.setdefault("stack", []).append(self)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite
@@ -22,7 +21,7 @@ from nnxp._arrays import Array, HostArray, xp_of
 from nnxp._errors import OptionError, TrainingError
 from nnxp.backend import Backend, asnumpy, get_backend, to_backend
 from nnxp.engine import predict
-from nnxp.io.sklearn import class_names_of, column_names_of
+from nnxp.io.sklearn import ACTIVATIONS, class_names_of, column_names_of
 from nnxp.layers._layer import Layer
 from nnxp.layers.containers import Sequential
 from nnxp.layers.dense import Dense
@@ -52,8 +51,7 @@ except ImportError as error:
 
 __all__ = ["MLPClassifier", "MLPRegressor"]
 
-_ACTIVATIONS = {"identity": "identity", "logistic": "sigmoid", "relu": "relu", "tanh": "tanh",
-                "softmax": "softmax", "exp": "identity"}  # fmt: skip
+_ACTIVATIONS = ACTIVATIONS | {"exp": "identity"}
 """scikit-learn's names and ours; of a network that ends in exp, `model_` answers the logarithm."""
 _LOSSES = {"identity": "squared_error", "exp": "poisson", "softmax": "log_loss",
            "logistic": "binary_log_loss"}  # fmt: skip
@@ -152,7 +150,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             trainer = self._trainer = self._new_trainer(home)
             if incremental and not fresh:
                 self._restore_optimizer(trainer)
-        with _current(home):
+        with home.current():
             if self.solver == "lbfgs":
                 self._fit_lbfgs(trainer, X, y, counts)
             else:
@@ -224,7 +222,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         """What trains `model_` there."""
         model = self.model_.to(home)
         parameters = model.parameters()
-        held = {f"{path}.{name}" for path, layer in model.walk() for name in layer.fixed}
+        held = model._names_in("fixed")
         matrices = frozenset(n for n, p in parameters.items() if p.ndim > 1 and n not in held)
         loss = _PenalisedLoss(_LOSSES[self.out_activation_], float(self.alpha), matrices)
         return Trainer(model, loss, self._optimizer())
@@ -671,10 +669,6 @@ def _rows_at(
     """(rows, targets) or (rows, targets, counts), dense."""
     x = X[ids].toarray() if issparse(X) else X[ids]
     return (x, y[ids]) if counts is None else (x, y[ids], counts[ids])
-
-
-def _current(home: Backend) -> AbstractContextManager[Any]:
-    return home.current() if home.device != "cpu" else nullcontext()
 
 
 # parameters

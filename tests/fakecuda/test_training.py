@@ -10,7 +10,7 @@ import nnxp
 from conftest import draw
 from nnxp.backend import cuda
 from nnxp.backend._device import Unrecordable
-from nnxp.backend._recording import recorded_step
+from nnxp.backend._recording import StepRecording, recorded
 from nnxp.training import _chunks
 
 pytestmark = pytest.mark.parametrize("gpu", [True], ids=["as late as possible"], indirect=True)
@@ -115,7 +115,7 @@ def test_a_step_is_recorded_in_the_order_of_the_caller_s_stream(gpu):
     for _ in range(100):  # streams that are not ordered take turns
         gpu.give(0, "yet to do", lambda: None)
     p += 1
-    step = recorded_step(nnxp.get_backend("cuda"), run, [x])
+    step = recorded(StepRecording, nnxp.get_backend("cuda"), run, [x])
     np.testing.assert_array_equal(into.get(), [2] * 4)  # which waits for the caller's stream only
     for value in (3, 5):
         x[...] = value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -56,7 +57,7 @@ def memory_limit() -> int | None:
 
 def physical_memory() -> int | None:
     """The bytes of memory that the machine has; None where the system does not tell."""
-    return _meminfo("MemTotal") or _pages("SC_PHYS_PAGES") or _windows_memory("ullTotalPhys")
+    return meminfo("MemTotal") or _pages("SC_PHYS_PAGES") or _windows_memory("ullTotalPhys")
 
 
 def available_memory() -> int | None:
@@ -64,15 +65,33 @@ def available_memory() -> int | None:
 
     All of it where the system tells no more than that; None where it does not tell even that.
     """
-    free = _meminfo("MemAvailable") or _pages("SC_AVPHYS_PAGES")
+    free = meminfo("MemAvailable") or _pages("SC_AVPHYS_PAGES")
     return free or _windows_memory("ullAvailPhys") or physical_memory()
 
 
-def _meminfo(name: str) -> int | None:
-    """A line of Linux' own account, in bytes."""
-    with suppress(OSError, ValueError), open(f"{PROC}/meminfo") as lines:
-        kilobytes = next((line.split()[1] for line in lines if line.startswith(f"{name}:")), None)
-        return int(kilobytes) * 1024 if kilobytes else None
+def processor() -> str:
+    """The name of the CPU."""
+    import platform  # not for every import of nnxp
+
+    name = in_proc("cpuinfo", r"^model name\s*:\s*(.+)$")
+    return name or platform.processor() or platform.machine()
+
+
+def in_proc(file: str, pattern: str) -> str | None:
+    """What the pattern's group matches in a file of the kernel's; None without such a file."""
+    path = f"{PROC}/{file}"
+    if not os.path.exists(path):
+        return None
+    with open(path) as text:
+        match = re.search(pattern, text.read(), re.MULTILINE)
+    return match[1] if match else None
+
+
+def meminfo(name: str) -> int | None:
+    """A line of Linux' own account of its memory, in bytes."""
+    with suppress(OSError):
+        kibibytes = in_proc("meminfo", rf"^{name}:\s*(\d+) kB")
+        return int(kibibytes) * 1024 if kibibytes else None
     return None
 
 

@@ -90,16 +90,6 @@ class DeviceRecording:
         return stream
 
 
-def recorded(
-    backend: DeviceBackend,
-    run: Callable[[tuple[Array, ...]], tuple[Array, ...]],
-    shape: Shape,
-    dtype: np.dtype[Any],
-) -> DeviceRecording | None:
-    """A recording for such rows; None if none can be made."""
-    return _attempt(backend, lambda pool: DeviceRecording(backend, run, shape, dtype, pool))
-
-
 class StepRecording:
     """Work that was done before with arrays like these, recorded: `step(arrays)` does it again.
 
@@ -134,29 +124,21 @@ class StepRecording:
             return tuple(map(self._backend.copied, replay()))
 
 
-def recorded_step(
-    backend: DeviceBackend,
-    run: Callable[[list[Array]], tuple[Array, ...]],
-    arrays: Sequence[Array],
-) -> StepRecording | None:
-    """A recording of such work; None if none can be made."""
-    return _attempt(backend, lambda pool: StepRecording(backend, run, arrays, pool))
-
-
 T = TypeVar("T")
 
 
-def _attempt(backend: DeviceBackend, record: Callable[[Pool], T]) -> T | None:
-    """What was recorded; None if there was no memory just now, or the work cannot be recorded.
+def recorded(kind: Callable[..., T], backend: DeviceBackend, *arguments: Any) -> T | None:
+    """A recording of this kind, whose pool is made here; None if none can be made.
 
-    The pool is emptied when nothing of the attempt is left, its exception neither.
+    There was no memory just now, or the work cannot be recorded. The pool is emptied when nothing
+    of the attempt is left, its exception neither.
     """
     pool = backend.pool()
     recordings: list[T] = []
 
     def make() -> None:
         with suppress(Unrecordable):
-            recordings.append(record(pool))
+            recordings.append(kind(backend, *arguments, pool))
 
     try:
         fits(make)

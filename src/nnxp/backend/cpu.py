@@ -17,15 +17,7 @@ import numpy as np
 
 from nnxp._arrays import Array, HostArray
 from nnxp._errors import BackendUnavailable
-from nnxp.backend._base import (
-    Availability,
-    Backend,
-    Budget,
-    Memory,
-    Plan,
-    Sweep,
-    rows_within,
-)
+from nnxp.backend._base import Availability, Backend, Budget, Memory, Plan, Sweep, rows_within
 from nnxp.backend._blas import one_blas_thread
 from nnxp.backend._machine import available_memory, physical_memory, usable_cores
 from nnxp.backend._threads import together

@@ -29,6 +29,7 @@ from nnxp._arrays import HostArray, nonfinite_rows
 from nnxp._errors import BackendUnavailable, CheckpointError, OptionError, RowsError
 from nnxp.backend import Backend, get_backend
 from nnxp.backend._blas import one_blas_thread
+from nnxp.backend._machine import processor
 from nnxp.cluster.plan import Plan, sha256
 from nnxp.engine import Engine, forget_engines, kept_engine
 from nnxp.io._atomic import _is_at as is_at
@@ -298,7 +299,7 @@ def _claim(name: str) -> tuple[int | None, str]:
 @cache
 def hardware(device: str) -> str:
     """The kind of machine: on one kind the same rows give the same bits."""
-    from nnxp.testing.goldens import processor, provenance
+    from nnxp.testing.goldens import provenance
 
     if device != "cpu":
         return str(provenance(get_backend(device)).get("hardware", device))

@@ -28,7 +28,7 @@ import numpy as np
 
 from nnxp._errors import BackendUnavailable, OptionError, ShapeError, SweepError
 from nnxp._printed import Printed
-from nnxp._progress import Progress, told
+from nnxp._progress import Progress, reported
 from nnxp.backend._machine import usable_cores
 from nnxp.cluster import folder as folders
 from nnxp.cluster.blocks import Setting, loads, release, task
@@ -396,7 +396,7 @@ class _Run:
         start, before = perf_counter(), loads()
         kept = folders.whole(self.plan)
         self.queue.extend(block for block in range(len(self.plan)) if block not in kept)
-        with told(self.plan.rows, progress) as done:
+        with reported(self.plan.rows, progress) as done:
             for block in kept:
                 done(self._rows(block))
             try:

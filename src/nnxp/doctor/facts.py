@@ -26,11 +26,9 @@ from threadpoolctl import threadpool_info
 
 from nnxp._errors import BackendUnavailable
 from nnxp.backend import TABLE, available_backends, get_backend
-from nnxp.backend._machine import core_quota, cores, memory_limit
+from nnxp.backend._machine import core_quota, cores, in_proc, meminfo, memory_limit, processor
 from nnxp.backend._probe import cupy_wheels, libcuda, nvidia, probe
 from nnxp.backend.cpu import worker_count
-
-PROC = Path("/proc")
 
 VARIABLES = """
     NNXP_BACKEND NNXP_WORKERS OPENBLAS_CORETYPE OPENBLAS_NUM_THREADS GOTO_NUM_THREADS
@@ -87,7 +85,7 @@ def _questions(backend: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "nnxp": lambda: import_module("nnxp").__version__,
             "python": lambda: f"{platform.python_version()} ({sys.executable})",
             "platform": platform.platform,
-            "cpu": cpu,
+            "cpu": processor,
             "simd": _simd,
             "cores": cores,
             "core_quota": core_quota,
@@ -115,8 +113,8 @@ def _questions(backend: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "cupy_cuda": _cupy_cuda,
             "nvrtc": _nvrtc,
             "cublas": _cublas,
-            "cublaslt": _cublaslt,
-            "cudnn": _cudnn,
+            "cublaslt": partial(_used, "lt", "products go through it"),
+            "cudnn": partial(_used, "cudnn", "convolutions go through it where it is faster"),
             "kernel_cache": _kernel_cache,
             "devices": _devices,
             **{name: partial(_version, name) for name in NVIDIAS},
@@ -156,19 +154,6 @@ def _version(distribution: str) -> str | None:
 # the machine
 
 
-def _in_proc(file: str, pattern: str) -> str | None:
-    """What the pattern's group finds in a file of the kernel's, if that is there."""
-    path = PROC / file
-    match = re.search(pattern, path.read_text(), re.MULTILINE) if path.exists() else None
-    return match[1] if match else None
-
-
-def cpu() -> str:
-    """The name of the processor."""
-    name = _in_proc("cpuinfo", r"^model name\s*:\s*(.+)$")
-    return name or platform.processor() or platform.machine()
-
-
 def _simd() -> str | None:
     """The newest of SIMD that NumPy has found in the CPU; None if that is not x86."""
     with redirect_stdout(io.StringIO()) as text:
@@ -180,10 +165,10 @@ def _simd() -> str | None:
 def _memory(psutils: str, linux: str) -> Bytes:
     if importlib.util.find_spec("psutil"):
         return Bytes(getattr(import_module("psutil").virtual_memory(), psutils))
-    kibibytes = _in_proc("meminfo", rf"^{linux}:\s*(\d+) kB$")
-    if kibibytes is None:
+    size = meminfo(linux)
+    if size is None:
         raise LookupError("the package psutil would tell")
-    return Bytes(int(kibibytes) * 1024)
+    return Bytes(size)
 
 
 # NumPy
@@ -217,7 +202,7 @@ def _gflops() -> float:
 
 def _driver() -> str | None:
     """The release of the kernel's driver, such as 580.65.06."""
-    return _in_proc("driver/nvidia/version", r"Kernel Module.*?\s(\d{3,}\.[\d.]+)\s")
+    return in_proc("driver/nvidia/version", r"Kernel Module.*?\s(\d{3,}\.[\d.]+)\s")
 
 
 def _driver_cuda() -> str | None:
@@ -281,24 +266,12 @@ def _cublas() -> str | None:
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def _cublaslt() -> Answer | None:
-    """Whether products go through cuBLASLt, by NVIDIA's bindings, or through CuPy's matmul."""
+def _used(library: str, work: str) -> Answer | None:
+    """Whether this library of NVIDIA's does the work of kernels, or CuPy alone."""
     if _cupy() is None:
         return None
-    from nnxp.kernels.cuda.lt import why_not
-
-    why = why_not()
-    return {"ok": why is None, "reason": why or "products go through it"}
-
-
-def _cudnn() -> Answer | None:
-    """Whether convolutions go through cuDNN, which is an extra, where it is faster."""
-    if _cupy() is None:
-        return None
-    from nnxp.kernels.cuda import cudnn
-
-    why = cudnn.why_not()
-    return {"ok": why is None, "reason": why or "convolutions go through it where it is faster"}
+    why = import_module(f"nnxp.kernels.cuda.{library}").why_not()
+    return {"ok": why is None, "reason": why or work}
 
 
 def _kernel_cache() -> Answer:

@@ -156,8 +156,8 @@ def _products(facts: Facts) -> Iterator[Problem]:
 
 def _convolutions(facts: Facts) -> Iterator[Problem]:
     """A GPU that works, and the frontend of cuDNN without its library."""
-    cuda, found = facts["cuda"], facts["backends"]["cupy"]
-    asked_for = (found and found["ok"]) and cuda["cudnn"] and cuda["nvidia-cudnn-frontend"]
+    cuda, cupy = facts["cuda"], facts["backends"]["cupy"]
+    asked_for = (cupy and cupy["ok"]) and cuda["cudnn"] and cuda["nvidia-cudnn-frontend"]
     if asked_for and not cuda["cudnn"]["ok"]:
         yield Problem(
             "slow",

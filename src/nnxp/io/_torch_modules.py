@@ -326,6 +326,13 @@ def _encoder_stack(m: Module, take: Take) -> Layer:
 WRITTEN_OUT = "TransformerDecoderLayer", "TransformerDecoder", "Transformer"
 """Modules that become several steps: of the modules they are made of, and of what is between."""
 
+PLAIN_ACTIVATIONS: dict[str, ActivationName] = {
+    "Hardsigmoid": "hard_sigmoid", "Hardswish": "hard_swish", "LogSigmoid": "log_sigmoid",
+    "Mish": "mish", "ReLU": "relu", "ReLU6": "relu6", "SELU": "selu", "SiLU": "silu",
+    "Sigmoid": "sigmoid", "Softsign": "softsign", "Tanh": "tanh", "Tanhshrink": "tanh_shrink",
+}  # fmt: skip
+"""Activations without options, by torch's names."""
+
 MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "Linear": _linear,
     "NonDynamicallyQuantizableLinear": _linear,
@@ -361,22 +368,11 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "FeatureAlphaDropout": _identity,
     "Flatten": _flatten,
     "Unflatten": lambda m, take: ("unflatten", {"dim": m.dim, "sizes": tuple(m.unflattened_size)}),
-    "ReLU": _activation("relu"),
+    **{name: _activation(ours) for name, ours in PLAIN_ACTIVATIONS.items()},
     "LeakyReLU": _activation("leaky_relu", "negative_slope"),
     "ELU": _activation("elu", "alpha"),
-    "SELU": _activation("selu"),
-    "Sigmoid": _activation("sigmoid"),
-    "Tanh": _activation("tanh"),
-    "SiLU": _activation("silu"),
-    "Mish": _activation("mish"),
-    "Softsign": _activation("softsign"),
-    "Hardsigmoid": _activation("hard_sigmoid"),
-    "ReLU6": _activation("relu6"),
-    "Hardswish": _activation("hard_swish"),
     "Hardtanh": _activation("hard_tanh", "min_val", "max_val"),
     "CELU": _activation("celu", "alpha"),
-    "LogSigmoid": _activation("log_sigmoid"),
-    "Tanhshrink": _activation("tanh_shrink"),
     "Softshrink": _activation("soft_shrink", "lambd"),
     "Hardshrink": _activation("hard_shrink", "lambd"),
     "Threshold": _activation("threshold", "threshold", "value"),

@@ -146,16 +146,10 @@ def _array_in(file: Any, name: str, path: Name) -> HostArray:
 
 
 def write_arrays(
-    path: Name,
-    arrays: Mapping[str, HostArray],
-    say: Callable[[str], object] = warn_of_leftover,
+    path: Name, arrays: Mapping[str, HostArray], say: Callable[[str], object] = warn_of_leftover
 ) -> None:
     """Write arrays to a .npz file by their names; it is whole, or it is not there."""
-    with (
-        written_beside(path, say) as beside,
-        _room(path),
-        zipfile.ZipFile(beside, "w") as archive,
-    ):
+    with written_beside(path, say) as beside, _room(path), zipfile.ZipFile(beside, "w") as archive:
         for name, array in arrays.items():  # np.savez has names of its own
             wide = array.astype("float32") if array.dtype.name == "bfloat16" else array
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -218,10 +212,7 @@ def appended_rows(
 ) -> Iterator[Callable[[HostArray], None]]:
     """As `written_rows`, for any number of rows of this shape: a function that appends a block."""
     dtype, names = _writable(path, ("rows", *row), dtype, names)
-    with (
-        written_beside(path, say) as beside,
-        _appending(path, beside, row, dtype, names) as append,
-    ):
+    with written_beside(path, say) as beside, _appending(path, beside, row, dtype, names) as append:
         yield append
 
 

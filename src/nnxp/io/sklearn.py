@@ -19,7 +19,7 @@ from nnxp.layers.norm import RMSNorm, Standardize
 LOST = 2**-12
 """The most of its scale that a column's values may lose by rounding before they are centred."""
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "identity": "identity",
     "logistic": "sigmoid",
     "relu": "relu",
@@ -304,21 +304,21 @@ def _network(model: _Model, step: _Step) -> None:
         last, output = _two_columns(*last), "softmax"
     names = [network.activation] * len(hidden) + [output]
     for i, ((weight, bias), name) in enumerate(zip([*hidden, last], names, strict=True)):
-        if name not in _ACTIVATIONS:
+        if name not in ACTIVATIONS:
             raise ConversionError(
                 f"{step} has the activation {name!r}, which has no "
-                f"counterpart; these have: {', '.join(_ACTIVATIONS)}"
+                f"counterpart; these have: {', '.join(ACTIVATIONS)}"
             )
         wide = np.array(weight, "float64")
-        model.dense(step, f"coefs_[{i}]", wide, bias, _ACTIVATIONS[name])
+        model.dense(step, f"coefs_[{i}]", wide, bias, ACTIVATIONS[name])
     if step.name == "MLPRegressor" and network.n_outputs_ == 1:
         model.append(Take(0))
 
 
-def _linear(model: _Model, step: _Step, activation: str = "identity") -> None:
+def _linear(model: _Model, step: _Step) -> None:
     """x @ coef + intercept, (rows,) where coef is a vector"""
     coef = step.array("coef_")
-    model.dense(step, "coef_", np.atleast_2d(coef).T, step.estimator.intercept_, activation)
+    model.dense(step, "coef_", np.atleast_2d(coef).T, step.estimator.intercept_, "identity")
     if coef.ndim == 1:
         model.append(Take(0))
 

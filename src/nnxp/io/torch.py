@@ -195,7 +195,7 @@ class _Reader:
             if getattr(module, "inplace", False):
                 self._written(node, result)
             return result
-        name = node.target if node.op == "call_method" else _function_name(node.target)
+        name = _called(node)
         if name == "getitem" and type(args[0]) is tuple and isinstance(args[1], int):
             return args[0][args[1]]
         inplace = _writes(node)
@@ -436,7 +436,11 @@ def _where(node: Any) -> str:
     return f"forward of {path}" if path else "forward"
 
 
-def _function_name(target: Any) -> str:
+def _called(node: Any) -> str:
+    """The name of the function or the method that a node calls."""
+    if node.op == "call_method":
+        return str(node.target)
+    target = node.target
     name = str(getattr(target, "__name__", target))
     home = str(getattr(target, "__module__", "") or "")
     ours = home.split(".")[0] in ("torch", "_operator", "builtins", "math", "")
@@ -455,7 +459,7 @@ def _is_number(x: Any) -> bool:
         return x.target in _SIZES
     if x.op != "call_function":
         return False
-    name = _function_name(x.target)
+    name = _called(x)
     if name == "getattr":
         return x.args[1] in ("shape", "ndim")
     return name in ("getitem", *dir(operator)) and all(map(_is_number, x.args))
@@ -465,7 +469,7 @@ def _writes(node: Any) -> bool:
     """Whether a function or method writes into its first argument."""
     if node.args and _is_number(node.args[0]):
         return False
-    name = node.target if node.op == "call_method" else _function_name(node.target)
+    name = _called(node)
     under = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
     return under or name in _IN_PLACE or node.kwargs.get("inplace") is True
 
@@ -482,10 +486,7 @@ def _may_view(node: Any, module: Module) -> bool:
     if node.op == "call_module":
         kind = type(module.get_submodule(node.target)).__name__
         return kind in ("Identity", "Flatten", "Unflatten") or "Dropout" in kind
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if node.op == "call_method" else _function_name(node.target)
-    return known(name) in VIEWS
+    return node.op in ("call_function", "call_method") and known(_called(node)) in VIEWS
 
 
 def _needed(nodes: list[Any]) -> set[Any]:
@@ -547,13 +548,13 @@ def _cell(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -
     return tuple(self._step("getitem", (result, i)) for i in range(2))
 
 
-def _mask(
-    self: _Reader, x: Any, padding: Any, attn: Any, heads: int, dtype: str
-) -> tuple[Any, ...]:
+def _mask(self: _Reader, x: Any, padding: Any, attn: Any, attention: Module) -> tuple[Any, ...]:
+    """The mask of a MultiheadAttention, for rows like x; nothing where there is none."""
     if padding is None and attn is None:
         return ()
-    rows = self._step("size", (x, 0))
-    return (self._step("mask_of_attention", (padding, attn, rows, heads, dtype)),)
+    heads, dtype = attention.num_heads, str(attention.out_proj.weight.dtype)
+    arguments = padding, attn, self._step("size", (x, 0)), heads, dtype.removeprefix("torch.")
+    return (self._step("mask_of_attention", arguments),)
 
 
 def _attention(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
@@ -571,9 +572,7 @@ def _attended(
 ) -> Any:
     """What MultiheadAttention makes of a query, keys and values with their rows on axis 0."""
     what = self._layer(path, lambda: MODULES["MultiheadAttention"](module, self.take))
-    dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
-    mask = _mask(self, arrays[0], padding, attn, module.num_heads, dtype)
-    return self._step(what, (*arrays, *mask))
+    return self._step(what, (*arrays, *_mask(self, arrays[0], padding, attn, module)))
 
 
 def _encoder(self: _Reader, path: str, module: Module, arguments: dict[str, Any]) -> Any:
@@ -581,9 +580,8 @@ def _encoder(self: _Reader, path: str, module: Module, arguments: dict[str, Any]
     first = module.layers[0] if hasattr(module, "layers") else module
     attention = first.self_attn
     x = _batch_first(self, path, attention, arguments["src"])
-    dtype = str(attention.out_proj.weight.dtype).removeprefix("torch.")
     attn = arguments.get("mask", arguments.get("src_mask"))
-    mask = _mask(self, x, arguments.get("src_key_padding_mask"), attn, attention.num_heads, dtype)
+    mask = _mask(self, x, arguments.get("src_key_padding_mask"), attn, attention)
     y = self._step(what, (x, *mask))
     return y if attention.batch_first else _swapped(self, y)
 

@@ -12,7 +12,7 @@ import inspect
 import operator
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import cache, cached_property, wraps
 from math import isfinite
@@ -99,10 +99,12 @@ class Layer(metaclass=_LayerType):
 
     by_rows: ClassVar[bool] = True
     """Whether axis 0 of every input holds the rows; a layer that says no checks what it takes."""
+
     fixed: ClassVar[tuple[str, ...]] = ()
+    """The fields that training leaves as they are, such as recorded statistics."""
+
     in_training: ClassVar[bool] = False
     """Whether this is what `training` answers in place of a layer, and predicts nothing."""
-    """The fields that training leaves as they are, such as recorded statistics."""
 
     known: ClassVar[dict[str, type[Layer]]] = {}
     """Layers by class name, so that a file can name them."""
@@ -347,7 +349,7 @@ class Layer(metaclass=_LayerType):
             if value.shape != own[name].shape:
                 raise ShapeError(f"{name} of {self} is {own[name].shape}, not {value.shape}")
 
-        wide = self._wide_names()
+        wide = self._names_in("wide")
 
         def replacement(name: str, value: Array) -> Array:
             array = parameters[name]
@@ -367,7 +369,7 @@ class Layer(metaclass=_LayerType):
         """(place, dtype) of the parameters; None for what they do not settle."""
         places: dict[str, str] = {}
         dtypes: dict[np.dtype[Any], str] = {}
-        wide = self._wide_names()
+        wide = self._names_in("wide")
         for name, value in self.parameters().items():
             if not is_floating(value.dtype):
                 raise DtypeMismatch(f"{name} of {self} is {value.dtype}; parameters are floats")
@@ -384,12 +386,12 @@ class Layer(metaclass=_LayerType):
             )
         return next(iter(places), None), next(iter(dtypes), None)
 
-    def _wide_names(self) -> set[str]:
-        """The dotted names of the parameters that stay in float64."""
+    def _names_in(self, declaration: str) -> set[str]:
+        """The dotted names of the fields that layers declare, as `wide` or `fixed`."""
         return {
-            f"{path}.{name}" if path else name
+            f"{path}.{name}".lstrip(".")
             for path, layer in [*self.walk(), ("", self)]
-            for name in layer.wide
+            for name in getattr(layer, declaration)
         }
 
     @property
@@ -414,8 +416,8 @@ class Layer(metaclass=_LayerType):
     def astype(self: L, dtype: object) -> L:
         """The same model with parameters of this type: "float16", "bfloat16", "float32", ..."""
         wanted = float_dtype(dtype)
-        layers: list[Layer] = [self, *(layer for _, layer in self.walk())]
-        exempt = {id(getattr(layer, name)) for layer in layers for name in layer.wide}
+        parameters, wide = self.parameters(), self._names_in("wide")
+        exempt = {id(value) for name, value in parameters.items() if name in wide}
 
         def converted(value: Array) -> Array:
             if value.dtype == wanted or id(value) in exempt:
@@ -423,7 +425,7 @@ class Layer(metaclass=_LayerType):
             with home_of(place_of(value)).current():
                 return value.astype(wanted)
 
-        dtypes = {v.dtype for v in self.parameters().values() if id(v) not in exempt}
+        dtypes = {v.dtype for v in parameters.values() if id(v) not in exempt}
         return self if dtypes <= {wanted} else self.map_arrays(_once(converted))
 
     # what it does
@@ -497,8 +499,6 @@ class Layer(metaclass=_LayerType):
         Read off the program. A layer whose formula looks at numbers may define it; without it, such
         a layer is taken to keep the shape.
         """
-        if not shapes:
-            raise ShapeError(f"{self} takes (rows, ...) but got no shape, such as (1, 784)")
         shapes = tuple(None if shape is None else self._shape(shape) for shape in shapes)
         pairs = zip(shapes, self.input_dtypes(len(shapes)), strict=True)
         program = self.program(*(None if s is None else (s, dtype) for s, dtype in pairs))
@@ -703,8 +703,7 @@ def _traced_model(
     """
     lift = _once(lambda value, name: traced.lifted(value, name), named=True)
     lifted = model.map_arrays(lift)
-    pairs = zip([*model.walk(), ("", model)], [*lifted.walk(), ("", lifted)], strict=True)
-    layers = {id(copy): (path, original) for (path, original), (_, copy) in pairs}
+    layers = originals(lifted, model)
     formula = type(model).__call__
     names = [*model.input_names, *(f"x{i}" for i in range(len(outlines)))][: len(outlines)]
 
@@ -734,6 +733,12 @@ def _traced_model(
         if whole is None:
             same_for_any_rows(program, written(2))
     return program
+
+
+def originals(copy: Layer, model: Layer) -> dict[int, tuple[str, Layer]]:
+    """Of each layer of a copy, by its id, the path, and the layer that it is a copy of."""
+    pairs = zip([*model.walk(), ("", model)], [*copy.walk(), ("", copy)], strict=True)
+    return {id(own): (path, layer) for (path, layer), (_, own) in pairs}
 
 
 @cache
@@ -908,6 +913,16 @@ def array_shape(layer: Layer, name: str) -> Shape:
         )
     shape: Shape = value.shape
     return shape
+
+
+def check_weight(layer: Any, form: str, axes: Container[int]) -> None:
+    """Raise ShapeError unless `weight` has so many axes, and `bias` the size of the last one."""
+    weight = array_shape(layer, "weight")
+    bias = None if layer.bias is None else array_shape(layer, "bias")
+    if len(weight) not in axes or 0 in weight or bias not in (None, weight[-1:]):
+        raise ShapeError(
+            f"{type(layer).__name__} takes weight {form}, bias (outputs,); got {weight} and {bias}"
+        )
 
 
 def whole(what: str, value: Any, least: int = 1) -> int:

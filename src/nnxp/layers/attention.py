@@ -98,14 +98,14 @@ class MultiHeadAttention(Layer):
     ) -> Array:
         keys = x if keys is None else keys
         values = keys if values is None else values
-        q = _heads(self.query(x), self.heads)
-        k, v = _heads(self.key(keys), self.groups), _heads(self.value(values), self.groups)
+        q = heads_of(self.query(x), self.heads)
+        k, v = heads_of(self.key(keys), self.groups), heads_of(self.value(values), self.groups)
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
         if mask is not None:
             mask = _for_every_head(mask, (x.shape[0], self.heads, x.shape[1], keys.shape[1]))
-        y = kernels.attention(q, k, v, mask, causal=self.causal).swapaxes(1, 2)
-        return self.output_projection(y.reshape(*y.shape[:2], y.shape[2] * y.shape[3]))
+        y = kernels.attention(q, k, v, mask, causal=self.causal)
+        return self.output_projection(side_by_side(y))
 
     def __repr__(self) -> str:
         grouped = "" if self.groups == self.heads else f", groups={self.groups}"
@@ -121,9 +121,15 @@ class MultiHeadAttention(Layer):
         yield cls(4, 2, head_channels=3, rng=3), [(4, 5, 4), None, None, (4, 5, 5)]
 
 
-def _heads(x: Array, heads: int) -> Array:
+def heads_of(x: Array, heads: int) -> Array:
     """x (rows, time, heads * c) as (rows, heads, time, c)"""
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
+
+
+def side_by_side(x: Array) -> Array:
+    """x (rows, heads, time, c) as (rows, time, heads * c)"""
+    y = x.swapaxes(1, 2)
+    return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
 
 
 def _for_every_head(mask: Array, shape: tuple[int, ...]) -> Array:

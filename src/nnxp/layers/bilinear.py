@@ -7,8 +7,7 @@ from math import sqrt
 
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
-from nnxp._errors import ShapeError
-from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole, zero_bias
+from nnxp.layers._layer import Example, Layer, Rng, check_weight, uniform, whole, zero_bias
 from nnxp.layers.activation import named
 
 
@@ -41,13 +40,7 @@ class Bilinear(Layer):
         self.activation = activation
 
     def validate(self) -> None:
-        weight = array_shape(self, "weight")
-        bias = None if self.bias is None else array_shape(self, "bias")
-        if len(weight) != 3 or 0 in weight or bias not in (None, weight[2:]):
-            raise ShapeError(
-                f"Bilinear takes weight (left, right, outputs), bias (outputs,); got {weight} "
-                f"and {bias}"
-            )
+        check_weight(self, "(left, right, outputs)", (3,))
         self.activation = named(self.activation).__name__
 
     def __call__(self, x: Array, y: Array) -> Array:

@@ -13,8 +13,8 @@ import numpy as np
 
 from nnxp import kernels
 from nnxp._arrays import Array
-from nnxp.layers.operators import concat, leaky_relu, operator, softmax, xp_of
-from nnxp.layers.quantized_operators import dequantize, dynamic_quantize, exact, quantize, saturated
+from nnxp.layers.operators import beside, concat, leaky_relu, operator, softmax, xp_of
+from nnxp.layers.quantized_operators import dequantize, dynamic_quantize, exact, quantize, rounded
 from nnxp.layers.sequence_operators import CHOSEN, lstm_step, recurrent
 from nnxp.layers.window_operators import POOL, average_pool
 
@@ -127,9 +127,8 @@ def qgemm(
     y = y * (alpha * a_scale.astype("float64") * b_scale.astype("float64"))
     if y_scale is None:
         return y.astype("float32")
-    y = xp_of(y).rint(y / y_scale.astype("float64"))
-    zero = np.zeros((), a.dtype) if y_zero is None else y_zero.astype("float64")
-    return saturated(y + zero, (a if y_zero is None else y_zero).dtype)
+    zero = beside(np.zeros((), a.dtype), y) if y_zero is None else y_zero
+    return rounded(y / y_scale.astype("float64"), zero)
 
 
 @operator("com.microsoft.DynamicQuantizeLSTM", attributes=CHOSEN)

@@ -8,9 +8,9 @@ from typing import Any
 
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
-from nnxp._errors import OptionError, ShapeError
+from nnxp._errors import OptionError
 from nnxp.kernels._windows import Padding, PerAxis, padding_option, per_axis
-from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole, zero_bias
+from nnxp.layers._layer import Example, Layer, Rng, check_weight, uniform, whole, zero_bias
 from nnxp.layers.activation import named
 
 
@@ -57,13 +57,8 @@ class _Convolution(Layer):
         self.groups = groups
 
     def validate(self) -> None:
-        name, weight = type(self).__name__, array_shape(self, "weight")
-        bias = None if self.bias is None else array_shape(self, "bias")
-        if len(weight) < 3 or 0 in weight or bias not in (None, weight[-1:]):
-            raise ShapeError(
-                f"{name} takes weight (*window, channels / groups, outputs), bias (outputs,); got "
-                f"{weight} and {bias}"
-            )
+        check_weight(self, "(*window, channels / groups, outputs)", range(3, 65))  # of 64 at most
+        name, weight = type(self).__name__, self.weight.shape
         if weight[-1] % whole(f"{name}'s groups", self.groups):
             raise OptionError(
                 f"groups of {name} divides its outputs, {weight[-1]}, not {self.groups}"

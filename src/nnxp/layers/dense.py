@@ -7,8 +7,7 @@ from math import sqrt
 
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
-from nnxp._errors import ShapeError
-from nnxp.layers._layer import Example, Layer, Rng, array_shape, uniform, whole, zero_bias
+from nnxp.layers._layer import Example, Layer, Rng, check_weight, uniform, whole, zero_bias
 from nnxp.layers.activation import named
 
 
@@ -56,12 +55,7 @@ class Dense(Layer):
         self.activation = activation
 
     def validate(self) -> None:
-        weight = array_shape(self, "weight")
-        bias = None if self.bias is None else array_shape(self, "bias")
-        if len(weight) != 2 or 0 in weight or bias not in (None, weight[1:]):
-            raise ShapeError(
-                f"Dense takes weight (inputs, outputs), bias (outputs,); got {weight} and {bias}"
-            )
+        check_weight(self, "(inputs, outputs)", (2,))
         self.activation = named(self.activation).__name__
 
     def __call__(self, x: Array) -> Array:

@@ -33,15 +33,7 @@ from nnxp.layers import (  # noqa: F401  (these make their operators known)
     window_operators,
 )
 from nnxp.layers._layer import Example, Layer, shape_and_dtype
-from nnxp.layers.operators import (
-    OPERATORS,
-    Items,
-    Operator,
-    beside,
-    home,
-    numbers,
-    row_by_row,
-)
+from nnxp.layers.operators import OPERATORS, Items, Operator, beside, home, numbers, row_by_row
 from nnxp.program import traced
 from nnxp.program.mixing import mixing
 from nnxp.program.program import Program, shape_text
@@ -438,8 +430,7 @@ def _scan(node: _Node, bodies: list[Body], inputs: list[Any]) -> tuple[Any, ...]
     if len(lengths) != 1:
         raise ShapeError(f"it goes along axes of {sorted(lengths)}, not of one length")
     (length,) = lengths
-    if traced.counts_rows(length):
-        raise Untraceable("it goes along axis 0, which does not hold rows")
+    sequence_operators.refuse_rows(length)
     stacks = []
     for step in range(length):
         _count_step()

@@ -61,7 +61,7 @@ def split_to_sequence(
     x: Array, split: HostArray | None = None, *, axis: int = 0, keepdims: int = 1
 ) -> Items:
     """Parts of x along an axis: of these lengths, of one length, or single places."""
-    xp, n, sizes = xp_of(x), x.shape[axis], ints(split) or []
+    xp, n, sizes = xp_of(x), x.shape[axis], ints(split)
     if split is None or split.ndim == 0:
         (size,) = sizes or [1]
         if size < 1:

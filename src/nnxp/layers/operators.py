@@ -27,6 +27,7 @@ from nnxp._arrays import dtype_of as dtype_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.backend import asnumpy
 from nnxp.kernels._erf import erf
+from nnxp.layers.shape import channels_last
 from nnxp.program import traced
 
 home: ContextVar[Any] = ContextVar("nnxp_home_of_constants", default=np)
@@ -155,9 +156,9 @@ def numbers(x: Any) -> HostArray:
     return asnumpy(x)
 
 
-def ints(x: HostArray | None) -> list[int] | None:
-    """Whole numbers that decide a shape."""
-    return None if x is None else [int(n) for n in x.ravel()]
+def ints(x: HostArray | None) -> list[int]:
+    """Whole numbers that decide a shape; none if they are left out."""
+    return [] if x is None else [int(n) for n in x.ravel()]
 
 
 def beside(x: Any, like: Array) -> Any:
@@ -204,10 +205,10 @@ def library_of_shape(shape: Sequence[int]) -> Any:
     return traced if any(counted) else np
 
 
-def _axes(axes: HostArray | Sequence[int] | None, ndim: int) -> list[int] | None:
-    """Axes counted from the front."""
+def _axes(axes: HostArray | Sequence[int] | None, ndim: int) -> list[int]:
+    """Axes counted from the front; all of them if they are left out."""
     if axes is None:
-        return None
+        return list(range(ndim))
     numbered = [int(axis) for axis in np.ravel(np.asarray(axes))]
     for axis in numbered:
         if not -ndim <= axis < max(ndim, 1):
@@ -216,8 +217,7 @@ def _axes(axes: HostArray | Sequence[int] | None, ndim: int) -> list[int] | None
 
 
 def _axis(axis: int, ndim: int) -> int:
-    (front,) = _axes([axis], ndim) or [0]
-    return front
+    return _axes([axis], ndim)[0]
 
 
 def _with_axis_last(function: Callable[[Array], Array], x: Array, axis: int) -> Array:
@@ -470,11 +470,10 @@ def reduce(
     noop_with_empty_axes: int = 0,
     op: str,
 ) -> Array:
-    kind, along = op.removeprefix("Reduce"), _axes(axes, x.ndim)
-    xp, keep = xp_of(x), bool(keepdims)
-    axis = tuple(along) if along else None
-    if axis is None and noop_with_empty_axes:
-        axis = ()
+    kind, xp, keep = op.removeprefix("Reduce"), xp_of(x), bool(keepdims)
+    axis: tuple[int, ...] | None = () if noop_with_empty_axes else None
+    if axes is not None and axes.size:
+        axis = tuple(_axes(axes, x.ndim))
     over = range(x.ndim) if axis is None else axis
     if kind in ("Max", "Min") and 0 in [x.shape[a] for a in over]:
         return _extreme_of_nothing(x, kind, over, keep)
@@ -535,10 +534,8 @@ def scan(x: Array, axis: HostArray, *, exclusive: int = 0, reverse: int = 0, op:
     return xp.flip(y, along) if reverse else y
 
 
-def _cut(
-    x: Array, axis: int, start: int | None, stop: int | None, step: int | None = None
-) -> Array:
-    return x[(slice(None),) * axis + (slice(start, stop, step),)]
+def _cut(x: Array, axis: int, start: int | None, stop: int | None) -> Array:
+    return x[(slice(None),) * axis + (slice(start, stop),)]
 
 
 # Shapes
@@ -556,7 +553,7 @@ def size(x: Array) -> Array:
 
 @operator("Reshape", numbers="shape", as_is=True)
 def reshape(x: Array, shape: HostArray, *, allowzero: int = 0) -> Array:
-    wanted, own = ints(shape) or [], x.shape
+    wanted, own = ints(shape), x.shape
     rows = row_by_row.get()
     one_row = bool(rows and wanted and own and own[0] and own[0] % rows == 0)
     one_row = one_row and not any(map(traced.counts_rows, wanted))
@@ -587,8 +584,8 @@ def transpose(x: Array, *, perm: Sequence[int] | None = None) -> Array:
 
 @operator("Squeeze", numbers="axes", as_is=True)
 def squeeze(x: Array, axes: HostArray | None = None) -> Array:
-    along = _axes(axes, x.ndim)
-    gone = [i for i, n in enumerate(x.shape) if n == 1] if along is None else along
+    ones = [i for i, n in enumerate(x.shape) if n == 1]
+    gone = ones if axes is None else _axes(axes, x.ndim)
     if any(x.shape[i] != 1 for i in gone):
         raise ShapeError(f"Squeeze of axes {gone} of {x.shape}: they are not all 1")
     return x.reshape(tuple(n for i, n in enumerate(x.shape) if i not in gone))
@@ -597,7 +594,7 @@ def squeeze(x: Array, axes: HostArray | None = None) -> Array:
 @operator("Unsqueeze", numbers="axes", as_is=True)
 def unsqueeze(x: Array, axes: HostArray) -> Array:
     sizes = list(x.shape)
-    for axis in sorted(_axes(axes, x.ndim + axes.size) or []):
+    for axis in sorted(_axes(axes, x.ndim + axes.size)):
         sizes.insert(axis, 1)
     return x.reshape(tuple(sizes))
 
@@ -621,9 +618,8 @@ def split(
     num_outputs: int | None = None,
     count: int,
 ) -> tuple[Array, ...]:
-    axis = _axis(axis, x.ndim)
-    parts = ints(sizes)
-    if parts is None:
+    axis, parts = _axis(axis, x.ndim), ints(sizes)
+    if sizes is None:
         parts = [-(-x.shape[axis] // (num_outputs or count))] * (num_outputs or count)
         parts[-1] = x.shape[axis] - sum(parts[:-1])
     if sum(parts) != x.shape[axis]:
@@ -640,9 +636,8 @@ def slice_(
     axes: HostArray | None = None,
     steps: HostArray | None = None,
 ) -> Array:
-    begin, end = ints(starts) or [], ints(ends) or []
-    along = _axes(axes, x.ndim)
-    along = list(range(len(begin))) if along is None else along
+    begin, end = ints(starts), ints(ends)
+    along = list(range(len(begin))) if axes is None else _axes(axes, x.ndim)
     by = ints(steps) or [1] * len(begin)
     key = [slice(None)] * x.ndim
     for axis, a, b, step in zip(along, begin, end, by, strict=True):
@@ -658,7 +653,7 @@ def slice_(
 
 @operator("Expand", numbers="shape", as_is=True)
 def expand(x: Array, shape: HostArray) -> Array:
-    sizes = np.broadcast_shapes(x.shape, tuple(ints(shape) or []))
+    sizes = np.broadcast_shapes(x.shape, tuple(ints(shape)))
     made_of_rows = any(map(traced.counts_rows, sizes))
     if made_of_rows and numbers_known(x):  # so many rows of a constant
         rows = traced.zeros(sizes, dtype=x.dtype)
@@ -676,7 +671,7 @@ def numbers_known(x: Array) -> bool:
 
 @operator("Tile", numbers="repeats", as_is=True)
 def tile(x: Array, repeats: HostArray) -> Array:
-    reps = ints(repeats) or []
+    reps = ints(repeats)
     library_of_shape([n * r for n, r in zip(x.shape, reps, strict=True)])
     return xp_of(x).tile(x, tuple(reps))
 
@@ -691,8 +686,7 @@ def pad(
     mode: str = "constant",
 ) -> Array:
     along = _axes(axes, x.ndim)
-    along = list(range(x.ndim)) if along is None else along
-    amounts, widths = ints(pads) or [], [(0, 0)] * x.ndim
+    amounts, widths = ints(pads), [(0, 0)] * x.ndim
     for i, axis in enumerate(along):
         widths[axis] = amounts[i], amounts[i + len(along)]
     if any(min(width) < 0 for width in widths):
@@ -710,9 +704,7 @@ def pad(
 
 @operator("CenterCropPad", numbers="shape", as_is=True)
 def center_crop_pad(x: Array, shape: HostArray, *, axes: Sequence[int] | None = None) -> Array:
-    along = _axes(axes, x.ndim)
-    along = list(range(x.ndim)) if along is None else along
-    for axis, wanted in zip(along, ints(shape) or [], strict=True):
+    for axis, wanted in zip(_axes(axes, x.ndim), ints(shape), strict=True):
         n = x.shape[axis]
         library_of_shape((*x.shape[:axis], wanted, *x.shape[axis + 1 :]))
         if n > wanted:
@@ -755,7 +747,7 @@ def reverse_sequence(
     x: Array, lengths: HostArray, *, batch_axis: int = 1, time_axis: int = 0
 ) -> Array:
     xp, parts = xp_of(x), []
-    for i, n in enumerate(ints(lengths) or []):
+    for i, n in enumerate(ints(lengths)):
         row = _cut(x, batch_axis, i, i + 1)
         turned = xp.flip(_cut(row, time_axis, 0, n), time_axis)
         parts.append(xp.concatenate([turned, _cut(row, time_axis, n, None)], axis=time_axis))
@@ -788,7 +780,7 @@ def constant(
 @operator("ConstantOfShape", numbers="shape", as_is=True)
 def constant_of_shape(shape: HostArray, *, value: HostArray | None = None) -> Array:
     fill = np.zeros(1, "float32") if value is None else value
-    sizes = tuple(ints(shape) or [])
+    sizes = tuple(ints(shape))
     xp = library_of_shape(sizes)
     return xp.full(sizes, fill.ravel()[0].item(), dtype=fill.dtype)
 
@@ -1032,11 +1024,3 @@ def dropout(
     if training_mode is not None and training_mode.any() and drops:
         raise OptionError("Dropout in training mode: export the model for inference")
     return (x, xp_of(x).ones(x.shape, dtype=np.dtype(bool))) if count > 1 else x
-
-
-def channels_last(function: Callable[[Array], Array], x: Array) -> Array:
-    """function of x (n, c, ...), which has its channels last."""
-    if x.ndim < 3:
-        return function(x)
-    xp = xp_of(x)
-    return xp.moveaxis(function(xp.moveaxis(x, 1, -1)), -1, 1)

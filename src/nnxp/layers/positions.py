@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import log
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,23 @@ from nnxp._errors import OptionError, ShapeError
 from nnxp.layers._layer import Example, Layer, Rng, array_shape, generator, whole
 
 
-class Embedding(Layer):
+class _Vectors(Layer):
+    """A vector for each of what is `counted`."""
+
+    counted: ClassVar[str]
+    weight: Array
+
+    def validate(self) -> None:
+        name, shape = type(self).__name__, array_shape(self, "weight")
+        if len(shape) != 2 or 0 in shape:
+            raise ShapeError(f"{name} takes weight ({self.counted}, channels), not {shape}")
+
+    def __repr__(self) -> str:
+        count, channels = self.weight.shape
+        return f"{type(self).__name__}({count}, {channels})"
+
+
+class Embedding(_Vectors):
     """y = weight[ids]: a vector of its own for each id.
 
     ids (rows, ...), whole numbers from 0 to count - 1, -> y (rows, ..., channels); weight (count,
@@ -25,25 +41,15 @@ class Embedding(Layer):
     """
 
     takes = ("int",)
-
-    weight: Array
+    counted = "count"
 
     def __init__(
         self, count: int, channels: int, *, rng: Rng = None, dtype: object = "float32"
     ) -> None:
         self.weight = _normal((whole("count", count), whole("channels", channels)), rng, dtype)
 
-    def validate(self) -> None:
-        shape = array_shape(self, "weight")
-        if len(shape) != 2 or 0 in shape:
-            raise ShapeError(f"Embedding takes weight (count, channels), not {shape}")
-
     def __call__(self, ids: Array) -> Array:
         return kernels.embedding(ids.astype("int64", copy=False), self.weight)
-
-    def __repr__(self) -> str:
-        count, channels = self.weight.shape
-        return f"Embedding({count}, {channels})"
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
@@ -51,14 +57,14 @@ class Embedding(Layer):
         yield cls(3, 1, rng=1), (7,)
 
 
-class PositionEmbedding(Layer):
+class PositionEmbedding(_Vectors):
     """y = x + weight[0], x + weight[1], ...: each place of a sequence has a vector of its own.
 
     x (rows, time, channels), time at most `places`, -> y like x; weight (places, channels) starts
     normal, with deviation 0.02.   [Gehring et al. 2017, arXiv:1705.03122; as in BERT and GPT-2]
     """
 
-    weight: Array
+    counted = "places"
 
     def __init__(
         self, places: int, channels: int, *, rng: Rng = None, dtype: object = "float32"
@@ -67,20 +73,11 @@ class PositionEmbedding(Layer):
             (whole("places", places), whole("channels", channels)), rng, dtype, 0.02
         )
 
-    def validate(self) -> None:
-        shape = array_shape(self, "weight")
-        if len(shape) != 2 or 0 in shape:
-            raise ShapeError(f"PositionEmbedding takes weight (places, channels), not {shape}")
-
     def __call__(self, x: Array) -> Array:
         places, channels = self.weight.shape
         if x.ndim != 3 or x.shape[1] > places or x.shape[2] != channels:
             raise ValueError(f"x is (rows, time, {channels}), with time at most {places}")
         return kernels.add_positions(x, self.weight)
-
-    def __repr__(self) -> str:
-        places, channels = self.weight.shape
-        return f"PositionEmbedding({places}, {channels})"
 
     @classmethod
     def examples(cls) -> Iterator[Example]:

@@ -83,6 +83,11 @@ def dynamic_quantize(x: Array) -> tuple[Array, Array, Array]:
     return y, scale.reshape(()), zero.reshape(())
 
 
+def rounded(y: Array, zero: Array) -> Array:
+    """y to whole numbers about this zero, in its type."""
+    return saturated(xp_of(y).rint(y) + zero.astype("float64"), zero.dtype)
+
+
 def exact(x: Array, zero: Array | None, axis: int) -> Array:
     """x without its zero, which is one for all or for each place along an axis, in float64."""
     y = x.astype("float64")
@@ -116,7 +121,7 @@ def qlinear_matmul(
 ) -> Array:
     y = xp_of(a).matmul(exact(a, a_zero, -2), exact(b, b_zero, -1))
     y = y * (_matrix(a_scale, a, -2) * _matrix(b_scale, b, -1)) / _matrix(y_scale, y, -2)
-    return saturated(xp_of(y).rint(y) + _matrix(y_zero, y, -2).astype("float64"), y_zero.dtype)
+    return rounded(y, _matrix(y_zero, y, -2))
 
 
 def _matrix(scale: Array, x: Array, axis: int) -> Array:
@@ -126,11 +131,7 @@ def _matrix(scale: Array, x: Array, axis: int) -> Array:
 
 @operator("ConvInteger", attributes=f"kernel_shape group {MOVES}")
 def conv_integer(
-    x: Array,
-    weight: Array,
-    x_zero: Array | None = None,
-    w_zero: Array | None = None,
-    **how: Any,
+    x: Array, weight: Array, x_zero: Array | None = None, w_zero: Array | None = None, **how: Any
 ) -> Array:
     return conv(exact(x, x_zero, 1), exact(weight, w_zero, 0), **how).astype("int32")
 
@@ -152,7 +153,7 @@ def qlinear_conv(
     y = conv(exact(x, x_zero, 1), exact(weight, w_zero, 0), bias, **how)
     scale = x_scale.astype("float64").reshape(()) / y_scale.astype("float64").reshape(())
     y = y * (scale * _along(w_scale.astype("float64"), y, 1, 0))
-    return saturated(xp_of(y).rint(y) + y_zero.reshape(()).astype("float64"), y_zero.dtype)
+    return rounded(y, y_zero.reshape(()))
 
 
 # ai.onnx.ml

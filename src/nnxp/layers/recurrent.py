@@ -72,6 +72,9 @@ class _Cell(Layer):
         """All outputs for x (rows, time, inputs), and the last states."""
         raise NotImplementedError
 
+    def __call__(self, x: Array, h: Array | None = None) -> Any:
+        return self._once(x, h)[0]
+
     def _once(self, x: Array, *states: Array | None) -> tuple[Array, ...]:
         if x.ndim != 2:
             raise ValueError("a cell takes x (rows, inputs)")
@@ -112,9 +115,6 @@ class RNNCell(_Cell):
     def validate(self) -> None:
         super().validate()
         self.activation = named(self.activation).__name__
-
-    def __call__(self, x: Array, h: Array | None = None) -> Array:
-        return self._once(x, h)[0]
 
     def through(
         self, x: Array, states: Sequence[Array | None], lengths: Array | None, reverse: bool
@@ -166,9 +166,6 @@ class GRUCell(_Cell):
         super().validate()
         if self.bias_h is not None and array_shape(self, "bias_h") != self.weight_h.shape[1:]:
             raise ShapeError(f"bias_h of GRUCell is (3 * size,), not {self.bias_h.shape}")
-
-    def __call__(self, x: Array, h: Array | None = None) -> Array:
-        return self._once(x, h)[0]
 
     def through(
         self, x: Array, states: Sequence[Array | None], lengths: Array | None, reverse: bool
@@ -234,9 +231,8 @@ class LSTMCell(_Cell):
 
     def __call__(
         self, x: Array, h: Array | None = None, c: Array | None = None
-    ) -> tuple[Array, Array]:
-        h, c = self._once(x, h, c)
-        return h, c
+    ) -> tuple[Array, ...]:
+        return self._once(x, h, c)
 
     def through(
         self, x: Array, states: Sequence[Array | None], lengths: Array | None, reverse: bool
@@ -257,6 +253,9 @@ class _Stack(Layer):
     cells: tuple[Layer, ...]
     bidirectional: bool = False
     returns: str = "sequence"
+
+    def __call__(self, x: Array, lengths: Array | None = None, h: Array | None = None) -> Any:
+        return self._through(x, lengths, h)
 
     def _assign(
         self, make: Any, inputs: int, layers: int, bidirectional: bool, returns: str, rng: Rng
@@ -349,9 +348,6 @@ class RNN(_Stack):
 
         self._assign(cell, inputs, layers, bidirectional, returns, rng)
 
-    def __call__(self, x: Array, lengths: Array | None = None, h: Array | None = None) -> Any:
-        return self._through(x, lengths, h)
-
     @classmethod
     def examples(cls) -> Iterator[Example]:
         yield cls(3, 4, rng=0), (4, 3, 3)
@@ -383,9 +379,6 @@ class GRU(_Stack):
             return GRUCell(inputs, size, reset_after=reset_after, bias=bias, rng=rng, dtype=dtype)
 
         self._assign(cell, inputs, layers, bidirectional, returns, rng)
-
-    def __call__(self, x: Array, lengths: Array | None = None, h: Array | None = None) -> Any:
-        return self._through(x, lengths, h)
 
     @classmethod
     def examples(cls) -> Iterator[Example]:
@@ -420,11 +413,7 @@ class LSTM(_Stack):
         self._assign(cell, inputs, layers, bidirectional, returns, rng)
 
     def __call__(
-        self,
-        x: Array,
-        lengths: Array | None = None,
-        h: Array | None = None,
-        c: Array | None = None,
+        self, x: Array, lengths: Array | None = None, h: Array | None = None, c: Array | None = None
     ) -> Any:
         return self._through(x, lengths, h, c)
 

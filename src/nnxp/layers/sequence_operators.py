@@ -10,6 +10,7 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
+from nnxp.layers.attention import heads_of, side_by_side
 from nnxp.layers.operators import beside, hard_sigmoid, operator, xp_of
 from nnxp.program import traced
 
@@ -32,8 +33,7 @@ def recurrent(
     xp = xp_of(x)
     x = x.swapaxes(0, 1) if layout else x
     time, n = x.shape[:2]
-    if traced.counts_rows(time):
-        raise traced.Untraceable("it goes along axis 0, which does not hold rows")
+    refuse_rows(time)
     ways, outputs, ends = w.shape[0], [], []
     for way in range(ways):
         own = [
@@ -64,6 +64,12 @@ def recurrent(
     return (y, *last)
 
 
+def refuse_rows(steps: int) -> None:
+    """Raise Untraceable where the steps of a loop are rows."""
+    if traced.counts_rows(steps):
+        raise traced.Untraceable("it goes along axis 0, which does not hold rows")
+
+
 def _by_kernel(
     run: Callable[..., tuple[Array, ...]],
     order: Sequence[int],
@@ -81,8 +87,7 @@ def _by_kernel(
     answers y (n, time, hidden) and the last states.
     """
     xp, n = xp_of(x), r.shape[-1]
-    if traced.counts_rows(x.shape[layout]):
-        raise traced.Untraceable("it goes along axis 0, which does not hold rows")
+    refuse_rows(x.shape[layout])
     x = x if layout else x.swapaxes(0, 1)
     ends = []
 
@@ -259,8 +264,8 @@ def lstm_step(
     n: int,
     p: Array | None,
     ways: int,
-    clip: float | None = None,
-    input_forget: int = 0,
+    clip: float | None,
+    input_forget: int,
     seen: Callable[[Array], Array] = lambda h: h,
     **chosen: Any,
 ) -> Callable[[int], Step]:
@@ -314,8 +319,8 @@ def attention(
     """softmax(q k' * scale + mask) v for each head   [Vaswani et al. 2017, arXiv:1706.03762]"""
     xp, flat = xp_of(q), q.ndim == 3
     if flat:
-        q = _heads(q, q_num_heads)
-        key, value = _heads(key, kv_num_heads), _heads(value, kv_num_heads)
+        q = heads_of(q, q_num_heads)
+        key, value = heads_of(key, kv_num_heads), heads_of(value, kv_num_heads)
     if past_key is not None:
         key = xp.concatenate([past_key, key], axis=2)
         value = xp.concatenate([past_value, value], axis=2)
@@ -343,7 +348,7 @@ def attention(
     if by_kernel:
         causal = bool(plain and is_causal)
         y = kernels.attention(q, key, value, mask, causal=causal, scale=scale)
-        y = _joined(y) if flat else y
+        y = side_by_side(y) if flat else y
         return (y, *present) if count > 1 else y
     share = q.shape[1] // key.shape[1]
     if share > 1:
@@ -362,7 +367,7 @@ def attention(
     safe = xp.where(blind, xp.zeros_like(scores), scores)
     weights = xp.where(blind, xp.zeros_like(scores), kernels.softmax(safe))
     y = xp.matmul(weights, value)
-    y = _joined(y) if flat else y
+    y = side_by_side(y) if flat else y
     return (y, *present, (raw, capped, biased, weights)[qk_matmul_output_mode]) if count > 1 else y
 
 
@@ -392,17 +397,6 @@ def _in_sight(
         near = keys >= own - left
         seen = near if seen is None else seen & near
     return beside(seen, like)
-
-
-def _heads(x: Array, heads: int) -> Array:
-    n, time, width = x.shape
-    return x.reshape(n, time, heads, width // heads).transpose(0, 2, 1, 3)
-
-
-def _joined(x: Array) -> Array:
-    """The heads side by side: x (n, heads, time, c) -> (n, time, heads c)"""
-    n, heads, time, width = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(n, time, heads * width)
 
 
 @operator("RotaryEmbedding", loose="ids")

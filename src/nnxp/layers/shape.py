@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 
-from nnxp._arrays import Array
+from nnxp._arrays import Array, xp_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels._windows import is_whole
 from nnxp.layers._layer import Example, Layer
@@ -94,3 +94,11 @@ class Transpose(Layer):
     def examples(cls) -> Iterator[Example]:
         yield cls((0, 2, 1)), (3, 4, 5)
         yield cls((0, 3, 1, 2)), (3, 2, 4, 5)
+
+
+def channels_last(function: Callable[[Array], Array], x: Array) -> Array:
+    """function of x (rows, channels, ...), which takes and answers the channels last: a view."""
+    if x.ndim < 3:
+        return function(x)
+    xp = xp_of(x)
+    return xp.moveaxis(function(xp.moveaxis(x, 1, -1)), -1, 1)

@@ -209,24 +209,22 @@ def softplus(x: Array, beta: float = 1, threshold: float = 20) -> Array:
     return kernels.softplus(x) if beta == 1 else kernels.softplus(x * beta) / beta
 
 
-def _along(kernel: Any, x: Array, dim: int | None, dtype: Any) -> Array:
+def _along(kernel: kernels.Kernel) -> Callable[..., Array]:
     """A kernel over the last axis, over another one."""
-    x = x if dtype is None else x.astype(_dtype(dtype))
-    if dim is None:
-        dim = 0 if x.ndim in (0, 1, 3) else 1
-    if dim % x.ndim == x.ndim - 1:
-        return kernel(x)
-    return xp_of(x).moveaxis(kernel(xp_of(x).moveaxis(x, dim, -1)), -1, dim)
+
+    def along(x: Array, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Array:
+        x = x if dtype is None else x.astype(_dtype(dtype))
+        if dim is None:
+            dim = 0 if x.ndim in (0, 1, 3) else 1
+        if dim % x.ndim == x.ndim - 1:
+            return kernel(x)
+        return xp_of(x).moveaxis(kernel(xp_of(x).moveaxis(x, dim, -1)), -1, dim)
+
+    return along
 
 
-@function("softmax")
-def softmax(x: Array, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Array:
-    return _along(kernels.softmax, x, dim, dtype)
-
-
-@function("log_softmax")
-def log_softmax(x: Array, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Array:
-    return _along(kernels.log_softmax, x, dim, dtype)
+FUNCTIONS["softmax"] = _along(kernels.softmax)
+FUNCTIONS["log_softmax"] = _along(kernels.log_softmax)
 
 
 FUNCTIONS |= {

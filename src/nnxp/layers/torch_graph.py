@@ -17,6 +17,7 @@ from nnxp._errors import OptionError
 from nnxp.layers._layer import Example, Layer, array_shape
 from nnxp.layers.dense import Dense
 from nnxp.layers.norm import BatchNorm
+from nnxp.layers.shape import channels_last
 from nnxp.layers.torch_functions import FUNCTIONS, MAKERS, library_of
 
 
@@ -30,10 +31,7 @@ class ChannelsFirst(Layer):
     inner: Layer
 
     def __call__(self, x: Array) -> Array:
-        if x.ndim < 3:
-            return self.inner(x)
-        xp = xp_of(x)
-        return xp.moveaxis(self.inner(xp.moveaxis(x, 1, -1)), -1, 1)
+        return channels_last(self.inner, x)
 
     def __repr__(self) -> str:
         return f"ChannelsFirst({self.inner!r})"

@@ -19,7 +19,8 @@ from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels import Kernel
 from nnxp.kernels._windows import Windows, padded, patches, windows
 from nnxp.kernels.resize import keys_weight
-from nnxp.layers.operators import beside, channels_last, ints, library_of_shape, operator, xp_of
+from nnxp.layers.operators import beside, ints, library_of_shape, operator, xp_of
+from nnxp.layers.shape import channels_last
 
 _NAMED = {"SAME_UPPER": "same", "SAME_LOWER": "same_lower", "VALID": "valid"}
 
@@ -238,7 +239,7 @@ def resize(
     along = list(range(x.ndim)) if axes is None else [a % x.ndim for a in axes]
     size, scale, region = list(x.shape), [1.0] * x.ndim, [(0.0, 1.0)] * x.ndim
     if sizes is not None and sizes.size:
-        wanted = ints(sizes) or []
+        wanted = ints(sizes)
         factors = [w / x.shape[a] for w, a in zip(wanted, along, strict=True)]
         if keep_aspect_ratio_policy == "stretch":
             by_size = True
@@ -298,7 +299,7 @@ def affine_grid(theta: Array, size: HostArray, *, align_corners: int = 0) -> Arr
 
     [Jaderberg et al. 2015, arXiv:1506.02025]
     """
-    space = (ints(size) or [])[2:]
+    space = ints(size)[2:]
     library_of_shape(space)
     places = []
     for n in space:

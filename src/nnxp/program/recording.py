@@ -23,15 +23,7 @@ from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import copy, zeros
 from nnxp.kernels.cpu._small import TINY, Weight, columns_at_once
-from nnxp.program.program import (
-    Costs,
-    Program,
-    as_said,
-    expanded,
-    multiply_adds,
-    scaled,
-    sized,
-)
+from nnxp.program.program import Costs, Program, as_said, expanded, multiply_adds, scaled, sized
 from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record, value_of
 
 SPREAD = 4096  # elements: the broadcast of so few costs more to start than to do
@@ -64,23 +56,23 @@ def bodied(program: Program) -> Bodied:
     bodies: dict[Step, InPlace] = {}
 
     def body_or_reference(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        values = [None if each is None else value_of(each) for each in arrays]
-        plain = all(each is None or isinstance(each, Value) for each in values)
+        values = [None if x is None else value_of(x) for x in arrays]
+        plain = all(v is None or isinstance(v, Value) for v in values)
         body = None
         if plain and values[0] is not None and values[0].numbers is None:
-            given = (None if v is None else Given(v.shape, v.dtype, v.numbers) for v in values)
-            body = kernel.in_place_for(*given, **options)
+            outlines = (None if v is None else Given(v.shape, v.dtype, v.numbers) for v in values)
+            body = kernel.in_place_for(*outlines, **options)
             body = body and _counting(body, values[0].shape[:1])
         if body is None and kernel.on_library("numpy") is None:
             return kernel.widened(*arrays, **options)
-        made = record(kernel, arrays, options)
+        results = record(kernel, arrays, options)
         if body is not None:
-            first = made[0] if isinstance(made, list) else made
+            first = results[0] if isinstance(results, list) else results
             bodies[first.value.step] = body
-        return made
+        return results
 
-    made = expanded(program, body_or_reference)
-    return Bodied(made.inputs, made.outputs, made.steps, (), program.several, bodies)
+    flat = expanded(program, body_or_reference)
+    return Bodied(flat.inputs, flat.outputs, flat.steps, (), program.several, bodies)
 
 
 def _counting(body: InPlace, length: Shape) -> InPlace:
@@ -101,7 +93,7 @@ class Layout:
 
     def __init__(self, program: Bodied, rows: int) -> None:
         self.bodies = program.bodies
-        self.scratch = max((each.room(rows) for each in self.bodies.values()), default=0)
+        self.scratch = max((body.room(rows) for body in self.bodies.values()), default=0)
         self.sizes: list[int] = []
         self.of: dict[Value, int] = {}
         self.anew = 0  # bytes of what is made anew at each call, at most at once
@@ -123,11 +115,11 @@ class Layout:
                 else:
                     self.of[value] = self._best(free, size)
             for value in ended:
-                held = self.of.get(value)
-                moved = reused is value and held == self.of.get(step.outputs[0])
-                if held is not None and held >= 0 and not moved:
-                    free.append(held)
-                elif held is None and value.root is value and value.step is not None:
+                number = self.of.get(value)
+                moved = reused is value and number == self.of.get(step.outputs[0])
+                if number is not None and number >= 0 and not moved:
+                    free.append(number)
+                elif number is None and value.root is value and value.step is not None:
                     now -= prod(sized(value.shape, rows)) * value.dtype.itemsize
 
     def _claim(self, program: Program, value: Value, number: int) -> None:
@@ -167,25 +159,25 @@ MANY = 1 << 14  # elements: of fewer, calling np.clip takes longer than what it 
 _WRITES = WITH_OUT | {"astype", "copy", "concatenate", "where"}
 
 
-def costs(program: Program, given: Sequence[np.dtype[Any]] | None = None) -> Costs:
+def costs(program: Program, dtypes: Sequence[np.dtype[Any]] | None = None) -> Costs:
     """What a program takes of memory and work, counted from the lives of its values.
 
-    `given` are the types of the rows, if they are to be converted first. Beside the products, a
-    byte that is passed over takes about as long as a multiply-add, so both are work.
+    `dtypes` are those of the rows, if they are to be converted first. Beside the products, a byte
+    that is passed over takes about as long as a multiply-add, so both are work.
     """
     flat = bodied(program)
     layout = Layout(flat, ROWS)
     total = sum(layout.sizes) + layout.anew
-    for value, dtype in zip(flat.inputs, given or [v.dtype for v in flat.inputs], strict=True):
+    for value, dtype in zip(flat.inputs, dtypes or [v.dtype for v in flat.inputs], strict=True):
         if dtype != value.dtype:
             total += prod(value.shape) * value.dtype.itemsize
     passed = sum(prod(v.shape) * v.dtype.itemsize for step in flat.steps for v in step.outputs)
     products = [(multiply_adds(step), step) for step in flat.steps]
-    work = sum(each for each, _ in products)
-    by_lines = sum(each / _lines(step) for each, step in products)
+    work = sum(count for count, _ in products)
+    by_lines = sum(count / _lines(step) for count, step in products)
     lines = work / by_lines if by_lines else 1.0
     row_work = (work + passed) // ROWS
-    rooms = [(each.room(1), each.room(2)) for each in flat.bodies.values()]
+    rooms = [(body.room(1), body.room(2)) for body in flat.bodies.values()]
     scratch = max((one for one, _ in rooms), default=0)
     row_scratch = max((two - one for one, two in rooms), default=0)
     fixed = total % ROWS + scratch
@@ -200,14 +192,14 @@ def _lines(step: Step) -> float:
 class Recording:
     """A program for so many rows on NumPy, with its memory: `recording(inputs, results)`.
 
-    The inputs are host arrays of the types `given`; the results are C-contiguous arrays to fill, or
+    The inputs are host arrays of these `dtypes`; the results are C-contiguous arrays to fill, or
     new ones from `answer`. One caller at a time. `text` is what runs: a function of inputs and
     results, a line for each call of NumPy or of a kernel's body. `nbytes` are those of its buffers.
     """
 
-    def __init__(self, program: Program, rows: int, given: Sequence[np.dtype[Any]]) -> None:
+    def __init__(self, program: Program, rows: int, dtypes: Sequence[np.dtype[Any]]) -> None:
         program = bodied(program)
-        lines = _Lines(program, rows, given)
+        lines = _Lines(program, rows, dtypes)
         self.text, self.nbytes = lines.text, lines.nbytes
         exec(_compiled(self.text), lines.names)
         self.answer: Callable[..., Any] = lines.names.pop("run")
@@ -224,7 +216,7 @@ class Recording:
 class _Lines:
     """What a recording runs, while it is written: `text`, and the `names` that it reads."""
 
-    def __init__(self, program: Bodied, rows: int, given: Sequence[np.dtype[Any]]) -> None:
+    def __init__(self, program: Bodied, rows: int, dtypes: Sequence[np.dtype[Any]]) -> None:
         self.rows = rows
         self.names: dict[str, Any] = {}
         self.work = 0  # the most multiply-adds of a product that oneDNN may share among threads
@@ -240,7 +232,7 @@ class _Lines:
         scratch = np.empty(layout.scratch, "uint8")
         self.names["memory"] = scratch, *buffers  # a call that is bound to it does not keep it
         self.nbytes = sum(layout.sizes) + scratch.nbytes
-        for value, dtype, name in zip(program.inputs, given, inputs, strict=True):
+        for value, dtype, name in zip(program.inputs, dtypes, inputs, strict=True):
             self._places[value] = name
             if dtype != value.dtype:
                 own = np.empty(sized(value.shape, rows), value.dtype)
@@ -253,12 +245,12 @@ class _Lines:
                 self._computed(now)
             else:
                 for value in step.outputs:
-                    shape, held = sized(value.shape, rows), layout.of[value]
-                    if held < 0:
-                        output, name = program.outputs[-1 - held], results[-1 - held]
+                    shape, number = sized(value.shape, rows), layout.of[value]
+                    if number < 0:
+                        output, name = program.outputs[-1 - number], results[-1 - number]
                         self._places[value] = self._result(output, value, name, shape)
                     else:
-                        whole = buffers[held][: prod(shape) * value.dtype.itemsize]
+                        whole = buffers[number][: prod(shape) * value.dtype.itemsize]
                         self._places[value] = whole.view(value.dtype).reshape(shape)
                 if step in program.bodies:
                     self.work = max(self.work, program.bodies[step].work(rows))
@@ -273,16 +265,16 @@ class _Lines:
         self.text = self._function(inputs, results, program)
 
     def _function(self, inputs: list[Local], results: list[Local], program: Program) -> str:
-        """The text of the function: results that are not given are made, errors say where."""
+        """The text of the function: results that are left out are new arrays, errors say where."""
         arguments = [*inputs, *(f"{name}=None" for name in results)]
-        made = [
-            f"{name} = {self._told(np.empty)}({self._told(shape)}, {self._told(value.dtype)})"
+        new = [
+            f"{name} = {self._named(np.empty)}({self._named(shape)}, {self._named(value.dtype)})"
             for name, value in zip(results, program.outputs, strict=True)
             for shape in [sized(value.shape, self.rows)]
         ]
         head = [f"def run({', '.join(arguments)}):", f" if {results[0]} is None:"]
-        head += [f"  {line}" for line in made] + [" try:"]
-        located = self._told(partial(_located, len(head), self._paths))
+        head += [f"  {line}" for line in new] + [" try:"]
+        located = self._named(partial(_located, len(head), self._paths))
         answer = f"({', '.join(results)},)" if program.several else results[0]
         tail = [f" except Exception as error:\n  {located}(error)\n  raise\n return {answer}\n"]
         return "\n".join([*head, *(f"  {line}" for line in [*self._lines, "pass"]), *tail])
@@ -298,21 +290,21 @@ class _Lines:
 
     def _line(self, fn: Callable[..., Any], *operands: Any, **options: Any) -> None:
         """A line that calls fn, with values and what else is given."""
-        given = [*map(self._told, operands)]
-        given += [f"{name}={self._told(each)}" for name, each in options.items()]
-        self._add(f"{self._told(fn)}({', '.join(given)})")
+        arguments = [*map(self._named, operands)]
+        arguments += [f"{name}={self._named(option)}" for name, option in options.items()]
+        self._add(f"{self._named(fn)}({', '.join(arguments)})")
 
     def _add(self, line: str) -> None:
         self._lines.append(line)
         self._paths.append(self._path)
 
-    def _told(self, x: Any) -> str:
+    def _named(self, x: Any) -> str:
         """What a line says for a value, or for anything else."""
         x = self._place(x)
         if isinstance(x, Local):
             return x
-        if isinstance(x, tuple) and any(isinstance(each, Value) for each in x):
-            return f"({', '.join(map(self._told, x))},)"
+        if isinstance(x, tuple) and any(isinstance(item, Value) for item in x):
+            return f"({', '.join(map(self._named, x))},)"
         name = self._known.setdefault(id(x), f"c{len(self._known)}")
         self.names[name] = x
         return name
@@ -337,7 +329,7 @@ class _Lines:
 
     def _ufunc(self, fn: np.ufunc, inputs: tuple[Any, ...], out: Value) -> None:
         """A ufunc that writes into `out`: by that name where NumPy takes no third argument."""
-        spread = inputs if fn.signature else [self._spread(each, out) for each in inputs]
+        spread = inputs if fn.signature else [self._spread(x, out) for x in inputs]
         if fn in (np.maximum, np.minimum):
             self._line(fn, *spread, out=out)
         else:
@@ -362,25 +354,25 @@ class _Lines:
         if output is value or sized(output.shape, self.rows) == shape:
             return name
         local = self._local(value)
-        self._add(f"{local} = {name}.reshape({self._told(shape)})")
+        self._add(f"{local} = {name}.reshape({self._named(shape)})")
         return local
 
     def _computed(self, step: Step) -> None:
         """A step whose result is a view, or made anew at each call."""
-        places = [self._place(each) for each in step.inputs]
+        places = [self._place(x) for x in step.inputs]
         view = step.outputs[0].root is not step.outputs[0]
-        if view and not any(isinstance(each, Local) for each in places):
-            made = perform(np, step, places)
-            results = made if step.several else (made,)
-            self._places.update(zip(step.outputs, results, strict=True))
+        if view and not any(isinstance(place, Local) for place in places):
+            results = perform(np, step, places)
+            views = results if step.several else (results,)
+            self._places.update(zip(step.outputs, views, strict=True))
             return
-        given = [*map(self._told, step.inputs)]
+        arguments = [*map(self._named, step.inputs)]
         if step.name in _METHODS:
-            first, *rest = (*given, *map(self._told, step.options.values()))
+            first, *rest = (*arguments, *map(self._named, step.options.values()))
             call = f"{first}.{step.name}({', '.join(rest)})"
         else:
             run = partial(_performed, step, self.rows)
-            call = f"{self._told(run)}({', '.join(given)})"
+            call = f"{self._named(run)}({', '.join(arguments)})"
         targets = "".join(f"{self._local(value)}, " for value in step.outputs)
         self._add(f"{targets if step.several else targets[:-2]} = {call}")
 
@@ -418,15 +410,14 @@ class _Lines:
         elif name == "matmul" and _flat(inputs):
             self._product(inputs[0], inputs[1], out)
         elif isinstance(fn, np.ufunc) and not options:
-            self._ufunc(fn, tuple(self._scalar(each, inputs[0]) for each in inputs), out)
+            self._ufunc(fn, tuple(self._scalar(x, inputs[0]) for x in inputs), out)
         else:
             self._line(fn, *inputs, out=out, **options)
 
     def _product(self, x: Value, weight: Value, out: Value) -> None:
         """A product of two matrices; by oneDNN, or of few rows with a constant in parts."""
         left, into = self._place(x), self._place(out)
-        (inner, columns), (rows, _) = weight.shape, sized(out.shape, self.rows)
-        inner, columns = sized((inner, columns), self.rows)
+        (inner, columns), (rows, _) = (sized(v.shape, self.rows) for v in (weight, out))
         known = isinstance(left, np.ndarray) and isinstance(into, np.ndarray)
         if out.dtype == "float32" and rows > 1 and onednn.why_not() is None:
             work = rows * inner * columns
@@ -450,7 +441,7 @@ class _Lines:
             self._line(np.matmul, x, weight.numbers[:, part], into[:, part])
 
     def _scalar(self, x: Any, like: Any) -> Any:
-        """A Python scalar as an array of the type that it would be given."""
+        """A Python scalar as an array, in the type that it would become."""
         if isinstance(x, bool | int | float) and isinstance(like, Value) and like.dtype.kind == "f":
             return np.asarray(x, like.dtype)
         return x
@@ -459,7 +450,7 @@ class _Lines:
         """x between limits, by a ufunc that takes a third of what maximum takes with a scalar."""
         if out.dtype.kind == "f":
             low, high = -inf if low is None else low, inf if high is None else high
-        self._line(np.clip, x, *(self._scalar(each, out) for each in (low, high)), out=out)
+        self._line(np.clip, x, *(self._scalar(bound, out) for bound in (low, high)), out=out)
 
     def _reduced(self, step: Step, out: Value) -> None:
         (x,) = step.inputs
@@ -506,10 +497,10 @@ def _located(first: int, paths: Sequence[str], error: Exception) -> None:
 
 def _performed(step: Step, rows: int, *arrays: Any) -> Any:
     """A step on NumPy; a layer that runs as Python must answer as it said."""
-    made = perform(np, step, arrays)
+    results = perform(np, step, arrays)
     if not isinstance(step.function, str):
-        as_said(step, made, rows)
-    return made
+        as_said(step, results, rows)
+    return results
 
 
 _REACH = {"constant": None, "edge": None, "reflect": -1, "wrap": 0}
@@ -548,7 +539,7 @@ def _pad(
 
 
 def _is_plain(key: Any) -> bool:
-    return all(isinstance(each, slice) for each in key) if isinstance(key, tuple) else False
+    return isinstance(key, tuple) and all(isinstance(part, slice) for part in key)
 
 
 def _picked_once(shape: Shape, keys: Sequence[tuple[slice, ...]]) -> tuple[bool, bool]:
@@ -613,8 +604,8 @@ def _over_columns(fn: Callable[..., Any], out: HostArray, x: HostArray) -> None:
 def _flat(inputs: tuple[Any, ...]) -> bool:
     """Whether a product is of two matrices of one type, which np.dot starts sooner."""
     a, b = inputs
-    kinds = all(isinstance(each, Value) and len(each.shape) == 2 for each in inputs)
-    return kinds and a.dtype == b.dtype and a.dtype.name in ("float32", "float64")
+    matrices = all(isinstance(x, Value) and len(x.shape) == 2 for x in inputs)
+    return matrices and a.dtype == b.dtype and a.dtype.name in ("float32", "float64")
 
 
 def _in_order(value: Value) -> Value:

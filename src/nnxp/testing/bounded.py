@@ -768,12 +768,21 @@ def _error_of_sums(
 
     `add` makes the sums, of an array for each of `arrays`.
     """
-    dtype = arrays[0].dtype
+    own = _own_error(add, [x.value for x in arrays], value, terms, arrays[0].dtype)
     if _rigorous.get():
-        sizes = add(*(np.abs(x.value) for x in arrays))
-        return terms * unit_roundoff(_charged(dtype)) * sizes, add(*(x.error for x in arrays))
-    own = _walk(value, np.sqrt(add(*(x.value**2 for x in arrays))), terms, dtype)
+        return own, add(*(x.error for x in arrays))
     return own, np.sqrt(add(*(x.error**2 for x in arrays)))
+
+
+def _own_error(
+    add: Callable[..., Any], parts: Sequence[HostArray], value: HostArray, terms: Any, dtype: Any
+) -> HostArray:
+    """The rounding over the partial sums of `terms` terms, which `add` makes of these parts."""
+    u = unit_roundoff(_charged(dtype))
+    if _rigorous.get():
+        return terms * u * add(*map(np.abs, parts))  # type: ignore[no-any-return]
+    spread = np.sqrt(add(*(part**2 for part in parts)))
+    return u * np.sqrt(terms) * (np.abs(value) / root(3) + spread / root(2))  # type: ignore[no-any-return]
 
 
 # Products
@@ -791,12 +800,7 @@ def _product(
     sizes = [np.abs(value).astype("float64") for value in values]
     value = times(*values)
     whole = not is_floating(dtype)
-    if whole:
-        own: Any = 0.0
-    elif _rigorous.get():
-        own = terms * unit_roundoff(_charged(dtype)) * times(*sizes)
-    else:
-        own = _walk(value, np.sqrt(times(*(size**2 for size in sizes))), terms, dtype)
+    own = 0.0 if whole else _own_error(times, sizes, value, terms, dtype)
     stages = max(1, len(arrays) - 1)
     carried = _carried([x.error for x in arrays], sizes, times, whole)
     return _result(value, stages * (own + _rounding(value, dtype)) + carried, dtype)
@@ -818,13 +822,6 @@ def _carried(
                 ]
             total = total + (times(*factors) if proven else times(*(f**2 for f in factors)))
     return total if proven else np.sqrt(total)
-
-
-def _walk(value: HostArray, spread: HostArray, terms: Any, dtype: Any) -> HostArray:
-    """The random walk of rounding over the partial sums of `terms` terms."""
-    u = unit_roundoff(_charged(dtype))
-    error: HostArray = u * np.sqrt(terms) * (np.abs(value) / root(3) + spread / root(2))
-    return error
 
 
 def _factors(*arrays: Any) -> tuple[list[ndarray], np.dtype[Any]]:

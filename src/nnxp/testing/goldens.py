@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
@@ -25,6 +24,7 @@ from threadpoolctl import threadpool_info
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import CheckpointError, OptionError
 from nnxp.backend import Backend, asnumpy, get_backend
+from nnxp.backend._machine import processor
 from nnxp.io._atomic import path_of, written_beside
 from nnxp.io.checkpoint import _from_json, _readable, _to_json
 from nnxp.layers import MODULES
@@ -93,13 +93,6 @@ def provenance(backend: Backend) -> dict[str, Any]:
         "blas": " ".join(str(library.get("internal_api")) for library in blas),
         "kernels": " ".join(str(library.get("architecture")) for library in blas),
     }
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    about = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", about.read_text()) if about.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cuda(backend: Backend) -> dict[str, Any]:

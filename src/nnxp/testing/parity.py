@@ -30,13 +30,7 @@ from nnxp._arrays import (
     place_of,
     xp_of,
 )
-from nnxp._errors import (
-    DtypeMismatch,
-    OptionError,
-    OutOfMemory,
-    ShapeError,
-    UnsupportedFunction,
-)
+from nnxp._errors import DtypeMismatch, OptionError, OutOfMemory, ShapeError, UnsupportedFunction
 from nnxp._exchange import source_of
 from nnxp._printed import Printed, aligned
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
@@ -667,11 +661,7 @@ def _step_alone(step: Step, rows: int) -> Part:
 
 
 def _judge_whole(
-    model: Layer,
-    rows: Inputs,
-    host_rows: Inputs,
-    backend: Backend,
-    expected: Expected,
+    model: Layer, rows: Inputs, host_rows: Inputs, backend: Backend, expected: Expected
 ) -> Check:
     """What users may run: the model called, and the engine in all its ways; the worst of them."""
     worst: Check | None = None
@@ -691,11 +681,7 @@ def _judge_whole(
 
 
 def _ways(
-    model: Layer,
-    rows: Inputs,
-    host_rows: Inputs,
-    backend: Backend,
-    expected: Expected,
+    model: Layer, rows: Inputs, host_rows: Inputs, backend: Backend, expected: Expected
 ) -> Iterator[tuple[str, slice, Any]]:
     """(way, which rows, what came of them)."""
     count, every, one = len(_present(rows)[0]), slice(None), slice(0, 1)
@@ -776,12 +762,7 @@ def _run(
 
 
 def _compared(
-    name: str,
-    what: str,
-    backend: str,
-    results: Any,
-    expected: Expected,
-    part: slice | None = None,
+    name: str, what: str, backend: str, results: Any, expected: Expected, part: slice | None = None
 ) -> Check:
     """The worst of all outputs; of these rows of them."""
     results = results if isinstance(results, tuple) else (results,)

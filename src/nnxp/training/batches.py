@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any
 
@@ -36,17 +36,15 @@ class Rows:
         if isinstance(x, Mapping):
             x = _in_order(model, x)
         self.names = tuple(x) if isinstance(x, Mapping) else None
-        inputs = (
-            tuple(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
-        )
-        self.single = self.names is None and not isinstance(x, tuple)
+        self.single = not isinstance(x, Mapping | tuple)
+        inputs = (x,) if self.single else tuple(x.values()) if isinstance(x, Mapping) else x
         kinds = [*model.takes, *["float"] * len(inputs)][: len(inputs)]
         dtype = model.dtype or np.dtype("float32")
         standardized = self.single and entrance_of(model) is not None
         self._place = model.place or "cpu"
         self._sources = [
-            _Source(each, kind, dtype, standardized)
-            for each, kind in zip(inputs, kinds, strict=True)
+            _Source(source, kind, dtype, standardized)
+            for source, kind in zip(inputs, kinds, strict=True)
         ]
         self._target = _Source(y, "target", dtype)
         self._sources.append(self._target)
@@ -74,35 +72,35 @@ class Rows:
 
     def at(self, ids: HostArray) -> tuple[Any, ...]:
         """(x, target) or (x, target, weights) for these rows, where the model is."""
-        given = [source.at(ids) for source in self._sources]
+        arrays = [source.at(ids) for source in self._sources]
         if self._place != "cpu":
             home = home_of(self._place)
-            given = [to_backend(each, home) for each in given]
-        return self._grouped(given)
+            arrays = [to_backend(array, home) for array in arrays]
+        return self._grouped(arrays)
 
     def like(self, count: int) -> tuple[Any, ...]:
         """What `at` gives for so many rows, in shapes and types: host arrays without memory."""
         return self._grouped(
             [
-                np.broadcast_to(np.zeros((), each.first.dtype), (count, *each.first.shape[1:]))
-                for each in self._sources
+                np.broadcast_to(np.zeros((), first.dtype), (count, *first.shape[1:]))
+                for first in (source.first for source in self._sources)
             ]
         )
 
     @property
     def row_bytes(self) -> int:
         """The bytes of a row as it is given, and at most twice as it is read."""
-        return sum(each.first.nbytes + each.read_bytes for each in self._sources)
+        return sum(source.first.nbytes + source.read_bytes for source in self._sources)
 
-    def _grouped(self, given: list[Any]) -> tuple[Any, ...]:
+    def _grouped(self, arrays: list[Any]) -> tuple[Any, ...]:
         """(x, target) or (x, target, weights), of the arrays of all sources."""
         mark = len(self._sources) - (1 if self._sources[-1].kind == "target" else 2)
-        x: Any = tuple(given[:mark])
+        x: Any = tuple(arrays[:mark])
         if self.names is not None:
             x = dict(zip(self.names, x, strict=True))
         elif self.single:
             (x,) = x
-        return x, *given[mark:]
+        return x, *arrays[mark:]
 
     def check_targets(self, check: Callable[[Array], None]) -> None:
         """Have all targets looked at: now, or as they are read where they are not in memory."""
@@ -175,8 +173,8 @@ class _Source:
             with home_of(place_of(self._device)).current():
                 at = to_backend(ids, home_of(place_of(self._device)))
                 return self._typed(xp_of(self._device).take(self._device, at, axis=0))
-        in_one = isinstance(self._source, np.ndarray)
-        rows = self._typed(host_rows(self._source[ids]) if in_one else self._read(ids))
+        whole = isinstance(self._source, np.ndarray)
+        rows = self._typed(host_rows(self._source[ids]) if whole else self._read(ids))
         if self._look is not None:
             self._look(rows)
         return rows
@@ -240,16 +238,3 @@ def batches_of(order: HostArray, batch: int, *, joined: bool = True) -> list[Hos
     if joined and ends and len(order) - ends[-1] == 1:
         ends.pop()
     return np.split(order, ends)
-
-
-def data_of(rows: Sequence[Any]) -> list[Any]:
-    """The arrays in what `Rows.at` gives."""
-    found: list[Any] = []
-    for each in rows:
-        if isinstance(each, Mapping):
-            found += each.values()
-        elif isinstance(each, tuple):
-            found += each
-        else:
-            found.append(each)
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -28,8 +28,8 @@ from nnxp._errors import (
 )
 from nnxp.backend import home_of, to_backend
 from nnxp.backend._device import DeviceBackend
-from nnxp.backend._recording import StepRecording, recorded_step
-from nnxp.layers._layer import Layer, Rng, generator, reason_of
+from nnxp.backend._recording import StepRecording, recorded
+from nnxp.layers._layer import Layer, Rng, generator, originals, reason_of
 from nnxp.program import traced
 from nnxp.program.fused import fused
 from nnxp.program.gradient import gradient, pullback
@@ -51,15 +51,15 @@ class LossProgram:
     """A loss written out, and its gradients by the parameters that learn.
 
     The program's inputs are the parameters `inputs`, the arrays, and what is `drawn`; its outputs
-    the loss, what the layers tell, by name, and the gradients of `learned`. `names` tells for every
-    parameter of the model the one whose array it is: the first with the same array.
+    the loss, the running `statistics` of layers, and the gradients of `learned`. `names` has for
+    every parameter of the model the one whose array it is: the first with the same array.
     """
 
     program: Program
     inputs: tuple[str, ...]
     names: Mapping[str, str]
     learned: tuple[str, ...]
-    told: tuple[str, ...]
+    statistics: tuple[str, ...]
     drawn: tuple[Drawn, ...]
 
     @cached_property
@@ -71,9 +71,9 @@ class LossProgram:
     def working_set(self) -> int:
         """Bytes that a run takes besides its inputs, its results, and Python's own objects."""
         layout = Layout(self.bodied, 1)
-        given = {each for step in self.bodied.steps for each in step.values}
-        constants = [each.numbers.nbytes for each in given if each.numbers is not None]
-        noise = [prod(each.value.shape) * NOISE_BYTES for each in self.drawn]
+        inputs = {value for step in self.bodied.steps for value in step.values}
+        constants = [value.numbers.nbytes for value in inputs if value.numbers is not None]
+        noise = [prod(drawn.value.shape) * NOISE_BYTES for drawn in self.drawn]
         return layout.anew + layout.scratch + sum([*layout.sizes, *constants, *noise])
 
 
@@ -91,30 +91,28 @@ def write_out(
     a loss that looks at numbers.
     """
     parameters = model.parameters()
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
-    inputs = tuple(first.values())
-    leaves = [x for x in leaves_of(arrays) if is_array(x)]
+    names = first_names(parameters)
+    inputs = tuple(dict.fromkeys(names.values()))
+    flat = arrays_in(arrays)
     values = [Value(parameters[n].shape, parameters[n].dtype, name=n) for n in inputs]
-    values += [Value(x.shape, x.dtype, name=f"x{i}") for i, x in enumerate(leaves)]
+    values += [Value(x.shape, x.dtype, name=f"x{i}") for i, x in enumerate(flat)]
     layers: dict[int, tuple[str, Any]] = {}
     tapes: list[traced.Tape] = []
 
-    def written(*given: Any) -> tuple[Any, ...]:
-        own = dict(zip(inputs, given, strict=False))
+    def written(*traced_inputs: Any) -> tuple[Any, ...]:
+        own = dict(zip(inputs, traced_inputs, strict=False))
         lifted = model.map_arrays(lambda name, _: own[names[name]])
-        pairs = zip([*model.walk(), ("", model)], [*lifted.walk(), ("", lifted)], strict=True)
-        layers.update({id(copy): (path, layer) for (path, layer), (_, copy) in pairs})
+        layers.update(originals(lifted, model))
         tapes.append(traced.current_tape())
-        rest = iter(given[len(inputs) :])
-        y = loss(lifted, *with_leaves(tuple(arrays), rest))
+        rest = iter(traced_inputs[len(inputs) :])
+        y = loss(lifted, *with_arrays(tuple(arrays), rest))
         if not isinstance(y, traced.ndarray):
             raise NotDifferentiable(
                 f"the loss is {y!r:.60}, which does not come from the model and its arrays"
             )
         return y, *map(traced.lifted, tapes[0].told.values())
 
-    rows = next((len(x) for x in leaves if x.ndim), None)
+    rows = next((len(x) for x in flat if x.ndim), None)
     try:
         program = trace(written, *values, layers=layers, rows=rows)
     except (Untraceable, UnsupportedFunction) as error:
@@ -125,9 +123,8 @@ def write_out(
     if learned is not None:
         by_name = dict(zip(inputs, program.inputs, strict=False))
         whole = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
-        _refuse_constants(
-            program, {n for n, own in names.items() if own in chosen} - fixed_names(model)
-        )
+        learning = {n for n, own in names.items() if own in chosen}
+        _refuse_constants(program, learning - model._names_in("fixed"))
         program = whole
     return LossProgram(program, inputs, names, chosen, tuple(tape.told), tuple(tape.drawn))
 
@@ -197,54 +194,56 @@ class LossRunner:
         rng: np.random.Generator | None,
         gradients: Sequence[Array] | None = None,
     ) -> tuple[Array, dict[str, Array], list[Array]]:
-        """The loss, what the layers tell, and the gradients, written to `gradients` if given."""
+        """The loss, the statistics of layers, and the gradients; in `gradients`, if given."""
         outputs = self.written.program.outputs
-        mark = 1 + len(self.written.told)
+        mark = 1 + len(self.written.statistics)
         drawn = self.draw(rng)
-        if self._recording is not None:
-            results = [np.empty(v.shape, v.dtype) for v in outputs[:mark]]
-            rest = gradients or [np.empty(v.shape, v.dtype) for v in outputs[mark:]]
-            results += rest
-            with _ids_told():
-                self._recording([*parameters, *arrays, *drawn], results)
-            return (
-                results[0],
-                dict(zip(self.written.told, results[1:], strict=False)),
-                results[mark:],
-            )
-        with self._home.current() if self.place != "cpu" else nullcontext(), _ids_told():
-            given = [*arrays, *(to_backend(each, self._home) for each in drawn)]
-            if gradients is not None:
-                made = [*self._filled(parameters, given, gradients), *gradients]
+        with self._home.current(), _ids_told():
+            batch = [*arrays, *(to_backend(noise, self._home) for noise in drawn)]
+            if self._recording is not None:
+                due = outputs if gradients is None else outputs[:mark]
+                results = [*(np.empty(v.shape, v.dtype) for v in due), *(gradients or ())]
+                self._recording([*parameters, *batch], results)
+            elif gradients is not None:
+                results = [*self._filled(parameters, batch, gradients), *gradients]
             else:
-                made = self._program.run([*parameters, *given])
-                made = [_owned(y, v) for y, v in zip(made, outputs, strict=True)]
-        return made[0], dict(zip(self.written.told, made[1:mark], strict=True)), made[mark:]
+                results = self._program.run([*parameters, *batch])
+                results = [_owned(y, v) for y, v in zip(results, outputs, strict=True)]
+        statistics = dict(zip(self.written.statistics, results[1:mark], strict=True))
+        return results[0], statistics, results[mark:]
+
+    def over(
+        self, model: Layer, arrays: Sequence[Any], rng: np.random.Generator | None = None
+    ) -> tuple[Array, dict[str, Array], list[Array]]:
+        """The same, of the parameters of a model and of all arrays in what the loss takes."""
+        parameters = model.parameters()
+        own = [parameters[name] for name in self.written.inputs]
+        return self(own, arrays_in(arrays), rng)
 
     def _filled(
-        self, parameters: Sequence[Array], given: Sequence[Array], gradients: Sequence[Array]
+        self, parameters: Sequence[Array], batch: Sequence[Array], gradients: Sequence[Array]
     ) -> tuple[Array, ...]:
-        """The loss and what the layers tell, on a device; the gradients are filled."""
+        """The loss and the statistics of layers, on a device; the gradients are filled."""
 
-        def run(own: Sequence[Array]) -> tuple[Array, ...]:
-            made = self._program.run([*parameters, *own])
-            mark = 1 + len(self.written.told)
-            for into, g in zip(gradients, made[mark:], strict=True):
+        def run(arrays: Sequence[Array]) -> tuple[Array, ...]:
+            results = self._program.run([*parameters, *arrays])
+            mark = 1 + len(self.written.statistics)
+            for into, g in zip(gradients, results[mark:], strict=True):
                 into[...] = g
-            return tuple(made[:mark])
+            return tuple(results[:mark])
 
         fixed = [*parameters, *gradients]
         again = len(fixed) == len(self._fixed) and all(map(is_, fixed, self._fixed))
         self._fixed = fixed
         if not again:
             self._step = None
-            return run(given)
+            return run(batch)
         if self.records:
             self.records = False  # it is tried once
-            few = all(max(x.shape[:1], default=0) <= FEW_ROWS for x in given)
+            few = all(max(x.shape[:1], default=0) <= FEW_ROWS for x in batch)
             if few and isinstance(self._home, DeviceBackend):
-                self._step = recorded_step(self._home, run, given)
-        return run(given) if self._step is None else self._step(given)
+                self._step = recorded(StepRecording, self._home, run, batch)
+        return run(batch) if self._step is None else self._step(batch)
 
 
 def _owned(y: Array, value: Value) -> Array:
@@ -283,11 +282,8 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
 
     def both(model: Layer, *arrays: Any, rng: Rng = None) -> tuple[Array, dict[str, Array]]:
         runner = _runner(runners, loss, model, arrays, lambda name: True)
-        parameters = model.parameters()
-        given = [parameters[name] for name in runner.written.inputs]
-        leaves = [x for x in leaves_of(arrays) if is_array(x)]
         random = generator(rng) if runner.written.drawn and rng is not None else None
-        y, _, gradients = runner(given, leaves, random)
+        y, _, gradients = runner.over(model, arrays, random)
         by_name = dict(zip(runner.written.learned, gradients, strict=True))
         return y, {name: by_name[own] for name, own in runner.written.names.items()}
 
@@ -296,10 +292,7 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
 
 def evaluated(loss: Loss, model: Layer, *arrays: Any) -> Array:
     """loss(model, *arrays), run as its program is: without gradients, and in no training form."""
-    runner = _runner({}, loss, model, arrays, None)
-    parameters = model.parameters()
-    given = [parameters[name] for name in runner.written.inputs]
-    return runner(given, [x for x in leaves_of(arrays) if is_array(x)], None)[0]
+    return _runner({}, loss, model, arrays, None).over(model, arrays)[0]
 
 
 def _runner(
@@ -312,8 +305,7 @@ def _runner(
     """What runs this loss for such a model and such arrays."""
     if not isinstance(model, Layer):
         raise OptionError(f"a loss has a model of nnxp layers first, not {model!r:.60}")
-    leaves = [x for x in leaves_of(arrays) if is_array(x)]
-    places = {place_of(x) for x in (*model.parameters().values(), *leaves)}
+    places = {place_of(x) for x in (*model.parameters().values(), *arrays_in(arrays))}
     if len(places) > 1:
         raise DeviceMismatch(
             f"the model and its arrays are in different places: {', '.join(sorted(places))}; "
@@ -326,7 +318,7 @@ def _runner(
             known.clear()
         written = write_out(loss, model, arrays, learned)
         if learned is not None:
-            tell_idle(written, model)
+            warn_of_idle(written, model)
         known[key] = model, LossRunner(written, place)  # the model lives on: ids in the key are its
     check = getattr(loss, "check", None)
     if check is not None and place == "cpu":
@@ -334,25 +326,16 @@ def _runner(
     return known[key][1]
 
 
-def tell_idle(written: LossProgram, model: Layer) -> None:
+def warn_of_idle(written: LossProgram, model: Layer) -> None:
     """Warn of parameters that got no gradient, which is mostly a mistake."""
-    values = written.program.outputs[1 + len(written.told) :]
-    fixed = fixed_names(model)
+    values = written.program.outputs[1 + len(written.statistics) :]
+    fixed = model._names_in("fixed")
     idle = [name for name, value in zip(written.learned, values, strict=True)
             if not (name in fixed or value.numbers is None or value.numbers.any())]  # fmt: skip
     if idle:
         warnings.warn(
             f"no gradient: the loss does not depend on {', '.join(idle)}", UserWarning, stacklevel=4
         )
-
-
-def fixed_names(model: Layer) -> set[str]:
-    """The parameters that do not learn, by their dotted names."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, layer in [*model.walk(), ("", model)]
-        for name in layer.fixed
-    }
 
 
 def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[..., Any]]:
@@ -379,26 +362,24 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
         raise OptionError(
             f"vjp differentiates a layer or a function of arrays, not {function!r:.60}"
         )
-    for each in arrays:
-        if not is_array(each):
+    for x in arrays:
+        if not is_array(x):
             raise OptionError(
-                f"vjp takes arrays of NumPy or CuPy behind the function, not {each!r:.60}"
+                f"vjp takes arrays of NumPy or CuPy behind the function, not {x!r:.60}"
             )
     if not arrays:
         raise OptionError("vjp takes the arrays that the function is called with, but none came")
-    layers = {}
-    if isinstance(function, Layer):
-        layers = {id(layer): (path, layer) for path, layer in [*function.walk(), ("", function)]}
+    layers = originals(function, function) if isinstance(function, Layer) else {}
     names = [f"x{i}" for i in range(len(arrays))]
     values = [Value(x.shape, x.dtype, name=n) for x, n in zip(arrays, names, strict=True)]
     try:
         program = trace(function, *values, layers=layers)
     except (Untraceable, UnsupportedFunction) as error:
         raise NotDifferentiable(f"{function!r:.60}: {reason_of(error)}") from error
-    made = pullback(program, program.inputs)
+    backward = pullback(program, program.inputs)
     home = home_of(place_of(arrays[0]))
     if xp_of(arrays[0]) is not np and home.device != "cpu":
-        made = placed(made, lambda x: to_backend(x, home))
+        backward = placed(backward, lambda x: to_backend(x, home))
     count = len(program.outputs)
 
     def back(*worth: Array) -> Any:
@@ -409,10 +390,11 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
         for dy, value in zip(worth, program.outputs, strict=True):
             if dy.shape != value.shape:
                 raise OptionError(f"a change of {list(value.shape)} has no worth {list(dy.shape)}")
-        with home.current() if home.device != "cpu" else nullcontext():
-            found = made.run([*arrays, *worth])[count:]
-        found = [_owned(g, v) for g, v in zip(found, made.outputs[count:], strict=True)]
-        return found[0] if len(found) == 1 else tuple(found)
+        with home.current():
+            gradients = backward.run([*arrays, *worth])[count:]
+        pairs = zip(gradients, backward.outputs[count:], strict=True)
+        owned = tuple(_owned(g, v) for g, v in pairs)
+        return owned if len(owned) > 1 else owned[0]
 
     return function(*arrays), back
 
@@ -424,37 +406,50 @@ def structure(x: Any) -> Any:
     """What a program depends on in a model or in arrays: all but the numbers."""
     arrays: dict[int, int] = {}
 
-    def told(x: Any) -> Any:
+    def key(x: Any) -> Any:
         if is_array(x):
             return x.shape, str(x.dtype), arrays.setdefault(id(x), len(arrays))
         if isinstance(x, Layer):
-            return type(x), tuple((name, told(value)) for name, value in x._fields())
+            return type(x), tuple((name, key(value)) for name, value in x._fields())
         if isinstance(x, tuple | list):
-            return type(x), tuple(map(told, x))
+            return type(x), tuple(map(key, x))
         if isinstance(x, dict):
-            return dict, tuple((key, told(value)) for key, value in x.items())
+            return dict, tuple((name, key(value)) for name, value in x.items())
         try:
             hash(x)
         except TypeError:
             return type(x), id(x)
         return type(x), x
 
-    return told(x)
+    return key(x)
 
 
-def leaves_of(x: Any) -> list[Any]:
-    """What is in tuples, lists and dicts, in order."""
+def arrays_in(x: Any) -> list[Array]:
+    """The arrays in tuples, lists and dicts, in order."""
     if isinstance(x, Mapping):
         x = tuple(x.values())
     if isinstance(x, tuple | list):
-        return [leaf for each in x for leaf in leaves_of(each)]
-    return [x]
+        return [array for item in x for array in arrays_in(item)]
+    return [x] if is_array(x) else []
 
 
-def with_leaves(x: Any, arrays: Any) -> Any:
-    """The same tuples and dicts with these in place of the arrays."""
+def with_arrays(x: Any, arrays: Iterator[Array]) -> Any:
+    """The same tuples and dicts with these arrays in place of their own."""
     if isinstance(x, Mapping):
-        return {key: with_leaves(value, arrays) for key, value in x.items()}
+        return {key: with_arrays(value, arrays) for key, value in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(with_leaves(each, arrays) for each in x)
+        return type(x)(with_arrays(item, arrays) for item in x)
     return next(arrays) if is_array(x) else x
+
+
+def first_names(parameters: Mapping[str, Array]) -> dict[str, str]:
+    """For every parameter the first one that has the same array."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in parameters.items()}
+
+
+def applied(model: Layer, x: Any) -> Any:
+    """What a model answers for its input, or for several in a tuple or a dict by name."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple | list) else model(x)

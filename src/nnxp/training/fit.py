@@ -8,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,15 +18,9 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, is_floating, xp_of
-from nnxp._errors import (
-    CheckpointError,
-    NnxpError,
-    OptionError,
-    OutOfMemory,
-    TrainingError,
-)
+from nnxp._errors import CheckpointError, NnxpError, OptionError, OutOfMemory, TrainingError
 from nnxp._printed import Printed
-from nnxp._progress import Progress, told
+from nnxp._progress import Progress, reported
 from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.backend._blas import one_blas_thread
 from nnxp.backend._threads import together
@@ -36,14 +29,16 @@ from nnxp.layers._layer import Layer, Rng, generator, is_number, whole
 from nnxp.layers.norm import rounding
 from nnxp.program.program import multiply_adds
 from nnxp.training._chunks import chunks
-from nnxp.training.batches import Rows, batches_of, data_of, entrance_of, order_of
+from nnxp.training.batches import Rows, batches_of, entrance_of, order_of
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
     LossProgram,
     LossRunner,
-    fixed_names,
-    tell_idle,
-    with_leaves,
+    applied,
+    arrays_in,
+    first_names,
+    warn_of_idle,
+    with_arrays,
     write_out,
 )
 from nnxp.training.losses import LOSSES, Loss
@@ -194,16 +189,12 @@ def fit(
     seen = None if validation is None else _validation(model, validation, chosen)
     if isinstance(chosen, Loss) and type(chosen).check is not Loss.check:
         check = partial(chosen.check, outputs=_outputs(model, rows))
-        for each in (rows, seen):
-            if each is not None:
-                each.check_targets(check)
+        rows.check_targets(check)
+        if seen is not None:
+            seen.check_targets(check)
     run = _Run(trainer, rows, batch, path)
     run.begin(rng)
-    home = home_of(trainer.place)
-    with (
-        home.current() if trainer.place != "cpu" else nullcontext(),
-        told(rows.count * epochs, progress) as done,
-    ):
+    with home_of(trainer.place).current(), reported(rows.count * epochs, progress) as done:
         done(run.rows_done)
         while run.epoch < epochs and not run.waited(patience):
             run.set_rate()
@@ -233,14 +224,14 @@ def _loss(loss: Any, weighted: bool) -> Callable[..., Any]:
         parameters = inspect.signature(loss)
     except ValueError:  # some functions do not tell what they take
         return loss  # type: ignore[no-any-return]
-    given = ("model", "x", "target", *(["weights"] if weighted else []))
+    arguments = ("model", "x", "target", *(["weights"] if weighted else []))
     try:
-        parameters.bind(*given)
+        parameters.bind(*arguments)
     except TypeError as error:
-        made = "; a class is to be called first" if isinstance(loss, type) else ""
+        fix = "; a class is to be called first" if isinstance(loss, type) else ""
         raise OptionError(
-            f"a loss is called with ({', '.join(given)}), which {loss!r:.80} does not take: "
-            f"{error}{made}"
+            f"a loss is called with ({', '.join(arguments)}), which {loss!r:.80} does not take: "
+            f"{error}{fix}"
         ) from None
     return loss  # type: ignore[no-any-return]
 
@@ -269,8 +260,8 @@ def _checkpoint_path(checkpoint: Any) -> Path:
 
 def _outputs(model: Layer, rows: Rows) -> int | None:
     """The size of the last axis of what the model answers."""
-    x = data_of(rows.at(np.zeros(1, "int64"))[:1])
-    shape = model.output_shape(*(each.shape for each in x)) if x else ()
+    inputs = arrays_in(rows.at(np.zeros(1, "int64"))[:1])
+    shape = model.output_shape(*(x.shape for x in inputs)) if inputs else ()
     return int(shape[-1]) if shape and isinstance(shape[-1], int) and len(shape) > 1 else None
 
 
@@ -303,14 +294,13 @@ class Trainer:
             raise OptionError(f"workers are threads of the CPU, but the model is on {self.place}")
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         parameters = model.parameters()
-        held = _held(parameters, fixed_names(model), fixed)
-        first: dict[int, str] = {}
-        self.names = {n: first.setdefault(id(p), n) for n, p in parameters.items()}
-        own = {n: parameters[n] for n in first.values()}
+        held = _held(parameters, model._names_in("fixed"), fixed)
+        self.names = first_names(parameters)
+        own = {n: parameters[n] for n in self.names.values()}
         self.learned = tuple(n for n in own if n not in held)
         if not self.learned:
             raise OptionError(f"{model!r:.200} has no parameters that learn")
-        with home_of(self.place).current() if self.place != "cpu" else nullcontext():
+        with home_of(self.place).current():
             learning = {n: own[n] for n in self.learned}
             self.vector, self.arrays = _vector(learning)
             self.slopes, self.gradients = _vector(learning, fill=False)
@@ -322,7 +312,7 @@ class Trainer:
                 first_scale = SCALE if self.vector.dtype == np.float16 else 1.0
                 self.state |= {"scale": np.array(first_scale), "unscathed": np.zeros((), "int64")}
         self._drawn: bool | None = None
-        self._told_idle = False
+        self._warned = False
         self._of_pieces = [(self.slopes, self.gradients)]  # the first is where all are added up
         self._parts: dict[tuple[int, bool], int] = {}  # of a batch of so many rows
         self._piece_rows: int | None = None  # that workers like best
@@ -331,9 +321,9 @@ class Trainer:
         self._runners: dict[Any, LossRunner] = {}  # the last used is the last
 
     @np.errstate(all="ignore")  # a loss that is no number any more is seen to where it is read
-    def step(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
+    def step(self, batch: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """One step by the gradients of this batch; its loss before it."""
-        return self._moved(*self._slope(given, rng))
+        return self._moved(*self._slope(batch, rng))
 
     @np.errstate(all="ignore")
     def step_on(self, rows: Rows, ids: HostArray, rng: np.random.Generator | None) -> Array:
@@ -347,10 +337,10 @@ class Trainer:
 
         def add(part: HostArray) -> None:
             nonlocal loss, worth
-            given = rows.at(part)
-            own = self._worth(given)
+            batch = rows.at(part)
+            own = self._worth(batch)
             if own:
-                y, _ = self._slope(given, rng)
+                y, _ = self._slope(batch, rng)
                 slopes = self.slopes.astype(total.dtype, copy=False)
                 slopes *= own
                 total[...] += slopes
@@ -401,37 +391,40 @@ class Trainer:
         self._runners.clear()
 
     @np.errstate(all="ignore")
-    def slope(self, given: Sequence[Any], rng: np.random.Generator | None) -> Array:
+    def slope(self, batch: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """The loss of this batch, and its gradients in `slopes`; no parameter learns by it."""
-        y, statistics = self._slope(given, rng)
+        y, statistics = self._slope(batch, rng)
         self._record(statistics)
         return y
 
     def _slope(
-        self, given: Sequence[Any], rng: np.random.Generator | None
+        self, batch: Sequence[Any], rng: np.random.Generator | None
     ) -> tuple[Array, dict[str, Array]]:
         if self.workers is not None:
-            return self._slope_in_pieces(given, rng)
-        runner = self._runner(given, True)
+            return self._slope_in_pieces(batch, rng)
+        return self._run(self._runner(batch, True), batch, rng, self.gradients)
+
+    def _run(
+        self,
+        runner: LossRunner,
+        batch: Sequence[Any],
+        rng: np.random.Generator | None = None,
+        gradients: Mapping[str, Array] | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss of a batch, and the statistics of layers; the gradients are filled."""
         parameters = [self.arrays[n] for n in runner.written.inputs]
-        into = [self.gradients[n] for n in runner.written.learned]
-        y, statistics, _ = runner(parameters, data_of(given), rng, into)
-        return y, statistics
+        into = None if gradients is None else [gradients[n] for n in runner.written.learned]
+        return runner(parameters, arrays_in(batch), rng, into)[:2]
 
     def _slope_in_pieces(
-        self, given: Sequence[Any], rng: np.random.Generator | None
+        self, batch: Sequence[Any], rng: np.random.Generator | None
     ) -> tuple[Array, dict[str, Array]]:
         """The same by workers: loss, statistics and gradients are means over pieces of the batch.
 
         Each piece counts as its rows do, and all are added up in one order.
         """
-        leaves = data_of(given)
-        cuts = self._cuts(given)
-        count = len(cuts) - 1
-        pieces = [
-            with_leaves(tuple(given), iter([each[a:b] for each in leaves]))
-            for a, b in pairwise(cuts)
-        ]
+        pieces = [_part(batch, slice(*ends)) for ends in pairwise(self._cuts(batch))]
+        count = len(pieces)
         worths = [self._worth(piece) for piece in pieces]
         total = sum(worths)
         shares = [worth / total if total else np.nan for worth in worths]
@@ -440,7 +433,7 @@ class Trainer:
         draws = rng.spawn(count) if rng is not None and drawn else [None] * count
         while len(self._of_pieces) < count:
             self._of_pieces.append(_vector({n: self.arrays[n] for n in self.learned}, fill=False))
-        made: dict[int, tuple[Array, dict[str, Array], list[Array]]] = {}
+        results: dict[int, tuple[Array, dict[str, Array]]] = {}
         stopped: list[bool] = []
 
         def work(own: range) -> None:
@@ -451,9 +444,7 @@ class Trainer:
                 if not shares[i]:
                     vector[...] = 0
                     continue
-                parameters = [self.arrays[n] for n in runners[i].written.inputs]
-                into = [gradients[n] for n in runners[i].written.learned]
-                made[i] = runners[i](parameters, data_of(pieces[i]), draws[i], into)
+                results[i] = self._run(runners[i], pieces[i], draws[i], gradients)
 
         def add(part: slice) -> None:
             vectors = [vector[part] for vector, _ in self._of_pieces[:count]]
@@ -471,21 +462,21 @@ class Trainer:
         adders = max(1, min(workers, self.slopes.size // ADDED))
         ends = np.linspace(0, self.slopes.size, adders + 1).astype(int)
         together([partial(add, slice(a, b)) for a, b in pairwise(ends)], lambda: None)
-        loss = sum(made[i][0] * shares[i] for i in sorted(made))
-        told: dict[str, Any] = {}
-        for i in sorted(made):
-            for name, value in made[i][1].items():
-                told[name] = told.get(name, 0) + value * shares[i]
-        return loss, told
+        loss, statistics = 0, dict[str, Any]()
+        for i in sorted(results):
+            y, values = results[i]
+            loss += y * shares[i]
+            for name, value in values.items():
+                statistics[name] = statistics.get(name, 0) + value * shares[i]
+        return loss, statistics
 
-    def _cuts(self, given: Sequence[Any]) -> HostArray:
+    def _cuts(self, batch: Sequence[Any]) -> HostArray:
         """Where the pieces begin that workers cut such a batch into, and where the last ends."""
-        leaves = data_of(given)
-        size = len(leaves[0])
+        size = len(arrays_in(batch)[0])
         if size < 2 * PIECE_ROWS:
             return np.array([0, size])
         if self._piece_rows is None:  # a dense layer uses each weight once a row
-            few = with_leaves(tuple(given), iter([each[:PIECE_ROWS] for each in leaves]))
+            few = _part(batch, slice(PIECE_ROWS))
             work = sum(map(multiply_adds, self._program(few, True).program.steps))
             uses = work / (3 * PIECE_ROWS * self.slopes.size)
             self._piece_rows = int(PIECE_USES / min(max(uses, 1), PIECE_USES / PIECE_ROWS))
@@ -495,84 +486,80 @@ class Trainer:
     def _worth(self, piece: Sequence[Any]) -> float:
         """How much a piece of a batch counts: its rows, or the sum of their weights."""
         _, target, *weights = piece
-        given = weights[0] if weights else xp_of(target).ones(len(target), self.vector.dtype)
-        own = self.loss.row_weights(target, given) if isinstance(self.loss, Loss) else None
-        return float((given if own is None else given * own).sum(dtype="float64"))
+        counts = weights[0] if weights else xp_of(target).ones(len(target), self.vector.dtype)
+        own = self.loss.row_weights(target, counts) if isinstance(self.loss, Loss) else None
+        return float((counts if own is None else counts * own).sum(dtype="float64"))
 
     def _record(self, statistics: Mapping[str, Array]) -> None:
-        """The running statistics that layers told."""
+        """Keep the running statistics of layers."""
         for name, value in statistics.items():
             self.arrays[self.names[name]][...] = value
 
-    def evaluate(self, given: Sequence[Any]) -> Array:
+    def evaluate(self, batch: Sequence[Any]) -> Array:
         """The loss of a batch of the model as it is."""
-        runner = self._runner(given, False)
-        parameters = [self.arrays[n] for n in runner.written.inputs]
-        return runner(parameters, data_of(given), None)[0]
+        return self._run(self._runner(batch, False), batch)[0]
 
     def evaluate_on(self, rows: Rows, batches: Sequence[HostArray]) -> float:
         """The loss of all these rows of the model as it is, each counting as its weight does."""
         worth = total = 0.0
         for ids in batches:
             for part in self._cut(rows, ids, False):
-                given = rows.at(part)
-                own = self._worth(given)
+                batch = rows.at(part)
+                own = self._worth(batch)
                 if own:
                     worth += own
-                    total += own * float(asnumpy(self.evaluate(given)))
+                    total += own * float(asnumpy(self.evaluate(batch)))
         return total / worth if worth else nan
 
     @np.errstate(all="ignore")
-    def reason(self, given: Sequence[Any]) -> str:
+    def reason(self, batch: Sequence[Any]) -> str:
         """Why the loss of this batch is no number, as far as that is to be seen in it."""
-        x, target, *weights = given
-        if not self._worth(given) > 0:
-            return "its rows count nothing, their " + (
-                "sample weights are all 0: leave such rows out, or take a larger batch"
-                if weights and not float(weights[0].sum()) > 0
-                else "class weights are all 0: leave such rows out, or take a larger batch"
+        x, target, *weights = batch
+        if not self._worth(batch) > 0:
+            kind = "sample" if weights and not float(weights[0].sum()) > 0 else "class"
+            return (
+                f"its rows count nothing, their {kind} weights are all 0: leave such rows out, or "
+                "take a larger batch"
             )
-        for name, arrays in (("rows", data_of([x])), ("targets", [target])):
-            for each in arrays:
-                if is_floating(each.dtype) and not bool(xp_of(each).isfinite(each).all()):
+        for name, arrays in (("rows", arrays_in(x)), ("targets", [target])):
+            for array in arrays:
+                if is_floating(array.dtype) and not bool(xp_of(array).isfinite(array).all()):
                     return (
-                        f"its {name} hold NaN, or what is infinite in {each.dtype}: they are to be "
-                        "left out, filled in, or scaled"
+                        f"its {name} hold NaN, or what is infinite in {array.dtype}: they are to "
+                        "be left out, filled in, or scaled"
                     )
         if self.place == "cpu":
             try:  # a layer may say what it does not take, such as an id
-                self.model(*x) if isinstance(x, tuple) else (
-                    self.model(**x) if isinstance(x, Mapping) else self.model(x)
-                )
+                applied(self.model, x)
             except NnxpError as error:
                 return str(error)
         return "a lower rate, clip=1.0, or rows and targets on a scale of about one may help"
 
-    def draws(self, given: Sequence[Any]) -> bool:
+    def draws(self, batch: Sequence[Any]) -> bool:
         """Whether a step draws at random."""
         if self._drawn is None:
-            self._drawn = bool(self._program(given, True).drawn)
+            self._drawn = bool(self._program(batch, True).drawn)
         return self._drawn
 
-    def _program(self, given: Sequence[Any], learns: bool) -> LossProgram:
+    def _program(self, batch: Sequence[Any], learns: bool) -> LossProgram:
         """The loss of such a batch written out, with its gradients if the model `learns`."""
-        key = learns, _kind(given)
+        key = learns, _outlines(batch)
         if key not in self._written:
             scale = float(self.state["scale"]) if self.narrow else 1.0
             learned = (lambda n: n in self.learned) if learns else None
             model = self.form if learns else self.seen
-            self._written[key] = written = write_out(self.loss, model, given, learned, scale)
-            if learns and not self._told_idle:
-                self._told_idle = True
-                tell_idle(written, model)
+            self._written[key] = written = write_out(self.loss, model, batch, learned, scale)
+            if learns and not self._warned:
+                self._warned = True
+                warn_of_idle(written, model)
         return self._written[key]
 
-    def _runner(self, given: Sequence[Any], learns: bool, piece: int = 0) -> LossRunner:
+    def _runner(self, batch: Sequence[Any], learns: bool, piece: int = 0) -> LossRunner:
         """What runs the program of such a batch, with memory of its own for each piece."""
-        key = learns, _kind(given), piece
+        key = learns, _outlines(batch), piece
         runner = self._runners.pop(key, None)
         if runner is None:
-            written = self._program(given, learns)
+            written = self._program(batch, learns)
             if self.memory_limit is not None:
                 self._make_room(written.working_set)
             runner = LossRunner(written, self.place, records=self.memory_limit is None)
@@ -604,12 +591,14 @@ class Trainer:
                     f"{needs:,}, parameters and gradients aside; raise the limit"
                 )
             count = min(size, max(count + 1, count * needs // limit))
-        told = self._program(rows.like(size), learns).told if count > 1 and learns else ()
-        if told:
+        statistics = (
+            self._program(rows.like(size), learns).statistics if count > 1 and learns else ()
+        )
+        if statistics:
             raise OptionError(
                 f"memory_limit={limit:,} bytes holds no step of {size:,} rows, and they cannot be "
-                f"cut: {', '.join(told):.200} are learned from a whole batch. A smaller batch, a "
-                "larger limit, or a norm of each row, such as LayerNorm, goes"
+                f"cut: {', '.join(statistics):.200} are learned from a whole batch. A smaller "
+                "batch, a larger limit, or a norm of each row, such as LayerNorm, goes"
             )
         for key in self._written.keys() - written:  # of sizes that were tried
             del self._written[key]
@@ -619,9 +608,9 @@ class Trainer:
         """What parts of these sizes take: their rows, one part at a time, and memory for each."""
         pieces = self.workers is not None and learns
         computed = [
-            self._program(rows.like(int(each)), learns).working_set
+            self._program(rows.like(int(count)), learns).working_set
             for size in sizes
-            for each in (np.diff(self._cuts(rows.like(size))) if pieces else (size,))
+            for count in (np.diff(self._cuts(rows.like(size))) if pieces else (size,))
         ]
         return max(sizes) * rows.row_bytes + sum(computed)
 
@@ -652,9 +641,14 @@ class Trainer:
                 p[...] = snapshot[f"held.{name}"]
 
 
-def _kind(given: Sequence[Any]) -> Any:
+def _outlines(batch: Sequence[Any]) -> Any:
     """The shapes and types of a batch."""
-    return tuple((each.shape, each.dtype) for each in data_of(given))
+    return tuple((array.shape, array.dtype) for array in arrays_in(batch))
+
+
+def _part(batch: Sequence[Any], rows: slice) -> Any:
+    """These rows of a batch."""
+    return with_arrays(tuple(batch), iter([array[rows] for array in arrays_in(batch)]))
 
 
 def _training_form(model: Layer) -> Layer:
@@ -804,20 +798,18 @@ class _Run:
 
     def begin(self, rng: Rng) -> None:
         """Begin anew, or where the checkpoint stands."""
-        found = None if self.path is None or not self.path.exists() else read_run(self.path)
-        given = None if rng is None else _seed(rng)
-        if found is None:
-            self.seed = _seed(None) if given is None else given
+        seed = None if rng is None else _seed(rng)
+        if self.path is None or not self.path.exists():
+            self.seed = _seed(None) if seed is None else seed
             return
-        arrays, about = found
-        wanted = self._fingerprint()
-        for what, value in wanted.items():
+        arrays, about = read_run(self.path)
+        for what, value in self._fingerprint().items():
             if about["of"].get(what) != value:
                 raise CheckpointError(
                     f"{self.path} is of a run with another {what}: {about['of'].get(what)!s:.200}, "
                     f"not {value!s:.200}; another file, or the same {what}, goes on"
                 )
-        if given is not None and given != about["seed"]:
+        if seed is not None and seed != about["seed"]:
             raise CheckpointError(f"{self.path} is of a run with another rng, {about['seed']}")
         self.seed, self.epoch, self.at = about["seed"], about["epoch"], about["batch"]
         self.total, self.seconds, self.history = about["total"], about["seconds"], about["history"]
@@ -836,22 +828,20 @@ class _Run:
         if self.lowest_epoch:
             due |= {f"best.{n}": a for n, a in now.items()}
         for name in sorted(due.keys() | arrays.keys()):
-            kinds = [
+            wanted, came = (
                 f"{x[name].dtype}{list(x[name].shape)}" if name in x else "nothing"
                 for x in (due, arrays)
-            ]
-            if kinds[0] != kinds[1]:
+            )
+            if came != wanted:
                 raise CheckpointError(
-                    f"{self.path} does not hold this run: {name} is {kinds[1]}, not {kinds[0]}"
+                    f"{self.path} does not hold this run: {name} is {came}, not {wanted}"
                 )
 
         def part(prefix: str) -> dict[str, Array]:
-            found = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-            if trainer.place == "cpu":
-                return found
-            return {n: to_backend(a, home) for n, a in found.items()}
+            own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            return {n: to_backend(a, home) for n, a in own.items()}
 
-        with home.current() if trainer.place != "cpu" else nullcontext():
+        with home.current():
             trainer.restore(part("now."))
             self.best = part("best.") or None
             for name, value in part("state.").items():
@@ -882,8 +872,8 @@ class _Run:
         trainer = self.trainer
         shapes = {n: [str(p.dtype), *p.shape] for n, p in trainer.arrays.items()}
         data = hashlib.sha256()
-        for each in self.rows.sample():
-            host = asnumpy(each)
+        for array in self.rows.sample():
+            host = asnumpy(array)
             data.update(f"{host.dtype}{host.shape}".encode() + host.tobytes())
         start = hashlib.sha256()
         for p in trainer.model.parameters().values():

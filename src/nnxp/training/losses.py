@@ -17,7 +17,7 @@ from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels import Kernel
 from nnxp.layers._layer import Layer, is_number, is_real
 from nnxp.program import traced
-from nnxp.training.differentiate import evaluated, leaves_of
+from nnxp.training.differentiate import applied, arrays_in, evaluated
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,19 @@ class Loss:
     """
 
     def __call__(self, model: Layer, x: Any, target: Array, weights: Array | None = None) -> Array:
-        given = (x, target) if weights is None else (x, target, weights)
-        for each in given[1:]:
-            if not is_array(each):
+        arrays = (x, target) if weights is None else (x, target, weights)
+        for array in arrays[1:]:
+            if not is_array(array):
                 raise OptionError(
-                    f"a loss takes arrays of targets and weights, not {each!r:.60}; "
+                    f"a loss takes arrays of targets and weights, not {array!r:.60}; "
                     "numpy.asarray makes one of a list"
                 )
-        if not any(map(_is_traced, [*leaves_of(given), *model.parameters().values()])):
-            return evaluated(self, model, *given)
+        flat = [*arrays_in(arrays), *model.parameters().values()]
+        if not any(isinstance(array, traced.ndarray) for array in flat):
+            return evaluated(self, model, *arrays)
         if not target.shape[0]:
             raise ShapeError("there are no rows: a mean over none is no number")
-        if isinstance(x, Mapping):
-            y = model(**x)
-        else:
-            y = model(*x) if isinstance(x, tuple | list) else model(x)
+        y = applied(model, x)
         if not is_array(y):
             raise OptionError(
                 f"the model answers {len(y)} results, but {type(self).__name__} is of one: a loss "
@@ -91,30 +89,21 @@ _ONE_OUTPUT = (
 )
 
 
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, traced.ndarray)
-
-
 def _of_rows(x: Array) -> Array:
     """The mean over all axes but the rows'."""
     return x.mean(axis=tuple(range(1, x.ndim))) if x.ndim > 1 else x
 
 
-def _difference(y: Array, target: Array) -> Array:
-    """y - target, for arrays of one shape; (rows, 1) is taken for (rows,)."""
+def _fitting(target: Array, y: Array) -> Array:
+    """The target in the shape and type of y; (rows, 1) is taken for (rows,)."""
     if y.shape != target.shape:
-        if y.shape == (*target.shape, 1):
-            target = target.reshape(y.shape)
-        elif (*y.shape, 1) != target.shape:
+        if y.shape != (*target.shape, 1) and (*y.shape, 1) != target.shape:
             raise ShapeError(
                 f"the model answers {list(y.shape)}, but the target is {list(target.shape)}: they "
                 "would be broadcast against each other"
             )
-        else:
-            target = target.reshape(y.shape)
-    if target.dtype != y.dtype:
-        target = target.astype(y.dtype)
-    return y - target
+        target = target.reshape(y.shape)
+    return target.astype(y.dtype) if target.dtype != y.dtype else target
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ class MeanSquare(Loss):
     """loss = (y - target)^2, the mean over a row's elements; y and target (rows, ...)."""
 
     def rows(self, y: Array, target: Array) -> Array:
-        return _of_rows(xp_of(y).square(_difference(y, target)))
+        return _of_rows(xp_of(y).square(y - _fitting(target, y)))
 
 
 @dataclass(frozen=True)
@@ -130,7 +119,7 @@ class MeanAbsolute(Loss):
     """loss = |y - target|, the mean over a row's elements; y and target (rows, ...)."""
 
     def rows(self, y: Array, target: Array) -> Array:
-        return _of_rows(xp_of(y).absolute(_difference(y, target)))
+        return _of_rows(xp_of(y).absolute(y - _fitting(target, y)))
 
 
 @dataclass(frozen=True)
@@ -144,7 +133,7 @@ class Huber(Loss):
             raise OptionError(f"Huber's delta is above zero, not {self.delta!r}")
 
     def rows(self, y: Array, target: Array) -> Array:
-        size = xp_of(y).absolute(_difference(y, target))
+        size = xp_of(y).absolute(y - _fitting(target, y))
         near = xp_of(y).minimum(size, self.delta)
         return _of_rows(near * (size - near * 0.5))
 
@@ -270,11 +259,7 @@ class BinaryCrossEntropy(Loss):
 
     def rows(self, y: Array, target: Array) -> Array:
         logits = before(y, (kernels.sigmoid,), "binary_cross_entropy")
-        if target.dtype != logits.dtype:
-            target = target.astype(logits.dtype)
-        if logits.shape != target.shape:
-            _difference(logits, target)  # raises, unless it is (rows, 1) for (rows,)
-            target = target.reshape(logits.shape)
+        target = _fitting(target, logits)
         if self.positive_weight == 1:
             return _of_rows(kernels.softplus(logits) - target * logits)
         ones = target * kernels.softplus(-logits) * self.positive_weight
@@ -292,7 +277,7 @@ def before(y: Array, activations: tuple[Kernel, ...], name: str) -> Array:
     step = y.value.step
     last = step.options.get("activation", step.function)
     if last in activations:
-        inputs = [traced.lifted(each) for each in step.inputs]
+        inputs = [traced.lifted(x) for x in step.inputs]
         if step.function is last:
             return inputs[0]
         return step.function(*inputs, **step.options | {"activation": kernels.identity})  # type: ignore[operator]

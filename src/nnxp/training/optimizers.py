@@ -37,6 +37,8 @@ class Optimizer:
     """
 
     state: ClassVar[tuple[str, ...]] = ()
+    decoupled: ClassVar[bool] = False
+    """Whether the rule itself decays p, apart from its gradient."""
 
     rate: Rate = 1e-2
     decay: float = 0.0
@@ -93,7 +95,8 @@ class Optimizer:
         for name, p in parameters.items():
             kept = [state[f"{own}.{name}"] for own in self.state]
             for part, g, *own in chunks(p, gradients[name], *kept):
-                self.step(part, self._decayed(part, g), *own, t=t)
+                decays = self.decay and not self.decoupled
+                self.step(part, g + self.decay * part if decays else g, *own, t=t)
 
     def _check_parameter(self, name: str, p: Array, g: Array, state: Mapping[str, Array]) -> None:
         if not (is_array(p) and is_array(g) and is_floating(p.dtype)):
@@ -111,9 +114,6 @@ class Optimizer:
             raise OptionError(f"{name} is changed in place, but may not be written to: p.copy()")
         if not state.keys() >= {"steps", *(f"{own}.{name}" for own in self.state)}:
             raise OptionError(f"the state is not of {name}: optimizer.init(parameters) makes one")
-
-    def _decayed(self, p: Array, g: Array) -> Array:
-        return g + self.decay * p if self.decay else g
 
 
 @dataclass(frozen=True)
@@ -236,15 +236,13 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """p *= 1 - rate * decay, and then Adam's step   [Loshchilov & Hutter 2019, arXiv:1711.05101]"""
 
+    decoupled = True
     decay: float = 1e-2
 
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         if self.decay:
             p *= 1 - self.rate_at(t) * self.decay
         super().step(p, g, *state, t=t)
-
-    def _decayed(self, p: Array, g: Array) -> Array:
-        return g
 
 
 @dataclass(frozen=True)
@@ -255,6 +253,7 @@ class Lion(Optimizer):
     """
 
     state = ("m",)
+    decoupled = True
     rate: Rate = 1e-4
     beta1: float = 0.9
     beta2: float = 0.99
@@ -271,18 +270,6 @@ class Lion(Optimizer):
         p -= rate * xp_of(p).sign(m * self.beta1 + g * (1 - self.beta1))
         m *= self.beta2
         m += g * (1 - self.beta2)
-
-    def _decayed(self, p: Array, g: Array) -> Array:
-        return g
-
-
-def global_norm(gradients: Mapping[str, Array]) -> Array:
-    """The root of the sum of all squares in the gradients, as an array without axes."""
-    squares: Any = [(g * g).sum() for g in gradients.values()]
-    total = squares[0]
-    for each in squares[1:]:
-        total = total + each
-    return xp_of(next(iter(gradients.values()))).sqrt(total)
 
 
 def clip_by_norm(gradients: Mapping[str, Array], most: float) -> dict[str, Array]:
@@ -304,6 +291,7 @@ def clip_by_norm(gradients: Mapping[str, Array], most: float) -> dict[str, Array
         raise OptionError("there are no gradients to clip")
     if not (is_real(most) and most > 0):
         raise OptionError(f"gradients are clipped to a norm above zero, not {most!r}")
-    norm = global_norm(gradients)
-    scale = xp_of(next(iter(gradients.values()))).minimum(most / (norm + 1e-12), 1)
+    xp = xp_of(next(iter(gradients.values())))
+    norm = xp.sqrt(sum((g * g).sum() for g in gradients.values()))
+    scale = xp.minimum(most / (norm + 1e-12), 1)
     return {name: g * scale for name, g in gradients.items()}

@@ -37,7 +37,19 @@ class Warmup:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class _Ramp:
+    """From one rate to another in so many steps."""
+
+    rate: float
+    steps: int
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, "rate", "last", least=0)
+        _check(self, "steps")
+
+
+class Cosine(_Ramp):
     """From `rate` down to `last` in `steps` steps, along half a cosine, and `last` from then on.
 
     At step t it is last + (rate - last) (1 + cos(pi t / steps)) / 2.
@@ -47,35 +59,18 @@ class Cosine:
     [Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts]
     """
 
-    rate: float
-    steps: int
-    last: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self, "rate", "last", least=0)
-        _check(self, "steps")
-
     def __call__(self, step: int) -> float:
         done = min(1.0, step / self.steps)
         return self.last + (self.rate - self.last) * (1 + cos(pi * done)) / 2
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(_Ramp):
     """From `rate` to `last` in `steps` steps, in a straight line, and `last` from then on.
 
     At step t it is rate + (last - rate) t / steps.
 
         nnxp.schedules.Linear(1e-2, 100)(50) == 5e-3
     """
-
-    rate: float
-    steps: int
-    last: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self, "rate", "last", least=0)
-        _check(self, "steps")
 
     def __call__(self, step: int) -> float:
         return self.rate + (self.last - self.rate) * min(1.0, step / self.steps)
@@ -168,8 +163,8 @@ def _check(schedule: Any, *names: str, least: float | None = None) -> None:
     """Raise OptionError unless these are finite numbers, at least so much or else above zero."""
     for name in names:
         value = getattr(schedule, name)
-        known = isinstance(value, Real) and value < inf
-        if not (known and (value > 0 if least is None else value >= least)):
+        finite = isinstance(value, Real) and value < inf
+        if not (finite and (value > 0 if least is None else value >= least)):
             range_ = "above zero" if least is None else f"{least:g} or more"
             raise OptionError(
                 f"{name} of {type(schedule).__name__} is a number, {range_}, not {value!r:.60}"
@@ -179,7 +174,7 @@ def _check(schedule: Any, *names: str, least: float | None = None) -> None:
 def rate_at(rate: Rate, step: int) -> float:
     """The rate after so many steps; OptionError unless it is 0 or more, and finite."""
     value: Any = rate(step) if callable(rate) else rate
-    known = isinstance(value, Real)
-    if not (known and 0 <= value < inf):
+    finite = isinstance(value, Real)
+    if not (finite and 0 <= value < inf):
         raise OptionError(f"a learning rate is 0 or more, not {value!r} at step {step}")
     return float(value)

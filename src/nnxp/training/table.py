@@ -16,7 +16,7 @@ from nnxp._progress import Progress
 from nnxp.backend import Backend
 from nnxp.engine import predict
 from nnxp.io.rows import TABLES
-from nnxp.io.tables import Reading, Table, ending, open_table
+from nnxp.io.tables import Reading, ending, open_table
 from nnxp.layers._layer import Layer
 from nnxp.layers.columns import Take
 from nnxp.layers.containers import Sequential
@@ -155,12 +155,12 @@ def train_on_table(
     model = Sequential(
         first, *layers, columns=names, classes=None if classes is None else classes.tolist()
     )
-    found = _score(model, x[unseen], values[unseen], values[seen], classes)
+    scores = _score(model, x[unseen], values[unseen], values[seen], classes)
     report = TableReport(
         title, "numbers" if classes is None else "classes",
         list(names) if names else [str(i) for i in range(x.shape[1])],
         None if classes is None else classes.tolist(),
-        len(seen), len(unseen), *found, fitted.history,
+        len(seen), len(unseen), *scores, fitted.history,
     )  # fmt: skip
     return model, report
 
@@ -177,9 +177,9 @@ def _read(
     inputs = [i for i in asked if i != index]
     if not inputs:
         raise OptionError(f"{path} has no column beside the target {target!r} to learn from")
-    header = any(whole.names)
+    header = getattr(whole, "header", reading.header)  # as was found out, of a text
     try:
-        table = open_table(path, replace(reading, columns=inputs, header=_header(whole, reading)))
+        table = open_table(path, replace(reading, columns=inputs, header=header))
         blocks = list(table)
     except RowsError as error:
         raise OptionError(f"{error} (--columns names the columns to learn from)") from error
@@ -191,17 +191,12 @@ def _read(
             f"{path}: row {row} has {x[row, column]} in column {name!r}, which nothing can be "
             "learned from: --missing 0 reads what is missing as a number"
         )
-    names = tuple(whole.names[i] for i in inputs) if header else None
+    names = tuple(whole.names[i] for i in inputs) if any(whole.names) else None
     try:
         values = whole.column(index)
     except RowsError as error:
         raise OptionError(f"{error}, the target's") from error
     return x, values, names, whole.names[index] or str(index)
-
-
-def _header(table: Table, reading: Reading) -> bool | None:
-    """Whether the first line holds names, as was found out; None for what is no text."""
-    return getattr(table, "header", reading.header)
 
 
 def _classes(values: HostArray, task: str, title: str) -> HostArray | None:
@@ -214,18 +209,20 @@ def _classes(values: HostArray, task: str, title: str) -> HostArray | None:
         raise OptionError(
             f"the target {title!r} holds {values[0]!s:.40}, which is no number: --task classes"
         )
-    found: HostArray = np.unique(values)
-    if task == "numbers" or (task == "auto" and numbers and not _are_classes(found)):
+    classes: HostArray = np.unique(values)
+    whole = numbers and bool((classes == np.rint(classes)).all())
+    few = whole and len(classes) <= MOST_CLASSES
+    if task == "numbers" or (task == "auto" and numbers and not few):
         return None
-    if numbers and (found == np.rint(found)).all():
-        found = found.astype("int64")
-    if len(found) < 2:
-        raise OptionError(f"the target {title!r} is {found[0]!s:.60} in every row")
-    if len(found) * 2 > len(values):
+    if whole:
+        classes = classes.astype("int64")
+    if len(classes) < 2:
+        raise OptionError(f"the target {title!r} is {classes[0]!s:.60} in every row")
+    if len(classes) * 2 > len(values):
         raise OptionError(
-            f"the target {title!r} has {len(found)} classes in {len(values)} rows: too many"
+            f"the target {title!r} has {len(classes)} classes in {len(values)} rows: too many"
         )
-    return found
+    return classes
 
 
 def _split(values: HostArray, seed: int) -> tuple[HostArray, HostArray, HostArray]:
@@ -235,10 +232,6 @@ def _split(values: HostArray, seed: int) -> tuple[HostArray, HostArray, HostArra
     place = np.arange(len(values)) % 10
     out, valid = np.isin(place, HELD_OUT), np.isin(place, VALIDATION)
     return ranked[out], ranked[valid], ranked[~(out | valid)]
-
-
-def _are_classes(found: HostArray) -> bool:
-    return len(found) <= MOST_CLASSES and bool((found == np.rint(found)).all())
 
 
 def _network(
