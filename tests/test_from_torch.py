@@ -579,9 +579,13 @@ class Branches(nn.Module):
 
 
 class Aliased(nn.Module):
+    def __init__(self, view):
+        super().__init__()
+        self.view = view
+
     def forward(self, x):
         y = x * 2
-        view = y.view(-1)
+        view = self.view(y, x)
         y.add_(1)
         return view
 
@@ -589,7 +593,14 @@ class Aliased(nn.Module):
 REFUSED = {
     "no module": (lambda: 3, "takes a torch.nn.Module"),
     "control flow": (Branches, "cannot be traced"),
-    "a write seen through a view": (Aliased, "writes into an array that view looks at"),
+    "a write seen through a view": (
+        lambda: Aliased(lambda y, x: y.view(-1)),
+        "writes into an array that view looks at",
+    ),
+    "a write seen through a shape": (
+        lambda: Aliased(lambda y, x: y.reshape_as(x)),
+        "writes into an array that reshape_as looks at",
+    ),
     "time first": (lambda: nn.LSTM(3, 4), "batch_first=True"),
     "max_norm": (lambda: nn.Embedding(3, 4, max_norm=1.0), "max_norm"),
     "bias_kv": (

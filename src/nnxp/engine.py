@@ -35,7 +35,7 @@ from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.kernels import Kernel
 from nnxp.kernels._dispatch import check_precision
-from nnxp.layers._layer import Layer, whole
+from nnxp.layers._layer import Layer, row_count, whole
 from nnxp.program.fused import as_counted, fused
 from nnxp.program.mixing import expanded_as_needed, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
@@ -209,7 +209,7 @@ class Engine:
             return tuple(map(convert, answers)) if isinstance(answers, tuple) else convert(answers)
         columns = getattr(self.model, "columns", None)
         sources = tuple(in_order(source_of(x), columns) for x in present)
-        rows = _row_count(self.model, sources)
+        rows = row_count(self.model, sources)
         input_types = _input_types(self.model, inputs, sources)
         prepared = self._first().prepared(input_types, rows)
         results = _results(out, rows, prepared, sources)
@@ -338,7 +338,7 @@ class Engine:
                 )
             if not is_numeric(array.dtype):
                 raise DtypeMismatch(f"rows are real numbers, but x is {array.dtype}")
-        rows = _row_count(replica.model, arrays)
+        rows = row_count(replica.model, arrays)
         prepared = replica.prepared(_input_types(replica.model, inputs, arrays), rows)
         outlines = prepared.program.outline(rows)
         outs = _device_results(out, outlines, prepared, backend)
@@ -805,13 +805,6 @@ def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
     if inputs[0] is None:
         raise OptionError(f"{model!r:.200} takes {', '.join(names)}, but {names[0]} is None")
     return inputs
-
-
-def _row_count(model: Layer, inputs: Sequence[Any]) -> int:
-    counts = [int(x.shape[0]) for x in inputs]
-    if len(set(counts)) > 1:
-        raise ShapeError(f"{model!r:.200} takes inputs of as many rows each, not {counts}")
-    return counts[0]
 
 
 def _input_types(model: Layer, inputs: Sequence[Any], sources: Sequence[Any]) -> InputTypes:

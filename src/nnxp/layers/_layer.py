@@ -12,7 +12,7 @@ import inspect
 import operator
 import os
 import traceback
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache, cached_property, wraps
 from math import isfinite
@@ -852,8 +852,7 @@ def _check(layer: Layer, inputs: tuple[Any, ...]) -> None:
     if not arrays:
         came = ", ".join(f"{x!r:.60}" for x in inputs) or "nothing"
         raise ShapeError(f"{layer} takes (rows, ...) but got {came}")
-    if len({len(x) for x in arrays}) > 1:
-        raise ShapeError(f"{layer}: the inputs have {[len(x) for x in arrays]} rows")
+    row_count(layer, arrays)
     with suppress(Untraceable):  # then the formula itself says what fits
         program = layer.program(*map(outline_of, inputs))
         if len(arrays) == 1 and type(arrays[0]) is np.ndarray:
@@ -923,6 +922,18 @@ def check_weight(layer: Any, form: str, axes: Container[int]) -> None:
         raise ShapeError(
             f"{type(layer).__name__} takes weight {form}, bias (outputs,); got {weight} and {bias}"
         )
+
+
+def row_count(model: Layer, inputs: Sequence[Any]) -> int:
+    """The rows of all inputs; ShapeError unless they are as many in each."""
+    counts = [int(x.shape[0]) for x in inputs]
+    if len(set(counts)) > 1:
+        raise ShapeError(
+            f"{model!r:.200} takes inputs of as many rows each, not {counts}; numpy.broadcast_to "
+            "repeats what is one for all rows, such as a mask of (1, 1, time, time), and "
+            "nnxp.Engine(model).whole(*inputs) takes inputs as they are"
+        )
+    return counts[0]
 
 
 def whole(what: str, value: Any, least: int = 1) -> int:

@@ -24,8 +24,9 @@ MAKERS: dict[str, Callable[..., Any]] = {}
 """Functions that make arrays: they take the library first."""
 
 VIEWS = frozenset(
-    """chunk clone dropout expand expand_as flatten getitem movedim narrow permute reshape select
-    split squeeze t to transpose unbind unflatten unsqueeze view_as float double""".split()
+    """chunk clone dropout expand expand_as flatten getitem movedim narrow permute reshape
+    reshape_as select split squeeze t to transpose unbind unflatten unsqueeze view_as float
+    double""".split()
 )
 """What may answer the memory of its first argument."""
 
