@@ -765,6 +765,7 @@ def test_convolutions_whose_weights_change_and_their_gradients(window, groups, p
     how = options | {"window": window, "groups": groups}
     run_in_place(kernels.conv_weight_gradient, x, dy, **how)
     run_in_place(kernels.conv_weight_gradient, x[::-1], np.asfortranarray(dy), **how)
+    run_in_place(kernels.conv_weight_gradient, x[:0], dy[:0], **how)
 
 
 @only_onednn

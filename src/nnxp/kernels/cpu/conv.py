@@ -142,6 +142,9 @@ def conv_weight_gradient_in_place(
     work = prod(over.positions) * prod(weight.shape)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray, dy: HostArray) -> None:
+        if not len(x):
+            out[...] = 0
+            return
         plan = planned(onednn.threads_for(len(x) * work), len(x))
         assert plan is not None, "oneDNN planned it for one row"
         plan(np.ascontiguousarray(x), np.ascontiguousarray(dy), out)
