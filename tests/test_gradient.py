@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -698,3 +699,20 @@ def test_what_was_picked_gets_its_gradient_back_at_every_call(name):
                 moved.append(float(PICKED[name](own * x)))
             slope = (moved[0] - moved[1]) / 2e-6
             assert abs(gradients["weight"][at] - slope) < 1e-7 * max(1, abs(slope)), at
+
+
+def test_one_function_of_gradients_may_be_called_by_several_threads():
+    step = nnxp.value_and_gradients(lambda model, x: (model(x) ** 2).mean())
+    model = nnxp.Sequential(nnxp.Dense(3, 4, "tanh", rng=0), nnxp.Dense(4, 2, rng=1))
+    batches = [normal(5, 3, seed=i).astype("float32") for i in range(4)]
+    alone = [step(model, x) for x in batches]
+
+    def often(i):
+        return [step(model, batches[i]) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for (loss, gradients), made in zip(alone, threads.map(often, range(4)), strict=True):
+            for y, by_name in made:
+                assert y == loss
+                for name, gradient in gradients.items():
+                    np.testing.assert_array_equal(by_name[name], gradient)

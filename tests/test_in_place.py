@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -21,7 +22,7 @@ from nnxp.kernels._dispatch import Given
 from nnxp.kernels.cpu import _pieces, _small, conv, onednn, pool
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
-from nnxp.training.differentiate import write_out
+from nnxp.training.differentiate import LossRunner, write_out
 
 
 @pytest.fixture(autouse=True, params=["NumPy", "oneDNN"])
@@ -785,7 +786,7 @@ def test_weights_that_change_are_those_of_their_thread(monkeypatch):
         for _ in range(10):
             with onednn.sharing_threads() if seed % 2 else nullcontext():
                 body.run(y, np.empty(body.room(33), "uint8"), x, weight)
-                back.run(dw, np.empty(0, "uint8"), x, dy * np.float32(seed + 1))
+                back.run(dw, np.empty(back.room(33), "uint8"), x, dy * np.float32(seed + 1))
         return weight, y, dw
 
     with ThreadPoolExecutor(4) as threads:
@@ -832,3 +833,67 @@ def test_a_training_step_runs_convolutions_and_pools_by_bodies_in_place():
 
 def loss_of(model, x, y):
     return ((model(x) - y) ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "order"),
+    [(256, 512, 8, (0, 1, 2, 3)), (64, 8, 64, (0, 2, 3, 1))],
+)
+def test_a_training_step_takes_the_memory_that_it_says(channels, outputs, size, order):
+    """Where weights are laid out anew, and where pictures are copied to lie in one piece."""
+
+    def loss(model, x):
+        return (model(x.transpose(order)) ** 2).mean()
+
+    layer = nnxp.Conv(channels, outputs, (3, 3), stride=2, padding=1, rng=0)
+    shape = [4, 0, 0, 0]
+    for at, n in zip(order, (4, size, size, channels), strict=True):
+        shape[at] = n
+    x = draw(*shape)
+    written = write_out(loss, layer, (x,), lambda name: True)
+    assert written.bodied.bodies or onednn.why_not() is not None
+    parameters = [layer.parameters()[name] for name in written.inputs]
+    gradients = [np.empty_like(parameters[written.inputs.index(n)]) for n in written.learned]
+    tracemalloc.start()
+    try:
+        runner = LossRunner(written, "cpu")
+        runner(parameters, [x], None, gradients)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.05 * written.working_set + (400 << 10)  # Python's objects, and a plan's own
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_no_channels_have_gradients_of_none(groups):
+    def run(x, weight):
+        return kernels.max_pool(kernels.conv(x, weight, groups=groups), window=(2, 2))
+
+    x, weight = draw(2, 6, 6, 0), draw(3, 3, 0, 4)
+    y, back = nnxp.vjp(run, x, weight)
+    dx, dw = back(np.ones_like(y))
+    assert (dx.shape, dw.shape) == (x.shape, weight.shape)
+    pooled, back = nnxp.vjp(partial(kernels.max_pool, window=(2, 2)), x)
+    assert back(pooled).shape == x.shape
+    assert nnxp.Engine(nnxp.MaxPool((2, 2)), "cpu")(x).shape == (2, 3, 3, 0)
+
+
+class OfWeight(nnxp.Layer):
+    """A convolution by a weight that lies as it is given."""
+
+    weight: Array
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, x):
+        return kernels.conv(x, self.weight)
+
+
+@pytest.mark.parametrize("strides", [(8, 4, 8), (4, 4, 4), (0, 0, 0), (-8, 4, -4)])
+def test_constant_weights_may_lie_in_any_way_in_memory(strides):
+    """Their elements may overlap, also so that they span as much as they hold."""
+    memory = draw(64)[32:]
+    weight = np.lib.stride_tricks.as_strided(memory, (3, 1, 3), strides)
+    layer, x = OfWeight(weight), draw(2, 9, 1)
+    np.testing.assert_allclose(recorded(layer, x), layer(x), rtol=1e-5, atol=1e-5)

@@ -375,3 +375,17 @@ def test_a_named_tuple_stays_one_wherever_the_model_goes():
         assert other.window is layer.window
     np.testing.assert_array_equal(layer.astype("float64")(X.astype("float64")), X.clip(-0.5, 0.5))
     assert layer.training() is layer
+
+
+class Misspelt(nnxp.Layer):
+    def __call__(self, x):
+        return nnxp.kernels.conv(x, np.ones((3, 4, 1), x.dtype), strides=2)
+
+
+def test_a_misspelt_option_of_a_kernel_is_named_with_the_kernel():
+    x = np.ones((6, 9, 4), "float32")
+    for run in (Misspelt(), nnxp.Engine(Misspelt(), "cpu")):
+        with pytest.raises(
+            (TypeError, nnxp.ShapeError), match=r"conv\(\) got an unexpected.*strides"
+        ):
+            run(x)

@@ -64,7 +64,7 @@ def conv(
             seen = x[(slice(None), *(slice(None, None, s) for s in over.stride))]
         else:
             seen = patches(x, over).reshape(x.shape[0], *over.positions, prod(weight.shape[:-1]))
-        matrix = weight.reshape(-1, weight.shape[-1])
+        matrix = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
         return linear(seen, matrix, bias, activation=activation, precision=precision)
     apart = weight.shape[-2] == 1
     y = _by_channel(x, weight, over) if apart else _by_group(x, weight, over, groups)
@@ -77,16 +77,13 @@ def _conv_outline(
     weight: Array,
     bias: Array | None = None,
     *,
-    stride: PerAxis = 1,
-    padding: Padding = 0,
-    dilation: PerAxis = 1,
     groups: int = 1,
-    **_: Any,
+    activation: Kernel = identity,
+    precision: str | None = None,
+    **options: Any,
 ) -> tuple[Shape, Any] | None:
     _fitting("conv", x, weight, groups)
-    window = weight.shape[:-2]
-    over = windows("conv", x, window, stride=stride, padding=padding, dilation=dilation)
-    outputs = weight.shape[-1:]
+    over, outputs = windows("conv", x, weight.shape[:-2], **options), weight.shape[-1:]
     if bias is not None and (bias.shape, bias.dtype) != (outputs, x.dtype):
         return None
     if weight.dtype != x.dtype or not is_floating(x.dtype):
@@ -96,42 +93,22 @@ def _conv_outline(
 
 @conv.vjp
 def _conv(
-    dy: Array,
-    y: Array,
-    x: Array,
-    weight: Array,
-    bias: Array | None = None,
-    *,
-    stride: PerAxis = 1,
-    padding: Padding = 0,
-    dilation: PerAxis = 1,
-    groups: int = 1,
-    precision: str | None = None,
-) -> tuple[Array | None, ...]:
+    dy: Array, y: Array, x: Array, weight: Array, bias: Array | None = None, **options: Any
+) -> tuple[Array, ...]:
     """By x the transposed convolution of dy, by the weight a product with what windows see of x.
 
-    [Dumoulin & Visin 2016, section 4]
+    [Dumoulin & Visin 2016, section 4] An activation is differentiated as a step of its own.
     """
-    window = weight.shape[:-2]
-    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
-    options |= {"groups": groups, "precision": precision}
-    dx = _back_to(x, dy, weight, **options)
-    return dx, conv_weight_gradient(x, dy, window=window, **options), dy
+    dw = conv_weight_gradient(x, dy, window=weight.shape[:-2], **options)
+    return _transposed(x, dy, weight, **options), dw, dy
 
 
-def _back_to(
-    x: Array,
-    dy: Array,
-    weight: Array,
-    *,
-    stride: PerAxis = 1,
-    padding: Padding = 0,
-    dilation: PerAxis = 1,
-    groups: int = 1,
-    precision: str | None = None,
-) -> Array:
-    """The transposed convolution of dy that has the shape of x, which was convolved."""
-    over = windows("conv", x, weight.shape[:-2], stride=stride, padding=padding, dilation=dilation)
+def _transposed(
+    x: Array, dy: Array, weight: Array, *, groups: int = 1, precision: str | None = None,
+    **options: Any,
+) -> Array:  # fmt: skip
+    """The transposed convolution of dy, in the shape of x, which was convolved."""
+    over = windows("conv", x, weight.shape[:-2], **options)
     sizes = zip(x.shape[1:-1], over.pads, over.positions, over.stride, over.reach, strict=True)
     unseen = tuple(n + sum(pads) - (p - 1) * s - r for n, pads, p, s, r in sizes)
     return conv_transpose(
@@ -172,10 +149,10 @@ def conv_weight_gradient(
         "conv_weight_gradient", x, window, stride=stride, padding=padding, dilation=dilation
     )
     inputs, outputs = x.shape[-1] // groups, dy.shape[-1]
-    seen = patches(padded(x, over.pads), over)
+    seen, count = patches(padded(x, over.pads), over), x.shape[0] * prod(over.positions)
     if groups == 1:
-        lines = seen.reshape(-1, prod(window) * inputs)
-        made = matmul(lines.swapaxes(0, 1), dy.reshape(-1, outputs), precision=precision)
+        lines = seen.reshape(count, prod(window) * inputs)
+        made = matmul(lines.swapaxes(0, 1), dy.reshape(count, outputs), precision=precision)
         return made.reshape(*window, inputs, outputs)
     if inputs == 1 and groups == outputs:
         at = ascii_letters[: len(window) + 1]
@@ -183,8 +160,8 @@ def conv_weight_gradient(
         sums = [xp_of(x).einsum(f"{at}Z,{at}Z->Z", element, dy) for element in elements]
         return xp_of(x).stack(sums).reshape(*window, 1, outputs)
     apart = xp_of(x).moveaxis(seen.reshape(*seen.shape[:-1], groups, inputs), -2, 0)
-    lines = apart.reshape(groups, -1, prod(window) * inputs)
-    worth = dy.reshape(-1, groups, outputs // groups).swapaxes(0, 1)
+    lines = apart.reshape(groups, count, prod(window) * inputs)
+    worth = dy.reshape(count, groups, outputs // groups).swapaxes(0, 1)
     made = matmul(lines.swapaxes(1, 2), worth, precision=precision)
     made = xp_of(x).moveaxis(made, 0, 1)
     return made.reshape(*window, inputs, outputs)
@@ -195,7 +172,7 @@ def _conv_weight_gradient(
     d: Array, dw: Array, x: Array, dy: Array, *, window: tuple[int, ...], **options: Any
 ) -> tuple[Array, Array]:
     """It is linear in both: d is the weight of the convolutions that it passes back."""
-    return _back_to(x, dy, d, **options), conv(x, d, **options)
+    return _transposed(x, dy, d, **options), conv(x, d, **options)
 
 
 @kernel
@@ -253,8 +230,9 @@ def _by_group(x: Array, weight: Array, over: Windows, groups: int) -> Array:
     *rows, _ = x.shape
     apart = xp_of(x).moveaxis(x.reshape(*rows, groups, inner), -2, 0)
     seen = patches(apart.reshape(groups * rows[0], *rows[1:], inner), over)
-    seen = seen.reshape(groups, -1, prod(over.window) * inner)
-    stacked = weight.reshape(-1, groups, outputs // groups).swapaxes(0, 1)
+    each = prod(over.window) * inner
+    seen = seen.reshape(groups, rows[0] * prod(over.positions), each)
+    stacked = weight.reshape(each, groups, outputs // groups).swapaxes(0, 1)
     y = xp_of(x).matmul(seen, stacked)
     return y.swapaxes(0, 1).reshape(rows[0], *over.positions, outputs)
 

@@ -21,7 +21,7 @@ from nnxp._errors import located
 from nnxp._library import KINDS, WITH_OUT
 from nnxp.kernels._dispatch import Given, InPlace, Kernel
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import copy, zeros
+from nnxp.kernels.cpu._pieces import aligned, copy, zeros
 from nnxp.kernels.cpu._small import TINY, Weight, columns_at_once
 from nnxp.program.program import Costs, Program, as_said, expanded, multiply_adds, scaled, sized
 from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record, value_of
@@ -229,7 +229,7 @@ class _Lines:
         results = [Local(f"y{i}") for i in range(len(program.outputs))]
         layout = Layout(program, rows)
         buffers = [np.empty(size, "uint8") for size in layout.sizes]
-        scratch = np.empty(layout.scratch, "uint8")
+        scratch = aligned((layout.scratch,), "uint8")
         self.names["memory"] = scratch, *buffers  # a call that is bound to it does not keep it
         self.nbytes = sum(layout.sizes) + scratch.nbytes
         for value, dtype, name in zip(program.inputs, dtypes, inputs, strict=True):

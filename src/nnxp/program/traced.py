@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -485,6 +486,10 @@ def outline(step: Step) -> Any:
 def _kernel(kernel: Kernel, step: Step) -> Any:
     """A kernel's results are as its reference body makes them, or as it says itself."""
     if kernel.outlines is not None:
+        try:
+            signature(kernel.reference).bind(*step.inputs, **step.options)
+        except TypeError as error:
+            raise TypeError(f"{kernel.__name__}() {error}") from None
         arrays = [lifted(x) for x in step.inputs]
         outlines = kernel.outlines(*arrays, **step.options)
         if outlines is not None:

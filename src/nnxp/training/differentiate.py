@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from operator import is_
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -279,11 +280,13 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
     if not callable(loss):
         raise OptionError(f"a loss is a function (model, x, target) -> number, not {loss!r:.60}")
     runners: dict[Any, tuple[Layer, LossRunner]] = {}
+    one_at_a_time = RLock()  # a runner has one set of buffers
 
     def both(model: Layer, *arrays: Any, rng: Rng = None) -> tuple[Array, dict[str, Array]]:
-        runner = _runner(runners, loss, model, arrays, lambda name: True)
-        random = generator(rng) if runner.written.drawn and rng is not None else None
-        y, _, gradients = runner.over(model, arrays, random)
+        with one_at_a_time:
+            runner = _runner(runners, loss, model, arrays, lambda name: True)
+            random = generator(rng) if runner.written.drawn and rng is not None else None
+            y, _, gradients = runner.over(model, arrays, random)
         by_name = dict(zip(runner.written.learned, gradients, strict=True))
         return y, {name: by_name[own] for name, own in runner.written.names.items()}
 

@@ -51,23 +51,27 @@ def conv_in_place(
     over = _taken(x, weight, bias, groups, **options)
     if over is None or weight.shape[-1] % groups:
         return None  # the reference body says what is wrong
-    planned, constant = None, _are_constant(weight, bias)
-    if not constant or not _transforms(weight.shape, over):
-        planned = _by_onednn(x.shape[1:-1], weight, over, bias, activation, groups)
-    if planned is not None or not constant:
+    space = x.shape[1:-1]
+    if not _are_constant(weight, bias):
+        return _with_changing_weights(space, weight, over, bias, activation, groups)
+    numbers, shift = np.asarray(weight.numbers), None if bias is None else bias.numbers
+    planned = None
+    if not _transforms(weight.shape, over):
+        planned = _by_onednn(space, numbers, over, shift, activation, groups)
+    if planned is not None:
         return planned
-    shift = None if bias is None else bias.numbers
-    return _by_ourselves(x.shape[1:-1], weight.numbers, over, shift, activation, groups)
+    numbers = np.ascontiguousarray(numbers)
+    return _by_ourselves(space, numbers, over, shift, activation, groups)
 
 
 def _by_ourselves(
-    space: Shape, numbers: Any, over: Windows, bias: HostArray | None, activation: Kernel,
+    space: Shape, numbers: HostArray, over: Windows, bias: HostArray | None, activation: Kernel,
     groups: int,
 ) -> InPlace | None:  # fmt: skip
     """Without oneDNN: for windows over one or two axes, in one group, with a group for each
     channel, or in any groups where a window is one element."""
     apart = groups > 1 and numbers.shape[-2] == 1 and groups == numbers.shape[-1]
-    axes, numbers = len(over.window), np.ascontiguousarray(numbers)
+    axes = len(over.window)
     if axes > 2 or (groups > 1 and not apart and not _alone(over)):
         return None
     finish = Finish(bias, activation, numbers.dtype)
@@ -112,12 +116,13 @@ def conv_max_pool_in_place(
         return None  # the reference body says what is wrong
     if not _are_constant(weight, bias) or (groups == 1 and _transforms(weight.shape, over)):
         return None
-    space = x.shape[1:-1]
-    planned = _by_onednn(space, weight, over, bias, activation, groups, window)
+    numbers, space = np.asarray(weight.numbers), x.shape[1:-1]
+    shift = None if bias is None else bias.numbers
+    planned = _by_onednn(space, numbers, over, shift, activation, groups, window)
     if planned or groups != 1 or _alone(over):
         return planned
-    finish = Finish(None if bias is None else bias.numbers, activation, x.dtype)
-    body = _by_patches(space, np.ascontiguousarray(weight.numbers), over, finish, window)
+    numbers = np.ascontiguousarray(numbers)
+    body = _by_patches(space, numbers, over, Finish(shift, activation, x.dtype), window)
     return InPlace(lambda out, scratch, x, *_: body.run(out, scratch, x), body.room)
 
 
@@ -136,20 +141,65 @@ def conv_weight_gradient_in_place(
     over = _taken(x, weight, None, groups, **options)
     if over is None or not plain(x, dy) or not _has_onednn(x.dtype):
         return None
-    planned = onednn.weight_gradient(onednn.Pictures(x.shape[1:-1], weight.shape, over, groups))
+    planned = onednn.weight_gradient(onednn.Convolution(x.shape[1:-1], weight.shape, over, groups))
+    shapes = x.shape[1:], dy.shape[1:]
+    work = prod(over.positions) * prod(weight.shape)
     if planned is None:
         return None
-    work = prod(over.positions) * prod(weight.shape)
+    return _all_at_once(planned, work, lambda rows: [(rows, *shape) for shape in shapes])
 
-    def run(out: HostArray, scratch: HostArray, x: HostArray, dy: HostArray) -> None:
-        if not len(x):
+
+def _with_changing_weights(
+    space: Shape, weight: Given, over: Windows, bias: Given | None, activation: Kernel, groups: int
+) -> InPlace | None:
+    """By oneDNN; None where it has no fast way."""
+    if not _has_onednn(weight.dtype):
+        return None
+    problem = onednn.Convolution(space, weight.shape, over, groups)
+    planned = onednn.changing_convolution(problem, bias is not None, activation)
+    if planned is None:
+        return None
+    seen, biases = (*space, weight.shape[-2] * groups), [] if bias is None else [bias.shape]
+    work = prod(over.positions) * prod(weight.shape)
+    body = _all_at_once(planned, work, lambda rows: [(rows, *seen), weight.shape, *biases])
+    finish = Finish(None, identity if activation in onednn.FUSED else activation, weight.dtype)
+
+    def run(out: HostArray, scratch: HostArray, *arrays: HostArray | None) -> None:
+        body.run(out, scratch, *(array for array in arrays if array is not None))
+        finish(out.reshape(-1, out.shape[-1]))
+
+    def bytes_for(rows: int) -> int:
+        made = rows * prod(over.positions) * weight.shape[-1] * weight.dtype.itemsize
+        return max(body.room(rows), finish.room(made))
+
+    return InPlace(run, bytes_for, body.work)
+
+
+def _all_at_once(
+    planned: onednn.Planned[onednn.Relaid], work: int, shapes: Callable[[int], list[Shape]]
+) -> InPlace:
+    """What oneDNN makes of arrays of these shapes, which are copied where they are not in one
+    piece; `work` is multiply-adds for each row."""
+
+    def run(out: HostArray, scratch: HostArray, *arrays: HostArray) -> None:
+        rows = len(arrays[0])
+        if not rows:
             out[...] = 0
             return
-        plan = planned(onednn.threads_for(len(x) * work), len(x))
+        whole = list(carved(scratch, np.float32, *shapes(rows)))
+        for i, array in enumerate(arrays):
+            if array.flags.c_contiguous:
+                whole[i] = array
+            else:
+                copy(array, whole[i])
+        plan = planned(onednn.threads_for(rows * work), rows)
         assert plan is not None, "oneDNN planned it for one row"
-        plan(np.ascontiguousarray(x), np.ascontiguousarray(dy), out)
+        plan(scratch[room(np.float32, *shapes(rows)) :], *whole, out)
 
-    return InPlace(run, lambda rows: 0, lambda rows: rows * work)
+    def bytes_for(rows: int) -> int:
+        return room(np.float32, *shapes(rows)) + planned.scratch
+
+    return InPlace(run, bytes_for, lambda rows: rows * work)
 
 
 def _has_onednn(dtype: np.dtype[Any]) -> bool:
@@ -159,9 +209,9 @@ def _has_onednn(dtype: np.dtype[Any]) -> bool:
 
 def _by_onednn(
     space: Shape,
-    weight: Given,
+    weight: HostArray,
     over: Windows,
-    bias: Given | None,
+    bias: HostArray | None,
     activation: Kernel,
     groups: int,
     pool: Shape = (),
@@ -170,36 +220,26 @@ def _by_onednn(
     way."""
     if not _has_onednn(weight.dtype):
         return None
-    seen_by = onednn.Pictures(space, weight.shape, over, groups)
-    planned: onednn.Planned[Any] | None
-    constant = _are_constant(weight, bias)
-    if constant:
-        shift = None if bias is None else bias.numbers
-        planned = onednn.convolution(seen_by, np.asarray(weight.numbers), shift, activation)
-    else:
-        planned = onednn.changing_convolution(seen_by, bias is not None, activation)
+    problem = onednn.Convolution(space, weight.shape, over, groups)
+    planned = onednn.convolution(problem, weight, bias, activation)
     if planned is None:
         return None
     outputs, dtype = weight.shape[-1], weight.dtype
     seen, made = (*space, weight.shape[-2] * groups), (*over.positions, outputs)
     pooling = max_pool.in_place_for(Given((1, *made), dtype, None), window=pool) if pool else None
     finish = Finish(None, identity if activation in onednn.FUSED else activation, dtype)
-    most = max(1, TOGETHER // (prod(made) * dtype.itemsize))
-    work = prod(over.positions) * prod(weight.shape)
-
-    def together(rows: int) -> int:
-        return max(1, rows if finish.idle and not pool else min(rows, most))
+    pictures = max(1, TOGETHER // (prod(made) * dtype.itemsize))
+    work = prod(over.positions) * weight.size
 
     def shapes(rows: int) -> tuple[Shape, Shape]:
-        return (together(rows), *seen), (together(rows) if pool else 0, *made)
+        together = min(rows, pictures)
+        return (together, *seen), (together if pool else 0, *made)
 
-    def run(out: HostArray, scratch: HostArray, x: HostArray, *weights: HostArray | None) -> None:
+    def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
         own = products = rest = scratch
         if pool or not x.flags.c_contiguous:
             own, products = carved(scratch, dtype, *shapes(len(x)))
             rest = scratch[room(dtype, *shapes(len(x))) :]
-        changing = [] if constant else [np.ascontiguousarray(w) for w in weights if w is not None]
-        pictures = together(len(x))
         for start in range(0, len(x), pictures):
             part, y = x[start : start + pictures], out[start : start + pictures]
             if not part.flags.c_contiguous:
@@ -208,38 +248,38 @@ def _by_onednn(
             whole = y if pooling is None else products[: len(part)]
             plan = planned(onednn.threads_for(len(part) * work), len(part))
             assert plan is not None, "oneDNN planned it for one row"
-            plan(part, *changing, whole)
+            plan(part, whole)
             if pooling is not None:
                 pooling.run(y, rest, whole)
             finish(y.reshape(-1, outputs))
 
     def bind(
-        out: HostArray, scratch: HostArray, x: HostArray, *weights: HostArray | None
+        out: HostArray, scratch: HostArray, x: HostArray, *_: Any
     ) -> list[Callable[[], object]]:
-        if not constant or pool or len(x) > together(len(x)) or len(x) * work > onednn.SHARED:
-            return [partial(run, out, scratch, x, *weights)]
+        if pool or len(x) > pictures or len(x) * work > onednn.SHARED:
+            return [partial(run, out, scratch, x)]
         before: list[Callable[[], object]] = []
         if not x.flags.c_contiguous:
             own = next(carved(scratch, dtype, *shapes(len(x))))
             before.append(partial(copy, x, own))
             x = own
         plan = planned(1, len(x))
-        assert isinstance(plan, onednn.Plan), "oneDNN planned it for one row"
+        assert plan is not None, "oneDNN planned it for one row"
         return [*before, plan.bound(x, out), *finish.bound(out.reshape(-1, outputs))]
 
     def bytes_for(rows: int) -> int:
-        pictures = together(rows)
-        here = room(dtype, *shapes(rows)) + finish.room(pictures * prod(made) * 4)
-        return here + (0 if pooling is None else pooling.room(pictures))
+        together = min(rows, pictures)
+        here = room(dtype, *shapes(rows)) + finish.room(together * prod(made) * 4)
+        return here + (0 if pooling is None else pooling.room(together))
 
-    return InPlace(run, bytes_for, lambda rows: together(rows) * work, bind)
+    return InPlace(run, bytes_for, lambda rows: min(rows, pictures) * work, bind)
 
 
 def _taken(
     x: Given, weight: Given, bias: Given | None, groups: int, **options: Any
 ) -> Windows | None:
     """The windows of a convolution that bodies here do; None for what is left to others."""
-    if not plain(x, weight, bias):
+    if not plain(x, weight, bias) or 0 in (*x.shape[1:], *weight.shape):
         return None
     if x.ndim != weight.ndim or x.shape[-1] != weight.shape[-2] * groups:
         return None  # the reference body says what is wrong

@@ -1,7 +1,7 @@
 """Products and convolutions by oneDNN, where its library is installed: the extra `onednn`.
 
-It is called with the arrays of NumPy as they lie; only constant weights are laid out anew, once,
-as it wants them. float32 is float32: it is told not to round factors, and of its ways that with
+It is called with the arrays of NumPy as they lie; only weights of convolutions and constant ones
+are laid out anew, as it wants them: constant ones once, others at each call. float32 is float32: it is told not to round factors, and of its ways that with
 transformed windows (Winograd), of whose error the bound of the parity kit knows nothing, is not
 asked for. Of activations it has those that let NaN through: its relu makes 0 of it.
 """
@@ -46,7 +46,7 @@ CPU, FLOAT32, ANY_LAYOUT, IN_ORDER = 1, 3, 1, 1
 FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
 SOURCE, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 17, 33, 41, 80  # what an operand is
-WORTH, WEIGHT_GRADIENT = 145, 161  # of those of a gradient: dy and dw
+RESULT_GRADIENT, WEIGHT_GRADIENT = 145, 161  # of those of a gradient: dy and dw
 NAME, WEIGHTS_LAYOUT, WEIGHT_GRADIENT_LAYOUT = 8, 131, 132  # what a primitive is asked for
 SCRATCHPAD_LAYOUT = 136
 SEQUENTIAL, OPENMP = 1, 2  # how it is built
@@ -265,7 +265,7 @@ class Constant:
                 dnnl.dnnl_memory_get_memory_desc(memory, byref(layout))
                 if dnnl.dnnl_memory_desc_equal(layout, wanted):
                     return memory
-            array = aligned((dnnl.dnnl_memory_desc_get_size(wanted),), "uint8")
+            array = aligned((_size(wanted),), "uint8")
             memory = _Memory(wanted, array)
             _change(outline(self._shape, self._strides), wanted)(self.numbers, array)
             self._laid_out.append(memory)
@@ -288,11 +288,10 @@ class Plan:
         constants: dict[int, _Memory],
         operands: dict[int, Any],
     ) -> None:
-        dnnl = library()[0]
         self.primitive = _Owned("primitive", "primitive_create", description)
         self.constants, self.operands = constants, operands
         self.scratch = _described(description, SCRATCHPAD_LAYOUT)
-        self.scratch_size = dnnl.dnnl_memory_desc_get_size(self.scratch)
+        self.scratch_size = _size(self.scratch)
         self._description = description  # which has the scratchpad's layout
         self._calls = threading.local()
 
@@ -358,11 +357,13 @@ class Relaid:
         self._plan, self._place = plan, list(plan.operands).index(what)
         self._makes = self._place == len(plan.operands) - 1
         self._change = _change(own, layout) if self._makes else _change(layout, own)
-        self._own = _Memories(library()[0].dnnl_memory_desc_get_size(own))
+        self._nbytes = _size(own)
 
-    def __call__(self, *arrays: HostArray) -> None:
-        """Run it with these arrays."""
-        array, own = arrays[self._place], self._own.array
+    def __call__(self, scratch: HostArray, *arrays: HostArray) -> None:
+        """Run it with these arrays; it lies in `scratch` meanwhile, if that is large enough."""
+        array, own = arrays[self._place], scratch[: self._nbytes]
+        if own.nbytes < self._nbytes:
+            own = aligned((self._nbytes,), "uint8")
         if not self._makes:
             self._change(array, own)
         self._plan(*arrays[: self._place], own, *arrays[self._place + 1 :])
@@ -370,22 +371,16 @@ class Relaid:
             self._change(own, array)
 
 
-class _Memories(threading.local):
-    """Memory of each thread."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.array = aligned((nbytes,), "uint8")
-
-
 AnyPlan = TypeVar("AnyPlan", bound="Plan | Relaid")
 
 
 class Planned(Generic[AnyPlan]):
     """Plans by what decides them, such as the number of rows, and by the number of threads; `make`
-    makes one that is new. None where oneDNN has none."""
+    makes one that is new. None where oneDNN has none. `scratch` is the bytes that one of them wants
+    to be called with."""
 
-    def __init__(self, make: Callable[..., AnyPlan | None]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[..., AnyPlan | None], scratch: int = 0) -> None:
+        self._make, self.scratch = make, scratch
         self._plans: dict[Hashable, AnyPlan | None] = {}
 
     def __call__(self, threads: int, *key: Hashable) -> AnyPlan | None:
@@ -520,7 +515,7 @@ def multiply(x: HostArray, matrix: HostArray, out: HostArray) -> None:
         plan(x, matrix, out)
 
 
-class Pictures:
+class Convolution:
     """What a convolution takes and makes, as oneDNN is to look at it: x (rows, *space, channels)
     and a weight of the shape (*window, channels / groups, outputs)."""
 
@@ -580,63 +575,63 @@ class Pictures:
 
 
 def convolution(
-    pictures: Pictures, weight: HostArray, bias: HostArray | None, activation: Kernel
+    of: Convolution, weight: HostArray, bias: HostArray | None, activation: Kernel
 ) -> Planned[Plan] | None:
     """Plans of y = conv(x, weight) + bias, by the rows, with the activation if it is one of FUSED:
-    `plan(x, y)`; None where oneDNN has no fast way."""
-    if not _is_fast(pictures.forward, bias is not None, activation):
+    `plan(x, y)`. None where oneDNN has no fast way."""
+    if not _fast(of.forward, bias is not None, activation):
         return None
-    span = sum((n - 1) * step for n, step in zip(weight.shape, weight.strides, strict=True))
-    if min(weight.strides) < SIZE or span + SIZE != weight.nbytes:  # not in one piece
+    order = np.argsort(weight.strides)[::-1]
+    if not weight.transpose(order).flags.c_contiguous:  # with gaps, overlapping, or backwards
         weight = np.ascontiguousarray(weight)
-    constant = constants.of(weight, pictures.shape, pictures.strides(weight))
-    biases = {} if bias is None else {BIAS: _Memory(pictures.bias, bias)}
+    constant = constants.of(weight, of.shape, of.strides(weight))
+    biases = {} if bias is None else {BIAS: _Memory(of.bias, bias)}
 
     def make(rows: int) -> Plan:
-        description = pictures.forward(rows, bias is not None, activation)
+        description = of.forward(rows, bias is not None, activation)
         weights = {WEIGHTS: constant.memory(description)}
-        operands = {SOURCE: pictures.x(rows), RESULT: pictures.y(rows)}
+        operands = {SOURCE: of.x(rows), RESULT: of.y(rows)}
         return Plan(description, biases | weights, operands)
 
     return Planned(make)
 
 
-def changing_convolution(
-    pictures: Pictures, bias: bool, activation: Kernel
-) -> Planned[Relaid] | None:
-    """The same with another weight, and another bias if there is one, at each call: `plan(x,
-    weight, y)`, or `plan(x, weight, bias, y)`."""
-    if not _is_fast(pictures.forward, bias, activation):
+def changing_convolution(of: Convolution, bias: bool, activation: Kernel) -> Planned[Relaid] | None:
+    """The same with another weight, and another bias if there is one, at each call: `plan(scratch,
+    x, weight, y)`, or `plan(scratch, x, weight, bias, y)`."""
+    description = _fast(of.forward, bias, activation)
+    if description is None:
         return None
 
     def make(rows: int) -> Relaid:
-        description = pictures.forward(rows, bias, activation)
+        description = of.forward(rows, bias, activation)
         wanted = _described(description, WEIGHTS_LAYOUT)
-        biases = {BIAS: pictures.bias} if bias else {}
+        biases = {BIAS: of.bias} if bias else {}
         operands: dict[int, Any] = {
-            SOURCE: pictures.x(rows),
+            SOURCE: of.x(rows),
             WEIGHTS: wanted,
             **biases,
-            RESULT: pictures.y(rows),
+            RESULT: of.y(rows),
         }
-        return Relaid(Plan(description, {}, operands), WEIGHTS, pictures.weight())
+        return Relaid(Plan(description, {}, operands), WEIGHTS, of.weight())
 
-    return Planned(make)
+    return Planned(make, _size(_described(description, WEIGHTS_LAYOUT)))
 
 
-def weight_gradient(pictures: Pictures) -> Planned[Relaid] | None:
-    """Plans of the gradient by the weight, by the rows: `plan(x, dy, dw)`; None where oneDNN has no
-    fast way."""
-    if not _is_fast(pictures.weight_gradient):
+def weight_gradient(of: Convolution) -> Planned[Relaid] | None:
+    """Plans of the gradient by the weight, by the rows: `plan(scratch, x, dy, dw)`; None where
+    oneDNN has no fast way."""
+    description = _fast(of.weight_gradient)
+    if description is None:
         return None
 
     def make(rows: int) -> Relaid:
-        description = pictures.weight_gradient(rows)
+        description = of.weight_gradient(rows)
         made = _described(description, WEIGHT_GRADIENT_LAYOUT)
-        operands = {SOURCE: pictures.x(rows), WORTH: pictures.y(rows), WEIGHT_GRADIENT: made}
-        return Relaid(Plan(description, {}, operands), WEIGHT_GRADIENT, pictures.weight())
+        operands = {SOURCE: of.x(rows), RESULT_GRADIENT: of.y(rows), WEIGHT_GRADIENT: made}
+        return Relaid(Plan(description, {}, operands), WEIGHT_GRADIENT, of.weight())
 
-    return Planned(make)
+    return Planned(make, _size(_described(description, WEIGHT_GRADIENT_LAYOUT)))
 
 
 def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:
@@ -650,18 +645,27 @@ def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Window
     return tuple(space[axis] for axis in kept), Windows(**fields)
 
 
-def _is_fast(describe: Callable[..., _Owned], *how: Any) -> bool:
-    """Whether oneDNN has a way, for one row, that is made for this CPU and works on arrays as they
+def _fast(describe: Callable[..., _Owned], *how: Any) -> _Owned | None:
+    """What oneDNN would run for one row, if it is made for this CPU and works on arrays as they
     lie."""
     dnnl, name = library()[0], c_char_p()
     try:
         with _limited_to(1):
             description = describe(1, *how)
     except OneDNNError:
-        return False
+        return None
     dnnl.dnnl_primitive_desc_query(description, NAME, 0, byref(name))
-    scratch = dnnl.dnnl_memory_desc_get_size(_described(description, SCRATCHPAD_LAYOUT))
-    return not (name.value or b"").startswith((b"ref", b"gemm")) and scratch <= MOST_SCRATCH
+    slow = (name.value or b"").startswith((b"ref", b"gemm"))
+    return (
+        None
+        if slow or _size(_described(description, SCRATCHPAD_LAYOUT)) > MOST_SCRATCH
+        else description
+    )
+
+
+def _size(layout: Any) -> int:
+    """The bytes of an array of a layout."""
+    return int(library()[0].dnnl_memory_desc_get_size(layout))
 
 
 def _strides(shape: Sequence[int]) -> Shape:

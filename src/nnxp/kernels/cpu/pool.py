@@ -29,7 +29,7 @@ def max_pool_in_place(
     ceil_mode: bool = False,
 ) -> InPlace | None:
     """For two axes of space: the largest of lines first, which are whole stretches of memory."""
-    if not plain(x) or x.ndim != 4:
+    if not plain(x) or x.ndim != 4 or 0 in x.shape[1:]:
         return None
     options = {"stride": window if stride is None else stride, "padding": padding}
     over = _pooled("max_pool", x, window, options | {"dilation": dilation, "ceil_mode": ceil_mode})
@@ -71,7 +71,7 @@ def max_pool_gradient_in_place(
 ) -> InPlace | None:
     """For two axes of space whose windows do not overlap: each element of them in memory of its
     own, for NumPy takes three times as long for short stretches of memory."""
-    if not plain(dy, x) or x.ndim != 4:
+    if not plain(dy, x) or x.ndim != 4 or 0 in x.shape[1:]:
         return None
     over = _pooled("max_pool", x, window, options)
     if over.stride != over.window or over.dilation != (1, 1) or any(map(any, over.pads)):
