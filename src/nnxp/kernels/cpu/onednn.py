@@ -1,9 +1,10 @@
 """Products and convolutions by oneDNN, where its library is installed: the extra `onednn`.
 
-It is called with the arrays of NumPy as they lie; only weights of convolutions and constant ones
-are laid out anew, as it wants them: constant ones once, others at each call. float32 is float32: it is told not to round factors, and of its ways that with
-transformed windows (Winograd), of whose error the bound of the parity kit knows nothing, is not
-asked for. Of activations it has those that let NaN through: its relu makes 0 of it.
+It is called with the arrays of NumPy as they lie. Only weights of convolutions, and constant ones,
+are laid out anew, as it wants them: constant ones once, others at each call. float32 is float32: it
+is told not to round factors, and of its ways that with transformed windows (Winograd), of whose
+error the bound of the parity kit knows nothing, is not asked for. Of activations it has those that
+let NaN through: its relu makes 0 of it.
 """
 
 from __future__ import annotations
