@@ -99,7 +99,7 @@ def _kernel(kernel: Kernel, arrays: tuple[Any, ...], options: dict[str, Any]) ->
 
 def _pooled(x: ndarray, options: dict[str, Any]) -> Any:
     """max_pool(relu(x)) as relu(max_pool(x)), of which the gradients are the same, for fewer
-    numbers; padding would not be 0."""
+    numbers; not where a window sees padding, which is -inf to a pool and 0 behind relu."""
     step = x.value.step
     if step is None or step.function is not relu or sees_padding(x, **options):
         return record(max_pool, (x,), options)

@@ -576,61 +576,67 @@ class Convolution:
 
 
 def convolution(
-    of: Convolution, weight: HostArray, bias: HostArray | None, activation: Kernel
+    problem: Convolution, weight: HostArray, bias: HostArray | None, activation: Kernel
 ) -> Planned[Plan] | None:
     """Plans of y = conv(x, weight) + bias, by the rows, with the activation if it is one of FUSED:
     `plan(x, y)`. None where oneDNN has no fast way."""
-    if not _fast(of.forward, bias is not None, activation):
+    if not _fast(problem.forward, bias is not None, activation):
         return None
     order = np.argsort(weight.strides)[::-1]
     if not weight.transpose(order).flags.c_contiguous:  # with gaps, overlapping, or backwards
         weight = np.ascontiguousarray(weight)
-    constant = constants.of(weight, of.shape, of.strides(weight))
-    biases = {} if bias is None else {BIAS: _Memory(of.bias, bias)}
+    constant = constants.of(weight, problem.shape, problem.strides(weight))
+    biases = {} if bias is None else {BIAS: _Memory(problem.bias, bias)}
 
     def make(rows: int) -> Plan:
-        description = of.forward(rows, bias is not None, activation)
+        description = problem.forward(rows, bias is not None, activation)
         weights = {WEIGHTS: constant.memory(description)}
-        operands = {SOURCE: of.x(rows), RESULT: of.y(rows)}
+        operands = {SOURCE: problem.x(rows), RESULT: problem.y(rows)}
         return Plan(description, biases | weights, operands)
 
     return Planned(make)
 
 
-def changing_convolution(of: Convolution, bias: bool, activation: Kernel) -> Planned[Relaid] | None:
+def changing_convolution(
+    problem: Convolution, bias: bool, activation: Kernel
+) -> Planned[Relaid] | None:
     """The same with another weight, and another bias if there is one, at each call: `plan(scratch,
     x, weight, y)`, or `plan(scratch, x, weight, bias, y)`."""
-    description = _fast(of.forward, bias, activation)
+    description = _fast(problem.forward, bias, activation)
     if description is None:
         return None
 
     def make(rows: int) -> Relaid:
-        description = of.forward(rows, bias, activation)
+        description = problem.forward(rows, bias, activation)
         wanted = _described(description, WEIGHTS_LAYOUT)
-        biases = {BIAS: of.bias} if bias else {}
+        biases = {BIAS: problem.bias} if bias else {}
         operands: dict[int, Any] = {
-            SOURCE: of.x(rows),
+            SOURCE: problem.x(rows),
             WEIGHTS: wanted,
             **biases,
-            RESULT: of.y(rows),
+            RESULT: problem.y(rows),
         }
-        return Relaid(Plan(description, {}, operands), WEIGHTS, of.weight())
+        return Relaid(Plan(description, {}, operands), WEIGHTS, problem.weight())
 
     return Planned(make, _size(_described(description, WEIGHTS_LAYOUT)))
 
 
-def weight_gradient(of: Convolution) -> Planned[Relaid] | None:
+def weight_gradient(problem: Convolution) -> Planned[Relaid] | None:
     """Plans of the gradient by the weight, by the rows: `plan(scratch, x, dy, dw)`; None where
     oneDNN has no fast way."""
-    description = _fast(of.weight_gradient)
+    description = _fast(problem.weight_gradient)
     if description is None:
         return None
 
     def make(rows: int) -> Relaid:
-        description = of.weight_gradient(rows)
+        description = problem.weight_gradient(rows)
         made = _described(description, WEIGHT_GRADIENT_LAYOUT)
-        operands = {SOURCE: of.x(rows), RESULT_GRADIENT: of.y(rows), WEIGHT_GRADIENT: made}
-        return Relaid(Plan(description, {}, operands), WEIGHT_GRADIENT, of.weight())
+        operands = {
+            SOURCE: problem.x(rows),
+            RESULT_GRADIENT: problem.y(rows),
+            WEIGHT_GRADIENT: made,
+        }
+        return Relaid(Plan(description, {}, operands), WEIGHT_GRADIENT, problem.weight())
 
     return Planned(make, _size(_described(description, WEIGHT_GRADIENT_LAYOUT)))
 
@@ -657,11 +663,8 @@ def _fast(describe: Callable[..., _Owned], *how: Any) -> _Owned | None:
         return None
     dnnl.dnnl_primitive_desc_query(description, NAME, 0, byref(name))
     slow = (name.value or b"").startswith((b"ref", b"gemm"))
-    return (
-        None
-        if slow or _size(_described(description, SCRATCHPAD_LAYOUT)) > MOST_SCRATCH
-        else description
-    )
+    copies = _size(_described(description, SCRATCHPAD_LAYOUT)) > MOST_SCRATCH
+    return None if slow or copies else description
 
 
 def _size(layout: Any) -> int:
