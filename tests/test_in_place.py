@@ -663,6 +663,40 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.returncode == 0
 
 
+@only_onednn
+def test_a_child_that_is_forked_while_a_thread_plans_may_plan():
+    """Whoever holds a lock at a fork never lets it go in the child."""
+    code = """
+import os, signal, sys, threading, time
+import numpy as np
+from nnxp.kernels.cpu import onednn
+matrix, x = np.ones((64, 96), "float32"), np.ones((256, 64), "float32")
+plans, out = onednn.product(matrix, None), np.empty((256, 96), "float32")
+planning, change = threading.Event(), onednn._change
+def slowly(*layouts):
+    planning.set()
+    time.sleep(0.5)
+    return change(*layouts)
+onednn._change = slowly
+def run():
+    plans(1, x.shape, x.strides, out.strides)(x, out)
+thread = threading.Thread(target=run)
+thread.start()
+planning.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    run()
+    os._exit(0 if (out == 64).all() else 1)
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    if not hasattr(os, "fork"):
+        pytest.skip("nothing forks here")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60)
+    assert done.returncode == 0
+
+
 def reloaded(monkeypatch, installed=None):
     """Why there is no oneDNN, asked anew."""
     load = getattr(onednn._loaded, "__wrapped__", onednn._loaded)

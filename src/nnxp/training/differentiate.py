@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from operator import is_
-from threading import RLock
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -255,9 +255,9 @@ def _owned(y: Array, value: Value) -> Array:
 def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """A loss `(model, x, target, ...)` as a function that answers `loss, gradients`.
 
-    It is written out once for each structure of the model and shape of the arrays: what else it
-    looks at, such as a weight in a closure, is what it was then. A model in its training form that
-    draws at random takes `rng=`, a seed or a Generator.
+    It is written out once for each structure of the model and shape of the arrays, by each thread
+    that calls it: what else it looks at, such as a weight in a closure, is what it was then. A
+    model in its training form that draws at random takes `rng=`, a seed or a Generator.
 
         step = nnxp.value_and_gradients(nnxp.losses.mean_square)
         loss, gradients = step(net, x, target)
@@ -279,14 +279,13 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
     """
     if not callable(loss):
         raise OptionError(f"a loss is a function (model, x, target) -> number, not {loss!r:.60}")
-    runners: dict[Any, tuple[Layer, LossRunner]] = {}
-    one_at_a_time = RLock()  # a runner has one set of buffers
+    of_thread = local()  # for each has its buffers
 
     def both(model: Layer, *arrays: Any, rng: Rng = None) -> tuple[Array, dict[str, Array]]:
-        with one_at_a_time:
-            runner = _runner(runners, loss, model, arrays, lambda name: True)
-            random = generator(rng) if runner.written.drawn and rng is not None else None
-            y, _, gradients = runner.over(model, arrays, random)
+        runners = of_thread.__dict__.setdefault("runners", {})
+        runner = _runner(runners, loss, model, arrays, lambda name: True)
+        random = generator(rng) if runner.written.drawn and rng is not None else None
+        y, _, gradients = runner.over(model, arrays, random)
         by_name = dict(zip(runner.written.learned, gradients, strict=True))
         return y, {name: by_name[own] for name, own in runner.written.names.items()}
 

@@ -63,16 +63,21 @@ SIZE = 4  # bytes of a number
 _Dims = c_int64 * 12
 _off = False
 _forked = False  # OpenMP's threads are those of the parent
-_loading = threading.Lock()
+_creating = threading.RLock()
+"""Held while oneDNN is loaded, or creates something, for which it has locks of its own: so no
+process is forked meanwhile, whose child would wait for them for ever."""
 
 
 def _after_fork() -> None:
-    global _forked, _loading
-    _forked, _loading = True, threading.Lock()
+    global _forked
+    _forked = True
+    _creating.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_creating.acquire, after_in_parent=_creating.release, after_in_child=_after_fork
+    )
 
 
 class OneDNNError(RuntimeError):
@@ -145,7 +150,7 @@ def unused() -> Iterator[None]:
 
 def library() -> tuple[Any, str | None]:
     """The library with its functions declared, or why there is none."""
-    with _loading:
+    with _creating:
         return _loaded()
 
 
@@ -206,7 +211,8 @@ class _Owned:
     def __init__(self, kind: str, create: str, *arguments: Any) -> None:
         dnnl = library()[0]
         self._destroy = getattr(dnnl, f"dnnl_{kind}_destroy")
-        self._as_parameter_ = _made(getattr(dnnl, f"dnnl_{create}"), *arguments)
+        with _creating:
+            self._as_parameter_ = _made(getattr(dnnl, f"dnnl_{create}"), *arguments)
 
     def __del__(self) -> None:
         if hasattr(self, "_as_parameter_"):
@@ -251,7 +257,6 @@ class Constant:
         self.numbers = numbers
         self._shape, self._strides = shape, strides
         self._laid_out: list[_Memory] = []
-        self._lock = threading.Lock()
 
     def any_layout(self) -> _Owned:
         """What a plan is told that may want the array as it likes."""
@@ -260,7 +265,7 @@ class Constant:
     def memory(self, description: _Owned) -> _Memory:
         """The memory that holds the array as a plan of this description wants it."""
         dnnl, wanted = library()[0], _described(description, WEIGHTS_LAYOUT)
-        with self._lock:
+        with _creating:
             for memory in self._laid_out:
                 layout = c_void_p()
                 dnnl.dnnl_memory_get_memory_desc(memory, byref(layout))
