@@ -522,3 +522,60 @@ def test_a_checkpoint_whose_first_bytes_look_like_a_pickle_s_is_no_pickle(tmp_pa
     (tmp_path / "net").write_bytes((0x0280).to_bytes(8, "little") + b"{" + bytes(0x27F))
     with pytest.raises(CheckpointError, match="no whole safetensors file"):
         nnxp.load(tmp_path / "net")
+
+
+X, IMAGES = np.ones((2, 5, 9), "float32"), np.ones((2, 8, 8, 3), "float32")
+WORDS = {
+    "dy that conv does not make": (
+        lambda: kernels.conv_weight_gradient(IMAGES, np.ones((2, 4, 9, 4), "f4"), window=(3, 3)),
+        nnxp.ShapeError, r"\(2, 6, 6, outputs\), but got \(2, 4, 9, 4\)",
+    ),
+    "dy of other rows": (
+        lambda: kernels.conv_weight_gradient(
+            IMAGES, np.ones((1, 6, 6, 3), "f4"), window=(3, 3), groups=3
+        ),
+        nnxp.ShapeError, "dy like what conv makes",
+    ),
+    "a window that is a number": (
+        lambda: kernels.conv_weight_gradient(IMAGES, IMAGES, window=3),
+        nnxp.OptionError, "window of conv_weight_gradient has a size for each axis",
+    ),
+    "no groups": (
+        lambda: kernels.conv_weight_gradient(IMAGES, IMAGES, window=(1, 1), groups=0),
+        nnxp.OptionError, "groups of conv_weight_gradient",
+    ),
+    "dy that a pool does not make": (
+        lambda: kernels.max_pool_gradient(np.ones((1, 1, 1, 3), "f4"), IMAGES, window=(2, 2)),
+        nnxp.ShapeError, r"\(2, 4, 4, 3\), but got \(1, 1, 1, 3\)",
+    ),
+    "an activation by name": (
+        lambda: kernels.linear(X, np.ones((9, 4), "f4"), activation="relu"),
+        nnxp.OptionError, "such as nnxp.kernels.relu, not 'relu'",
+    ),
+    "an activation of NumPy": (
+        lambda: kernels.conv(X, np.ones((1, 9, 4), "f4"), activation=np.tanh),
+        nnxp.OptionError, "activation of conv is a kernel",
+    ),
+    "another width of a recurrence": (
+        lambda: nnxp.LSTM(8, 16, rng=0)(X), nnxp.ShapeError, "takes 8 numbers at a time, but got 9",
+    ),
+    "a file of ONNX": (
+        lambda: nnxp.save(nnxp.Dense(2, 3, rng=0), "net.ONNX"), nnxp.OptionError, "save_onnx",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_wrong_call_is_refused_in_words(name):
+    call, error, words = WORDS[name]
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_rows_are_named_where_products_do_not_fit():
+    class Product(nnxp.Layer):
+        def __call__(self, x):
+            return x.reshape(-1, 9) @ np.ones((8, 2), x.dtype)
+
+    with pytest.raises(nnxp.ShapeError, match=r"\(5\*rows, 9\), \(8, 2\)"):
+        Product()(X)

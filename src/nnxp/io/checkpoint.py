@@ -64,13 +64,15 @@ def save(model: Layer, path: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: a file cannot hold the model.
+        OptionError: it is no model, or the file is to be one of ONNX.
         OSError: such as FileNotFoundError or PermissionError, the file cannot be written.
     """
     from safetensors.numpy import save_file
 
     if not isinstance(model, Layer):
         raise OptionError(f"nnxp.save takes a model made of nnxp layers, not {model!r:.60}")
-    path_of(path)
+    if path_of(path).lower().endswith(".onnx"):
+        raise OptionError("nnxp.save writes safetensors; nnxp.save_onnx(model, path) writes ONNX")
     model._home  # raises if the arrays are a mixture  # noqa: B018
     arrays = model.parameters()
     described = _to_json(model)

@@ -88,7 +88,9 @@ class Kernel:
     def __init__(self, reference: Body) -> None:
         update_wrapper(self, reference)
         self.reference = reference
-        self.takes_precision = "precision" in (getattr(reference, "__kwdefaults__", None) or ())
+        defaults = getattr(reference, "__kwdefaults__", None) or {}
+        self.takes_precision = "precision" in defaults
+        self._activates = isinstance(defaults.get("activation"), Kernel)
         self.rule: Callable[..., Any] | None = None
         self.activates_last = False  # whether its gradient is that of two steps
         self.outlines: Callable[..., Outlines | None] | None = None
@@ -148,6 +150,11 @@ class Kernel:
     def __call__(self, x: Array, *arrays: Array | None, **options: Any) -> Any:
         if self.takes_precision and options.get("precision") is not None:
             check_precision(options["precision"])
+        if self._activates and not isinstance(options.get("activation", self), Kernel):
+            raise OptionError(
+                f"activation of {self.__name__} is a kernel, such as nnxp.kernels.relu, not "
+                f"{options['activation']!r:.60}"
+            )
         try:
             body = self._body[type(x)]
         except KeyError:

@@ -42,6 +42,15 @@ def per_axis(what: str, value: Any, axes: int, least: int = 1) -> Shape:
     return tuple(map(int, numbers))
 
 
+def window_option(who: str, window: Any) -> Shape:
+    """A size for each axis of space; OptionError for what does not say so."""
+    if not isinstance(window, tuple | list) or not window:
+        raise OptionError(
+            f"window of {who} has a size for each axis of space, such as (2, 2), not {window!r:.60}"
+        )
+    return per_axis(f"window of {who}", window, len(window))
+
+
 def pairs(what: str, value: Any, axes: int, least: int | None = 0) -> Pairs:
     """What is added before and behind each axis; OptionError for what does not say so."""
     sides = (value,) * axes if is_whole(value, least) else value

@@ -23,6 +23,7 @@ from nnxp.kernels._windows import (
     padding_option,
     patches,
     per_axis,
+    window_option,
     windows,
 )
 from nnxp.kernels.activations import ELEMENTWISE, identity
@@ -145,10 +146,20 @@ def conv_weight_gradient(
     sum(dy * conv(x, weight)) by the weight, of which i and o are those of one group. The options
     are those of `conv`.
     """
-    over = windows(
-        "conv_weight_gradient", x, window, stride=stride, padding=padding, dilation=dilation
-    )
-    inputs, outputs = x.shape[-1] // groups, dy.shape[-1]
+    who, outputs = "conv_weight_gradient", dy.shape[-1]
+    window = window_option(who, window)
+    over = windows(who, x, window, stride=stride, padding=padding, dilation=dilation)
+    if not is_whole(groups, 1) or x.shape[-1] % groups or outputs % groups:
+        raise OptionError(
+            f"groups of {who} is a whole number that divides the channels, {x.shape[-1]}, and the "
+            f"outputs, {outputs}, not {groups!r:.60}"
+        )
+    if dy.shape[:-1] != (made := (x.shape[0], *over.positions)):
+        raise ShapeError(
+            f"{who} takes dy like what conv makes of x {x.shape}, ({str(made)[1:-1]}, outputs), "
+            f"but got {dy.shape}"
+        )
+    inputs = x.shape[-1] // groups
     seen, count = patches(padded(x, over.pads), over), x.shape[0] * prod(over.positions)
     if groups == 1:
         lines = seen.reshape(count, prod(window) * inputs)

@@ -14,9 +14,9 @@ from nnxp.kernels._windows import (
     PerAxis,
     Windows,
     padded,
-    per_axis,
     places_along,
     seen_along,
+    window_option,
     windows,
 )
 from nnxp.kernels.functions import scattered
@@ -24,11 +24,7 @@ from nnxp.kernels.functions import scattered
 
 def _pooled(who: str, x: Array, window: Any, options: dict[str, Any]) -> Windows:
     """The windows of a pool; OptionError for padding in which a window would see nothing of x."""
-    if not isinstance(window, tuple | list) or not window:
-        raise OptionError(
-            f"window of {who} has a size for each axis of space, such as (2, 2), not {window!r:.60}"
-        )
-    window = per_axis(f"window of {who}", window, len(window))
+    window = window_option(who, window)
     if options.get("stride") is None:
         options = options | {"stride": window}
     over, padding = windows(who, x, window, **options), options.get("padding", 0)
@@ -102,7 +98,12 @@ def max_pool_gradient(
     `max_pool`.
     """
     options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
-    over = _pooled("max_pool", x, window, options)
+    over = _pooled("max_pool_gradient", x, window, options)
+    if dy.shape != (made := (x.shape[0], *over.positions, x.shape[-1])):
+        raise ShapeError(
+            f"max_pool_gradient takes dy like what max_pool makes of x {x.shape}, {made}, but got "
+            f"{dy.shape}"
+        )
     largest, stages = padded(x, over.pads, -inf), []
     for axis in reversed(range(1, len(over.window) + 1)):
         first, *others = seen_along(largest, over, axis)

@@ -36,8 +36,8 @@ from nnxp.layers._layer import Example, Layer, shape_and_dtype
 from nnxp.layers.operators import OPERATORS, Items, Operator, beside, home, numbers, row_by_row
 from nnxp.program import traced
 from nnxp.program.mixing import mixing
-from nnxp.program.program import Program, shape_text
-from nnxp.program.traced import Untraceable
+from nnxp.program.program import Program
+from nnxp.program.traced import Untraceable, shape_text
 
 DTYPES = frozenset(
     """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64

@@ -81,6 +81,8 @@ class _Cell(Layer):
         return self.through(x[:, None], states, None, False)[1:]
 
     def _inputs(self, x: Array) -> Array:
+        if x.shape[-1] != (inputs := self.weight_x.shape[0]):
+            raise ShapeError(f"{self} takes {inputs} numbers at a time, but got {x.shape[-1]}")
         return kernels.linear(x, self.weight_x, self.bias)
 
     def __repr__(self) -> str:

@@ -9,8 +9,17 @@ from nnxp._arrays import Shape
 from nnxp._library import KINDS
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels.functions import einsum_terms, met_axes
-from nnxp.program.program import Program, expanded, shape_text
-from nnxp.program.traced import ROWS, Step, Value, axes_of, counts_rows, full_index, record
+from nnxp.program.program import Program, expanded
+from nnxp.program.traced import (
+    ROWS,
+    Step,
+    Value,
+    axes_of,
+    counts_rows,
+    full_index,
+    record,
+    shape_text,
+)
 
 
 def mixing(program: Program) -> str:

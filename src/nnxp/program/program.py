@@ -31,6 +31,7 @@ from nnxp.program.traced import (
     lifted,
     ndarray,
     perform,
+    shape_text,
     value_of,
     writing,
 )
@@ -399,15 +400,6 @@ def _is_opaque(step: Step) -> bool:
 
 
 # words
-
-
-def shape_text(shape: Shape) -> str:
-    def size(n: int) -> str:
-        if not counts_rows(n):
-            return str(n)
-        return "rows" if n == ROWS else f"{n // ROWS}*rows"
-
-    return f"({', '.join(map(size, shape))}{',' if len(shape) == 1 else ''})"
 
 
 def _value_text(x: Any, names: Mapping[Value, str]) -> str:

@@ -379,6 +379,17 @@ def _counts_rows(option: Any) -> bool:
     return counts_rows(option)
 
 
+def shape_text(shape: Shape) -> str:
+    """A shape as programs print it."""
+
+    def size(n: int) -> str:
+        if not counts_rows(n):
+            return str(n)
+        return "rows" if n == ROWS else f"{n // ROWS}*rows"
+
+    return f"({', '.join(map(size, shape))}{',' if len(shape) == 1 else ''})"
+
+
 def _checked_shape(shape: Iterable[Any], step: Step) -> Shape:
     sizes = tuple(map(int, shape))
     for size in sizes:
@@ -694,7 +705,8 @@ def _matmul(step: Step) -> Any:
     if len(right) == 1:
         right = (*right, 1)
     if left[-1] != right[-2]:
-        raise ValueError(f"matmul takes (..., n, k) and (..., k, m) but got {a.shape}, {b.shape}")
+        came = f"{shape_text(a.shape)}, {shape_text(b.shape)}"
+        raise ValueError(f"matmul takes (..., n, k) and (..., k, m) but got {came}")
     shape = np.broadcast_shapes(left[:-2], right[:-2])
     shape += left[-2:-1] if len(a.shape) > 1 else ()
     shape += right[-1:] if len(b.shape) > 1 else ()
