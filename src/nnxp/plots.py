@@ -18,7 +18,7 @@ from nnxp._errors import OptionError, ShapeError
 from nnxp.backend import asnumpy
 from nnxp.layers._layer import Layer
 from nnxp.program import program as programs
-from nnxp.program.traced import shape_text
+from nnxp.program import traced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -157,10 +157,12 @@ def program(program: programs.Program) -> Figure:
         OptionError: matplotlib is not installed.
     """
     places = {value: i for i, value in enumerate(program.inputs)}
-    texts = [f"{v.name or f'x{i}'}  {shape_text(v.shape)}" for i, v in enumerate(program.inputs)]
+    texts = [
+        f"{v.name or f'x{i}'}  {traced.shape_text(v.shape)}" for i, v in enumerate(program.inputs)
+    ]
     for step in program.steps:
         places.update(dict.fromkeys(step.outputs, len(texts)))
-        shapes = ", ".join(shape_text(value.shape) for value in step.outputs)
+        shapes = ", ".join(traced.shape_text(value.shape) for value in step.outputs)
         texts.append(f"{step.name}  {shapes}" + (f"\n{step.path}" if step.path else ""))
     figure, axes = _figure(4, 0.6 * len(texts) + 0.2)
     axes.set(xlim=(-1, 1.4), ylim=(-len(texts) + 0.5, 0.5))
