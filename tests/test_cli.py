@@ -544,7 +544,7 @@ def test_predict_takes_what_is_asked_of_a_table(room):
     lines = ["f;text;e;d;c;b;a", *(";".join([r[5], "t", *r[4::-1]]) for r in x)]
     Path("t.csv").write_text("\n".join(lines))
     args = ["predict", "net.safetensors", "t.csv", "-o", "y.npy", "--columns", "a,b,c,d,e,0"]
-    fails(nnxp_(*args, "--delimiter", ";"), 1, "line 5", "column 5 (c)", "--missing nan")
+    fails(nnxp_(*args, "--delimiter", ";"), 1, "line 5", "column 5 (c)", "--missing 0")
     done = nnxp_(*args, "--missing", "nan", "--backend", "cpu")
     assert done.exit_code == 0
     assert done.stderr.splitlines() == [

@@ -278,7 +278,7 @@ def test_a_header_with_other_names_is_refused(ending, files):
     assert (code, "'b' is missing, 'd' is too many" in said) == (1, True), said
     assert not (files / "y.npy").exists()
     code, said = predict(FRAME.assign(d=1.0))
-    assert (code, "'d' is too many; --columns names those to take" in said) == (1, True), said
+    assert (code, "'d' is too many; --columns a,b,c" in said) == (1, True), said
     code, said = predict(FRAME.assign(d=1.0), "--columns", "b,c,a")
     assert code == 0, said
     np.testing.assert_allclose(np.load(files / "y.npy"), Y, atol=1e-6)

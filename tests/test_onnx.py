@@ -407,6 +407,22 @@ def test_what_is_no_model_is_refused(source):
         load_onnx(source)
 
 
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"\x10\x01\0\0\0\0\0\0" + b'{"a": {}}', "a safetensors file: nnxp.load reads it"),
+        (b"PK\x03\x04" + bytes(22) + b"\x0f\0\0\0archive/data.pkl", "a PyTorch file"),
+        (b"weights are numbers\n" * 9, "it is text, not a model"),
+        (b"\xff" * 100, "no whole ONNX file"),
+    ],
+)
+def test_files_of_other_kinds_are_named(start, said, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(start)
+    with pytest.raises(CheckpointError, match=f"^{path} cannot be loaded: .*{said}"):
+        load_onnx(path)
+
+
 def test_files_that_cannot_be_read_say_why(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_onnx(tmp_path / "nothing.onnx")

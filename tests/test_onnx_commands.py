@@ -145,7 +145,7 @@ def test_convert_takes_the_shape_of_each_input(room):
     ("args", "code", "words"),
     [(["net.onnx", "net.pt"], 2, "a .safetensors or an .onnx file"),
      (["net.onnx", "net.onnx"], 2, "would replace net.onnx"),
-     (["net.onnx", "no/net.safetensors"], 2, "no such folder"),
+     (["net.onnx", "no/net.safetensors"], 1, "no such folder"),
      (["net.onnx", "y.safetensors", "--shape", "6"], 2, "--shape is for an .onnx file"),
      (["net.safetensors", "y.onnx", "--shape", "7"], 2, "takes (rows, 6)"),
      (["net.safetensors", "y.onnx", "--shape", "x"], 2, "is not the shape of a row"),

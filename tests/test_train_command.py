@@ -61,7 +61,7 @@ def test_the_learning_curve_is_drawn(room):
     (room / "m.safetensors").unlink()
     for path, said in {"curve.txt": "a picture ends in", "no/curve.svg": "no such folder"}.items():
         done = nnxp_(*wanted, "--plot", path)
-        assert done.exit_code == 2
+        assert done.exit_code == (1 if said == "no such folder" else 2)
         assert said in done.stderr
     assert not (room / "m.safetensors").exists()
 
@@ -123,6 +123,12 @@ def test_columns_are_chosen_and_trained_on_a_device(room, sim):
     assert model.place == "cpu"
 
 
+OF_THE_FILES = (
+    "not a number (--columns names the columns",
+    "no such folder",
+    "there is no value in column 4",
+    "has nan in column 'b'",
+)
 HUGE = ("", "")  # the first column is made so large
 
 
@@ -133,7 +139,7 @@ HUGE = ("", "")  # the first column is made so large
         (("low", ""), ["--target", "kind"], "there is no value in column 4"),
         ((",", ",x"), ["--target", "kind"], "not a number (--columns names the columns"),
         ((",", ",nan,"), ["--target", "kind", "--missing", "0"], "has nan in column 'b'"),
-        (("low", "high"), ["--target", "kind"], "is high in every row"),
+        (("low", "high"), ["--target", "kind"], "is 'high' in every row"),
         (None, ["--target", "kind", "--task", "numbers"], "which is no number: --task classes"),
         (None, ["--target", "kind", "--task", "guess"], 'task is "auto", "classes" or "numbers"'),
         (None, ["--target", "a", "--task", "classes", "--columns", "b,c"], "too many"),
@@ -155,7 +161,7 @@ def test_what_cannot_be_trained_ends_in_one_sentence(room, change, options, said
             head = "a,b,x,c,kind"
         (room / "words.csv").write_text("\n".join([head, *rows]))
     done = nnxp_("train", "words.csv", "-o", "m.safetensors", *options)
-    fails(done, 2, said)
+    fails(done, 1 if said in OF_THE_FILES else 2, said)
     assert not (room / "m.safetensors").exists()
 
 

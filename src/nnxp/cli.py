@@ -7,6 +7,7 @@ something that was asked for failed, 2 for wrong usage, 130 after Ctrl-C.
 from __future__ import annotations
 
 import csv
+import errno
 import importlib
 import json
 import os
@@ -735,7 +736,9 @@ def _check_not_read(output: Path, *sources: Path) -> None:
 
 def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
-        raise OptionError(f"{path.parent}: there is no such folder to write to")
+        raise FileNotFoundError(
+            errno.ENOENT, "there is no such folder to write to", os.fspath(path.parent)
+        )
 
 
 @app.command()

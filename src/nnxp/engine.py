@@ -35,7 +35,7 @@ from nnxp.backend._recording import DeviceRecording, recorded
 from nnxp.backend._threads import one_ahead, together
 from nnxp.kernels import Kernel
 from nnxp.kernels._dispatch import check_precision
-from nnxp.layers._layer import Layer, row_count, whole
+from nnxp.layers._layer import Layer, check_model, row_count, whole
 from nnxp.program.fused import as_counted, fused
 from nnxp.program.mixing import expanded_as_needed, mixing
 from nnxp.program.program import Costs, Outline, Program, expanded
@@ -125,8 +125,7 @@ class Engine:
         precision: str | None = None,
         rewrite: bool = True,
     ) -> None:
-        if not isinstance(model, Layer):
-            raise OptionError(f"an Engine takes a model made of nnxp layers, not {model!r:.60}")
+        check_model(model, "an Engine")
         check_precision(precision)
         if precision and model.dtype != np.float32:
             raise OptionError(

@@ -20,7 +20,7 @@ from nnxp._arrays import HostArray, Shape
 from nnxp._comparison import Comparison, Result, count, here
 from nnxp._errors import OptionError
 from nnxp.engine import Engine
-from nnxp.layers._layer import Layer, whole
+from nnxp.layers._layer import Layer, check_model, whole
 from nnxp.program.program import expanded
 from nnxp.program.traced import ROWS
 
@@ -143,8 +143,7 @@ def against_floor(
     """
     from nnxp.testing.parity import compare, error_bound
 
-    if not isinstance(model, Layer):
-        raise OptionError(f"against_floor takes a model made of nnxp layers, not {model!r:.60}")
+    check_model(model, "against_floor")
     rows = None if rows is None else whole("rows", rows)
     rounds, row = whole("rounds", rounds), model._shape(row)
     work = sum(weight.size * lines for weight, lines in products_of(model, row))

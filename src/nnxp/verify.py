@@ -24,7 +24,7 @@ from nnxp._printed import Printed
 from nnxp.backend import Backend, available_backends, get_backend
 from nnxp.engine import inputs_of
 from nnxp.io._atomic import written_beside
-from nnxp.layers._layer import Layer
+from nnxp.layers._layer import Layer, check_model
 from nnxp.testing.goldens import layer_examples, provenance, record
 from nnxp.testing.parity import (
     LIMIT,
@@ -145,8 +145,8 @@ def verify(
     rows a thousand are judged. Raises BackendUnavailable for one of `backends` that cannot be used.
     """
     asked, needed = listed(backends), [str(name) for name in listed(required)]
-    if not (model is None or isinstance(model, Layer)):
-        raise OptionError(f"verify takes a model made of nnxp layers, not {model!r:.60}")
+    if model is not None:
+        check_model(model, "verify")
     if (model is None) != (rows is None):
         raise OptionError("a model is verified on rows, and rows with a model: give both")
     if model is None or rows is None:

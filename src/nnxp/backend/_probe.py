@@ -27,7 +27,9 @@ guard = ForkGuard("CUDA")
 _answers: dict[tuple[int, int], Availability] = {}
 
 INSTALL = 'pip install "cupy-cuda13x[ctk]" (or "cupy-cuda12x[ctk]" for an older driver)'
-NO_CARD = 'No NVIDIA card is seen here (a container sees one with --gpus all): use backend="numpy"'
+NO_CARD = (
+    "No NVIDIA card is seen here (a container sees one with --gpus all): use the backend numpy"
+)
 
 
 def nvidia() -> list[str]:
@@ -110,7 +112,7 @@ def _unusable(reason: str, hint: str) -> Availability:
     return Availability(False, reason, hint if nvidia() else NO_CARD)
 
 
-_OR_NUMPY = ', or use backend="numpy"'
+_OR_NUMPY = ", or use the backend numpy"
 _VISIBLE = "Look at nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 

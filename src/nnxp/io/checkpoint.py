@@ -38,7 +38,7 @@ from nnxp._errors import CheckpointError, NnxpError, OptionError
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import path_of, written_beside
 from nnxp.layers import MODULES
-from nnxp.layers._layer import Layer
+from nnxp.layers._layer import Layer, check_model
 
 VERSION = 1
 DEEPEST = 100
@@ -69,8 +69,7 @@ def save(model: Layer, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.numpy import save_file
 
-    if not isinstance(model, Layer):
-        raise OptionError(f"nnxp.save takes a model made of nnxp layers, not {model!r:.60}")
+    check_model(model, "nnxp.save")
     if path_of(path).lower().endswith(".onnx"):
         raise OptionError("nnxp.save writes safetensors; nnxp.save_onnx(model, path) writes ONNX")
     model._home  # raises if the arrays are a mixture  # noqa: B018
@@ -126,8 +125,7 @@ def load(path: str | os.PathLike[str]) -> Layer:
     except (OSError, MemoryError):
         raise
     except SafetensorError as error:
-        reason = _foreign(path) or f"it is no whole safetensors file ({error})"
-        raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
+        raise no_safetensors(path, error) from None
     except NnxpError as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     except Exception as error:  # whatever else a hostile file may provoke, in a `validate` say
@@ -150,17 +148,26 @@ _FOREIGN = (
     ),
     (rb"\x93NUMPY", "it is a .npy file of NumPy's: an array, not a model"),
     (rb"\x89HDF", "it is an HDF5 file, as Keras writes them, not a model that nnxp.save wrote"),
+    (
+        rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]",
+        "it is an ONNX file: nnxp.load_onnx reads it, and the command by a name that ends in .onnx",
+    ),
+    (rb"[\t\r\n\x20-\x7e]{20}", "it is text, not a model"),
 )
 """How files of other libraries begin, and what to do with them."""
 
 
-def _foreign(path: str) -> str:
-    """What a file is that is no safetensors file; "" if it does not tell."""
+def no_safetensors(path: str, error: Exception) -> CheckpointError:
+    """What is to be raised for a file that is no safetensors file."""
     with open(path, "rb") as file:
-        start = file.read(200)
-    reasons = (reason for begins, reason in _FOREIGN if re.match(begins, start, re.DOTALL))
-    onnx = "it is an ONNX file: nnxp.load_onnx reads it" if path.endswith(".onnx") else ""
-    return next(reasons, onnx)
+        reason = foreign(file.read(200)) or f"it is no whole safetensors file ({error})"
+    return CheckpointError(f"{path} cannot be loaded: {reason}")
+
+
+def foreign(data: bytes) -> str:
+    """What a file of another library is, by how it begins; "" if it does not tell."""
+    reasons = (reason for begins, reason in _FOREIGN if re.match(begins, data, re.DOTALL))
+    return next(reasons, "")
 
 
 def _readable(path: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray, dtype_of
 from nnxp._errors import CheckpointError, ConversionError, NnxpError
-from nnxp.io.checkpoint import load
+from nnxp.io.checkpoint import foreign, load
 from nnxp.layers._layer import Layer
 from nnxp.layers.graph import (
     BODIES,
@@ -107,8 +107,13 @@ def _parsed(onnx: Any, source: Any) -> Any:
         if stat.S_ISREG(status.st_mode) and status.st_size > LARGEST:
             raise CheckpointError(f"{status.st_size:,} bytes, more than protobuf reads")
         source = Path(source).read_bytes()
-    model = onnx.ModelProto()
-    model.ParseFromString(bytes(source))
+    model, data = onnx.ModelProto(), bytes(source)
+    try:
+        model.ParseFromString(data)
+    except Exception as error:  # protobuf's DecodeError, of which there are two by now
+        ours = "it is a safetensors file: nnxp.load reads it" if data[8:10] == b'{"' else ""
+        reason = ours or foreign(data[:200]) or f"it is no whole ONNX file ({error})"
+        raise CheckpointError(reason) from error
     return model
 
 

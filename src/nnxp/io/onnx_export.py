@@ -18,7 +18,7 @@ from nnxp.kernels import Kernel
 from nnxp.kernels._windows import per_axis, windows
 from nnxp.kernels.conv import transposed_ways
 from nnxp.kernels.functions import einsum_terms
-from nnxp.layers._layer import Layer
+from nnxp.layers._layer import Layer, check_model
 from nnxp.layers.operators import ELEMENTWISE
 from nnxp.program import traced
 from nnxp.program.program import Program
@@ -68,8 +68,7 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
             f'save_onnx needs the package onnx ({error}); pip install "nnxp[onnx]" brings it'
         ) from error
 
-    if not isinstance(model, Layer):
-        raise OptionError(f"save_onnx takes a model made of nnxp layers, not {model!r:.60}")
+    check_model(model, "save_onnx")
     rows = [model.row_shape()] if row is None else row if isinstance(row, list) else [row]
     outlines = map(_outline, rows, model.input_dtypes(len(rows)))
     program = model.to("numpy").program(*outlines)

@@ -131,7 +131,7 @@ def _read_npz(path: Name, key: str | None) -> HostArray:
         names = ", ".join(file.files)
         if key is None and len(file.files) > 1:
             raise OptionError(
-                f"{path} holds {len(file.files)} arrays ({names}): name one by its key"
+                f"{path} holds {len(file.files)} arrays ({names}): name one by key (--key)"
             )
         if key is not None and key not in file.files:
             raise OptionError(f"{path} has no {key!r}; it holds {names}")

@@ -103,7 +103,10 @@ class Table:
             return
         names = self.reading.names
         try:
-            places = order_of(self.columns, names, "--columns names those to take")
+            asked = ",".join(names or ())
+            plain = re.fullmatch(r"[\w,.-]{1,100}", asked)
+            fix = f"--columns {asked}" if plain else "--columns names those to take"
+            places = order_of(self.columns, names, fix)
         except ShapeError as error:
             raise RowsError(f"{self.path}: {error}") from None
         if places:
@@ -308,7 +311,7 @@ class TextTable(Table):
         name = f" ({self.names[index]})" if self.names[index] else ""
         message = f"{self.path}, line {line}: {field!r:.60} in column {index + 1}{name} "
         if missing:
-            message += "is a missing value; --missing nan reads it as NaN, --missing 0 as 0"
+            message += "is a missing value; --missing 0 reads it as 0"
         else:
             message += "is not a number"
         if line == 1 and self.reading.header is None and not self.header:
@@ -502,7 +505,7 @@ class ArrowTable(Table):
                 row = self.passed + column.is_null().index(True).as_py()
                 raise RowsError(
                     f"{self.path}, row {row}: a value is missing in column {index + 1} ({name}); "
-                    "--missing nan reads it as NaN, --missing 0 as 0"
+                    "--missing 0 reads it as 0"
                 )
             try:
                 rows = host_rows(self._pyarrow.table({name: column}))[:, 0]

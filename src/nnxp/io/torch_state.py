@@ -17,8 +17,8 @@ from nnxp._arrays import HostArray, float_dtype, is_array
 from nnxp._errors import CheckpointError, ConversionError, OptionError
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import path_of
-from nnxp.io.checkpoint import _foreign, _readable
-from nnxp.layers._layer import Layer
+from nnxp.io.checkpoint import _readable, no_safetensors
+from nnxp.layers._layer import Layer, check_model
 
 Turn = Callable[..., HostArray]
 
@@ -57,8 +57,7 @@ def load_state(model: Layer, path: str | os.PathLike[str], *, partial: bool = Fa
         CheckpointError: the file is no safetensors file, or one that nnxp.save wrote.
         OSError: such as FileNotFoundError, the file cannot be read.
     """
-    if not isinstance(model, Layer):
-        raise OptionError(f"load_state takes a model made of nnxp layers, not {model!r:.60}")
+    check_model(model, "load_state")
     tensors = _tensors(path_of(path))
     own = {name: asnumpy(value) for name, value in model.parameters().items()}
     sources = dict(_sources(model, "", "", set(tensors)))
@@ -106,8 +105,7 @@ def _tensors(path: str) -> dict[str, HostArray]:
                 float_dtype("bfloat16")  # which wants a package, and says so
             tensors = {} if ours else {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
-        reason = _foreign(path) or f"it is no whole safetensors file ({error})"
-        raise CheckpointError(f"{path} cannot be loaded: {reason}") from None
+        raise no_safetensors(path, error) from None
     except (TypeError, AttributeError):
         types = " and ".join(sorted(dtypes))
         raise CheckpointError(

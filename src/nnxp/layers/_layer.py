@@ -936,6 +936,19 @@ def row_count(model: Layer, inputs: Sequence[Any]) -> int:
     return counts[0]
 
 
+def check_model(model: Any, who: str) -> None:
+    """Raise OptionError for what is no model of nnxp's, and say how it may become one."""
+    if isinstance(model, Layer):
+        return
+    makes = {
+        "model": "its .model is one",
+        "state_dict": "nnxp.from_torch makes one of a torch module",
+        "get_params": "nnxp.from_sklearn makes one of a fitted estimator",
+    }
+    ways = [f"; {way}" for name, way in makes.items() if hasattr(model, name)][:1]
+    raise OptionError(f"{who} takes a model made of nnxp layers, not {model!r:.60}{''.join(ways)}")
+
+
 def whole(what: str, value: Any, least: int = 1) -> int:
     """A whole number of at least so much, as an int; OptionError for anything else."""
     with suppress(TypeError):

@@ -145,7 +145,9 @@ class _Source:
         except (ShapeError, DtypeMismatch) as error:
             if self.name == "x":
                 raise
-            raise type(error)(f"{self.name}: {error}") from None
+            named = kind == "target" and isinstance(error, DtypeMismatch)
+            fix = "; of classes, numpy.unique(y, return_inverse=True) has the numbers"
+            raise type(error)(f"{self.name}: {error}{fix if named else ''}") from None
         self._look: Callable[[Array], None] | None = None
         self.in_memory = self._device is not None or type(self._source) is np.ndarray
         self._wanted, self._standardized = dtype, standardized

@@ -30,7 +30,7 @@ from nnxp._errors import (
 from nnxp.backend import home_of, to_backend
 from nnxp.backend._device import DeviceBackend
 from nnxp.backend._recording import StepRecording, recorded
-from nnxp.layers._layer import Layer, Rng, generator, originals, reason_of
+from nnxp.layers._layer import Layer, Rng, check_model, generator, originals, reason_of
 from nnxp.program import traced
 from nnxp.program.fused import fused
 from nnxp.program.gradient import gradient, pullback
@@ -305,8 +305,7 @@ def _runner(
     learned: Callable[[str], bool] | None,
 ) -> LossRunner:
     """What runs this loss for such a model and such arrays."""
-    if not isinstance(model, Layer):
-        raise OptionError(f"a loss has a model of nnxp layers first, not {model!r:.60}")
+    check_model(model, "a loss")
     places = {place_of(x) for x in (*model.parameters().values(), *arrays_in(arrays))}
     if len(places) > 1:
         raise DeviceMismatch(
@@ -454,4 +453,4 @@ def applied(model: Layer, x: Any) -> Any:
     """What a model answers for its input, or for several in a tuple or a dict by name."""
     if isinstance(x, Mapping):
         return model(**x)
-    return model(*x) if isinstance(x, tuple | list) else model(x)
+    return model(*x) if isinstance(x, tuple) else model(x)

@@ -25,7 +25,7 @@ from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.backend._blas import one_blas_thread
 from nnxp.backend._threads import together
 from nnxp.engine import parse_bytes
-from nnxp.layers._layer import Layer, Rng, generator, is_number, whole
+from nnxp.layers._layer import Layer, Rng, check_model, generator, is_number, whole
 from nnxp.layers.norm import rounding
 from nnxp.program.program import multiply_adds
 from nnxp.training._chunks import chunks
@@ -168,8 +168,7 @@ def fit(
         OutOfMemory: the memory limit does not hold a step of one row.
         OptionError, ShapeError, DtypeMismatch: an argument does not fit.
     """
-    if not isinstance(model, Layer):
-        raise OptionError(f"nnxp.fit trains a model of nnxp layers, not {model!r:.60}")
+    check_model(model, "nnxp.fit")
     epochs, batch = whole("epochs", epochs, 0), whole("batch", batch)
     chosen = _loss(loss, weights is not None)
     optimizer = Adam() if optimizer is None else optimizer

@@ -96,7 +96,8 @@ def train_on_table(
 
         model, report = train_on_table("iris.csv", "species")
 
-    Raises OptionError for a column that is not there, or cannot be learned from or predicted.
+    Raises OptionError for a column that is not there or cannot be predicted, RowsError for one that
+    cannot be learned from.
     """
     if task not in ("auto", "classes", "numbers"):
         raise OptionError(f'task is "auto", "classes" or "numbers", not {task!r:.60}')
@@ -182,12 +183,12 @@ def _read(
         table = open_table(path, replace(reading, columns=inputs, header=header))
         blocks = list(table)
     except RowsError as error:
-        raise OptionError(f"{error} (--columns names the columns to learn from)") from error
+        raise RowsError(f"{error} (--columns names the columns to learn from)") from error
     x = np.concatenate(blocks) if blocks else np.empty((0, len(inputs)))
     if not np.isfinite(x).all():
         row, column = np.argwhere(~np.isfinite(x))[0]
         name = whole.names[inputs[column]] or inputs[column]
-        raise OptionError(
+        raise RowsError(
             f"{path}: row {row} has {x[row, column]} in column {name!r}, which nothing can be "
             "learned from: --missing 0 reads what is missing as a number"
         )
@@ -195,7 +196,7 @@ def _read(
     try:
         values = whole.column(index)
     except RowsError as error:
-        raise OptionError(f"{error}, the target's") from error
+        raise RowsError(f"{error}, the target's") from error
     return x, values, names, whole.names[index] or str(index)
 
 
@@ -207,7 +208,7 @@ def _classes(values: HostArray, task: str, title: str) -> HostArray | None:
         raise OptionError(f"the target {title!r} has no number in row {row}")
     if task == "numbers" and not numbers:
         raise OptionError(
-            f"the target {title!r} holds {values[0]!s:.40}, which is no number: --task classes"
+            f"the target {title!r} holds {str(values[0])!r:.40}, which is no number: --task classes"
         )
     classes: HostArray = np.unique(values)
     whole = numbers and bool((classes == np.rint(classes)).all())
@@ -217,7 +218,7 @@ def _classes(values: HostArray, task: str, title: str) -> HostArray | None:
     if whole:
         classes = classes.astype("int64")
     if len(classes) < 2:
-        raise OptionError(f"the target {title!r} is {classes[0]!s:.60} in every row")
+        raise OptionError(f"the target {title!r} is {str(classes[0])!r:.60} in every row")
     if len(classes) * 2 > len(values):
         raise OptionError(
             f"the target {title!r} has {len(classes)} classes in {len(values)} rows: too many"
