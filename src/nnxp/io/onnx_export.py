@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import Array, Shape, is_array
-from nnxp._errors import ConversionError, OptionError, ShapeError
+from nnxp._errors import ConversionError, ShapeError
 from nnxp._library import KINDS, compute
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import written_beside

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nnxp._arrays import HostArray, float_dtype, is_array
-from nnxp._errors import CheckpointError, ConversionError, OptionError
+from nnxp._errors import CheckpointError, ConversionError
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import path_of
 from nnxp.io.checkpoint import _readable, no_safetensors
