@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
 import nnxp
+from nnxp.backend import _threads
 from nnxp.layers import MODULES
 
 BACKENDS = [name for name, found in nnxp.available_backends().items() if found.ok]
@@ -36,6 +39,12 @@ every_swept_layer = pytest.mark.parametrize(
 )
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # the plugin's fixture
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def at_work():
+    """How many threads there are, but for those of ours that wait for work."""
+    waiting = {aside._thread for aside in _threads._idle}
+    return len([thread for thread in threading.enumerate() if thread not in waiting])
 
 
 def draw(shape, dtype="float32", seed=0):

@@ -18,7 +18,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import nnxp
-from conftest import draw, every_backend
+from conftest import at_work, draw, every_backend
 from nnxp.testing import assert_parity
 
 RNG = np.random.default_rng(0)
@@ -453,12 +453,12 @@ def test_an_error_in_a_worker_reaches_the_caller_names_the_layer_and_leaves_no_t
     net = nnxp.Sequential(nnxp.Dropout(0.1), nnxp.Residual(Fails()))
     x = np.ones((20000, 3), "float32")
     x[15000, 1] = 1e9
-    before, threads = blas_threads(), threading.active_count()
+    before, threads = blas_threads(), at_work()
     with pytest.raises(ArithmeticError, match="feared") as caught:
         nnxp.predict(net, x, "cpu", workers=3)
     assert any("layers.1.inner" in note for note in caught.value.__notes__)
     assert blas_threads() == before
-    assert threading.active_count() == threads
+    assert at_work() == threads
     nnxp.predict(net, x[:15000], "cpu", workers=3)
 
 
@@ -469,11 +469,11 @@ def test_an_interrupt_ends_the_sweep_and_leaves_no_trace():
                 raise KeyboardInterrupt
             return super().__getitem__(rows)
 
-    before, threads = blas_threads(), threading.active_count()
+    before, threads = blas_threads(), at_work()
     with pytest.raises(KeyboardInterrupt):
         nnxp.predict(NET, Interrupted(draw((60000, 20))), "cpu", workers=2)
     assert blas_threads() == before
-    assert threading.active_count() == threads
+    assert at_work() == threads
 
 
 def test_engines_in_many_threads_give_right_rows_and_restore_blas():
@@ -590,21 +590,21 @@ def test_an_error_in_the_batches_comes_in_its_turn_and_the_thread_ends():
         yield X[:10]
         raise OSError("the disk is gone")
 
-    threads = threading.active_count()
+    threads = at_work()
     answers = nnxp.predict_iter(NET, batches(), "cpu")
     close(next(answers), NET(X[:10]))
     with pytest.raises(OSError, match="the disk is gone"):
         next(answers)
-    assert threading.active_count() == threads
+    assert at_work() == threads
     abandoned = nnxp.predict_iter(NET, iter([X[:10]] * 5), "cpu")
     next(abandoned)
     abandoned.close()
-    assert threading.active_count() == threads
+    assert at_work() == threads
     wrong = nnxp.predict_iter(NET, [X[:10], X[:10, :3]], "cpu")
     next(wrong)
     with pytest.raises(nnxp.ShapeError):
         next(wrong)
-    assert threading.active_count() == threads
+    assert at_work() == threads
 
 
 def test_whoever_waits_for_a_batch_that_never_comes_can_be_interrupted():
@@ -619,7 +619,7 @@ def test_whoever_waits_for_a_batch_that_never_comes_can_be_interrupted():
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         threading.Event().wait(20)
 
-    threads = threading.active_count()
+    threads = at_work()
     before = signal.signal(signal.SIGALRM, heard)
     try:
         start = time.monotonic()
@@ -629,7 +629,7 @@ def test_whoever_waits_for_a_batch_that_never_comes_can_be_interrupted():
         assert signal.getsignal(signal.SIGALRM) is heard
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert threading.active_count() == threads
+    assert at_work() == threads
 
 
 def test_batches_are_read_in_the_caller_s_context():
@@ -792,10 +792,10 @@ def test_a_bar_that_cannot_be_drawn_ends_no_work(monkeypatch, stderr):
 
 def test_a_notebook_shows_a_bar(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    threads = threading.active_count()
+    threads = at_work()
     nnxp.predict(NET, X, "cpu", progress=True)
     assert "5.00k/5.00k" in capfd.readouterr().err
-    assert threading.active_count() == threads
+    assert at_work() == threads
 
 
 def test_progress_is_silent_away_from_a_terminal(capfd):

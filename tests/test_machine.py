@@ -16,7 +16,7 @@ import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import nnxp
-from conftest import draw
+from conftest import at_work, draw
 from nnxp.backend import _blas, _machine, _threads
 from nnxp.backend.cpu import worker_count
 
@@ -165,6 +165,7 @@ def no_threads(*args):
 
 
 def test_without_further_threads_the_caller_s_own_does_the_work(monkeypatch):
+    monkeypatch.setattr(_threads, "_idle", [])
     expected, before = NET(X), bare()
     monkeypatch.setattr(threading.Thread, "start", no_threads)
     np.testing.assert_allclose(nnxp.predict(NET, X, "cpu", workers=4), expected, 1e-5, 1e-6)
@@ -184,13 +185,13 @@ def test_a_thread_that_can_be_had_later_is_used_then(monkeypatch):
             no_threads()
         start(thread)
 
-    threads = threading.active_count()
+    threads = at_work()
     monkeypatch.setattr(threading.Thread, "start", later)
     answers = nnxp.predict_iter(NET, [X[i : i + 9] for i in range(6)], "cpu")
     for i, y in enumerate(answers):
         np.testing.assert_allclose(y, NET(X[i : i + 9]), 1e-5, 1e-6)
     assert len(tries) == 3
-    assert threading.active_count() == threads
+    assert at_work() == threads
 
 
 def test_as_many_threads_as_can_be_had_are_used(monkeypatch):
@@ -202,11 +203,12 @@ def test_as_many_threads_as_can_be_had_are_used(monkeypatch):
         left[0] -= 1
         start(thread)
 
-    expected, threads = NET(X), threading.active_count()
+    monkeypatch.setattr(_threads, "_idle", [])
+    expected, threads = NET(X), at_work()
     monkeypatch.setattr(threading.Thread, "start", some)
     np.testing.assert_allclose(nnxp.predict(NET, X, "cpu", workers=6), expected, 1e-5, 1e-6)
     assert left == [0]
-    assert threading.active_count() == threads
+    assert at_work() == threads
 
 
 def run(code, *arguments, **variables):
@@ -247,6 +249,26 @@ def serve():
 threading.Thread(target=serve).start()
 """,
     "when the interpreter shuts down": "atexit.register(check)",
+    "when modules are taken away": """
+class Last:
+    def __del__(self, engine=engine, x=x, write=os.write):
+        try:
+            engine(x)
+        finally:  # or it is told that Python shuts down
+            write(1, b"right")
+
+engine(x)
+sys.modules["last"] = Last()
+""",
+    "in a child that is forked": """
+engine(x)
+child = os.fork() if hasattr(os, "fork") else check()
+if child == 0:
+    check()
+    os._exit(0)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+""",
     "where the system allows no further thread": """
 import resource
 engine(x)  # by now OpenBLAS has its threads; where it gets none it raises SIGINT itself
@@ -384,7 +406,7 @@ def test_a_late_interrupt_leaves_behind_a_worker_that_does_not_end(monkeypatch):
                 signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
             return x
 
-    before, threads = bare(), threading.active_count()
+    before, threads = bare(), at_work()
     monkeypatch.setattr(_threads, "PATIENCE", 0.2)
     old = signal.signal(signal.SIGALRM, heard)
     try:
@@ -392,7 +414,7 @@ def test_a_late_interrupt_leaves_behind_a_worker_that_does_not_end(monkeypatch):
             nnxp.predict(Sticks(), draw((200_000, 32)), "cpu", workers=2)
         signal.setitimer(signal.ITIMER_REAL, 0)
         assert signal.getsignal(signal.SIGALRM) is heard
-        assert threading.active_count() == threads + 1
+        assert at_work() == threads + 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
@@ -400,7 +422,7 @@ def test_a_late_interrupt_leaves_behind_a_worker_that_does_not_end(monkeypatch):
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
             thread.join(20)
-    assert threading.active_count() == threads
+    assert at_work() == threads
     assert bare() == before  # the last one to leave has seen to it
 
 

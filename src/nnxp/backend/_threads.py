@@ -1,5 +1,7 @@
 """Worker threads: as many as can be had, and none at work any more when the caller goes on.
 
+They wait, without work, for the next call.
+
 Threads are an offer. Where no thread can be started (a limit of the system, an interpreter that
 shuts down), the caller's own does the work.
 
@@ -10,7 +12,9 @@ after, the handlers of signals are run at once, but what they raise is held back
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 PATIENCE = 5.0  # seconds after a first interrupt; then a further one leaves busy workers behind
+MOST_IDLE = 2 * (os.cpu_count() or 1)  # threads that wait for work
 SIGNALS = "SIGINT SIGBREAK SIGTERM SIGHUP SIGALRM SIGVTALRM SIGPROF SIGUSR1 SIGUSR2".split()
 
 
@@ -32,22 +37,21 @@ def together(
     """Run all at once, the first in this thread; when one fails, `stop` takes the others' work.
 
     Each runs in a copy of the caller's context, so that its np.errstate holds in all of them, and
-    in a block of `within()`. What finds no thread runs in this one, after the first. Interrupts are
-    let into the works of this thread, and nowhere else.
+    in a block of `within()`. What finds no thread runs in this one, after the first, into which
+    alone interrupts are let.
     """
     if len(works) == 1 and within is None:
         works[0]()
         return
     failures: list[BaseException] = []
 
-    def run(*own: Callable[[], object], interrupts: Interrupts | None = None) -> None:
+    def run(work: Callable[[], object], interrupts: Interrupts | None = None) -> None:
         try:
             with within() if within else nullcontext():
                 try:
                     if interrupts:
                         interrupts.open = True
-                    for work in own:
-                        work()
+                    work()
                 finally:
                     if interrupts:
                         interrupts.open = False
@@ -56,24 +60,17 @@ def together(
             stop()
 
     with Interrupts(stop) as interrupts:
-        finished = threading.Semaphore(0)
-
-        def other(work: Callable[[], object]) -> None:
-            try:
-                run(work)
-            finally:
-                finished.release()
-
-        threads = []
-        for work in works[1:]:
-            if (thread := started(other, work)) is None:
-                break
-            threads.append(thread)
-        run(works[0], *works[1 + len(threads) :], interrupts=interrupts)
-        for _ in threads:
-            finished.acquire()
-        for thread in threads:
-            thread.join()
+        others = [_idle_or_new() for _ in works[1:]]
+        try:
+            for other, work in zip(others, works[1:], strict=True):
+                other.start(run, work)
+            run(works[0], interrupts=interrupts)
+            while others:
+                others[-1].wait()
+                _keep(others.pop())
+        finally:
+            for other in others:  # that a late interrupt leaves at work
+                other.end()
     try:
         if failures:
             raise failures[0]
@@ -152,12 +149,16 @@ class Aside:
         finally:
             del error
 
-    def close(self) -> None:
-        """No further calls."""
+    def end(self) -> None:
+        """No further calls: the thread ends, now or when it is done."""
         self._call = None
         self._asked.release()
+
+    def close(self) -> None:
+        """No further calls, and no thread any more, unless it was left at work."""
+        self.end()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(0.1)  # it ends at once, unless it was left at work
+            self._thread.join(0.1)
 
     def _serve(self) -> None:
         while self._asked.acquire() and self._call is not None:
@@ -172,6 +173,28 @@ class Aside:
         finally:
             del call
             self._done.release()
+
+
+_idle: list[Aside] = []
+"""Those that wait for the next call of `together`: to start a thread takes longer than many a
+tile."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # a forked child has none of the threads
+
+
+def _idle_or_new() -> Aside:
+    if not sys.is_finalizing():  # when threads stand still
+        with suppress(IndexError):
+            return _idle.pop()
+    return Aside()
+
+
+def _keep(aside: Aside) -> None:
+    """Let it wait for the next call, unless many do."""
+    if len(_idle) < MOST_IDLE:
+        _idle.append(aside)
+    else:
+        aside.end()
 
 
 def started(function: Callable[..., object], *arguments: Any) -> threading.Thread | None:

@@ -55,7 +55,7 @@ AVX512 = 0x20  # among the sets of instructions that it uses
 
 MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, as ours do
 MOST_PLANS = 64  # of one constant, for other numbers of rows
-SHARED = 1 << 23
+SHARED = 1 << 21
 """Multiply-adds: fewer are not worth several threads."""
 
 SIZE = 4  # bytes of a number
