@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 import nnxp
 from nnxp import kernels
 from nnxp._arrays import Array
-from nnxp.kernels._dispatch import Given
+from nnxp.kernels._dispatch import Operand
 from nnxp.kernels.cpu import _pieces, _small, conv, onednn, pool
 from nnxp.program.recording import Recording, bodied, costs
 from nnxp.testing.parity import compare, error_bound
@@ -349,26 +349,26 @@ def test_recurrences_in_place_begin_at_zero_where_nothing_else_is_given(kernel, 
 def test_what_a_body_in_place_does_not_do_is_left_to_the_reference():
     f = np.dtype("float32")
 
-    def given(*shape, constant=False):
-        return Given(shape, f, np.zeros(shape, f) if constant else None)
+    def operand(*shape, constant=False):
+        return Operand(shape, f, np.zeros(shape, f) if constant else None)
 
-    x, weight = given(5, 8, 8, 4), given(3, 3, 4, 6, constant=True)
+    x, weight = operand(5, 8, 8, 4), operand(3, 3, 4, 6, constant=True)
     assert kernels.conv.in_place_for(x, weight) is not None
-    assert kernels.conv.in_place_for(x, given(3, 3, 4, 6)) is None  # weights that are not constant
-    assert kernels.conv.in_place_for(x, given(3, 3, 2, 6, constant=True), groups=2) is None
-    half = Given(x.shape, np.dtype("float16"), None)
+    assert kernels.conv.in_place_for(x, operand(3, 3, 4, 6)) is None  # whose weight may change
+    assert kernels.conv.in_place_for(x, operand(3, 3, 2, 6, constant=True), groups=2) is None
+    half = Operand(x.shape, np.dtype("float16"), None)
     assert kernels.conv.in_place_for(half, weight) is None
-    assert kernels.max_pool.in_place_for(given(5, 8, 4), window=(2,)) is None
-    q, groups = given(3, 2, 5, 4), given(3, 1, 5, 4)
+    assert kernels.max_pool.in_place_for(operand(5, 8, 4), window=(2,)) is None
+    q, groups = operand(3, 2, 5, 4), operand(3, 1, 5, 4)
     assert kernels.attention.in_place_for(q, groups, groups) is None
-    wide = Given((3, 1, 1, 5), np.dtype("float64"), None)
+    wide = Operand((3, 1, 1, 5), np.dtype("float64"), None)
     assert kernels.attention.in_place_for(q, q, q, wide) is None
-    assert kernels.lstm.in_place_for(given(3, 5, 8), given(2, 8)) is None
-    assert kernels.gru.in_place_for(given(3, 5, 6), given(2, 6)) is None
-    weight = given(2, 2, constant=True)
-    assert kernels.rnn.in_place_for(given(3, 5, 2), weight) is not None
-    assert kernels.rnn.in_place_for(given(3, 5, 2), weight, activation=kernels.gelu) is None
-    assert kernels.rnn.in_place_for(given(3, 5, 2), weight, None, given(3)) is None
+    assert kernels.lstm.in_place_for(operand(3, 5, 8), operand(2, 8)) is None
+    assert kernels.gru.in_place_for(operand(3, 5, 6), operand(2, 6)) is None
+    weight = operand(2, 2, constant=True)
+    assert kernels.rnn.in_place_for(operand(3, 5, 2), weight) is not None
+    assert kernels.rnn.in_place_for(operand(3, 5, 2), weight, activation=kernels.gelu) is None
+    assert kernels.rnn.in_place_for(operand(3, 5, 2), weight, None, operand(3)) is None
 
 
 def test_what_bodies_work_in_is_counted_and_a_limit_is_kept():
@@ -490,8 +490,8 @@ def test_onednn_convolves_over_up_to_three_axes_in_any_groups(axes, groups):
     )  # fmt: skip
     layer = layer.with_parameters({"weight": layer.weight, "bias": draw(32)})
     assert kernels.conv.in_place_for(
-        Given((5, *(9, 8, 7)[:axes], 16), np.dtype("float32"), None),
-        *(Given(x.shape, x.dtype, x) for x in (layer.weight, layer.bias)),
+        Operand((5, *(9, 8, 7)[:axes], 16), np.dtype("float32"), None),
+        *(Operand(x.shape, x.dtype, x) for x in (layer.weight, layer.bias)),
         groups=groups,
     )
     for rows in (5, 1, 0):
@@ -512,8 +512,8 @@ def test_weights_are_not_copied_for_onednn_where_they_are_in_one_piece(monkeypat
     known = _pieces.ByContent(onednn.Constant)
     monkeypatch.setattr(onednn, "constants", known)
     x = draw(4, 9, 7, 6 * groups)
-    given = (Given(array.shape, array.dtype, array) for array in (weight, draw(8)))
-    body = kernels.conv.in_place_for(Given(x.shape, x.dtype, None), *given, groups=groups)
+    operands = (Operand(array.shape, array.dtype, array) for array in (weight, draw(8)))
+    body = kernels.conv.in_place_for(Operand(x.shape, x.dtype, None), *operands, groups=groups)
     y = np.full((4, 7, 5, 8), np.nan, "float32")
     body.run(y, np.empty(body.room(4), "uint8"), x)
     np.testing.assert_allclose(
@@ -765,7 +765,7 @@ def test_products_that_are_worth_several_threads_share_them(monkeypatch):
 
 def run_in_place(kernel, *arrays, **options):
     """What the body in place makes of arrays none of which is constant, and that it is right."""
-    body = kernel.in_place_for(*(Given(x.shape, x.dtype, None) for x in arrays), **options)
+    body = kernel.in_place_for(*(Operand(x.shape, x.dtype, None) for x in arrays), **options)
     assert body is not None
     value, error = error_bound(partial(kernel, **options), *arrays)
     out = np.full(value.shape, np.nan, "float32")
@@ -808,10 +808,10 @@ def test_weights_that_change_are_those_of_their_thread(monkeypatch):
     """In threads of oneDNN's, and in several callers at once."""
     monkeypatch.setattr(onednn, "SHARED", 1)
     x, dy = draw(33, 12, 12, 16), draw(33, 12, 12, 24, seed=1)
-    given = [Given(a.shape, a.dtype, None) for a in (x, draw(3, 3, 16, 24))]
-    body = kernels.conv.in_place_for(*given, padding=1)
+    operands = [Operand(a.shape, a.dtype, None) for a in (x, draw(3, 3, 16, 24))]
+    body = kernels.conv.in_place_for(*operands, padding=1)
     back = kernels.conv_weight_gradient.in_place_for(
-        given[0], Given(dy.shape, dy.dtype, None), window=(3, 3), padding=1
+        operands[0], Operand(dy.shape, dy.dtype, None), window=(3, 3), padding=1
     )
 
     def both(seed):
@@ -841,14 +841,14 @@ def test_the_gradient_of_a_max_pool_in_place_is_that_of_its_formula(monkeypatch,
     x[1, 2, 3] = np.nan
     dy = draw(5, 9 // window[0], 8 // window[1], 6)
     dy[2, 1, 1] = np.inf
-    given = [Given(a.shape, a.dtype, None) for a in (dy, x)]
-    body = kernels.max_pool_gradient.in_place_for(*given, window=window)
+    operands = [Operand(a.shape, a.dtype, None) for a in (dy, x)]
+    body = kernels.max_pool_gradient.in_place_for(*operands, window=window)
     out = np.full_like(x, np.nan)
     with np.errstate(all="ignore"):
         body.run(out, np.empty(body.room(5), "uint8"), dy, x)
         np.testing.assert_array_equal(out, kernels.max_pool_gradient(dy, x, window=window))
     for more in ({"stride": 1}, {"padding": 1}, {"dilation": 2}):
-        assert kernels.max_pool_gradient.in_place_for(*given, window=(4, 4), **more) is None
+        assert kernels.max_pool_gradient.in_place_for(*operands, window=(4, 4), **more) is None
 
 
 @only_onednn

@@ -46,13 +46,13 @@ def tf32():
 
 
 def test_the_library_s_own_checks_pass_here_and_cover_every_layer_in_every_type():
-    found = verify(backends=["numpy", "sim"])
-    assert found.ok, str(found)
-    for each in found.found:
-        assert each.checks > 4 * len(layer_examples())
-        assert each.largest < 3
-        assert not each.tf32
-    assert "float32 is float32" in str(found)
+    verification = verify(backends=["numpy", "sim"])
+    assert verification.ok, str(verification)
+    for report in verification.reports:
+        assert report.checks > 4 * len(layer_examples())
+        assert report.largest < 3
+        assert not report.tf32
+    assert "float32 is float32" in str(verification)
     assert {layer for layer, _ in layer_examples() if type(layer) is nnxp.Dense}
     assert {type(layer) for layer, _ in layer_examples()} == {
         getattr(nnxp, name) for name in MODULES
@@ -60,11 +60,11 @@ def test_the_library_s_own_checks_pass_here_and_cover_every_layer_in_every_type(
 
 
 def test_tf32_is_seen_and_said(tf32):
-    found = verify(backends=["sim"])
-    assert found.found[0].tf32
-    assert found.found[0].product > 100
-    assert "TF32 IS ON" in str(found)
-    assert not found.ok
+    verification = verify(backends=["sim"])
+    assert verification.reports[0].tf32
+    assert verification.reports[0].product > 100
+    assert "TF32 IS ON" in str(verification)
+    assert not verification.ok
 
 
 def test_a_model_is_judged_on_given_rows(tmp_path):

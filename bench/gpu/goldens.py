@@ -5,13 +5,14 @@ from __future__ import annotations
 from gpu.here import Figures, Here, Values
 from nnxp.testing import goldens
 from nnxp.testing.goldens import provenance
-from nnxp.verify import Found, Verification, record_goldens
+from nnxp.verify import BackendReport, Verification, record_goldens
 
 
 def figures(here: Here) -> Figures:
     folder, backend = here.out / "goldens", here.device
-    found = Found(backend.name, backend.device, True, backend.why, about=provenance(backend))
-    record_goldens(Verification("goldens", (found,), ()), folder)
+    about = provenance(backend)
+    usable = BackendReport(backend.name, backend.device, True, backend.why, about=about)
+    record_goldens(Verification("goldens", (usable,), ()), folder)
     for path in sorted(folder.glob("*.safetensors")):
         report = goldens.check(path)
         values: Values = {"cases": len(report.checks), "bytes": path.stat().st_size}

@@ -7,23 +7,23 @@ from nnxp.verify import verify, write_receipt
 
 
 def figures(here: Here) -> Figures:
-    found = verify(backends=[here.backend], required=[here.backend])
-    write_receipt(found, here.out / "receipt.json")
-    for each in found.found:
+    result = verify(backends=[here.backend], required=[here.backend])
+    write_receipt(result, here.out / "receipt.json")
+    for report in result.reports:
         yield (
-            each.name,
+            report.name,
             {
-                "device": each.device,
-                "checks": each.checks,
-                "failed": each.failed,
-                "largest error in units of the bound": each.largest,
-                "float32 product in units of the bound": each.product,
-                "float32 is float32": not each.tf32,
-                "seconds": each.seconds,
+                "device": report.device,
+                "checks": report.checks,
+                "failed": report.failed,
+                "largest error in units of the bound": report.largest,
+                "float32 product in units of the bound": report.product,
+                "float32 is float32": not report.tf32,
+                "seconds": report.seconds,
             },
         )
-    if not found.ok:
-        failures = [f"{each.name} {each.what}: {each.problem}" for each in found.failures]
+    if not result.ok:
+        failures = [f"{check.name} {check.what}: {check.problem}" for check in result.failures]
         yield "failures", {"problem": f"{len(failures)} checks failed", "which": failures[:100]}
         for line in failures[:20]:
             print(line)

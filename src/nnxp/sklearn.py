@@ -306,7 +306,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
         self, trainer: Trainer, batches: Iterator[tuple[HostArray, ...]], noise: Any
     ) -> float:
         """The sum over rows of the loss, while the parameters change batch by batch."""
-        told: list[tuple[int, float, Any, Any]] = []
+        losses: list[tuple[int, float, Any, Any]] = []
         loss: _PenalisedLoss = trainer.loss  # type: ignore[assignment]
         outputs = self.n_outputs_ if loss.kind == "squared_error" else 1
         for batch in batches:
@@ -317,9 +317,9 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             if trainer.place != "cpu":
                 moved = tuple(to_backend(array, self.device) for array in batch)
             value = trainer.step(moved, noise if noise and trainer.draws(moved) else None)
-            told.append((count, total, value, penalty))
+            losses.append((count, total, value, penalty))
         sums = 0.0
-        for count, total, value, penalty in told:
+        for count, total, value, penalty in losses:
             shown = float(asnumpy(value))
             if outputs > 1:  # scikit-learn shows the mean over outputs, but descends the sum
                 fixed = float(asnumpy(penalty)) / total

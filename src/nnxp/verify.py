@@ -45,7 +45,7 @@ Rows: TypeAlias = tuple[HostArray | None, ...]
 
 
 @dataclass(frozen=True)
-class Found:
+class BackendReport:
     """What was found on one backend: how many checks ran and failed there, and how far off.
 
     `largest` is the largest error in units of the bound, `product` that of a float32 product of
@@ -80,14 +80,14 @@ class Verification(Printed):
     """What was checked, what was found on each backend, and the checks that failed."""
 
     what: str
-    found: tuple[Found, ...]
+    reports: tuple[BackendReport, ...]
     failures: tuple[Check, ...]
     required: tuple[str, ...] = ()
 
     @property
     def missing(self) -> list[str]:
         """The required backends that cannot be used here."""
-        usable = {report.name for report in self.found if report.usable}
+        usable = {report.name for report in self.reports if report.usable}
         return [name for name in self.required if name not in usable]
 
     @property
@@ -102,13 +102,13 @@ class Verification(Printed):
             "what": self.what,
             "limit": LIMIT,
             "missing": self.missing,
-            "backends": [report.to_dict() for report in self.found],
+            "backends": [report.to_dict() for report in self.reports],
             "failures": [check.to_dict() for check in self.failures],
         }
 
     def __str__(self) -> str:
         lines = [self.what]
-        for report in self.found:
+        for report in self.reports:
             outcome = _outcome(report) if report.usable else report.reason
             lines.append(f"  {report.name:6}  {outcome}")
             if not report.usable and report.name in self.required:
@@ -122,7 +122,7 @@ class Verification(Printed):
         return "\n".join([*lines, "all agree with float64" if self.ok else "NOT VERIFIED"])
 
 
-def _outcome(report: Found) -> str:
+def _outcome(report: BackendReport) -> str:
     kind = "TF32 IS ON: float32 products are rounded" if report.tf32 else "float32 is float32"
     return (
         f"{report.device}: {report.checks:,} checks, {report.failed:,} failed; largest error "
@@ -170,7 +170,7 @@ def verify(
             backend = get_backend(name)
         except BackendUnavailable as error:
             reason = error.reason.removeprefix(f"backend={name!r}: ")
-            reports.append(Found(name, "", False, reason, error.hint))
+            reports.append(BackendReport(name, "", False, reason, error.hint))
             continue
         if any(report.device == backend.device for report in reports):
             continue
@@ -197,7 +197,9 @@ def _own_cases() -> Iterator[tuple[Layer, Rows]]:
     yield digits, (pixels[::7],)
 
 
-def _judge(backend: Backend, cases: Sequence[tuple[Layer, Rows]]) -> tuple[Found, list[Check]]:
+def _judge(
+    backend: Backend, cases: Sequence[tuple[Layer, Rows]]
+) -> tuple[BackendReport, list[Check]]:
     start = perf_counter()
     products = product_checks(backend)
     checks = list(products)
@@ -207,7 +209,7 @@ def _judge(backend: Backend, cases: Sequence[tuple[Layer, Rows]]) -> tuple[Found
         named = f"{layer!r:.60} {types}: " if len(cases) > 1 else ""
         checks += [replace(check, name=named + check.name) for check in judged]
     failed = [check for check in checks if not check.ok]
-    return Found(
+    return BackendReport(
         backend.name,
         backend.device,
         usable=True,
@@ -259,7 +261,7 @@ def write_receipt(verification: Verification, path: str | Path) -> None:
 def record_goldens(verification: Verification, folder: str | Path) -> None:
     """Record a golden on each backend that was verified: <hardware>.safetensors in the folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for report in verification.found:
+    for report in verification.reports:
         if report.usable and not report.failed:  # what is wrong is no golden
             hardware = f"{report.name} {(report.about or {})['hardware']}"
             name = "-".join(re.findall(r"[a-z0-9]+", hardware.lower()))

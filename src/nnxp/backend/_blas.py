@@ -38,8 +38,8 @@ class SharedNumber:
         """NumPy's BLAS, and what else has been loaded by the time of the first sweep."""
         with self._lock:
             if self._libraries is None:
-                blas = ThreadpoolController().select(user_api="blas")
-                self._libraries = [_Library(each, self) for each in blas.lib_controllers]
+                loaded = ThreadpoolController().select(user_api="blas").lib_controllers
+                self._libraries = [_Library(blas, self) for blas in loaded]
             return self._libraries
 
     def enter(self) -> None:
@@ -91,17 +91,17 @@ class SharedNumber:
 class _Library:
     """A BLAS library as threadpoolctl found it, with its own functions below what that allows."""
 
-    def __init__(self, found: Any, shared: SharedNumber) -> None:
-        kind = type(found)
-        self.file: str = found.filepath
-        self._mkl = found.internal_api == "mkl"
-        openmp = getattr(found, "threading_layer", "") == "openmp"
+    def __init__(self, blas: Any, shared: SharedNumber) -> None:
+        kind = type(blas)
+        self.file: str = blas.filepath
+        self._mkl = blas.internal_api == "mkl"
+        openmp = getattr(blas, "threading_layer", "") == "openmp"
         self.for_each_thread = self._mkl or openmp
         if not self.for_each_thread:
             _answer_in_place_of(kind, shared)
         get, put = getattr(kind, "_nnxp", (kind.get_num_threads, kind.set_num_threads))
-        self.get: Callable[[], int] = lambda: get(found)
-        self.set: Callable[[int], Any] = _openblas_setter(found) or (lambda n: put(found, n))
+        self.get: Callable[[], int] = lambda: get(blas)
+        self.set: Callable[[int], Any] = _openblas_setter(blas) or (lambda n: put(blas, n))
 
     def limit(self) -> Callable[[], object]:
         """One thread for calls from this thread; what undoes it."""
@@ -112,14 +112,12 @@ class _Library:
         return lambda: self.set(number)
 
 
-def _openblas_setter(found: Any) -> Callable[[int], Any] | None:
+def _openblas_setter(blas: Any) -> Callable[[int], Any] | None:
     """OpenBLAS' own function, under the name that it has in this build."""
-    if found.internal_api != "openblas" or getattr(found, "threading_layer", "") == "openmp":
+    if blas.internal_api != "openblas" or getattr(blas, "threading_layer", "") == "openmp":
         return None
     names = ("".join(parts) for parts in product(("", "scipy_"), [_SET], ("", "64_", "_64")))
-    return next(
-        (getattr(found.dynlib, name) for name in names if hasattr(found.dynlib, name)), None
-    )
+    return next((getattr(blas.dynlib, name) for name in names if hasattr(blas.dynlib, name)), None)
 
 
 _SET = "openblas_set_num_threads"
@@ -164,9 +162,9 @@ def one_blas_thread() -> Iterator[None]:
     _shared.enter()
     undo: list[Callable[[], object]] = []
     try:
-        undo += [each.limit() for each in _shared.libraries() if each.for_each_thread]
+        undo += [library.limit() for library in _shared.libraries() if library.for_each_thread]
         yield
     finally:
-        for each in reversed(undo):
-            each()
+        for restore in reversed(undo):
+            restore()
         _shared.leave()

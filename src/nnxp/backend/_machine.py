@@ -122,8 +122,8 @@ def _windows_memory(field: str) -> int | None:
         ]
 
     status = Status(dwLength=ctypes.sizeof(Status))
-    told = windows.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-    return int(getattr(status, field)) if told else None
+    succeeded = windows.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    return int(getattr(status, field)) if succeeded else None
 
 
 def _control(file: str, controller: str = "") -> list[str]:

@@ -43,7 +43,7 @@ Outlines = tuple[Shape, np.dtype[Any]] | list[tuple[Shape, np.dtype[Any]]]
 """The shape and type of a result, or those of several."""
 
 
-class Given(NamedTuple):
+class Operand(NamedTuple):
     """What a body is made for: an array's shape and type, and its numbers if it is a constant."""
 
     shape: Shape
@@ -128,7 +128,7 @@ class Kernel:
         self._in_place = rule
         return rule
 
-    def in_place_for(self, *arrays: Given | None, **options: Any) -> InPlace | None:
+    def in_place_for(self, *arrays: Operand | None, **options: Any) -> InPlace | None:
         """The body for NumPy that a recording runs; None if the reference body is as good."""
         importlib.import_module("nnxp.kernels.cpu")
         return None if self._in_place is None else self._in_place(*arrays, **options)

@@ -154,17 +154,17 @@ def conv_weight_gradient(
             f"groups of {who} is a whole number that divides the channels, {x.shape[-1]}, and the "
             f"outputs, {outputs}, not {groups!r:.60}"
         )
-    if dy.shape[:-1] != (made := (x.shape[0], *over.positions)):
+    if dy.shape[:-1] != (expected := (x.shape[0], *over.positions)):
         raise ShapeError(
-            f"{who} takes dy like what conv makes of x {x.shape}, ({str(made)[1:-1]}, outputs), "
-            f"but got {dy.shape}"
+            f"{who} takes dy like what conv makes of x {x.shape}, ({str(expected)[1:-1]}, "
+            f"outputs), but got {dy.shape}"
         )
     inputs = x.shape[-1] // groups
     seen, count = patches(padded(x, over.pads), over), x.shape[0] * prod(over.positions)
     if groups == 1:
         lines = seen.reshape(count, prod(window) * inputs)
-        made = matmul(lines.swapaxes(0, 1), dy.reshape(count, outputs), precision=precision)
-        return made.reshape(*window, inputs, outputs)
+        dw = matmul(lines.swapaxes(0, 1), dy.reshape(count, outputs), precision=precision)
+        return dw.reshape(*window, inputs, outputs)
     if inputs == 1 and groups == outputs:
         at = ascii_letters[: len(window) + 1]
         elements = (seen[..., *tap, :] for tap in product(*map(range, window)))
@@ -173,9 +173,8 @@ def conv_weight_gradient(
     apart = xp_of(x).moveaxis(seen.reshape(*seen.shape[:-1], groups, inputs), -2, 0)
     lines = apart.reshape(groups, count, prod(window) * inputs)
     worth = dy.reshape(count, groups, outputs // groups).swapaxes(0, 1)
-    made = matmul(lines.swapaxes(1, 2), worth, precision=precision)
-    made = xp_of(x).moveaxis(made, 0, 1)
-    return made.reshape(*window, inputs, outputs)
+    dw = matmul(lines.swapaxes(1, 2), worth, precision=precision)
+    return xp_of(x).moveaxis(dw, 0, 1).reshape(*window, inputs, outputs)
 
 
 @conv_weight_gradient.vjp
@@ -241,9 +240,9 @@ def _by_group(x: Array, weight: Array, over: Windows, groups: int) -> Array:
     *rows, _ = x.shape
     apart = xp_of(x).moveaxis(x.reshape(*rows, groups, inner), -2, 0)
     seen = patches(apart.reshape(groups * rows[0], *rows[1:], inner), over)
-    each = prod(over.window) * inner
-    seen = seen.reshape(groups, rows[0] * prod(over.positions), each)
-    stacked = weight.reshape(each, groups, outputs // groups).swapaxes(0, 1)
+    size = prod(over.window) * inner
+    seen = seen.reshape(groups, rows[0] * prod(over.positions), size)
+    stacked = weight.reshape(size, groups, outputs // groups).swapaxes(0, 1)
     y = xp_of(x).matmul(seen, stacked)
     return y.swapaxes(0, 1).reshape(rows[0], *over.positions, outputs)
 

@@ -99,10 +99,10 @@ def max_pool_gradient(
     """
     options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
     over = _pooled("max_pool_gradient", x, window, options)
-    if dy.shape != (made := (x.shape[0], *over.positions, x.shape[-1])):
+    if dy.shape != (expected := (x.shape[0], *over.positions, x.shape[-1])):
         raise ShapeError(
-            f"max_pool_gradient takes dy like what max_pool makes of x {x.shape}, {made}, but got "
-            f"{dy.shape}"
+            f"max_pool_gradient takes dy like what max_pool makes of x {x.shape}, {expected}, but "
+            f"got {dy.shape}"
         )
     largest, stages = padded(x, over.pads, -inf), []
     for axis in reversed(range(1, len(over.window) + 1)):

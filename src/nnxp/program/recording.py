@@ -19,7 +19,7 @@ import numpy as np
 from nnxp._arrays import HostArray, Shape
 from nnxp._errors import located
 from nnxp._library import KINDS, WITH_OUT
-from nnxp.kernels._dispatch import Given, InPlace, Kernel
+from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import aligned, copy, zeros
 from nnxp.kernels.cpu._small import TINY, Weight, columns_at_once
@@ -60,8 +60,8 @@ def bodied(program: Program) -> Bodied:
         plain = all(v is None or isinstance(v, Value) for v in values)
         body = None
         if plain and values[0] is not None and values[0].numbers is None:
-            outlines = (None if v is None else Given(v.shape, v.dtype, v.numbers) for v in values)
-            body = kernel.in_place_for(*outlines, **options)
+            operands = (None if v is None else Operand(v.shape, v.dtype, v.numbers) for v in values)
+            body = kernel.in_place_for(*operands, **options)
             body = body and _counting(body, values[0].shape[:1])
         if body is None and kernel.on_library("numpy") is None:
             return kernel.widened(*arrays, **options)
@@ -281,7 +281,7 @@ class _Lines:
 
     def _body(self, body: InPlace, *operands: Any) -> None:
         """The lines of a body in place: bound to its arrays if they are the same at each call."""
-        places = [self._place(each) for each in operands]
+        places = [self._place(operand) for operand in operands]
         if any(isinstance(place, Local) for place in places):
             self._line(body.run, *operands)
             return

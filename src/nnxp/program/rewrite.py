@@ -200,18 +200,18 @@ def _regrouped(x: Any, shape: Shape) -> Any:
     if order is None or 0 in x.shape:
         return None
     memory, axes = order
-    groups = [([axes[axis] for axis in taken], made) for taken, made in _factors(x.shape, shape)]
+    groups = [([axes[axis] for axis in taken], new) for taken, new in _factors(x.shape, shape)]
     groups.sort(key=lambda group: max(group[0], default=-1))
     together = tuple(axis for taken, _ in groups for axis in taken)
     if together == axes:
         return None
     if together != tuple(range(memory.ndim)):
         memory = memory.transpose(together)
-    made = [axis for _, some in groups for axis in some]
-    regrouped = record("reshape", (memory,), {"shape": tuple(shape[axis] for axis in made)})
-    if made == sorted(made):
+    new_axes = [axis for _, new in groups for axis in new]
+    regrouped = record("reshape", (memory,), {"shape": tuple(shape[axis] for axis in new_axes)})
+    if new_axes == sorted(new_axes):
         return regrouped
-    return record("transpose", (regrouped,), {"axes": tuple(int(i) for i in np.argsort(made))})
+    return record("transpose", (regrouped,), {"axes": tuple(int(i) for i in np.argsort(new_axes))})
 
 
 def _factors(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:

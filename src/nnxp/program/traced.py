@@ -115,8 +115,8 @@ class Tape:
     `layers` has a layer's path and the layer itself by the id of the copy that is run; `rows` is
     the number of rows that error messages name. `expands` says whether kernels are replaced by the
     steps of their reference bodies, or is a function of (kernel, arrays, options) that records one.
-    `drawn` are inputs that are drawn at random before each run, `told` the auxiliary outputs of
-    layers by name, `outlines` a cache of the shapes and types of results.
+    `drawn` are inputs that are drawn at random before each run, `statistics` the auxiliary outputs
+    of layers by name, `outlines` a cache of the shapes and types of results.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -126,7 +126,7 @@ class Tape:
     rows: int | None = None
     expands: bool | Callable[..., Any] = False
     drawn: list[Drawn] = field(default_factory=list)
-    told: dict[str, Value] = field(default_factory=dict)
+    statistics: dict[str, Value] = field(default_factory=dict)
     outlines: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
 
@@ -306,7 +306,7 @@ def drawn(shape: Shape, dtype: Any, draw: Callable[[np.random.Generator], HostAr
 def tell(name: str, x: ndarray) -> None:
     """Add an auxiliary output to the program, such as a running mean, named after the layer."""
     tape = current_tape()
-    tape.told[f"{tape.path}.{name}" if tape.path else name] = x.value
+    tape.statistics[f"{tape.path}.{name}" if tape.path else name] = x.value
 
 
 def constants(results: Any) -> Any:

@@ -111,7 +111,7 @@ def write_out(
             raise NotDifferentiable(
                 f"the loss is {y!r:.60}, which does not come from the model and its arrays"
             )
-        return y, *map(traced.lifted, tapes[0].told.values())
+        return y, *map(traced.lifted, tapes[0].statistics.values())
 
     rows = next((len(x) for x in flat if x.ndim), None)
     try:
@@ -127,7 +127,7 @@ def write_out(
         learning = {n for n, own in names.items() if own in chosen}
         _refuse_constants(program, learning - model._names_in("fixed"))
         program = whole
-    return LossProgram(program, inputs, names, chosen, tuple(tape.told), tuple(tape.drawn))
+    return LossProgram(program, inputs, names, chosen, tuple(tape.statistics), tuple(tape.drawn))
 
 
 def _refuse_constants(program: Program, learned: set[str]) -> None:

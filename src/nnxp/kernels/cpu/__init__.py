@@ -7,5 +7,5 @@ faster by a tenth with it.
 import importlib
 import pkgutil
 
-for _each in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_each.name}")
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from nnxp._arrays import HostArray, Shape
-from nnxp.kernels._dispatch import Given, Kernel
+from nnxp.kernels._dispatch import Kernel, Operand
 from nnxp.kernels.activations import identity, relu
 
 PIECE = 256 << 10
@@ -26,8 +26,8 @@ FEW = 4  # elements of a last axis: of so few NumPy takes longer to start than t
 LONG = 8192  # elements: what NumPy's buffers hold
 
 _ZEROS = {np.dtype(name): np.zeros(PIECE // 4, name) for name in ("float32", "float64")}
-for _each in _ZEROS.values():
-    _each.flags.writeable = False
+for _zeros in _ZEROS.values():
+    _zeros.flags.writeable = False
 
 
 def zeros(shape: Shape, dtype: np.dtype[Any]) -> HostArray | None:
@@ -37,9 +37,9 @@ def zeros(shape: Shape, dtype: np.dtype[Any]) -> HostArray | None:
     return None if shared is None or size > shared.size else shared[:size].reshape(shape)
 
 
-def plain(*given: Given | None) -> bool:
+def plain(*operands: Operand | None) -> bool:
     """Whether all are of one type, of 32 or 64 bits, as bodies in place take them."""
-    types = {each.dtype for each in given if each is not None}
+    types = {operand.dtype for operand in operands if operand is not None}
     return len(types) == 1 and next(iter(types)) in _ZEROS
 
 
@@ -92,27 +92,27 @@ class OfNumbers(Protocol):
     def numbers(self) -> HostArray: ...
 
 
-Made = TypeVar("Made", bound=OfNumbers)
+Packed = TypeVar("Packed", bound=OfNumbers)
 
 
-class ByContent(Generic[Made]):
+class ByContent(Generic[Packed]):
     """What was made of constant arrays, once for all that hold the same numbers: programs for other
     lengths of a row have the same weights. It goes with the last who uses it.
 
     `make(numbers, *how)` makes it.
     """
 
-    def __init__(self, make: Callable[..., Made]) -> None:
+    def __init__(self, make: Callable[..., Packed]) -> None:
         self._make = make
-        self._known: WeakValueDictionary[Any, Made] = WeakValueDictionary()
+        self._known: WeakValueDictionary[Any, Packed] = WeakValueDictionary()
 
-    def of(self, numbers: HostArray, *how: Any) -> Made:
+    def of(self, numbers: HostArray, *how: Any) -> Packed:
         sample = numbers.ravel("K")[:: max(1, numbers.size // SAMPLE)]
         key = numbers.shape, how, hash(sample.tobytes())
-        made = self._known.get(key)
-        if made is None or not np.array_equal(made.numbers, numbers):
-            made = self._known[key] = self._make(numbers, *how)
-        return made
+        packed = self._known.get(key)
+        if packed is None or not np.array_equal(packed.numbers, numbers):
+            packed = self._known[key] = self._make(numbers, *how)
+        return packed
 
 
 class Finish:

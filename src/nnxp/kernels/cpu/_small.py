@@ -47,7 +47,7 @@ def columns_at_once(rows: int, inner: int, columns: int, dtype: np.dtype[Any]) -
 @cache
 def small_kernels() -> bool:
     """Whether NumPy's BLAS is OpenBLAS, with kernels for small matrices on this CPU."""
-    libraries = [each for each in blas() if each.internal_api == "openblas"]
+    libraries = [library for library in blas() if library.internal_api == "openblas"]
     kernels = [library.info().get("architecture") for library in libraries]
     return bool(kernels) and all(name in WITH_SMALL_KERNELS for name in kernels)
 

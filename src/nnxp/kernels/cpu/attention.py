@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray, Shape
-from nnxp.kernels._dispatch import Given, InPlace
+from nnxp.kernels._dispatch import InPlace, Operand
 from nnxp.kernels.attention import attention
 from nnxp.kernels.cpu._pieces import PIECE, carved, plain, room
 from nnxp.kernels.norms import layer_norm
@@ -18,10 +18,10 @@ from nnxp.kernels.norms import layer_norm
 
 @attention.in_place
 def attention_in_place(
-    q: Given,
-    k: Given,
-    v: Given,
-    mask: Given | None = None,
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    mask: Operand | None = None,
     *,
     causal: bool = False,
     scale: float | None = None,
@@ -60,15 +60,15 @@ def attention_in_place(
         np.fmin(scores, limits, out=scores)
 
     def run(
-        out: HostArray, scratch: HostArray, q: HostArray, k: HostArray, v: HostArray, *given: Any
+        out: HostArray, scratch: HostArray, q: HostArray, k: HostArray, v: HostArray, *masks: Any
     ) -> None:
         scores, scaled, sums, limits, before = carved(scratch, q.dtype, *shapes, *limits_of)
-        masks: Iterable[HostArray | None] = repeat(None)
+        row_masks: Iterable[HostArray | None] = repeat(None)
         if mask is not None:
-            masks = np.broadcast_to(given[0].reshape(-1, *seen[1:]), (len(q), *seen[1:]))
+            row_masks = np.broadcast_to(masks[0].reshape(-1, *seen[1:]), (len(q), *seen[1:]))
         if causal:
             _limits(before, np.arange(keys)[:, None] <= np.arange(queries))
-        for one, other, values, own, y in zip(q, k, v, masks, out, strict=False):
+        for one, other, values, own, y in zip(q, k, v, row_masks, out, strict=False):
             np.multiply(one, factor, out=scaled)
             np.matmul(other, scaled.swapaxes(1, 2), out=scores)
             with np.errstate(over="ignore", invalid="ignore"):  # minus infinity, whose exp is 0
@@ -102,19 +102,19 @@ def _limits(limits: HostArray, allowed: HostArray) -> None:
 
 @layer_norm.in_place
 def layer_norm_in_place(
-    x: Given, gain: Given | None = None, bias: Given | None = None, *, eps: float = 1e-5
+    x: Operand, gain: Operand | None = None, bias: Operand | None = None, *, eps: float = 1e-5
 ) -> InPlace | None:
     """By pieces, each of whose sums are a product with ones."""
     size = x.shape[-1]
-    constant = all(each is None or each.numbers is not None for each in (gain, bias))
+    constant = all(operand is None or operand.numbers is not None for operand in (gain, bias))
     if not constant or not plain(x, gain, bias) or x.ndim < 3 or not size:
         return None
     step = max(1, PIECE // (size * x.dtype.itemsize))
     ones = np.ones((size, 1), x.dtype)
-    each = prod(x.shape[1:-1])
+    lines_of_row = prod(x.shape[1:-1])
 
     def shapes(rows: int) -> tuple[Shape, Shape]:
-        lines = min(step, rows * each)
+        lines = min(step, rows * lines_of_row)
         return (lines, size), (lines, 1)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:

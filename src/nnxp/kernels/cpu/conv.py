@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from nnxp._arrays import HostArray, Shape
-from nnxp.kernels._dispatch import Given, InPlace, Kernel
+from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool, conv_weight_gradient
@@ -35,9 +35,9 @@ SHORT = 12  # elements that lie together in a patch: fewer are copied the other 
 
 @conv.in_place
 def conv_in_place(
-    x: Given,
-    weight: Given,
-    bias: Given | None = None,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
     *,
     stride: PerAxis = 1,
     padding: Padding = 0,
@@ -95,9 +95,9 @@ def _by_ourselves(
 
 @conv_max_pool.in_place
 def conv_max_pool_in_place(
-    x: Given,
-    weight: Given,
-    bias: Given | None = None,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
     *,
     window: tuple[int, ...],
     groups: int = 1,
@@ -128,8 +128,8 @@ def conv_max_pool_in_place(
 
 @conv_weight_gradient.in_place
 def conv_weight_gradient_in_place(
-    x: Given,
-    dy: Given,
+    x: Operand,
+    dy: Operand,
     *,
     window: tuple[int, ...],
     groups: int = 1,
@@ -137,7 +137,7 @@ def conv_weight_gradient_in_place(
     **options: Any,
 ) -> InPlace | None:
     """By oneDNN."""
-    weight = Given((*window, x.shape[-1] // groups, dy.shape[-1]), x.dtype, None)
+    weight = Operand((*window, x.shape[-1] // groups, dy.shape[-1]), x.dtype, None)
     over = _taken(x, weight, None, groups, **options)
     if over is None or not plain(x, dy) or not _has_onednn(x.dtype):
         return None
@@ -150,8 +150,9 @@ def conv_weight_gradient_in_place(
 
 
 def _with_changing_weights(
-    space: Shape, weight: Given, over: Windows, bias: Given | None, activation: Kernel, groups: int
-) -> InPlace | None:
+    space: Shape, weight: Operand, over: Windows, bias: Operand | None,
+    activation: Kernel, groups: int,
+) -> InPlace | None:  # fmt: skip
     """By oneDNN; None where it has no fast way."""
     if not _has_onednn(weight.dtype):
         return None
@@ -226,7 +227,7 @@ def _by_onednn(
         return None
     outputs, dtype = weight.shape[-1], weight.dtype
     seen, made = (*space, weight.shape[-2] * groups), (*over.positions, outputs)
-    pooling = max_pool.in_place_for(Given((1, *made), dtype, None), window=pool) if pool else None
+    pooling = max_pool.in_place_for(Operand((1, *made), dtype, None), window=pool) if pool else None
     finish = Finish(None, identity if activation in onednn.FUSED else activation, dtype)
     pictures = max(1, TOGETHER // (prod(made) * dtype.itemsize))
     work = prod(over.positions) * weight.size
@@ -276,7 +277,7 @@ def _by_onednn(
 
 
 def _taken(
-    x: Given, weight: Given, bias: Given | None, groups: int, **options: Any
+    x: Operand, weight: Operand, bias: Operand | None, groups: int, **options: Any
 ) -> Windows | None:
     """The windows of a convolution that bodies here do; None for what is left to others."""
     if not plain(x, weight, bias) or 0 in (*x.shape[1:], *weight.shape):
@@ -287,7 +288,7 @@ def _taken(
     return None if any(each < 0 for pair in over.pads for each in pair) else over
 
 
-def _are_constant(weight: Given, bias: Given | None) -> bool:
+def _are_constant(weight: Operand, bias: Operand | None) -> bool:
     return weight.numbers is not None and (bias is None or bias.numbers is not None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray
-from nnxp.kernels._dispatch import Given, InPlace, Kernel
+from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels.activations import identity
 from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import Finish, carved, plain, room
@@ -35,9 +35,9 @@ def product(x: HostArray, weight: Weight, out: HostArray, finish: Finish) -> Non
 
 @linear.in_place
 def linear_in_place(
-    x: Given,
-    weight: Given,
-    bias: Given | None = None,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
     *,
     activation: Kernel = identity,
     precision: str | None = None,
@@ -64,12 +64,12 @@ def linear_in_place(
     elements = prod(x.shape[1:])
 
     def bytes_for(rows: int) -> int:
-        made = rows * elements // inputs * outputs * x.dtype.itemsize
-        return room(x.dtype, (rows * elements,)) + finish.room(made)
+        result_bytes = rows * elements // inputs * outputs * x.dtype.itemsize
+        return room(x.dtype, (rows * elements,)) + finish.room(result_bytes)
 
     return InPlace(run, bytes_for, lambda rows: rows * elements * outputs)
 
 
 @matmul.in_place
-def matmul_in_place(x: Given, weight: Given, *, precision: str | None = None) -> InPlace | None:
+def matmul_in_place(x: Operand, weight: Operand, *, precision: str | None = None) -> InPlace | None:
     return linear_in_place(x, weight)

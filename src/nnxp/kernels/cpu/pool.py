@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from nnxp._arrays import HostArray, Shape
-from nnxp.kernels._dispatch import Given, InPlace
+from nnxp.kernels._dispatch import InPlace, Operand
 from nnxp.kernels._windows import Padding, PerAxis
 from nnxp.kernels.cpu._pieces import carved, plain, room
 from nnxp.kernels.pool import _pooled, max_pool, max_pool_gradient
@@ -20,7 +20,7 @@ PICTURES = 1 << 20
 
 @max_pool.in_place
 def max_pool_in_place(
-    x: Given,
+    x: Operand,
     *,
     window: tuple[int, ...],
     stride: PerAxis | None = None,
@@ -33,7 +33,7 @@ def max_pool_in_place(
         return None
     options = {"stride": window if stride is None else stride, "padding": padding}
     over = _pooled("max_pool", x, window, options | {"dilation": dilation, "ceil_mode": ceil_mode})
-    if any(each < 0 for pair in over.pads for each in pair):
+    if any(pad < 0 for pair in over.pads for pad in pair):
         return None
     (top, bottom), (left, right) = over.pads
     _, tall, broad, channels = x.shape
@@ -67,7 +67,7 @@ def max_pool_in_place(
 
 @max_pool_gradient.in_place
 def max_pool_gradient_in_place(
-    dy: Given, x: Given, *, window: tuple[int, ...], **options: Any
+    dy: Operand, x: Operand, *, window: tuple[int, ...], **options: Any
 ) -> InPlace | None:
     """For two axes of space whose windows do not overlap: each element of them in memory of its
     own, for NumPy takes three times as long for short stretches of memory."""
@@ -81,14 +81,13 @@ def max_pool_gradient_in_place(
     pictures = max(1, PICTURES // (prod(x.shape[1:]) * dtype.itemsize))
     everywhere = x.shape[1:3] == (height * down, width * across)
 
-    def shapes(rows: int) -> tuple[Shape, Shape]:
+    def shape(rows: int) -> Shape:
         """Of the elements, and of which of them are above those before."""
-        each = down, across, min(rows, pictures), height, width, channels
-        return each, each
+        return down, across, min(rows, pictures), height, width, channels
 
     def run(out: HostArray, scratch: HostArray, dy: HostArray, x: HostArray) -> None:
-        (memory,) = carved(scratch, dtype, shapes(len(x))[0])
-        (masks,) = carved(scratch[room(dtype, memory.shape) :], bool, shapes(len(x))[1])
+        (memory,) = carved(scratch, dtype, shape(len(x)))
+        (masks,) = carved(scratch[room(dtype, memory.shape) :], bool, memory.shape)
         if not everywhere:
             out[...] = 0
         for start in range(0, len(x), pictures):
@@ -103,7 +102,7 @@ def max_pool_gradient_in_place(
                 _shared(line[0], line, beside)
             np.copyto(_taps(out[start : start + pictures], (height, width), over.window), grid)
 
-    return InPlace(run, lambda rows: room(dtype, shapes(rows)[0]) + room(bool, shapes(rows)[1]))
+    return InPlace(run, lambda rows: room(dtype, shape(rows)) + room(bool, shape(rows)))
 
 
 def _taps(x: HostArray, positions: Shape, window: Shape) -> HostArray:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray
-from nnxp.kernels._dispatch import Given, InPlace, Kernel
+from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels.activations import relu, tanh
 from nnxp.kernels.cpu._pieces import carved, plain, room
 from nnxp.kernels.cpu._small import Weight
@@ -30,10 +30,10 @@ def _exp_and_one(z: HostArray) -> None:
 
 @rnn.in_place
 def rnn_in_place(
-    x: Given,
-    weight: Given,
-    h: Given | None = None,
-    lengths: Given | None = None,
+    x: Operand,
+    weight: Operand,
+    h: Operand | None = None,
+    lengths: Operand | None = None,
     *,
     activation: Kernel = tanh,
     reverse: bool = False,
@@ -65,11 +65,11 @@ def rnn_in_place(
 
 @gru.in_place
 def gru_in_place(
-    x: Given,
-    weight: Given,
-    bias: Given | None = None,
-    h: Given | None = None,
-    lengths: Given | None = None,
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None = None,
+    h: Operand | None = None,
+    lengths: Operand | None = None,
     *,
     reset_after: bool = True,
     reverse: bool = False,
@@ -93,7 +93,7 @@ def gru_in_place(
         r, z = gates[:, :size], gates[:, size:]
         _begin(h, first)
         gated = gating.bound(h, gates)
-        made = making.bound(h if reset_after else reset, new)
+        candidate = making.bound(h if reset_after else reset, new)
         with np.errstate(over="ignore", under="ignore"):  # exp is infinite, or 0, rightly
             for t in order:
                 for multiply in gated:
@@ -104,7 +104,7 @@ def gru_in_place(
                 _exp_and_one(gates)
                 if not reset_after:
                     np.divide(h, r, out=reset)
-                for multiply in made:
+                for multiply in candidate:
                     multiply()
                 if shifts is not None:
                     new += shifts[1]
@@ -122,12 +122,12 @@ def gru_in_place(
 
 @lstm.in_place
 def lstm_in_place(
-    x: Given,
-    weight: Given,
-    projection: Given | None = None,
-    h: Given | None = None,
-    c: Given | None = None,
-    lengths: Given | None = None,
+    x: Operand,
+    weight: Operand,
+    projection: Operand | None = None,
+    h: Operand | None = None,
+    c: Operand | None = None,
+    lengths: Operand | None = None,
     *,
     reverse: bool = False,
 ) -> InPlace | None:

@@ -8,5 +8,5 @@ when a kernel of theirs is first launched.
 import importlib
 import pkgutil
 
-for _each in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_each.name}")
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -116,14 +116,14 @@ def built(cudnn: Any, graph: Any, dtype: np.dtype[Any], tf32: bool) -> Any:
     return graph
 
 
-def planned(dtype: np.dtype[Any], tf32: bool, drawn: Callable[..., None], *told: Any) -> Plan:
-    """The plan of a graph that `drawn(graph, *told)` draws, for the current device."""
+def planned(dtype: np.dtype[Any], tf32: bool, drawn: Callable[..., None], *arguments: Any) -> Plan:
+    """The plan of a graph that `drawn(graph, *arguments)` draws, for the current device."""
     cudnn, device = library()[0], get_device_id()
     with _launching:  # it plans with the handle, too
         if device not in handles:
             handles[device] = cudnn.create_handle()
         graph = new_graph(cudnn, dtype, handle=handles[device])
-        drawn(graph, *told)
+        drawn(graph, *arguments)
         return Plan(cudnn, built(cudnn, graph, dtype, tf32), handles[device])
 
 

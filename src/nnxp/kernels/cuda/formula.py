@@ -29,7 +29,7 @@ THREADS = 256  # a block
 BOOL = np.dtype(bool)
 MOST_AXES = 4  # before the last: what is left where axes that follow each other are one
 MOST_PLANS = 1024
-PACKED, ONE, EACH = "packed", "one", "each"
+PACKED, ONE, STRIDED = "packed", "one", "strided"
 """How a thread reads an array: its neighbours at once, one number for them all, or one by one."""
 
 _KERNEL = """
@@ -162,7 +162,7 @@ def _read(x: Array, steps: tuple[int, ...], dtype: np.dtype[Any], v: int) -> str
     for step in down:
         places |= step * x.itemsize
     whole = places % (v * x.itemsize) == 0
-    return PACKED if across == 1 and x.dtype == dtype and whole else EACH
+    return PACKED if across == 1 and x.dtype == dtype and whole else STRIDED
 
 
 def text(
