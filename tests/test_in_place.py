@@ -558,11 +558,12 @@ def test_no_number_goes_through_onednn_and_relu():
 
 @only_onednn
 def test_products_by_onednn_are_products_however_matrices_lie():
-    def check(x, matrix, out, multiply):
+    def check(x, matrix, out, multiply, bias=0):
         out[...] = np.nan
         multiply(x, matrix, out)
-        exact = x.astype("float64") @ matrix.astype("float64")
-        bound = x.shape[1] * np.finfo("float32").eps * (np.abs(x) @ np.abs(matrix))
+        exact = x.astype("float64") @ matrix.astype("float64") + bias
+        sizes = np.abs(x) @ np.abs(matrix) + np.abs(bias)
+        bound = (x.shape[1] + 1) * np.finfo("float32").eps * sizes
         assert np.all(np.abs(out - exact) <= bound)
 
     for lines, inner, columns in ((2, 300, 70), (130, 65, 33), (1000, 64, 10), (64, 1, 64)):
@@ -578,6 +579,12 @@ def test_products_by_onednn_are_products_however_matrices_lie():
         for left, right in product(lefts, rights):
             check(left, right, out, onednn.multiply)
             check(left, right, wide[:, :columns], onednn.multiply)
+            for bias in (
+                draw(columns),
+                draw(2 * columns)[::2],
+                np.broadcast_to(left[0, 0], columns),
+            ):
+                check(left, right, out, partial(onednn.multiply, bias=bias), bias)
             weight = _small.Weight(right)
             check(left, right, out, lambda x, _, out, weight=weight: weight(x, out))
             (bound,) = weight.bound(left, out)
@@ -714,6 +721,55 @@ def test_why_there_is_no_onednn_is_told(monkeypatch, tmp_path):
     assert str(broken) in reloaded(monkeypatch, str(broken))
     other = Path(np.linalg._umath_linalg.__file__)
     assert "dnnl_version" in reloaded(monkeypatch, str(other))
+
+
+@only_onednn
+@pytest.mark.parametrize("last", ["identity", "relu"])
+def test_a_bias_is_added_by_the_product(last):
+    layer, x = nnxp.Dense(64, 64, last, rng=0), draw(300, 64)
+    layer = layer.with_parameters({"weight": layer.weight, "bias": draw(64)})
+    program = layer.program(x.shape)
+    assert "add" in [step.name for step in bodied(program).steps]
+    lines = Recording(program, len(x), [x.dtype])
+    calls = lines.text.split(" except")[0].count("\n  c")
+    assert calls == (1 if last == "identity" else 2), lines.text
+    value, error = error_bound(layer, x)
+    assert np.all(np.abs(lines.answer(x) - value) <= 6 * error)
+
+
+@only_onednn
+@pytest.mark.parametrize("size", [(1,), (300, 70), (1000, 1000)])
+def test_numbers_are_masked_as_numpy_multiplies_them(size):
+    x, mask = draw(*size), draw(*size, seed=1) > 0
+    x.flat[:: max(1, x.size // 9)] = np.nan
+    x.flat[3 :: max(4, x.size // 7)] = -np.inf
+    for left, right, out in (
+        (x, mask, np.empty_like(x)), (x.copy(), mask, None), (x.T, mask.T, np.empty_like(x.T)),
+        (x, mask, np.empty((*size[:-1], 2 * size[-1]), "float32")[..., ::2]),
+    ):  # fmt: skip
+        with np.errstate(invalid="ignore"):
+            expected = np.multiply(left, right)
+            out = left if out is None else out
+            onednn.masked(left, right, out)
+        np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(np.signbit(out), np.signbit(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [3, 64, 1000])
+@pytest.mark.parametrize("columns", [1, 2, 10, 17])
+def test_short_rows_are_summed(rows, columns, dtype):
+    class Sums(nnxp.Layer):
+        def __call__(self, x):
+            return x.sum(axis=1), x.sum(axis=1, keepdims=True)
+
+    x = draw(rows, columns).astype(dtype)
+    x[1, 0], x[2, 0] = np.nan, np.inf
+    program = Sums().program((x.shape, x.dtype))
+    flat, kept = Recording(program, rows, [x.dtype]).answer(x)
+    exact = x.astype("longdouble").sum(axis=1)
+    np.testing.assert_allclose(flat, exact, rtol=0, atol=20 * np.finfo(dtype).eps)
+    np.testing.assert_array_equal(kept[:, 0], flat)
 
 
 @only_onednn

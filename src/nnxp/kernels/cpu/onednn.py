@@ -43,10 +43,11 @@ from nnxp.kernels.cpu._pieces import ByContent, aligned, blas_threads
 FILE = "libdnnl.so.3"
 
 # As in oneDNN's headers, dnnl_types.h and dnnl_common_types.h
-CPU, FLOAT32, ANY_LAYOUT, IN_ORDER = 1, 3, 1, 1
+CPU, FLOAT32, BYTES, ANY_LAYOUT, IN_ORDER = 1, 3, 6, 1, 1
+MULTIPLY = 0x1FFF1
 FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
-SOURCE, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 17, 33, 41, 80  # what an operand is
+SOURCE, SECOND, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 2, 17, 33, 41, 80  # what an operand is
 RESULT_GRADIENT, WEIGHT_GRADIENT = 145, 161  # of those of a gradient: dy and dw
 NAME, WEIGHTS_LAYOUT, WEIGHT_GRADIENT_LAYOUT = 8, 131, 132  # what a primitive is asked for
 SCRATCHPAD_LAYOUT = 136
@@ -57,6 +58,8 @@ MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, 
 MOST_PLANS = 64  # of one constant, for other numbers of rows
 SHARED = 1 << 21
 """Multiply-adds: fewer are not worth several threads."""
+
+A_PASS = 8  # multiply-adds that take as long as passing over one number
 
 SIZE = 4  # bytes of a number
 
@@ -112,6 +115,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "post_ops_create": [POINTER(c_void_p)],
     "post_ops_append_eltwise": [c_void_p, c_int, c_float, c_float],
     "matmul_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 6],
+    "binary_primitive_desc_create": [POINTER(c_void_p), c_void_p, c_int, *[c_void_p] * 4],
     "convolution_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 4, *[_Dims] * 4, c_void_p)
     ],
@@ -219,11 +223,11 @@ class _Owned:
             self._destroy(self._as_parameter_)
 
 
-def outline(shape: Sequence[int], strides: Sequence[int] | None) -> _Owned:
-    """A float32 array of this shape; strides are in elements, None for those that oneDNN likes."""
+def outline(shape: Sequence[int], strides: Sequence[int] | None, dtype: int = FLOAT32) -> _Owned:
+    """An array of this shape; strides are in elements, None for those that oneDNN likes."""
     how = ("tag", ANY_LAYOUT) if strides is None else ("strides", _Dims(*strides))
     create = f"memory_desc_create_with_{how[0]}"
-    return _Owned("memory_desc", create, len(shape), _Dims(*shape), FLOAT32, how[1])
+    return _Owned("memory_desc", create, len(shape), _Dims(*shape), dtype, how[1])
 
 
 def _described(primitive: _Owned, what: int) -> c_void_p:
@@ -495,9 +499,9 @@ def _plain(shape: Shape, strides: Shape) -> bool:
     return strides[-1] == SIZE and long and min(strides) >= 0
 
 
-def _product_of(shapes: Sequence[Shape], strides: Sequence[Shape]) -> Plan | None:
-    """The plan of a product, of matrices whose strides are in bytes; None where one has gaps both
-    ways."""
+def _product_of(shapes: Sequence[Shape], strides: Sequence[Shape], biased: bool) -> Plan | None:
+    """The plan of a product, of matrices whose strides are in bytes, and of a bias if there is one;
+    None where one has gaps both ways."""
     if not all(
         _plain(*both) or _plain(*(t[::-1] for t in both))
         for both in zip(shapes, strides, strict=True)
@@ -505,20 +509,51 @@ def _product_of(shapes: Sequence[Shape], strides: Sequence[Shape]) -> Plan | Non
         return None
     steps = [(down // SIZE, across // SIZE) for down, across in strides]
     x, matrix, out = map(outline, shapes, steps)
-    return Plan(_product(x, matrix, None, out), {}, {SOURCE: x, WEIGHTS: matrix, RESULT: out})
+    columns = shapes[-1][-1]
+    biases = {BIAS: outline((1, columns), (columns, 1))} if biased else {}
+    operands: dict[int, Any] = {SOURCE: x, WEIGHTS: matrix, **biases, RESULT: out}
+    return Plan(_product(x, matrix, biases.get(BIAS), out), {}, operands)
 
 
 _products = Planned(_product_of)
 
 
-def multiply(x: HostArray, matrix: HostArray, out: HostArray) -> None:
-    """out = x @ matrix, for float32 matrices."""
+def multiply(
+    x: HostArray, matrix: HostArray, out: HostArray, bias: HostArray | None = None
+) -> None:
+    """out = x @ matrix + bias, for float32 matrices."""
     shapes, strides = (x.shape, matrix.shape, out.shape), (x.strides, matrix.strides, out.strides)
-    plan = _products(threads_for(x.size * out.shape[1]), shapes, strides)
+    biases = [] if bias is None else [np.ascontiguousarray(bias)]
+    plan = _products(threads_for(x.size * out.shape[1]), shapes, strides, bool(biases))
+    if plan is not None:
+        plan(x, matrix, *biases, out)
+        return
+    np.matmul(x, matrix, out)
+    for added in biases:
+        np.add(out, added, out)
+
+
+def _masking_of(size: int) -> Plan:
+    """The plan of a product, element by element, of numbers and of bytes that are 0 or 1."""
+    x, mask = outline((size,), (1,)), outline((size,), (1,), BYTES)
+    description = _Owned(
+        "primitive_desc", "binary_primitive_desc_create", library()[0].engine, MULTIPLY, x, mask, x,
+        _attributes(),
+    )  # fmt: skip
+    return Plan(description, {}, {SOURCE: x, SECOND: mask, RESULT: x})
+
+
+_maskings = Planned(_masking_of)
+
+
+def masked(x: HostArray, mask: HostArray, out: HostArray) -> None:
+    """out = x * mask, for float32 x and bool: NumPy converts the mask first, bit by bit."""
+    whole = x.flags.c_contiguous and mask.flags.c_contiguous and out.flags.c_contiguous
+    plan = _maskings(threads_for(x.size * A_PASS), x.size) if whole else None
     if plan is None:
-        np.matmul(x, matrix, out)
+        np.multiply(x, mask, out)
     else:
-        plan(x, matrix, out)
+        plan(x, mask, out)
 
 
 class Convolution:
