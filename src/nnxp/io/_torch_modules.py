@@ -197,7 +197,9 @@ def _softmax(name: ActivationName) -> Callable[[Module, Take], Any]:
 
 
 def _softplus(m: Module, take: Take) -> Any:
-    return Activation("softplus") if m.beta == 1 else ("softplus", {"beta": m.beta})
+    if m.beta == 1 and m.threshold >= 20:
+        return Activation("softplus")
+    return "softplus", {"beta": m.beta, "threshold": m.threshold}
 
 
 def _activation(name: ActivationName, *options: str) -> Callable[[Module, Take], Layer]:

@@ -334,11 +334,12 @@ class _Reader:
         wanted = set(_numbers(answers))
         for i in reversed(range(len(self.steps))):
             if i in wanted:
-                wanted |= set(_numbers(self.steps[i][1:]))
+                _, arguments, options = self.steps[i]
+                wanted |= set(_numbers((*arguments, *options.values())))
         kept = [i for i in range(len(self.steps)) if i in wanted]
         count = len(self.inputs)
         places = {-1 - i: i for i in range(count)} | {s: count + n for n, s in enumerate(kept)}
-        steps = tuple(_renumbered(self.steps[i], places) for i in kept)
+        steps = tuple(_step_renumbered(self.steps[i], places) for i in kept)
         answers = _renumbered(answers, places)
         in_a_row = count == 1 and len(answers) == 1 and all(
             what.startswith("layers.") and args == ({"value": i},) and not options
@@ -386,6 +387,8 @@ def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[lis
     second = [options.pop(key) for key in ("other", "mask") if key in options and not args[1:]]
     args = [*first, *args, *second]
     options = {_NAMES.get(key, key): value for key, value in options.items()}
+    if options.get("out", ...) is None:
+        del options["out"]
     function = MAKERS.get(name) or FUNCTIONS[name]
     lead = [None] if name in MAKERS else []
     try:
@@ -425,6 +428,12 @@ def _renumbered(x: Any, places: dict[int, int]) -> Any:
     if type(x) is dict:
         return {name: _renumbered(item, places) for name, item in x.items()}
     return x
+
+
+def _step_renumbered(step: tuple[Any, ...], places: dict[int, int]) -> tuple[Any, ...]:
+    what, arguments, options = step  # an option may be called "value", too
+    named = {name: _renumbered(x, places) for name, x in options.items()}
+    return what, _renumbered(arguments, places), named
 
 
 def _where(node: Any) -> str:
