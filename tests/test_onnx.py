@@ -276,6 +276,28 @@ def test_a_softmax_before_opset_13_is_of_all_axes_from_its_own():
     np.testing.assert_allclose(model(x).reshape(3, 8), flat / flat.sum(1, keepdims=True), rtol=1e-5)
 
 
+def test_of_equals_the_first_are_the_largest_in_an_engine_too():
+    k = np.array([5], "int64")
+    outputs = [info("y", None, INT)]
+    net = load_onnx(proto([("TopK", "x k", "v y")], [info("x", ["n", 40])], outputs, {"k": k}))
+    x = np.sign(draw((9, 40)))
+    first = np.argsort(-x, axis=1, kind="stable")[:, :5]
+    engine = nnxp.Engine(net, "cpu")
+    for y in (net(x), engine(x), engine(x)):
+        np.testing.assert_array_equal(y, first)
+
+
+def test_a_picture_that_keeps_its_proportions_stays_in_the_middle():
+    options = {"axes": [2, 3], "keep_aspect_ratio_policy": "not_larger", "mode": "linear",
+               "coordinate_transformation_mode": "half_pixel_symmetric"}  # fmt: skip
+    nodes = [("Resize", "x   sizes", "y", options)]
+    arrays = {"sizes": np.array([5, 3], "int64")}
+    net = load_onnx(proto(nodes, [info("x", ["n", 1, 5, 8])], arrays=arrays, opset=19))
+    y = net(np.arange(40, dtype="float32").reshape(1, 1, 5, 8))[0, 0]
+    assert y.shape == (2, 3)  # 1.875 and 3 by the scale of 3 / 8
+    np.testing.assert_allclose((y + y[::-1, ::-1]) / 2, 19.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("opset", [6, 7, 8, 9])
 def test_slopes_before_opset_9_are_for_channels(opset):
     slope = np.array([0.1, 0.2, 0.3], "float32")

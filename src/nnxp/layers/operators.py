@@ -516,7 +516,7 @@ def top_k(
 ) -> tuple[Array, Array]:
     xp, axis = xp_of(x), _axis(axis, x.ndim)
     key = (xp.invert(x) if x.dtype.kind in "iub" else -x) if largest else x
-    order = np.argsort(key, axis=axis, kind="stable") if xp is np else xp.argsort(key, axis=axis)
+    order = xp.argsort(key, axis=axis, kind="stable")  # of equals the first comes first
     order = _cut(order, axis, 0, int(k.ravel()[0]))
     return xp.take_along_axis(x, order, axis=axis), order.astype("int64", copy=False)
 
