@@ -635,6 +635,19 @@ class Branches(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class StatesAsOne(nn.Module):
+    """What asks whether it got a tuple is told no: it is asked by torch.fx."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x):
+        states = self.lstm(x)[1]
+        last = states[0] if isinstance(states, tuple) else states
+        return last.transpose(0, 1)
+
+
 class Aliased(nn.Module):
     def __init__(self, view):
         super().__init__()
@@ -662,6 +675,7 @@ REFUSED = {
         lambda: Aliased(lambda y, x: y.to(torch.float32)),
         "writes into an array that to looks at",
     ),
+    "a method of several arrays": (StatesAsOne, "method transpose of several arrays"),
     "time first": (lambda: nn.LSTM(3, 4), "batch_first=True"),
     "max_norm": (lambda: nn.Embedding(3, 4, max_norm=1.0), "max_norm"),
     "bias_kv": (

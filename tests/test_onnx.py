@@ -276,6 +276,14 @@ def test_a_softmax_before_opset_13_is_of_all_axes_from_its_own():
     np.testing.assert_allclose(model(x).reshape(3, 8), flat / flat.sum(1, keepdims=True), rtol=1e-5)
 
 
+def test_a_slice_backwards_from_before_the_first_is_the_first():
+    ends = {"s": [-8, 9], "e": [-(2**40), 1], "a": [1, 2], "d": [-2, -3]}
+    arrays = {name: np.array(value, "int64") for name, value in ends.items()}
+    net = load_onnx(proto([("Slice", "x s e a d", "y")], [info("x", ["n", 7, 5])], arrays=arrays))
+    x = draw((3, 7, 5))
+    np.testing.assert_array_equal(net(x), x[:, :1, 4:1:-3])
+
+
 def test_of_equals_the_first_are_the_largest_in_an_engine_too():
     k = np.array([5], "int64")
     outputs = [info("y", None, INT)]

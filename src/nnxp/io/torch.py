@@ -198,6 +198,8 @@ class _Reader:
         name = _called(node)
         if name == "getitem" and type(args[0]) is tuple and isinstance(args[1], int):
             return args[0][args[1]]
+        if node.op == "call_method" and type(args[0]) is tuple:
+            raise Unknown(f"method {name} of several arrays, of which one is to be picked")
         inplace = _writes(node)
         in_place_form = inplace and name.endswith("_") and not name.endswith("__")
         own = known(name.removesuffix("_") if in_place_form else name)

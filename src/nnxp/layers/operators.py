@@ -644,7 +644,7 @@ def slice_(
         n = x.shape[axis]
         a, b = (a + n if a < 0 else a), (b + n if b < 0 else b)
         if step < 0:
-            a, b = min(a, n - 1), max(b, -1)
+            a, b = min(max(a, 0), n - 1), max(b, -1)
             key[axis] = slice(a, None if b < 0 else b, step)
         else:
             key[axis] = slice(min(max(a, 0), n), min(max(b, 0), n), step)
