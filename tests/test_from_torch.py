@@ -605,6 +605,14 @@ def test_another_type_and_bfloat16():
     )
 
 
+@pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
+def test_norms_without_weights_are_of_the_type_of_the_others(kind):
+    norms = nn.InstanceNorm1d(4), nn.GroupNorm(2, 4, affine=False), nn.LayerNorm(5, bias=False)
+    module = nn.Sequential(nn.Conv1d(3, 4, 1), *norms).to(getattr(torch, kind))
+    assert str(nnxp.from_torch(module).dtype) == kind
+    assert str(nnxp.from_torch(module, dtype="float32").dtype) == "float32"
+
+
 def test_parametrized_weights_are_read_as_they_are():
     module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
     agrees(drawn(module), x_of(5, 3))

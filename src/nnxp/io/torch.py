@@ -258,9 +258,14 @@ class _Reader:
         return self._step(number.replace("layers", "constant"), ())
 
     def take(self, tensor: Any) -> Array:
-        """A tensor's numbers in an array of ours, once for tensors that share their memory."""
+        """A tensor's numbers in an array of ours, once for tensors that share their memory; a list
+        of numbers in the type of the module's first floats."""
         import torch
 
+        if isinstance(tensor, list):
+            tensors = [*self.module.parameters(), *self.module.buffers()]
+            own = next((str(x.dtype) for x in tensors if x.is_floating_point()), "float32")
+            return np.array(tensor, self.dtype or float_dtype(own.removeprefix("torch.")))
         tensor = tensor.detach()
         key = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
         if key not in self._arrays or not tensor.numel():
