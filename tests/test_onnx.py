@@ -284,6 +284,31 @@ def test_a_slice_backwards_from_before_the_first_is_the_first():
     np.testing.assert_array_equal(net(x), x[:, :1, 4:1:-3])
 
 
+def test_scales_that_are_put_together_are_no_parameters_and_their_model_trains():
+    nodes = [("Conv", "x w", "c"), ("Concat", "ones twos", "s", {"axis": 0}),
+             ("Resize", "c  s", "y", {"mode": "linear"})]  # fmt: skip
+    arrays = {"w": draw((2, 3, 1, 1)), "ones": [1.0, 1.0], "twos": [2.0, 2.0]}
+    arrays = {name: np.asarray(value, "float32") for name, value in arrays.items()}
+    net = load_onnx(proto(nodes, [info("x", ["n", 3, 4, 5])], arrays=arrays))
+    assert list(net.parameters()) == ["weights.0.value"]
+    x = draw((2, 3, 4, 5))
+    y = net(x)
+    _, gradients = nnxp.value_and_gradients(nnxp.losses.mean_square)(net, x, np.zeros_like(y))
+    assert gradients["weights.0.value"].shape == (2, 3, 1, 1)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_norm_of_zeros_has_a_gradient(p):
+    nodes = [("Mul", "x w", "s"), ("LpNormalization", "s", "y", {"p": p})]
+    net = load_onnx(proto(nodes, [info("x", ["n", 4])], arrays={"w": np.ones(4, "float32")}))
+    x = np.zeros((2, 4), "float32")
+    x[0] = [1, 2, 2, 0]
+    np.testing.assert_allclose(net(x)[0], x[0] / (5 if p == 1 else 3), rtol=1e-6)
+    assert not net(x)[1].any()
+    _, gradients = nnxp.value_and_gradients(nnxp.losses.mean_square)(net, x, np.ones((2, 4), "f4"))
+    assert np.isfinite(gradients["weights.0.value"]).all()
+
+
 def test_of_equals_the_first_are_the_largest_in_an_engine_too():
     k = np.array([5], "int64")
     outputs = [info("y", None, INT)]

@@ -1004,11 +1004,9 @@ def mean_variance_norm(x: Array, *, axes: Sequence[int] = (0, 2, 3)) -> Array:
 @operator("LpNormalization")
 def lp_norm(x: Array, *, axis: int = -1, p: int = 2) -> Array:
     xp = xp_of(x)
-    if p == 1:
-        scale = xp.absolute(x).sum(axis=axis, keepdims=True)
-    else:
-        scale = xp.sqrt(xp.square(x).sum(axis=axis, keepdims=True))
-    return xp.where(scale == 0, xp.zeros_like(x), x / scale)
+    total = (xp.absolute(x) if p == 1 else xp.square(x)).sum(axis=axis, keepdims=True)
+    total = xp.where(total == 0, xp.ones_like(total), total)  # zeros stay zeros, with a gradient
+    return x / (total if p == 1 else xp.sqrt(total))
 
 
 @operator("Dropout", numbers="ratio training_mode", as_is=True)
