@@ -494,6 +494,11 @@ FORMULAS = {
     "padding with options": lambda x: F.pad(x, (1, 2), mode="constant", value=0.5),
     "padding that cuts": lambda x: F.pad(x, (-1, 2), value=0.5),
     "an option out": lambda x: F.normalize(x, dim=-1),
+    "where by keywords": lambda x: torch.where(condition=x > 0, input=x, other=-x.sin()),
+    "axes by keywords": lambda x: torch.flip(x.repeat(repeats=(1, 2)), dims=[1]),
+    "shapes by keywords": lambda x: torch.reshape(
+        torch.permute(torch.transpose(x[:, None], dim0=1, dim1=2), dims=(0, 2, 1)), shape=(-1, 2, 3)
+    ),
     "softplus with a threshold": lambda x: F.softplus(x, 2.0, threshold=1),
     "largest, and where": lambda x: x.max(1),
     "parts": lambda x: (x.sin(), x.split(2, dim=1)),

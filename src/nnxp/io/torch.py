@@ -385,14 +385,18 @@ def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]
 
 
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
-_FIRST = ("input", "self", "tensors", "tensor", "condition")
+_FIRST = ("condition", "input", "self", "tensors", "tensor")
+_SEVERAL = {"permute": "dims", "flip": "dims", "expand": "size", "repeat": "repeats",
+            "tile": "dims", "reshape": "shape"}  # fmt: skip
+"""Functions of any number of sizes or axes, by the name that torch has for all of them."""
 
 
 def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
     """The arguments of a function as it takes them here; Unknown for what it does not take."""
     first = [options.pop(key) for key in _FIRST if key in options]
     second = [options.pop(key) for key in ("other", "mask") if key in options and not args[1:]]
-    args = [*first, *args, *second]
+    several = [options.pop(key) for key in (_SEVERAL.get(name),) if key in options]
+    args = [*first, *args, *second, *several]
     options = {_NAMES.get(key, key): value for key, value in options.items()}
     if options.get("out", ...) is None:
         del options["out"]

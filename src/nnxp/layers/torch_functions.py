@@ -436,7 +436,7 @@ FUNCTIONS |= {
     "reshape": lambda x, *shape: x.reshape(_sizes(shape)),
     "view_as": lambda x, other: x.reshape(other.shape),
     "permute": lambda x, *dims: x.transpose(_sizes(dims)),
-    "transpose": lambda x, a, b: x.swapaxes(a, b),
+    "transpose": lambda x, dim0, dim1: x.swapaxes(dim0, dim1),
     "t": lambda x: x.swapaxes(0, 1) if x.ndim == 2 else x,
     "movedim": lambda x, source, destination: xp_of(x).moveaxis(x, source, destination),
     "reshape_as": lambda x, other: x.reshape(other.shape),
