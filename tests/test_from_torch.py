@@ -124,6 +124,7 @@ MODULES = {
     "GELU": (lambda: nn.GELU(), (4, 6)),
     "GELU by tanh": (lambda: nn.GELU("tanh"), (4, 6)),
     "Softplus": (lambda: nn.Softplus(beta=2.0), (4, 6)),
+    "Softplus with a threshold": (lambda: nn.Softplus(threshold=0.5), (4, 6)),
     "Softmax": (lambda: nn.Softmax(-1), (4, 6)),
     "Softmax along 1": (lambda: nn.Softmax(1), (4, 6, 3)),
     "LogSoftmax along 1": (lambda: nn.LogSoftmax(1), (4, 6)),
@@ -479,6 +480,67 @@ def test_modules_of_one_s_own(name, tmp_path):
     assert type(model) is nnxp.TorchGraph
 
 
+class Formula(nn.Module):
+    def __init__(self, formula):
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, x):
+        return self.formula(x)
+
+
+FORMULAS = {
+    "an option called value": lambda x: x.sin().masked_fill(x < 0, value=2),
+    "padding with options": lambda x: F.pad(x, (1, 2), mode="constant", value=0.5),
+    "padding that cuts": lambda x: F.pad(x, (-1, 2), value=0.5),
+    "an option out": lambda x: F.normalize(x, dim=-1),
+    "where by keywords": lambda x: torch.where(condition=x > 0, input=x, other=-x.sin()),
+    "axes by keywords": lambda x: torch.flip(x.repeat(repeats=(1, 2)), dims=[1]),
+    "shapes by keywords": lambda x: torch.reshape(
+        torch.permute(torch.transpose(x[:, None], dim0=1, dim1=2), dims=(0, 2, 1)), shape=(-1, 2, 3)
+    ),
+    "softplus with a threshold": lambda x: F.softplus(x, 2.0, threshold=1),
+    "largest, and where": lambda x: x.max(1),
+    "parts": lambda x: (x.sin(), x.split(2, dim=1)),
+    "the largest of all": lambda x: torch.maximum(torch.max(x), x),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_options_and_answers_of_functions(name, tmp_path):
+    agrees(Formula(FORMULAS[name]), x_of(4, 6), tmp_path=tmp_path)
+
+
+WHOLE_NUMBERS = {
+    "and": lambda n, x: torch.logical_and(n, n + 1),
+    "or": lambda n, x: torch.logical_or(n, x),
+    "xor": lambda n, x: torch.logical_xor(n, n - 1),
+    "sigmoid": lambda n, x: torch.sigmoid(n),
+    "tanh": lambda n, x: n.tanh(),
+    "reciprocal": lambda n, x: torch.reciprocal(n + 10),
+    "roots": lambda n, x: n.abs().sqrt() + torch.rsqrt(n + 10),
+    "times a half": lambda n, x: (n * 0.5, 0.5 - n, n.abs() ** 0.5, (x > 0) * 0.5),
+    "divided towards zero": lambda n, x: torch.div(n, 2, rounding_mode="trunc"),
+    "divided": lambda n, x: (n / 2, n // 2, torch.div(n, 0.7, rounding_mode="floor")),
+    "clamped": lambda n, x: n.clamp(min=-1.5),
+    "chosen": lambda n, x: (torch.where(x > 0, n, 0.5), torch.where(x > 0, 1.0, 0.0)),
+    "larger": lambda n, x: torch.maximum(x, n),
+    "beside floats": lambda n, x: (torch.cat([x, n], 1), torch.stack([n, x])),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_NUMBERS)
+def test_whole_numbers_become_what_they_become_in_torch(name):
+    module = Formula(lambda x: WHOLE_NUMBERS[name]((x * 3).long(), x))
+    x = torch.from_numpy(x_of(4, 6).astype("float32"))
+    model = nnxp.from_torch(module)
+    program = model.program((x.shape, "float32"))
+    for answers in (results(model(x.numpy())), results(program(x.numpy()))):
+        for y, due in zip(answers, flat(module(x)), strict=True):
+            assert y.dtype == due.dtype
+            np.testing.assert_allclose(y, due, rtol=1e-6)
+
+
 def test_modules_in_a_row_are_a_sequential_of_plain_layers():
     module = nn.Sequential(
         nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.2)), nn.Linear(4, 2)
@@ -548,6 +610,14 @@ def test_another_type_and_bfloat16():
     )
 
 
+@pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
+def test_norms_without_weights_are_of_the_type_of_the_others(kind):
+    norms = nn.InstanceNorm1d(4), nn.GroupNorm(2, 4, affine=False), nn.LayerNorm(5, bias=False)
+    module = nn.Sequential(nn.Conv1d(3, 4, 1), *norms).to(getattr(torch, kind))
+    assert str(nnxp.from_torch(module).dtype) == kind
+    assert str(nnxp.from_torch(module, dtype="float32").dtype) == "float32"
+
+
 def test_parametrized_weights_are_read_as_they_are():
     module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
     agrees(drawn(module), x_of(5, 3))
@@ -578,6 +648,19 @@ class Branches(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class StatesAsOne(nn.Module):
+    """What asks whether it got a tuple is told no: it is asked by torch.fx."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x):
+        states = self.lstm(x)[1]
+        last = states[0] if isinstance(states, tuple) else states
+        return last.transpose(0, 1)
+
+
 class Aliased(nn.Module):
     def __init__(self, view):
         super().__init__()
@@ -601,6 +684,11 @@ REFUSED = {
         lambda: Aliased(lambda y, x: y.reshape_as(x)),
         "writes into an array that reshape_as looks at",
     ),
+    "a write seen through the same type": (
+        lambda: Aliased(lambda y, x: y.to(torch.float32)),
+        "writes into an array that to looks at",
+    ),
+    "a method of several arrays": (StatesAsOne, "method transpose of several arrays"),
     "time first": (lambda: nn.LSTM(3, 4), "batch_first=True"),
     "max_norm": (lambda: nn.Embedding(3, 4, max_norm=1.0), "max_norm"),
     "bias_kv": (

@@ -53,6 +53,7 @@ CASES = {
     **{name: (getattr(xp, name), [normal(2, 3), positive(3, seed=1)]) for name in
        "remainder fmod".split()},
     "power": (xp.power, [positive((2, 3)), normal(2, 1, seed=1)]),
+    "power of zeros": (lambda x: xp.power(x, np.array([0.0, 2.0, 1.0])), [with_zeros]),
     "power of 3": (lambda x: x**3, [normal(2, 3)]),
     "power of 2 by x": (lambda x: 2.0**x, [normal(2, 3)]),
     "astype": (lambda x: x.astype("float64"), [normal(2, 3)]),

@@ -276,6 +276,61 @@ def test_a_softmax_before_opset_13_is_of_all_axes_from_its_own():
     np.testing.assert_allclose(model(x).reshape(3, 8), flat / flat.sum(1, keepdims=True), rtol=1e-5)
 
 
+def test_a_slice_backwards_from_before_the_first_is_the_first():
+    ends = {"s": [-8, 9], "e": [-(2**40), 1], "a": [1, 2], "d": [-2, -3]}
+    arrays = {name: np.array(value, "int64") for name, value in ends.items()}
+    net = load_onnx(proto([("Slice", "x s e a d", "y")], [info("x", ["n", 7, 5])], arrays=arrays))
+    x = draw((3, 7, 5))
+    np.testing.assert_array_equal(net(x), x[:, :1, 4:1:-3])
+
+
+def test_scales_that_are_put_together_are_no_parameters_and_their_model_trains():
+    nodes = [("Conv", "x w", "c"), ("Concat", "ones twos", "s", {"axis": 0}),
+             ("Resize", "c  s", "y", {"mode": "linear"})]  # fmt: skip
+    arrays = {"w": draw((2, 3, 1, 1)), "ones": [1.0, 1.0], "twos": [2.0, 2.0]}
+    arrays = {name: np.asarray(value, "float32") for name, value in arrays.items()}
+    net = load_onnx(proto(nodes, [info("x", ["n", 3, 4, 5])], arrays=arrays))
+    assert list(net.parameters()) == ["weights.0.value"]
+    x = draw((2, 3, 4, 5))
+    y = net(x)
+    _, gradients = nnxp.value_and_gradients(nnxp.losses.mean_square)(net, x, np.zeros_like(y))
+    assert gradients["weights.0.value"].shape == (2, 3, 1, 1)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_norm_of_zeros_has_a_gradient(p):
+    nodes = [("Mul", "x w", "s"), ("LpNormalization", "s", "y", {"p": p})]
+    net = load_onnx(proto(nodes, [info("x", ["n", 4])], arrays={"w": np.ones(4, "float32")}))
+    x = np.zeros((2, 4), "float32")
+    x[0] = [1, 2, 2, 0]
+    np.testing.assert_allclose(net(x)[0], x[0] / (5 if p == 1 else 3), rtol=1e-6)
+    assert not net(x)[1].any()
+    _, gradients = nnxp.value_and_gradients(nnxp.losses.mean_square)(net, x, np.ones((2, 4), "f4"))
+    assert np.isfinite(gradients["weights.0.value"]).all()
+
+
+def test_of_equals_the_first_are_the_largest_in_an_engine_too():
+    k = np.array([5], "int64")
+    outputs = [info("y", None, INT)]
+    net = load_onnx(proto([("TopK", "x k", "v y")], [info("x", ["n", 40])], outputs, {"k": k}))
+    x = np.sign(draw((9, 40)))
+    first = np.argsort(-x, axis=1, kind="stable")[:, :5]
+    engine = nnxp.Engine(net, "cpu")
+    for y in (net(x), engine(x), engine(x)):
+        np.testing.assert_array_equal(y, first)
+
+
+def test_a_picture_that_keeps_its_proportions_stays_in_the_middle():
+    options = {"axes": [2, 3], "keep_aspect_ratio_policy": "not_larger", "mode": "linear",
+               "coordinate_transformation_mode": "half_pixel_symmetric"}  # fmt: skip
+    nodes = [("Resize", "x   sizes", "y", options)]
+    arrays = {"sizes": np.array([5, 3], "int64")}
+    net = load_onnx(proto(nodes, [info("x", ["n", 1, 5, 8])], arrays=arrays, opset=19))
+    y = net(np.arange(40, dtype="float32").reshape(1, 1, 5, 8))[0, 0]
+    assert y.shape == (2, 3)  # 1.875 and 3 by the scale of 3 / 8
+    np.testing.assert_allclose((y + y[::-1, ::-1]) / 2, 19.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("opset", [6, 7, 8, 9])
 def test_slopes_before_opset_9_are_for_channels(opset):
     slope = np.array([0.1, 0.2, 0.3], "float32")

@@ -58,7 +58,8 @@ _TABLE = {
     },
     "scan": {
         "a; axis=None, dtype=None": "cumprod cumsum",
-        "a; axis=-1": "argsort sort",
+        "a; axis=-1": "sort",
+        "a; axis=-1, kind=None": "argsort",
     },
     "movement": {
         "array; shape": "broadcast_to",

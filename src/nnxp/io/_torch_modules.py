@@ -54,11 +54,11 @@ def _linear(m: Module, take: Take) -> Dense:
     return Dense.of(take(m.weight.T), _bias(m.bias, take))
 
 
-def _affine(m: Module, like: Any, take: Take) -> tuple[Array, Array]:
+def _affine(m: Module, size: int, take: Take) -> tuple[Array, Array]:
     """gain and bias of a norm, ones and zeros where it has none"""
     return (
-        take(like.new_ones(like.shape) if m.weight is None else m.weight),
-        take(like.new_zeros(like.shape) if m.bias is None else m.bias),
+        take([1.0] * size if m.weight is None else m.weight),
+        take([0.0] * size if m.bias is None else m.bias),
     )
 
 
@@ -67,7 +67,7 @@ def _layer_norm(m: Module, take: Take) -> Any:
     if m.weight is None or len(shape) != 1:
         options = {"shape": shape, "weight": m.weight, "bias": m.bias, "eps": float(m.eps)}
         return "layer_norm", options
-    return LayerNorm.of(*_affine(m, m.weight, take), float(m.eps))
+    return LayerNorm.of(*_affine(m, shape[0], take), float(m.eps))
 
 
 def _rms_norm(m: Module, take: Take) -> Any:
@@ -83,7 +83,7 @@ def _rms_norm(m: Module, take: Take) -> Any:
 def _batch_norm(m: Module, take: Take) -> Layer:
     if m.running_mean is None:
         raise Unknown(f"{type(m).__name__} without running statistics mixes rows")
-    gain, bias = _affine(m, m.running_mean, take)
+    gain, bias = _affine(m, m.num_features, take)
     norm = BatchNorm.of(take(m.running_mean), take(m.running_var), gain, bias, float(m.eps))
     return ChannelsFirst(norm)
 
@@ -156,18 +156,14 @@ def _adaptive(kind: Callable[..., Layer]) -> Callable[[Module, Take], Layer]:
 
 
 def _group_norm(m: Module, take: Take) -> Layer:
-    import torch
-
-    gain, bias = _affine(m, torch.empty(m.num_channels), take)
+    gain, bias = _affine(m, m.num_channels, take)
     return ChannelsFirst(GroupNorm.of(gain, bias, m.num_groups, float(m.eps)))
 
 
 def _instance_norm(m: Module, take: Take) -> Layer:
-    import torch
-
     if m.track_running_stats:
         raise Unknown(f"{type(m).__name__} with running statistics")
-    gain, bias = _affine(m, torch.empty(m.num_features), take)
+    gain, bias = _affine(m, m.num_features, take)
     return ChannelsFirst(InstanceNorm.of(gain, bias, float(m.eps)))
 
 
@@ -197,7 +193,9 @@ def _softmax(name: ActivationName) -> Callable[[Module, Take], Any]:
 
 
 def _softplus(m: Module, take: Take) -> Any:
-    return Activation("softplus") if m.beta == 1 else ("softplus", {"beta": m.beta})
+    if m.beta == 1 and m.threshold >= 20:
+        return Activation("softplus")
+    return "softplus", {"beta": m.beta, "threshold": m.threshold}
 
 
 def _activation(name: ActivationName, *options: str) -> Callable[[Module, Take], Layer]:

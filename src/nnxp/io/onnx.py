@@ -27,6 +27,7 @@ from nnxp.layers.graph import (
     DTYPES,
     Graph,
     Weight,
+    known_beforehand,
     packed,
     unknown_operators,
     unpacked,
@@ -370,7 +371,10 @@ class _Reader:
         used = {name for node in _nodes(graph) for name in node.input}
         used |= {value.name for part in _graphs(graph) for value in part.output}
         own = {name: array for name, array in self.arrays.items() if name in used}
-        weights = {n: a for n, a in own.items() if a.ndim and str(a.dtype) == kind}
+        shapes = known_beforehand(nodes)  # such as the scales of a Resize, which nobody trains
+        weights = {
+            n: a for n, a in own.items() if a.ndim and str(a.dtype) == kind and n not in shapes
+        }
         return Graph.of(
             nodes=tuple(nodes),
             inputs=tuple(inputs),

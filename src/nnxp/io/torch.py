@@ -198,6 +198,8 @@ class _Reader:
         name = _called(node)
         if name == "getitem" and type(args[0]) is tuple and isinstance(args[1], int):
             return args[0][args[1]]
+        if node.op == "call_method" and type(args[0]) is tuple:
+            raise Unknown(f"method {name} of several arrays, of which one is to be picked")
         inplace = _writes(node)
         in_place_form = inplace and name.endswith("_") and not name.endswith("__")
         own = known(name.removesuffix("_") if in_place_form else name)
@@ -256,9 +258,14 @@ class _Reader:
         return self._step(number.replace("layers", "constant"), ())
 
     def take(self, tensor: Any) -> Array:
-        """A tensor's numbers in an array of ours, once for tensors that share their memory."""
+        """A tensor's numbers in an array of ours, once for tensors that share their memory; a list
+        of numbers in the type of the module's first floats."""
         import torch
 
+        if isinstance(tensor, list):
+            tensors = [*self.module.parameters(), *self.module.buffers()]
+            own = next((str(x.dtype) for x in tensors if x.is_floating_point()), "float32")
+            return np.array(tensor, self.dtype or float_dtype(own.removeprefix("torch.")))
         tensor = tensor.detach()
         key = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
         if key not in self._arrays or not tensor.numel():
@@ -334,11 +341,12 @@ class _Reader:
         wanted = set(_numbers(answers))
         for i in reversed(range(len(self.steps))):
             if i in wanted:
-                wanted |= set(_numbers(self.steps[i][1:]))
+                _, arguments, options = self.steps[i]
+                wanted |= set(_numbers((*arguments, *options.values())))
         kept = [i for i in range(len(self.steps)) if i in wanted]
         count = len(self.inputs)
         places = {-1 - i: i for i in range(count)} | {s: count + n for n, s in enumerate(kept)}
-        steps = tuple(_renumbered(self.steps[i], places) for i in kept)
+        steps = tuple(_step_renumbered(self.steps[i], places) for i in kept)
         answers = _renumbered(answers, places)
         in_a_row = count == 1 and len(answers) == 1 and all(
             what.startswith("layers.") and args == ({"value": i},) and not options
@@ -377,15 +385,21 @@ def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]
 
 
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
-_FIRST = ("input", "self", "tensors", "tensor", "condition")
+_FIRST = ("condition", "input", "self", "tensors", "tensor")
+_SEVERAL = {"permute": "dims", "flip": "dims", "expand": "size", "repeat": "repeats",
+            "tile": "dims", "reshape": "shape"}  # fmt: skip
+"""Functions of any number of sizes or axes, by the name that torch has for all of them."""
 
 
 def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
     """The arguments of a function as it takes them here; Unknown for what it does not take."""
     first = [options.pop(key) for key in _FIRST if key in options]
     second = [options.pop(key) for key in ("other", "mask") if key in options and not args[1:]]
-    args = [*first, *args, *second]
+    several = [options.pop(key) for key in (_SEVERAL.get(name),) if key in options]
+    args = [*first, *args, *second, *several]
     options = {_NAMES.get(key, key): value for key, value in options.items()}
+    if options.get("out", ...) is None:
+        del options["out"]
     function = MAKERS.get(name) or FUNCTIONS[name]
     lead = [None] if name in MAKERS else []
     try:
@@ -425,6 +439,12 @@ def _renumbered(x: Any, places: dict[int, int]) -> Any:
     if type(x) is dict:
         return {name: _renumbered(item, places) for name, item in x.items()}
     return x
+
+
+def _step_renumbered(step: tuple[Any, ...], places: dict[int, int]) -> tuple[Any, ...]:
+    what, arguments, options = step  # an option may be called "value", too
+    named = {name: _renumbered(x, places) for name, x in options.items()}
+    return what, _renumbered(arguments, places), named
 
 
 def _where(node: Any) -> str:

@@ -121,7 +121,8 @@ def _power(dy: Array, y: Array, a: Any, n: Any) -> tuple[Any, ...]:
     if isinstance(n, int | float):
         return dy * (xp.power(a, n - 1) * n) if n else None, None
     base = xp.where(xp.equal(a, 0), 1, a)  # 0 to the power of n does not change with n
-    return dy * n * xp.power(a, n - 1), dy * y * xp.log(base)
+    less = xp.where(xp.equal(n, 0), 1, n - 1)  # nor is there a slope of a to the power of 0
+    return dy * n * xp.power(a, less), dy * y * xp.log(base)
 
 
 @_rule("arctan2")

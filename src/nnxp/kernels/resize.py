@@ -122,19 +122,16 @@ class Line(NamedTuple):
         return (self.a * output + self.b) / self.d
 
 
-def _align_corners(n: int, m: float) -> Line:
-    return Line(n - 1, 0, m - 1) if m != 1 else Line(0, 0, 1)
-
-
-COORDINATES: dict[str, Callable[[int, float], Line]] = {
-    "half_pixel": lambda n, m: Line(2 * n, n - m, 2 * m),
-    "half_pixel_symmetric": lambda n, m: Line(2 * n, n - m + n * (m - floor(m)), 2 * m),
-    "pytorch_half_pixel": lambda n, m: Line(2 * n, n - m, 2 * m) if m > 1 else Line(0, 0, 1),
-    "align_corners": _align_corners,
-    "asymmetric": lambda n, m: Line(n, 0, m),
-    "tf_half_pixel_for_nn": lambda n, m: Line(2 * n, n, 2 * m),
+COORDINATES: dict[str, Callable[[int, float, int], Line]] = {
+    "half_pixel": lambda n, m, _: Line(2 * n, n - m, 2 * m),
+    "half_pixel_symmetric": lambda n, m, whole: Line(2 * n, n - m + n * (m - whole), 2 * m),
+    "pytorch_half_pixel": lambda n, m, _: Line(2 * n, n - m, 2 * m) if m > 1 else Line(0, 0, 1),
+    "align_corners": lambda n, m, _: Line(n - 1, 0, m - 1) if m != 1 else Line(0, 0, 1),
+    "asymmetric": lambda n, m, _: Line(n, 0, m),
+    "tf_half_pixel_for_nn": lambda n, m, _: Line(2 * n, n, 2 * m),
 }
-"""Where the outputs are in an axis of n that becomes m long, or would, by its scale."""
+"""Where the outputs are in an axis of n that becomes m long, or would, by its scale; and a whole
+number of elements."""
 
 
 @kernel
@@ -183,7 +180,7 @@ def resize(
             around.append((0, 0))
             continue
         if region is None:
-            line = COORDINATES[coordinates](n, length)
+            line = COORDINATES[coordinates](n, length, m)
         else:
             line = _within(*region[axis - 1], n, length)
         first, last = _inside(line, n, m) if region is not None else (0, m)

@@ -561,6 +561,21 @@ def _uses(node: Mapping[str, Any]) -> Iterator[str]:
             yield from value["outputs"]
 
 
+def known_beforehand(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The names of values that decide a shape or an axis, and of what those are made of."""
+    names: set[str] = set()
+    for node in reversed(nodes):
+        for value in node["attributes"].values():
+            if isinstance(value, dict) and "nodes" in value:
+                names |= known_beforehand(value["nodes"])
+        operator, inputs = OPERATORS.get(node["op"]), node["inputs"]
+        if operator is not None:
+            names |= {inputs[i] for i in operator.numbers if i < len(inputs)}
+        if node["op"] not in ("Shape", "Size") and not names.isdisjoint(node["outputs"]):
+            names.update(inputs)
+    return names - {""}
+
+
 # Constants and attributes, as a file holds them
 
 

@@ -516,7 +516,7 @@ def top_k(
 ) -> tuple[Array, Array]:
     xp, axis = xp_of(x), _axis(axis, x.ndim)
     key = (xp.invert(x) if x.dtype.kind in "iub" else -x) if largest else x
-    order = np.argsort(key, axis=axis, kind="stable") if xp is np else xp.argsort(key, axis=axis)
+    order = xp.argsort(key, axis=axis, kind="stable")  # of equals the first comes first
     order = _cut(order, axis, 0, int(k.ravel()[0]))
     return xp.take_along_axis(x, order, axis=axis), order.astype("int64", copy=False)
 
@@ -644,7 +644,7 @@ def slice_(
         n = x.shape[axis]
         a, b = (a + n if a < 0 else a), (b + n if b < 0 else b)
         if step < 0:
-            a, b = min(a, n - 1), max(b, -1)
+            a, b = min(max(a, 0), n - 1), max(b, -1)
             key[axis] = slice(a, None if b < 0 else b, step)
         else:
             key[axis] = slice(min(max(a, 0), n), min(max(b, 0), n), step)
@@ -1004,11 +1004,9 @@ def mean_variance_norm(x: Array, *, axes: Sequence[int] = (0, 2, 3)) -> Array:
 @operator("LpNormalization")
 def lp_norm(x: Array, *, axis: int = -1, p: int = 2) -> Array:
     xp = xp_of(x)
-    if p == 1:
-        scale = xp.absolute(x).sum(axis=axis, keepdims=True)
-    else:
-        scale = xp.sqrt(xp.square(x).sum(axis=axis, keepdims=True))
-    return xp.where(scale == 0, xp.zeros_like(x), x / scale)
+    total = (xp.absolute(x) if p == 1 else xp.square(x)).sum(axis=axis, keepdims=True)
+    total = xp.where(total == 0, xp.ones_like(total), total)  # zeros stay zeros, with a gradient
+    return x / (total if p == 1 else xp.sqrt(total))
 
 
 @operator("Dropout", numbers="ratio training_mode", as_is=True)

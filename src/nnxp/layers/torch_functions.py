@@ -24,9 +24,9 @@ MAKERS: dict[str, Callable[..., Any]] = {}
 """Functions that make arrays: they take the library first."""
 
 VIEWS = frozenset(
-    """chunk clone dropout expand expand_as flatten getitem movedim narrow permute reshape
-    reshape_as select split squeeze t to transpose unbind unflatten unsqueeze view_as float
-    double""".split()
+    """bool chunk clone double dropout expand expand_as flatten float getitem half int long movedim
+    narrow permute reshape reshape_as select split squeeze t to transpose type_as unbind unflatten
+    unsqueeze view_as""".split()
 )
 """What may answer the memory of its first argument."""
 
@@ -46,6 +46,17 @@ def _of_one(name: str) -> Callable[..., Any]:
     return lambda x: getattr(xp_of(x) if is_array(x) else math, name)(x)
 
 
+def _in_floats(x: Any) -> Any:
+    """Whole numbers in torch's default type of floats; anything else as it is."""
+    return x.astype("float32") if is_array(x) and not is_floating(x.dtype) else x
+
+
+def _of_floats(name: str) -> Callable[..., Any]:
+    """The same, for one that answers floats for whole numbers, too."""
+    formula = _of_one(name)
+    return lambda x: formula(_in_floats(x))
+
+
 def _operator(name: str) -> Callable[..., Any]:
     """An operator of Python's, of arrays or of sizes."""
     return lambda x, y: getattr(operator, name)(*_met(x, y))
@@ -55,17 +66,17 @@ def _activation(kernel: kernels.Kernel) -> Callable[..., Any]:
     return lambda x: kernel(x)
 
 
-for _name in """exp log log1p log2 expm1 sqrt abs sin cos tan floor ceil square sign isnan isinf
-        isfinite logical_not reciprocal""".split():
+for _name in "abs floor ceil square sign isnan isinf isfinite logical_not".split():
     FUNCTIONS[_name] = _of_one(_name)
+for _name in "exp log log1p log2 expm1 sqrt sin cos tan reciprocal".split():
+    FUNCTIONS[_name] = _of_floats(_name)
 for _name in "add sub mul floordiv mod lt le gt ge eq ne".split():
     FUNCTIONS[_name] = _operator(_name)
 for _name in "neg invert and_ or_ xor".split():
     FUNCTIONS[_name] = getattr(operator, _name)
 for _name, _kernel in {
-    "relu": kernels.relu, "sigmoid": kernels.sigmoid, "tanh": kernels.tanh, "silu": kernels.silu,
-    "mish": kernels.mish, "selu": kernels.selu, "softsign": kernels.softsign,
-    "hardsigmoid": kernels.hard_sigmoid,
+    "relu": kernels.relu, "silu": kernels.silu, "mish": kernels.mish, "selu": kernels.selu,
+    "softsign": kernels.softsign, "hardsigmoid": kernels.hard_sigmoid,
 }.items():  # fmt: skip
     FUNCTIONS[_name] = _activation(_kernel)
 
@@ -73,11 +84,10 @@ SAME = {
     "subtract": "sub", "multiply": "mul", "remainder": "mod", "negative": "neg", "view": "reshape",
     "bmm": "matmul", "concat": "cat", "concatenate": "cat", "clip": "clamp", "absolute": "abs",
     "floor_divide": "floordiv", "divide": "div", "truediv": "div", "true_divide": "div",
-    "swapaxes": "transpose", "moveaxis": "movedim", "logical_and": "and_", "logical_or": "or_",
-    "bitwise_and": "and_", "bitwise_or": "or_", "bitwise_not": "invert", "type": "to",
-    "greater": "gt", "less": "lt", "iadd": "add", "isub": "sub",
-    "imul": "mul", "itruediv": "div", "contiguous": "clone", "detach": "clone", "cpu": "clone",
-    "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout",
+    "swapaxes": "transpose", "moveaxis": "movedim", "bitwise_and": "and_", "bitwise_or": "or_",
+    "bitwise_not": "invert", "type": "to", "greater": "gt", "less": "lt", "iadd": "add",
+    "isub": "sub", "imul": "mul", "itruediv": "div", "contiguous": "clone", "detach": "clone",
+    "cpu": "clone", "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout",
     "alpha_dropout": "dropout", "feature_dropout": "dropout", "special_expit": "sigmoid",
 }  # fmt: skip
 """Other names for the same thing."""
@@ -85,11 +95,20 @@ SAME = {
 
 def _met(x: Any, y: Any) -> tuple[Any, Any]:
     """Whole numbers that meet floats take their type, as torch has it; NumPy would take float64."""
-    arrays = [array for array in (x, y) if is_array(array)]
-    floats = [array.dtype for array in arrays if is_floating(array.dtype)]
-    if len(arrays) == 2 and len(floats) == 1:
-        x, y = (array.astype(floats[0], copy=False) for array in (x, y))
+    if isinstance(x, float) or isinstance(y, float):
+        return _in_floats(x), _in_floats(y)
+    if is_array(x) and is_array(y):
+        return tuple(_alike([x, y]))
     return x, y
+
+
+def _alike(arrays: Any) -> list[Any]:
+    """Arrays, those of whole numbers in the type of the floats among them, if there are any."""
+    floats = [x.dtype for x in arrays if is_floating(x.dtype)]
+    if not 0 < len(floats) < len(arrays):
+        return list(arrays)
+    widest = max(floats, key=lambda dtype: dtype.itemsize)
+    return [x if is_floating(x.dtype) else x.astype(widest) for x in arrays]
 
 
 def _dtype(name: Any) -> Any:
@@ -98,14 +117,16 @@ def _dtype(name: Any) -> Any:
 
 @function("div")
 def div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    x, y = _met(x, y)
     if rounding_mode == "floor":
         return x // y
+    whole = is_array(x) and not is_floating(x.dtype)  # and so is y, now
+    if rounding_mode == "trunc" and whole:
+        down = x // y
+        return down + ((down < 0) & (down * y != x))
     if rounding_mode == "trunc":
         return xp_of(x).trunc(x / y)
-    if is_array(x) and not is_floating(x.dtype) and not (is_array(y) and is_floating(y.dtype)):
-        x = x.astype("float32")
-    x, y = _met(x, y)
-    return x / y
+    return _in_floats(x) / _in_floats(y)
 
 
 @function("pow")
@@ -207,7 +228,9 @@ def leaky_relu(x: Array, negative_slope: float = 0.01) -> Array:
 
 @function("softplus")
 def softplus(x: Array, beta: float = 1, threshold: float = 20) -> Array:
-    return kernels.softplus(x) if beta == 1 else kernels.softplus(x * beta) / beta
+    """x itself where beta x > threshold: from 20 on it is that anyway, to ten digits."""
+    y = kernels.softplus(x) if beta == 1 else kernels.softplus(x * beta) / beta
+    return y if threshold >= 20 else xp_of(x).where(x * beta > threshold, x, y)
 
 
 def _along(kernel: kernels.Kernel) -> Callable[..., Array]:
@@ -229,19 +252,37 @@ FUNCTIONS["log_softmax"] = _along(kernels.log_softmax)
 
 
 FUNCTIONS |= {
-    "rsqrt": lambda x: 1 / xp_of(x).sqrt(x),
-    "rsub": lambda x, y: y - x,
+    "sigmoid": lambda x: kernels.sigmoid(_in_floats(x)),
+    "tanh": lambda x: kernels.tanh(_in_floats(x)),
+    "rsqrt": lambda x: 1 / xp_of(x).sqrt(_in_floats(x)),
+    "rsub": lambda x, y: operator.sub(*_met(y, x)),
+    "logical_and": lambda x, y: xp_of(x).logical_and(x, y),
+    "logical_or": lambda x, y: xp_of(x).logical_or(x, y),
+    "logical_xor": lambda x, y: xp_of(x).logical_xor(x, y),
     "matmul": lambda x, y: xp_of(x).matmul(x, y),
     "linear": lambda x, weight, bias=None: kernels.linear(x, weight.swapaxes(0, 1), bias),
     "dropout": lambda x, *args, **options: x,
     "clone": lambda x, *args, **options: x,
     "elu": lambda x, alpha=1.0: kernels.elu(x, alpha=alpha),
-    "clamp": lambda x, min=None, max=None: xp_of(x).clip(x, min, max),
-    "where": lambda condition, x, y: xp_of(condition).where(condition, *_met(x, y)),
     "masked_fill": lambda x, mask, value: xp_of(x).where(mask, value, x),
-    "maximum": lambda x, y: xp_of(x).maximum(x, y),
-    "minimum": lambda x, y: xp_of(x).minimum(x, y),
+    "maximum": lambda x, y: xp_of(x).maximum(*_met(x, y)),
+    "minimum": lambda x, y: xp_of(x).minimum(*_met(x, y)),
 }
+
+
+@function("clamp")
+def clamp(x: Array, min: Any = None, max: Any = None) -> Array:
+    for bound in (min, max):
+        x = _met(x, bound)[0]
+    return xp_of(x).clip(x, min, max)
+
+
+@function("where")
+def where(condition: Array, x: Any, y: Any) -> Array:
+    x, y = _met(x, y)
+    chosen = xp_of(condition).where(condition, x, y)
+    numbers = isinstance(x, float) or isinstance(y, float)
+    return chosen if is_array(x) or is_array(y) or not numbers else chosen.astype("float32")
 
 
 # sums and what else looks along axes
@@ -345,7 +386,7 @@ def expand(x: Array, *sizes: Any) -> Array:
 
 @function("cat")
 def cat(arrays: Any, dim: int = 0, *, axis: int | None = None) -> Array:
-    return xp_of(arrays[0]).concatenate(list(arrays), axis=dim if axis is None else axis)
+    return xp_of(arrays[0]).concatenate(_alike(arrays), axis=dim if axis is None else axis)
 
 
 def _part(x: Array, dim: int, start: Any, stop: Any) -> Array:
@@ -382,6 +423,10 @@ def setitem(x: Array, key: Any, value: Any) -> Array:
 def pad(x: Array, pads: Any, mode: str = "constant", value: float | None = None) -> Array:
     widths = [(0, 0)] * (x.ndim - len(pads) // 2)
     widths += [(pads[i], pads[i + 1]) for i in range(len(pads) - 2, -1, -2)]
+    if any(min(width) < 0 for width in widths):  # which cuts
+        sizes = zip(x.shape, widths, strict=True)
+        x = x[tuple(slice(max(0, -a), n - max(0, -b)) for n, (a, b) in sizes)]
+        widths = [(max(0, a), max(0, b)) for a, b in widths]
     if mode == "constant":
         return xp_of(x).pad(x, widths, constant_values=value or 0)
     return xp_of(x).pad(x, widths, mode={"replicate": "edge", "circular": "wrap"}.get(mode, mode))
@@ -391,7 +436,7 @@ FUNCTIONS |= {
     "reshape": lambda x, *shape: x.reshape(_sizes(shape)),
     "view_as": lambda x, other: x.reshape(other.shape),
     "permute": lambda x, *dims: x.transpose(_sizes(dims)),
-    "transpose": lambda x, a, b: x.swapaxes(a, b),
+    "transpose": lambda x, dim0, dim1: x.swapaxes(dim0, dim1),
     "t": lambda x: x.swapaxes(0, 1) if x.ndim == 2 else x,
     "movedim": lambda x, source, destination: xp_of(x).moveaxis(x, source, destination),
     "reshape_as": lambda x, other: x.reshape(other.shape),
@@ -400,7 +445,7 @@ FUNCTIONS |= {
     "repeat": lambda x, *times: xp_of(x).tile(x, _sizes(times)),
     "tile": lambda x, *times: xp_of(x).tile(x, _sizes(times)),
     "repeat_interleave": lambda x, repeats, dim=None: xp_of(x).repeat(x, repeats, axis=dim),
-    "stack": lambda arrays, dim=0: xp_of(arrays[0]).stack(list(arrays), axis=dim),
+    "stack": lambda arrays, dim=0: xp_of(arrays[0]).stack(_alike(arrays), axis=dim),
     "chunk": lambda x, chunks, dim=0: split(x, -(-x.shape[dim] // chunks), dim),
     "narrow": lambda x, dim, start, length: _part(x, dim, start, start + length),
     "getitem": lambda x, key: x[tuple(key) if isinstance(key, tuple | list) else key],

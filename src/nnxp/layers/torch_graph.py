@@ -123,7 +123,9 @@ class TorchGraph(Layer):
             )
         for step in self.steps:
             fits = type(step) is tuple and len(step) == 3 and isinstance(step[0], str)
-            if not fits or not _is_known(step[0], self.layers) or not _is_sound(step[1:], count):
+            fits = fits and type(step[2]) is dict and all(isinstance(name, str) for name in step[2])
+            arguments = (step[1], *step[2].values()) if fits else ()
+            if not fits or not _is_known(step[0], self.layers) or not _is_sound(arguments, count):
                 raise OptionError(f"a step of a TorchGraph has no meaning: {step!r:.100}")
             count += 1
         if not self.answers or not _is_sound(self.answers, count):
@@ -146,10 +148,14 @@ class TorchGraph(Layer):
             elif kind in MAKERS:
                 values.append(MAKERS[kind](xp, *arrays, **named))
             else:
-                values.append(FUNCTIONS[kind](*arrays, **named))
-        answers = tuple(_argument(x, values) for x in self.answers)
-        answers = tuple(xp.asarray(y) if not is_array(y) else y for y in answers)
-        return answers if len(answers) > 1 else answers[0]
+                value = FUNCTIONS[kind](*arrays, **named)
+                values.append(np.asarray(value) if isinstance(value, np.generic) else value)
+        answers: list[Any] = []
+        for x in self.answers:
+            answer = _argument(x, values)  # of a step such as `split`, several
+            answers.extend(answer if isinstance(answer, tuple) else [answer])
+        answers = [xp.asarray(y) if not is_array(y) else y for y in answers]
+        return tuple(answers) if len(answers) > 1 else answers[0]
 
     def __repr__(self) -> str:
         return f"TorchGraph({len(self.steps)} steps, {len(self.layers)} layers)"

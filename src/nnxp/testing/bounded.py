@@ -1065,7 +1065,7 @@ def _sort(x: ndarray, axis: int = -1) -> ndarray:
 
 
 @_rule
-def _argsort(x: ndarray, axis: int = -1) -> ndarray:
+def _argsort(x: ndarray, axis: int = -1, kind: Any = None) -> ndarray:
     """The order; within a run of near or exact ties any order is right."""
     values, reach = (np.moveaxis(of_x, axis, -1) for of_x in (x.value, _extent(x)))
     order = np.argsort(values, axis=-1, kind="stable")
