@@ -170,8 +170,8 @@ def _with_changing_weights(
         finish(out.reshape(-1, out.shape[-1]))
 
     def bytes_for(rows: int) -> int:
-        made = rows * prod(over.positions) * weight.shape[-1] * weight.dtype.itemsize
-        return max(body.room(rows), finish.room(made))
+        nbytes = rows * prod(over.positions) * weight.shape[-1] * weight.dtype.itemsize
+        return max(body.room(rows), finish.room(nbytes))
 
     return InPlace(run, bytes_for, body.work)
 
@@ -226,15 +226,17 @@ def _by_onednn(
     if planned is None:
         return None
     outputs, dtype = weight.shape[-1], weight.dtype
-    seen, made = (*space, weight.shape[-2] * groups), (*over.positions, outputs)
-    pooling = max_pool.in_place_for(Operand((1, *made), dtype, None), window=pool) if pool else None
+    seen, result = (*space, weight.shape[-2] * groups), (*over.positions, outputs)
+    pooling = (
+        max_pool.in_place_for(Operand((1, *result), dtype, None), window=pool) if pool else None
+    )
     finish = Finish(None, identity if activation in onednn.FUSED else activation, dtype)
-    pictures = max(1, TOGETHER // (prod(made) * dtype.itemsize))
+    pictures = max(1, TOGETHER // (prod(result) * dtype.itemsize))
     work = prod(over.positions) * weight.size
 
     def shapes(rows: int) -> tuple[Shape, Shape]:
         together = min(rows, pictures)
-        return (together, *seen), (together if pool else 0, *made)
+        return (together, *seen), (together if pool else 0, *result)
 
     def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
         own = products = rest = scratch
@@ -270,7 +272,7 @@ def _by_onednn(
 
     def bytes_for(rows: int) -> int:
         together = min(rows, pictures)
-        here = room(dtype, *shapes(rows)) + finish.room(together * prod(made) * 4)
+        here = room(dtype, *shapes(rows)) + finish.room(together * prod(result) * 4)
         return here + (0 if pooling is None else pooling.room(together))
 
     return InPlace(run, bytes_for, lambda rows: min(rows, pictures) * work, bind)
@@ -285,7 +287,7 @@ def _taken(
     if x.ndim != weight.ndim or x.shape[-1] != weight.shape[-2] * groups:
         return None  # the reference body says what is wrong
     over = windows("conv", x, weight.shape[:-2], **options)
-    return None if any(each < 0 for pair in over.pads for each in pair) else over
+    return None if any(size < 0 for pair in over.pads for size in pair) else over
 
 
 def _are_constant(weight: Operand, bias: Operand | None) -> bool:
@@ -317,11 +319,11 @@ def _pointwise(
     space: Shape, weight: HostArray, over: Windows, finish: Finish, groups: int
 ) -> InPlace:
     """Windows of one element: a product, of every so many elements."""
-    each, outputs = weight.shape[-2:]
-    inputs = each * groups
-    matrix = Weight(weight.reshape(each, outputs))
+    inner, outputs = weight.shape[-2:]
+    inputs = inner * groups
+    matrix = Weight(weight.reshape(inner, outputs))
     if groups > 1:
-        matrix = OfGroups(weight.reshape(each, groups, -1).swapaxes(0, 1))
+        matrix = OfGroups(weight.reshape(inner, groups, -1).swapaxes(0, 1))
     lines = prod(over.positions)
     pictures = ceil(LINES / lines)
 
@@ -334,8 +336,8 @@ def _pointwise(
             part = seen[start : start + pictures]
             (own,) = carved(scratch, x.dtype, part.shape)
             np.copyto(own, part)
-            made = out[start : start + pictures].reshape(-1, outputs)
-            product(own.reshape(-1, inputs), matrix, made, finish)
+            y = out[start : start + pictures].reshape(-1, outputs)
+            product(own.reshape(-1, inputs), matrix, y, finish)
 
     def bytes_for(rows: int) -> int:
         copied = min(rows, pictures) * lines, inputs
@@ -417,15 +419,15 @@ def _by_patches(
                 else:
                     lines = flat.reshape(-1, long)
                 np.copyto(flat.reshape(block.shape), block)
-                made = y if phases == 1 else products[: len(lines)]
-                matrix(lines, made)
+                results = y if phases == 1 else products[: len(lines)]
+                matrix(lines, results)
                 if phases > 1:
-                    largest(list(made.reshape(phases, len(y), outputs)), y)
+                    largest(list(results.reshape(phases, len(y), outputs)), y)
                 finish(y)
 
     def bytes_for(rows: int) -> int:
-        made = min(rows, pictures) * high * width * outputs * dtype.itemsize
-        return room(dtype, *shapes(rows)) + finish.room(made)
+        nbytes = min(rows, pictures) * high * width * outputs * dtype.itemsize
+        return room(dtype, *shapes(rows)) + finish.room(nbytes)
 
     return InPlace(run, bytes_for)
 
@@ -464,16 +466,16 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
         tiles = (16 * count * inputs,), (16 * count * outputs,), (8 * count * outputs,)
         return (together, 2 * down + 2, wide, inputs), lines, *tiles
 
-    made: list[Weight] = []
+    cache: list[Weight] = []
     matrix = weight.reshape(-1, outputs)
     again = max(1, PIECE // (len(matrix) * dtype.itemsize))
 
     def transformed() -> Weight:
-        if not made:
+        if not cache:
             lines = _LEFT @ weight.reshape(3, 3, -1).astype("float64")
             both = (_LEFT @ lines.reshape(3, -1)).astype(dtype)
-            made.append(Weight(both.reshape(16, inputs, outputs)))
-        return made[0]
+            cache.append(Weight(both.reshape(16, inputs, outputs)))
+        return cache[0]
 
     def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
         if len(x) * down * across < LEAST_TILES:
@@ -499,7 +501,7 @@ def _winograd(weight: HostArray, over: Windows, finish: Finish, patches: InPlace
                 drowned = np.nonzero(_drowned(block, squares)[:, : y.shape[1], :width])
                 _tiles(block, kernels, y, others)
                 for i in range(0, len(drowned[0]), again):
-                    at = tuple(each[i : i + again] for each in drowned)
+                    at = tuple(axis[i : i + again] for axis in drowned)
                     y[at] = _windows(block)[at].reshape(-1, len(matrix)) @ matrix
                 finish(y.reshape(-1, outputs))
 
@@ -533,16 +535,16 @@ def _drowned(x: HostArray, squares: HostArray) -> HostArray:
         fourth = np.einsum("nhwc,nhwc->nhw", squares, squares)
         seen, most = _in_windows(energy, np.add), _in_windows(fourth, np.maximum)
         power = seen * seen
-        told = (power > 0) | (seen == 0)  # what is too faint for its fourth power tells nothing
-        drowned: HostArray = ~((most <= ALONE * power) & (most < np.inf) & told)
+        heard = (power > 0) | (seen == 0)  # what is too faint for its fourth power tells nothing
+        drowned: HostArray = ~((most <= ALONE * power) & (most < np.inf) & heard)
     return drowned
 
 
 def _in_windows(x: HostArray, combine: np.ufunc) -> HostArray:
     """What is in windows of 3x3 of x (n, h, w), combined -> (n, h - 2, w - 2)"""
     lines = combine(combine(x[:, :-2], x[:, 1:-1]), x[:, 2:])
-    made: HostArray = combine(combine(lines[:, :, :-2], lines[:, :, 1:-1]), lines[:, :, 2:])
-    return made
+    result: HostArray = combine(combine(lines[:, :, :-2], lines[:, :, 1:-1]), lines[:, :, 2:])
+    return result
 
 
 def _tiles(x: HostArray, kernels: Weight, y: HostArray, memory: list[HostArray]) -> None:
@@ -630,14 +632,14 @@ def _by_channel(
                 at = (first + left) // right
                 own[top : top + len(picture), phase, at : at + lines.shape[1]] = lines
             for start in range(0, height, high):
-                made = y[start : start + high]
-                into = made
+                y_block = y[start : start + high]
+                into = y_block
                 for seen, numbers in views:
                     np.einsum("hijx,ijx->hx", seen[start : start + high], numbers, out=into)
-                    if into is not made:
-                        np.add(made, into, out=made)
-                    into = more[: len(made)]
-                finish(made)
+                    if into is not y_block:
+                        np.add(y_block, into, out=y_block)
+                    into = more[: len(y_block)]
+                finish(y_block)
 
     needed = room(dtype, own_shape, block) + finish.room(prod(block) * dtype.itemsize)
     return InPlace(run, lambda rows: needed)

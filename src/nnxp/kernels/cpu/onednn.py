@@ -180,8 +180,8 @@ def _loaded() -> tuple[Any, str | None]:
         if about.cpu_runtime == SEQUENTIAL:
             dnnl.omp_set_num_threads = dnnl.omp_get_max_threads = lambda *_: 1
         dnnl.set_threads, dnnl.threads = dnnl.omp_set_num_threads, dnnl.omp_get_max_threads
-        dnnl.engine = _made(dnnl.dnnl_engine_create, CPU, 0)
-        dnnl.stream = _made(dnnl.dnnl_stream_create, dnnl.engine, IN_ORDER)
+        dnnl.engine = _created(dnnl.dnnl_engine_create, CPU, 0)
+        dnnl.stream = _created(dnnl.dnnl_stream_create, dnnl.engine, IN_ORDER)
         return dnnl, None
     except (OSError, AttributeError, OneDNNError) as error:
         if path or not isinstance(error, OSError):
@@ -203,10 +203,10 @@ def _checked(name: str, status: int) -> None:
         raise OneDNNError(f"dnnl_{name} answered status {status}")
 
 
-def _made(create: Any, *arguments: Any) -> c_void_p:
-    made = c_void_p()
-    create(byref(made), *arguments)
-    return made
+def _created(create: Any, *arguments: Any) -> c_void_p:
+    handle = c_void_p()
+    create(byref(handle), *arguments)
+    return handle
 
 
 class _Owned:
@@ -216,7 +216,7 @@ class _Owned:
         dnnl = library()[0]
         self._destroy = getattr(dnnl, f"dnnl_{kind}_destroy")
         with _creating:
-            self._as_parameter_ = _made(getattr(dnnl, f"dnnl_{create}"), *arguments)
+            self._as_parameter_ = _created(getattr(dnnl, f"dnnl_{create}"), *arguments)
 
     def __del__(self) -> None:
         if hasattr(self, "_as_parameter_"):
@@ -670,11 +670,11 @@ def weight_gradient(problem: Convolution) -> Planned[Relaid] | None:
 
     def make(rows: int) -> Relaid:
         description = problem.weight_gradient(rows)
-        made = _described(description, WEIGHT_GRADIENT_LAYOUT)
+        layout = _described(description, WEIGHT_GRADIENT_LAYOUT)
         operands = {
             SOURCE: problem.x(rows),
             RESULT_GRADIENT: problem.y(rows),
-            WEIGHT_GRADIENT: made,
+            WEIGHT_GRADIENT: layout,
         }
         return Relaid(Plan(description, {}, operands), WEIGHT_GRADIENT, problem.weight())
 
