@@ -465,6 +465,43 @@ class Tagger(nn.Module):
         return {"logits": self.out(x), "last": last[0]}
 
 
+class Tied(nn.Module):
+    """What is answered is as like as can be to each word."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.out.weight = self.words.weight
+
+    def forward(self, ids):
+        return self.out(self.words(ids))
+
+
+@pytest.mark.parametrize("first", ["words", "out"])
+def test_a_weight_that_is_another_s_transpose_is_trained_as_one(first):
+    torch.manual_seed(0)
+    module, ids, labels = Tied().double(), np.arange(9) % 4, np.arange(9) % 3
+    if first == "out":
+        module._modules = {"out": module.out, "words": module.words}
+    net = nnxp.from_torch(module)
+    words, out = (next(n for n, p in net.parameters().items() if p.shape == s)
+                  for s in ((11, 8), (8, 11)))  # fmt: skip
+    optimizer = torch.optim.SGD(module.parameters(), 0.5)
+    for moved in (net, net.to("sim").to("cpu"), net.astype("float32").astype("float64")):
+        loss = nnxp.value_and_gradients(nnxp.losses.cross_entropy)(moved, ids, labels)
+        torch_loss = F.cross_entropy(module(torch.tensor(ids)), torch.tensor(labels))
+        optimizer.zero_grad()
+        torch_loss.backward()
+        np.testing.assert_allclose(loss[1][words], module.words.weight.grad.numpy(), 0, 1e-6)
+        np.testing.assert_array_equal(loss[1][out], loss[1][words].T)
+        assert np.shares_memory(moved.parameters()[words], moved.parameters()[out])
+    optimizer.step()
+    fitted = nnxp.fit(net, ids, labels, loss="cross_entropy", optimizer=nnxp.SGD(0.5), epochs=1)
+    weights = fitted.model.parameters()
+    np.testing.assert_allclose(weights[words], module.words.weight.detach().numpy(), 0, 1e-12)
+    assert np.shares_memory(weights[words], weights[out])
+
+
 OWN = {
     "residual": (Residual, x_of(4, 6)),
     "in place": (InPlace, x_of(4, 6)),

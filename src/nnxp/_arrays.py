@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +112,51 @@ def place_of(x: Array) -> str:
     if isinstance(device, str):
         return device
     return f"{_DEVICE_NAMES.get(library, library)}:{device.id}"
+
+
+class Owner(NamedTuple):
+    """Which of several arrays by name holds the memory of one, and in which order of axes."""
+
+    name: str
+    axes: tuple[int, ...] | None = None
+
+    def of(self, arrays: Mapping[str, Any]) -> Any:
+        """The one that belongs to this one among arrays by name."""
+        array = arrays[self.name]
+        return array if self.axes is None else array.transpose(self.axes)
+
+
+def owners(arrays: Mapping[str, Array]) -> dict[str, Owner]:
+    """For every array the first that is the same one, or that it is another order of axes of."""
+    first: dict[Any, str] = {}
+    by_name = {}
+    for name, x in arrays.items():
+        owner = first.setdefault(_memory(x), name)
+        axes = _axes_of(arrays[owner], x)
+        by_name[name] = Owner(name) if axes is None else Owner(owner, axes or None)
+    return by_name
+
+
+def _memory(x: Array) -> Any:
+    """Where an array begins, and its size: the same for all orders of its axes."""
+    library = library_of(x)
+    if library not in ("numpy", "cupy", "sim") or not x.size:
+        return id(x)
+    host = x._host if library == "sim" else x
+    address = x.data.ptr if library == "cupy" else host.__array_interface__["data"][0]
+    return library, address, x.size, x.dtype
+
+
+def _axes_of(x: Array, y: Array) -> tuple[int, ...] | None:
+    """The axes of x in the order in which they are those of y, in the same memory; () if all are
+    where they were, None if y is something else."""
+    if x is y:
+        return ()
+    if sorted(x.strides) != sorted(y.strides) or len(set(x.strides)) < x.ndim:
+        return None
+    axes = tuple(x.strides.index(step) for step in y.strides)
+    same = tuple(x.shape[axis] for axis in axes) == y.shape
+    return (() if axes == tuple(range(x.ndim)) else axes) if same else None
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:

@@ -32,8 +32,9 @@ def from_torch(
     Modules in a row become a Sequential, all else a TorchGraph. The model takes what `forward`
     takes, in torch's layout: axis 0 is rows, images are (rows, channels, ...). It answers an array,
     or a tuple: nested ones are flat, of a dict the values. Parameters are copied; tied ones stay
-    tied where the layers keep them in the same form. A recurrent module by itself answers y and its
-    last states, as `returns="states"` has them: (rows, layers * directions, size).
+    tied, as those of an embedding and of the dense layer that is its transpose; in a file they are
+    two. A recurrent module by itself answers y and its last states, as `returns="states"` has them:
+    (rows, layers * directions, size).
 
         net = nnxp.from_torch(torchvision.models.resnet18(weights="DEFAULT"))
         y = nnxp.predict(net, images)
@@ -258,8 +259,8 @@ class _Reader:
         return self._step(number.replace("layers", "constant"), ())
 
     def take(self, tensor: Any) -> Array:
-        """A tensor's numbers in an array of ours, once for tensors that share their memory; a list
-        of numbers in the type of the module's first floats."""
+        """A tensor's numbers in an array of ours, once for tensors that share their memory, even if
+        one is the other transposed; a list of numbers in the type of the module's first floats."""
         import torch
 
         if isinstance(tensor, list):
@@ -268,6 +269,9 @@ class _Reader:
             return np.array(tensor, self.dtype or float_dtype(own.removeprefix("torch.")))
         tensor = tensor.detach()
         key = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+        turned = *key[:2], *(sizes[::-1] for sizes in key[2:])
+        if tensor.ndim == 2 and turned != key and turned in self._arrays:  # as an embedding's is
+            return self._arrays[turned][0].T
         if key not in self._arrays or not tensor.numel():
             host = tensor.cpu()
             array = np.array(host.float().numpy() if host.dtype == torch.bfloat16 else host.numpy(),

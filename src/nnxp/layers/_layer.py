@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, dataclass_t
 
 import numpy as np
 
-from nnxp._arrays import Array, Shape, float_dtype, is_array, is_floating, place_of
+from nnxp._arrays import Array, Shape, float_dtype, is_array, is_floating, owners, place_of
 from nnxp._errors import (
     DeviceMismatch,
     DtypeMismatch,
@@ -409,9 +409,17 @@ class Layer(metaclass=_LayerType):
         target = get_backend(backend)
         if {place_of(value) for value in self.parameters().values()} <= {target.device}:
             return self
-        moved = self.map_arrays(_once(lambda value: to_backend(value, target)))
+        moved = self._converted(lambda value: to_backend(value, target))
         target.synchronize()  # whichever thread or stream uses the parameters, they have arrived
         return moved
+
+    def _converted(self: L, change: Callable[[Array], Array]) -> L:
+        """A model with change(array) for its arrays; those of one memory have one again."""
+        parameters = self.parameters()
+        owner_of = owners(parameters)
+        names = {owner.name for owner in owner_of.values()}
+        results = {name: change(parameters[name]) for name in names}
+        return self.map_arrays(lambda name, _: owner_of[name].of(results))
 
     def astype(self: L, dtype: object) -> L:
         """The same model with parameters of this type: "float16", "bfloat16", "float32", ..."""
@@ -426,7 +434,7 @@ class Layer(metaclass=_LayerType):
                 return value.astype(wanted)
 
         dtypes = {v.dtype for v in parameters.values() if id(v) not in exempt}
-        return self if dtypes <= {wanted} else self.map_arrays(_once(converted))
+        return self if dtypes <= {wanted} else self._converted(converted)
 
     # what it does
 
@@ -701,7 +709,13 @@ def _traced_model(
 
     Of inputs taken as a `whole`, it has what is known of each, its numbers or nothing.
     """
-    lift = _once(lambda value, name: traced.lifted(value, name), named=True)
+    constants: dict[int, Any] = {}  # one for an array that several fields share
+
+    def lift(name: str, value: Array) -> Any:
+        if id(value) not in constants:
+            constants[id(value)] = traced.lifted(value, name)
+        return constants[id(value)]
+
     lifted = model.map_arrays(lift)
     layers = originals(lifted, model)
     formula = type(model).__call__
@@ -813,18 +827,6 @@ def _opaque_outline(layer: Layer, inputs: tuple[Any, ...]) -> list[Outline]:
     if type(layer).output_shape is not Layer.output_shape:
         shape = layer.output_shape(*(x.shape for x in inputs))
     return [Outline(tuple(shape), layer.dtype or x.dtype)]
-
-
-def _once(change: Callable[..., Any], named: bool = False) -> Callable[[str, Array], Any]:
-    """change(array), once for an array that several fields share, so that they go on sharing it."""
-    changed_by_id: dict[int, Any] = {}
-
-    def changed(name: str, value: Array) -> Any:
-        if id(value) not in changed_by_id:
-            changed_by_id[id(value)] = change(value, name) if named else change(value)
-        return changed_by_id[id(value)]
-
-    return changed
 
 
 # what fits

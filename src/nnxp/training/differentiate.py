@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, is_array, place_of, xp_of
+from nnxp._arrays import Array, HostArray, Owner, is_array, owners, place_of, xp_of
 from nnxp._errors import (
     DeviceMismatch,
     IdError,
@@ -52,13 +52,13 @@ class LossProgram:
     """A loss written out, and its gradients by the parameters that learn.
 
     The program's inputs are the parameters `inputs`, the arrays, and what is `drawn`; its outputs
-    the loss, the running `statistics` of layers, and the gradients of `learned`. `names` has for
-    every parameter of the model the one whose array it is: the first with the same array.
+    the loss, the running `statistics` of layers, and the gradients of `learned`. `owners` has for
+    every parameter of the model the one whose array it is: the first in the same memory.
     """
 
     program: Program
     inputs: tuple[str, ...]
-    names: Mapping[str, str]
+    owners: Mapping[str, Owner]
     learned: tuple[str, ...]
     statistics: tuple[str, ...]
     drawn: tuple[Drawn, ...]
@@ -92,8 +92,8 @@ def write_out(
     a loss that looks at numbers.
     """
     parameters = model.parameters()
-    names = first_names(parameters)
-    inputs = tuple(dict.fromkeys(names.values()))
+    owner_of = owners(parameters)
+    inputs = tuple(dict.fromkeys(owner.name for owner in owner_of.values()))
     flat = arrays_in(arrays)
     values = [Value(parameters[n].shape, parameters[n].dtype, name=n) for n in inputs]
     values += [Value(x.shape, x.dtype, name=f"x{i}") for i, x in enumerate(flat)]
@@ -102,7 +102,7 @@ def write_out(
 
     def written(*traced_inputs: Any) -> tuple[Any, ...]:
         own = dict(zip(inputs, traced_inputs, strict=False))
-        lifted = model.map_arrays(lambda name, _: own[names[name]])
+        lifted = model.map_arrays(lambda name, _: owner_of[name].of(own))
         layers.update(originals(lifted, model))
         tapes.append(traced.current_tape())
         rest = iter(traced_inputs[len(inputs) :])
@@ -124,10 +124,10 @@ def write_out(
     if learned is not None:
         by_name = dict(zip(inputs, program.inputs, strict=False))
         whole = gradient(program, program.outputs[0], [by_name[n] for n in chosen], scale)
-        learning = {n for n, own in names.items() if own in chosen}
+        learning = {n for n, owner in owner_of.items() if owner.name in chosen}
         _refuse_constants(program, learning - model._names_in("fixed"))
         program = whole
-    return LossProgram(program, inputs, names, chosen, tuple(tape.statistics), tuple(tape.drawn))
+    return LossProgram(program, inputs, owner_of, chosen, tuple(tape.statistics), tuple(tape.drawn))
 
 
 def _refuse_constants(program: Program, learned: set[str]) -> None:
@@ -287,7 +287,7 @@ def value_and_gradients(loss: Loss) -> Callable[..., tuple[Array, dict[str, Arra
         random = generator(rng) if runner.written.drawn and rng is not None else None
         y, _, gradients = runner.over(model, arrays, random)
         by_name = dict(zip(runner.written.learned, gradients, strict=True))
-        return y, {name: by_name[own] for name, own in runner.written.names.items()}
+        return y, {name: owner.of(by_name) for name, owner in runner.written.owners.items()}
 
     return both
 
@@ -441,12 +441,6 @@ def with_arrays(x: Any, arrays: Iterator[Array]) -> Any:
     if isinstance(x, tuple | list):
         return type(x)(with_arrays(item, arrays) for item in x)
     return next(arrays) if is_array(x) else x
-
-
-def first_names(parameters: Mapping[str, Array]) -> dict[str, str]:
-    """For every parameter the first one that has the same array."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(p), name) for name, p in parameters.items()}
 
 
 def applied(model: Layer, x: Any) -> Any:

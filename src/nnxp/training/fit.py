@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, is_floating, xp_of
+from nnxp._arrays import Array, HostArray, is_floating, owners, xp_of
 from nnxp._errors import CheckpointError, NnxpError, OptionError, OutOfMemory, TrainingError
 from nnxp._printed import Printed
 from nnxp._progress import Progress, reported
@@ -36,7 +36,6 @@ from nnxp.training.differentiate import (
     LossRunner,
     applied,
     arrays_in,
-    first_names,
     warn_of_idle,
     with_arrays,
     write_out,
@@ -294,8 +293,8 @@ class Trainer:
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         parameters = model.parameters()
         held = _held(parameters, model._names_in("fixed"), fixed)
-        self.names = first_names(parameters)
-        own = {n: parameters[n] for n in self.names.values()}
+        self.owners = owners(parameters)
+        own = {owner.name: parameters[owner.name] for owner in self.owners.values()}
         self.learned = tuple(n for n in own if n not in held)
         if not self.learned:
             raise OptionError(f"{model!r:.200} has no parameters that learn")
@@ -492,7 +491,7 @@ class Trainer:
     def _record(self, statistics: Mapping[str, Array]) -> None:
         """Keep the running statistics of layers."""
         for name, value in statistics.items():
-            self.arrays[self.names[name]][...] = value
+            self.owners[name].of(self.arrays)[...] = value
 
     def evaluate(self, batch: Sequence[Any]) -> Array:
         """The loss of a batch of the model as it is."""
@@ -623,7 +622,7 @@ class Trainer:
     def model_now(self) -> Layer:
         """A model with the parameters as they are now, in arrays of its own."""
         copies = {n: p.copy() for n, p in self.arrays.items()}
-        return self.model.with_parameters({n: copies[own] for n, own in self.names.items()})
+        return self.model.with_parameters({n: o.of(copies) for n, o in self.owners.items()})
 
     def snapshot(self) -> dict[str, Array]:
         """All that changes, by name: to be written, or to come back to."""
