@@ -640,7 +640,12 @@ def contents(mark):
 def test_a_file_of_another_kind_is_refused_and_nothing_in_it_runs(kind, tmp_path):
     mark = tmp_path / "it ran"
     (tmp_path / "net").write_bytes(contents(str(mark))[kind])
-    known = {"a pickle": "a pickle", "an npz": ".npz file", "an npy of objects": ".npy file"}
+    known = {
+        "a pickle": "a pickle",
+        "an npz": ".npz file",
+        "an npy of objects": ".npy file",
+        "a text": "it is text, not a model",
+    }
     with pytest.raises(CheckpointError, match=known.get(kind, "no whole safetensors file")):
         nnxp.load(tmp_path / "net")
     assert not mark.exists()
