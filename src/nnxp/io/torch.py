@@ -16,7 +16,14 @@ import numpy as np
 
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import ConversionError, NnxpError, OptionError
-from nnxp.io._torch_modules import MODULES, Module, Unknown, activation_of, kind_of
+from nnxp.io._torch_modules import (
+    MODULES,
+    Module,
+    Unknown,
+    activation_of,
+    is_written_as_functions,
+    kind_of,
+)
 from nnxp.layers._layer import Layer
 from nnxp.layers.containers import Sequential
 from nnxp.layers.dense import Dense
@@ -121,6 +128,8 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
             return Writable(node, self)
 
         def is_leaf_module(self, inner: Module, path: str) -> bool:
+            if is_written_as_functions(inner):
+                return False
             return bool(kind_of(inner)) or super().is_leaf_module(inner, path)
 
     fixed = {n: p.default for n, p in plain.items() if n not in wanted and p.default is not p.empty}
@@ -203,6 +212,8 @@ class _Reader:
         inplace = _writes(node)
         in_place_form = inplace and name.endswith("_") and not name.endswith("__")
         own = known(name.removesuffix("_") if in_place_form else name)
+        if not own and name.endswith("_with_indices"):
+            raise Unknown(f"function {name.removesuffix('_with_indices')} with return_indices=True")
         if not own:
             raise Unknown(f"{'method' if node.op == 'call_method' else 'function'} {name}")
         options.pop("inplace", None)
@@ -389,6 +400,9 @@ _FIRST = ("condition", "input", "self", "tensors", "tensor")
 _SEVERAL = {"permute": "dims", "flip": "dims", "expand": "size", "repeat": "repeats",
             "tile": "dims", "reshape": "shape"}  # fmt: skip
 """Functions of any number of sizes or axes, by the name that torch has for all of them."""
+_ONLY = {"return_indices": False, "divisor_override": None, "training": False,
+         "use_input_stats": True}  # fmt: skip
+"""Options that are known at one value."""
 
 
 def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -403,9 +417,12 @@ def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[lis
     function = MAKERS.get(name) or FUNCTIONS[name]
     lead = [None] if name in MAKERS else []
     try:
-        inspect.signature(function).bind(*lead, *args, **options)
+        bound = inspect.signature(function).bind(*lead, *args, **options).arguments
     except (TypeError, ValueError) as error:
         raise Unknown(f"function {name} with arguments not known here: {error}") from None
+    for option, value in _ONLY.items():
+        if bound.get(option, value) != value:
+            raise Unknown(f"function {name} with {option}={bound[option]}")
     if name == "getattr" and args[1] not in ATTRIBUTES:
         raise Unknown(f"attribute {args[1]}")
     return args, options

@@ -14,6 +14,7 @@ import numpy as np
 
 from nnxp._arrays import Array, is_array, xp_of
 from nnxp._errors import OptionError
+from nnxp.layers import torch_space  # noqa: F401  (whose functions are in the table, too)
 from nnxp.layers._layer import Example, Layer, array_shape
 from nnxp.layers.dense import Dense
 from nnxp.layers.norm import BatchNorm
