@@ -265,7 +265,12 @@ class _Reader:
         return self._constant_step(value)
 
     def _constant_step(self, tensor: Any) -> Any:
-        number = self._layer(f"constant {id(tensor)}", lambda: Constant(self.take(tensor)))
+        import torch
+
+        learns = isinstance(tensor, torch.nn.Parameter)
+        number = self._layer(
+            f"constant {id(tensor)}", lambda: Constant(self.take(tensor), learns=learns)
+        )
         return self._step(number.replace("layers", "constant"), ())
 
     def take(self, tensor: Any) -> Array:
