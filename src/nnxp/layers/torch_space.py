@@ -122,12 +122,13 @@ def adaptive_max_pool(axes: int, x: Array, output_size: Any, return_indices: boo
 # Space made larger or smaller
 
 
+LINEAR = {"method": "linear"}
 MODES: dict[str, dict[str, Any]] = {
     "nearest": {"coordinates": "asymmetric", "nearest": "floor"},
     "nearest-exact": {"nearest": "round_prefer_ceil"},
-    **dict.fromkeys(("linear", "bilinear", "trilinear"), {"method": "linear"}),
+    "linear": LINEAR, "bilinear": LINEAR, "trilinear": LINEAR,
     "bicubic": {"method": "cubic"},
-}
+}  # fmt: skip
 """What torch's modes are in the words of kernels.resize."""
 
 
