@@ -115,6 +115,7 @@ class Everything(nnxp.Layer):
         n, c = x.shape[0], x.shape[1]
         y = xp.concatenate([x[:, ::-1], x[:, 1:2], xp.expand_dims(x[:, -1], 1)], axis=1)
         z = xp.stack([xp.log1p(xp.abs(x)), xp.expm1(x), xp.log2(xp.square(x) + 1)], axis=-1)
+        z = xp.roll(xp.roll(z, (1, 2), axis=(2, 1)), 1, axis=(1, 2))
         w = xp.moveaxis(z, -1, 1).reshape(n, 3 * c)
         v = xp.where(x > 0, x, xp.full_like(x, -2)) + x.var(axis=1, keepdims=True)
         pads = xp.pad(v, ((0, 0), (1, 2)), mode="constant", constant_values=0.5)
@@ -124,6 +125,9 @@ class Everything(nnxp.Layer):
         spread = xp.broadcast_to(x.max(axis=1, keepdims=True), (n, 2)) * xp.ones((n, 2))
         parts = [y, w, pads, sums, first * second, picked, spread, xp.clip(x, -0.5, 0.5)]
         parts += [xp.flip(x, 1), xp.log10(xp.abs(x) + 1), x.std(axis=1, ddof=1, keepdims=True)]
+        parts += [xp.linalg.norm(x, ord=p, axis=1, keepdims=True) for p in (None, 1, 2)]
+        parts += [xp.exp2(x), xp.round(x, 1), xp.take_along_axis(x, xp.argsort(-x), axis=1)]
+        parts += [xp.trunc(3 * x), xp.roll(x, -1, axis=1), xp.roll(x, (2, 5), axis=(1, -1))]
         parts += [f(x > 0, axis=1, keepdims=True).astype(x.dtype) for f in (xp.any, xp.all)]
         products = xp.einsum("...i,...j->...ij", x, x).reshape(n, c * c)
         return xp.concatenate([*parts, products, xp.repeat(x, 2, axis=1)], axis=1)
@@ -144,6 +148,7 @@ def test_functions_of_the_dialect_go_out(tmp_path):
         lambda xp, x: x + xp.argmax(x).astype(x.dtype),
         lambda xp, x: x + xp.argmin(x, keepdims=True).astype(x.dtype),
         lambda xp, x: xp.cumsum(x).reshape(x.shape),
+        lambda xp, x: x + xp.var(x, ddof=1) + xp.std(x, axis=0) + xp.linalg.norm(x),
         lambda xp, x: xp.swapaxes(xp.moveaxis(x.reshape(-1, 2, 2, 1), (1, 3), (3, 2)), 1, 2),
     ],
 )
@@ -162,6 +167,11 @@ class Looks(nnxp.Layer):
         return x * 2 if float(x.max()) > 1 else x
 
 
+class Rolls(nnxp.Layer):
+    def __call__(self, x):
+        return xp_of(x).roll(x, 1, axis=0)
+
+
 class Hypotenuse(nnxp.Layer):
     def __call__(self, x):
         return xp_of(x).hypot(x, 1)
@@ -170,7 +180,8 @@ class Hypotenuse(nnxp.Layer):
 @pytest.mark.parametrize(
     ("layer", "said"),
     [(Looks(), r"layers\.1 cannot be written: it is run as Python \(float\(x\)"),
-     (Hypotenuse(), r"layers\.1 cannot be written: ONNX has no hypot")],
+     (Hypotenuse(), r"layers\.1 cannot be written: ONNX has no hypot"),
+     (Rolls(), "ONNX has no roll of rows")],
 )  # fmt: skip
 def test_what_onnx_has_no_words_for_is_refused_with_the_layer_s_path(layer, said, tmp_path):
     path = tmp_path / "net.onnx"

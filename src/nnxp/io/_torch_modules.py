@@ -46,6 +46,21 @@ def kind_of(module: Module) -> str:
     return cls.__name__ if known else ""
 
 
+FUNCTIONAL = frozenset(
+    """ChannelShuffle CosineSimilarity LocalResponseNorm PixelUnshuffle RReLU Softmin Upsample
+    UpsamplingBilinear2d UpsamplingNearest2d""".split()
+    + [f"{kind}{n}d" for n in (1, 2, 3) for kind in ("LPPool", "ConstantPad", "ZeroPad",
+                                                     "ReflectionPad", "ReplicationPad")]
+)  # fmt: skip
+"""Modules whose forward is one function, by which they are read."""
+
+
+def is_written_as_functions(module: Module) -> bool:
+    """Whether a module of torch's is read by what its forward calls."""
+    cls = type(module)
+    return cls.__module__.startswith("torch.nn.") and cls.__name__ in FUNCTIONAL
+
+
 def _bias(bias: Any, take: Take) -> Array | None:
     return None if bias is None else take(bias)
 

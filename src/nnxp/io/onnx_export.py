@@ -413,8 +413,19 @@ def _variance(
 ) -> Array:
     x = x if dtype is None else x.astype(dtype)
     off = x - x.mean(axis=axis, keepdims=True)
-    count = prod(x.shape[i] for i in axes_of(axis, x.ndim)) - ddof
-    return (off * off).sum(axis=axis, keepdims=keepdims) / count
+    axes = axes_of(axis, x.ndim)
+    count: Any = prod(x.shape[i] for i in axes)
+    if any(counts_rows(x.shape[i]) for i in axes):  # as many as there will be
+        count = xp.ones_like(x).sum(axis=axis, keepdims=keepdims)
+    return (off * off).sum(axis=axis, keepdims=keepdims) / (count - ddof)
+
+
+def _norm(x: Array, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Array:
+    if ord not in (None, 1, 2) or (ord is not None and len(axes_of(axis, x.ndim)) > 1):
+        raise ConversionError(f"the model cannot be written: ONNX has no norm of order {ord}")
+    if ord == 1:
+        return xp.abs(x).sum(axis=axis, keepdims=keepdims)
+    return xp.sqrt((x * x).sum(axis=axis, keepdims=keepdims))
 
 
 def _flipped(x: Array, axis: Any = None) -> Array:
@@ -422,19 +433,35 @@ def _flipped(x: Array, axis: Any = None) -> Array:
     return x[tuple(slice(None, None, -1 if i in turned else None) for i in range(x.ndim))]
 
 
+def _rolled(x: Array, shift: Any, axis: Any = None) -> Array:
+    axes = [] if axis is None else [int(i) % x.ndim for i in np.atleast_1d(axis)]
+    if axis is None or any(counts_rows(x.shape[i]) for i in axes):
+        raise ConversionError("the model cannot be written: ONNX has no roll of rows")
+    for by, i in zip(np.broadcast_to(shift, len(axes)), axes, strict=True):
+        cut, before = x.shape[i] - int(by) % x.shape[i], (slice(None),) * i
+        parts = x[(*before, slice(cut, None))], x[(*before, slice(cut))]
+        x = xp.concatenate(parts, axis=i)
+    return x
+
+
 xp: Any = traced
 FORMULAS: dict[str, Callable[..., Any]] = {
     "all": lambda x, **over: x.astype("bool").astype("int32").min(**over).astype("bool"),
     "any": lambda x, **over: x.astype("bool").astype("int32").max(**over).astype("bool"),
+    "exp2": lambda x: xp.power(2.0, x),
     "expm1": lambda x: xp.exp(x) - 1,
     "flip": _flipped,
     "isfinite": lambda x: xp.logical_not(xp.logical_or(xp.isinf(x), xp.isnan(x))),
     "log10": lambda x: xp.log(x) * log10(e),
     "log1p": lambda x: xp.log(x + 1),
     "log2": lambda x: xp.log(x) * log2(e),
+    "norm": _norm,
     "not_equal": lambda x, y: xp.logical_not(xp.equal(x, y)),
+    "round": lambda x, decimals=0: xp.rint(x * 10.0**decimals) / 10.0**decimals,
+    "roll": _rolled,
     "square": lambda x: x * x,
     "std": lambda x, **over: xp.sqrt(_variance(x, **over)),
+    "trunc": lambda x: xp.sign(x) * xp.floor(xp.abs(x)),
     "var": _variance,
 }
 
@@ -469,6 +496,14 @@ def _arg(op: str) -> Callable[[_Writer, Step], str]:
         return w.node("Reshape", [y, w.sizes(step.outputs[0].shape)]) if keeps else y
 
     return write
+
+
+def _argsort(w: _Writer, step: Step) -> str:
+    """Of equals ONNX takes the first first."""
+    (x,) = step.values
+    axis = _axis(step, -1, len(x.shape))
+    names = [w.name(x), w.sizes(x.shape[axis : axis + 1])]
+    return w.operator("TopK", names, 2, axis=axis, largest=0)[1]
 
 
 def _reshape(w: _Writer, step: Step) -> str:
@@ -628,7 +663,7 @@ _SPECIAL: dict[str, Callable[[_Writer, Step], Any]] = {
     "sum": _reduction("ReduceSum"), "mean": _reduction("ReduceMean"),
     "max": _reduction("ReduceMax"),
     "min": _reduction("ReduceMin"), "prod": _reduction("ReduceProd"),
-    "argmax": _arg("ArgMax"), "argmin": _arg("ArgMin"), "reshape": _reshape,
+    "argmax": _arg("ArgMax"), "argmin": _arg("ArgMin"), "argsort": _argsort, "reshape": _reshape,
     "expand_dims": _reshape, "squeeze": _reshape, "transpose": _transpose, "swapaxes": _transpose,
     "moveaxis": _transpose, "concatenate": _concatenate, "stack": _concatenate,
     "getitem": _getitem, "split": _split, "pad": _pad, "clip": _clip, "take": _take,

@@ -16,7 +16,14 @@ import numpy as np
 
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import ConversionError, NnxpError, OptionError
-from nnxp.io._torch_modules import MODULES, Module, Unknown, activation_of, kind_of
+from nnxp.io._torch_modules import (
+    MODULES,
+    Module,
+    Unknown,
+    activation_of,
+    is_written_as_functions,
+    kind_of,
+)
 from nnxp.layers._layer import Layer
 from nnxp.layers.containers import Sequential
 from nnxp.layers.dense import Dense
@@ -122,6 +129,8 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
             return Writable(node, self)
 
         def is_leaf_module(self, inner: Module, path: str) -> bool:
+            if is_written_as_functions(inner):
+                return False
             return bool(kind_of(inner)) or super().is_leaf_module(inner, path)
 
     fixed = {n: p.default for n, p in plain.items() if n not in wanted and p.default is not p.empty}
@@ -204,6 +213,8 @@ class _Reader:
         inplace = _writes(node)
         in_place_form = inplace and name.endswith("_") and not name.endswith("__")
         own = known(name.removesuffix("_") if in_place_form else name)
+        if not own and name.endswith("_with_indices"):
+            raise Unknown(f"function {name.removesuffix('_with_indices')} with return_indices=True")
         if not own:
             raise Unknown(f"{'method' if node.op == 'call_method' else 'function'} {name}")
         options.pop("inplace", None)
@@ -255,7 +266,12 @@ class _Reader:
         return self._constant_step(value)
 
     def _constant_step(self, tensor: Any) -> Any:
-        number = self._layer(f"constant {id(tensor)}", lambda: Constant(self.take(tensor)))
+        import torch
+
+        learns = isinstance(tensor, torch.nn.Parameter)
+        number = self._layer(
+            f"constant {id(tensor)}", lambda: Constant(self.take(tensor), learns=learns)
+        )
         return self._step(number.replace("layers", "constant"), ())
 
     def take(self, tensor: Any) -> Array:
@@ -393,6 +409,9 @@ _FIRST = ("condition", "input", "self", "tensors", "tensor")
 _SEVERAL = {"permute": "dims", "flip": "dims", "expand": "size", "repeat": "repeats",
             "tile": "dims", "reshape": "shape"}  # fmt: skip
 """Functions of any number of sizes or axes, by the name that torch has for all of them."""
+_ONLY = {"return_indices": False, "divisor_override": None, "training": False,
+         "use_input_stats": True}  # fmt: skip
+"""Options that are known at one value."""
 
 
 def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -407,9 +426,12 @@ def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[lis
     function = MAKERS.get(name) or FUNCTIONS[name]
     lead = [None] if name in MAKERS else []
     try:
-        inspect.signature(function).bind(*lead, *args, **options)
+        bound = inspect.signature(function).bind(*lead, *args, **options).arguments
     except (TypeError, ValueError) as error:
         raise Unknown(f"function {name} with arguments not known here: {error}") from None
+    for option, value in _ONLY.items():
+        if bound.get(option, value) != value:
+            raise Unknown(f"function {name} with {option}={bound[option]}")
     if name == "getattr" and args[1] not in ATTRIBUTES:
         raise Unknown(f"attribute {args[1]}")
     return args, options

@@ -100,6 +100,21 @@ def window_of(who: str, window: Any) -> tuple[int, ...]:
     return per_axis(f"window of {who}", window, len(window))
 
 
+def window_of_conv(weight: Array) -> Array:
+    """The weight of a convolution, which torch and ONNX have as (outputs, channels / groups,
+    *window), with its channels last."""
+    return weight.transpose((*range(2, weight.ndim), 1, 0))
+
+
+def window_of_conv_transpose(weight: Array, groups: int) -> Array:
+    """The weight of a transposed convolution, which torch and ONNX have as (channels, outputs /
+    groups, *window), as (*window, channels / groups, outputs)."""
+    channels, outputs, *window = weight.shape
+    apart = weight.reshape((groups, channels // groups, outputs, *window))
+    apart = apart.transpose((*range(3, len(window) + 3), 1, 0, 2))
+    return apart.reshape((*window, channels // groups, groups * outputs))
+
+
 class Conv(_Convolution):
     """y = activation(x * weight + bias): each output sees a window of x, the same at all places.
 

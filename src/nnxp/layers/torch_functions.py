@@ -16,6 +16,7 @@ import numpy as np
 
 from nnxp import kernels
 from nnxp._arrays import Array, get_array_module, is_array, is_floating, xp_of
+from nnxp._errors import OptionError
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """Functions and methods by torch's name."""
@@ -41,9 +42,9 @@ def function(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def _of_one(name: str) -> Callable[..., Any]:
-    """A function that NumPy has by the same name, of one array, or of a size."""
-    return lambda x: getattr(xp_of(x) if is_array(x) else math, name)(x)
+def _of_one(name: str, ours: str = "") -> Callable[..., Any]:
+    """A function of one array, that NumPy has by the same name or by another, or of a size."""
+    return lambda x: getattr(xp_of(x), ours or name)(x) if is_array(x) else getattr(math, name)(x)
 
 
 def _in_floats(x: Any) -> Any:
@@ -51,9 +52,9 @@ def _in_floats(x: Any) -> Any:
     return x.astype("float32") if is_array(x) and not is_floating(x.dtype) else x
 
 
-def _of_floats(name: str) -> Callable[..., Any]:
+def _of_floats(name: str, ours: str = "") -> Callable[..., Any]:
     """The same, for one that answers floats for whole numbers, too."""
-    formula = _of_one(name)
+    formula = _of_one(name, ours)
     return lambda x: formula(_in_floats(x))
 
 
@@ -66,17 +67,21 @@ def _activation(kernel: kernels.Kernel) -> Callable[..., Any]:
     return lambda x: kernel(x)
 
 
-for _name in "abs floor ceil square sign isnan isinf isfinite logical_not".split():
+for _name in "abs floor ceil trunc square sign isnan isinf isfinite logical_not".split():
     FUNCTIONS[_name] = _of_one(_name)
-for _name in "exp log log1p log2 expm1 sqrt sin cos tan reciprocal".split():
+for _name in "exp exp2 expm1 log log1p log2 log10 sqrt sin cos tan sinh cosh reciprocal".split():
     FUNCTIONS[_name] = _of_floats(_name)
+for _name in "asin acos atan asinh acosh atanh".split():
+    FUNCTIONS[_name] = _of_floats(_name, f"arc{_name[1:]}")
 for _name in "add sub mul floordiv mod lt le gt ge eq ne".split():
     FUNCTIONS[_name] = _operator(_name)
 for _name in "neg invert and_ or_ xor".split():
     FUNCTIONS[_name] = getattr(operator, _name)
 for _name, _kernel in {
     "relu": kernels.relu, "silu": kernels.silu, "mish": kernels.mish, "selu": kernels.selu,
-    "softsign": kernels.softsign, "hardsigmoid": kernels.hard_sigmoid,
+    "softsign": kernels.softsign, "hardsigmoid": kernels.hard_sigmoid, "relu6": kernels.relu6,
+    "hardswish": kernels.hard_swish, "tanhshrink": kernels.tanh_shrink,
+    "log_sigmoid": kernels.log_sigmoid,
 }.items():  # fmt: skip
     FUNCTIONS[_name] = _activation(_kernel)
 
@@ -89,6 +94,8 @@ SAME = {
     "isub": "sub", "imul": "mul", "itruediv": "div", "contiguous": "clone", "detach": "clone",
     "cpu": "clone", "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout",
     "alpha_dropout": "dropout", "feature_dropout": "dropout", "special_expit": "sigmoid",
+    "_threshold": "threshold", "special_exp2": "exp2", "special_erf": "erf",
+    "arccos": "acos", "arcsin": "asin", "arctan": "atan", "fix": "trunc",
 }  # fmt: skip
 """Other names for the same thing."""
 
@@ -249,6 +256,29 @@ def _along(kernel: kernels.Kernel) -> Callable[..., Array]:
 
 FUNCTIONS["softmax"] = _along(kernels.softmax)
 FUNCTIONS["log_softmax"] = _along(kernels.log_softmax)
+FUNCTIONS["softmin"] = _along(kernels.softmin)
+
+
+@function("glu")
+def glu(x: Array, dim: int = -1) -> Array:
+    xp = xp_of(x)
+    return xp.moveaxis(kernels.glu(xp.moveaxis(x, dim, -1)), -1, dim)
+
+
+@function("hardtanh")
+def hardtanh(x: Array, min_val: float = -1.0, max_val: float = 1.0) -> Array:
+    return kernels.hard_tanh(x, min_val=min_val, max_val=max_val)
+
+
+@function("threshold")
+def threshold(x: Array, threshold: float, value: float) -> Array:
+    return kernels.threshold(x, threshold=threshold, value=value)
+
+
+@function("rrelu")
+def rrelu(x: Array, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -> Array:
+    """As it is in eval(): the slope is the middle of those that are drawn in training."""
+    return kernels.leaky_relu(x, negative_slope=(lower + upper) / 2)
 
 
 FUNCTIONS |= {
@@ -264,6 +294,11 @@ FUNCTIONS |= {
     "dropout": lambda x, *args, **options: x,
     "clone": lambda x, *args, **options: x,
     "elu": lambda x, alpha=1.0: kernels.elu(x, alpha=alpha),
+    "celu": lambda x, alpha=1.0: kernels.celu(x, alpha=alpha),
+    "hardshrink": lambda x, lambd=0.5: kernels.hard_shrink(x, lambd=lambd),
+    "softshrink": lambda x, lambd=0.5: kernels.soft_shrink(x, lambd=lambd),
+    "erf": lambda x: kernels.erf(_in_floats(x)),
+    "round": lambda x, *, decimals=0: xp_of(x).round(x, decimals),
     "masked_fill": lambda x, mask, value: xp_of(x).where(mask, value, x),
     "maximum": lambda x, y: xp_of(x).maximum(*_met(x, y)),
     "minimum": lambda x, y: xp_of(x).minimum(*_met(x, y)),
@@ -327,6 +362,8 @@ def _spread(name: str) -> Callable[..., Any]:
         x: Array, dim: Any = None, unbiased: bool = True, keepdim: bool = False,
         *, correction: int | None = None,
     ) -> Array:  # fmt: skip
+        if isinstance(dim, bool):  # x.var(False)
+            dim, unbiased = None, dim
         ddof = int(unbiased) if correction is None else correction
         return getattr(xp_of(x), name)(x, axis=_axes(dim), ddof=ddof, keepdims=keepdim)
 
@@ -343,9 +380,65 @@ def normalize(x: Array, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Arr
     return x / xp.maximum(length, eps)
 
 
-@function("cumsum")
-def cumsum(x: Array, dim: int, *, dtype: Any = None) -> Array:
-    return xp_of(x).cumsum(x, axis=dim, dtype=_dtype(dtype))
+@function("cosine_similarity")
+def cosine_similarity(x1: Array, x2: Array, dim: int = 1, eps: float = 1e-8) -> Array:
+    shape = np.broadcast_shapes(x1.shape, x2.shape)
+    a, b = (normalize(xp_of(x).broadcast_to(x, shape), dim=dim, eps=eps) for x in (x1, x2))
+    return (a * b).sum(axis=dim)
+
+
+def _scan(name: str) -> Callable[..., Array]:
+    def scan(x: Array, dim: int, *, dtype: Any = None) -> Array:
+        return getattr(xp_of(x), name)(x, axis=dim, dtype=_dtype(dtype))
+
+    return scan
+
+
+FUNCTIONS["cumsum"], FUNCTIONS["cumprod"] = _scan("cumsum"), _scan("cumprod")
+
+
+# by order, and by places
+
+
+@function("argsort")
+def argsort(x: Array, dim: int = -1, descending: bool = False, stable: bool = False) -> Array:
+    """Of equals the first comes first, whatever `stable` says."""
+    down = ~x if x.dtype.kind in "iub" else -x
+    return xp_of(x).argsort(down if descending else x, axis=dim, kind="stable")
+
+
+@function("sort")
+def sort(
+    x: Array, dim: int = -1, descending: bool = False, *, stable: bool = False
+) -> tuple[Array, Array]:
+    order = argsort(x, dim, descending)
+    return xp_of(x).take_along_axis(x, order, axis=dim), order
+
+
+@function("topk")
+def topk(
+    x: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Array, Array]:
+    order = _part(argsort(x, dim, largest), dim, 0, k)
+    return xp_of(x).take_along_axis(x, order, axis=dim), order
+
+
+@function("gather")
+def gather(x: Array, dim: int, index: Array, *, sparse_grad: bool = False) -> Array:
+    """The index may be smaller than x along other axes."""
+    for axis, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)):
+        if axis != dim % x.ndim and m != n:
+            x = _part(x, axis, 0, m)
+    return xp_of(x).take_along_axis(x, index, axis=dim)
+
+
+@function("one_hot")
+def one_hot(x: Array, num_classes: int) -> Array:
+    if num_classes < 1:
+        raise OptionError(
+            "one_hot takes num_classes: without it the shape would depend on the numbers in x"
+        )
+    return (x[..., None] == xp_of(x).arange(num_classes)).astype("int64")
 
 
 # shapes
@@ -449,6 +542,7 @@ FUNCTIONS |= {
     "chunk": lambda x, chunks, dim=0: split(x, -(-x.shape[dim] // chunks), dim),
     "narrow": lambda x, dim, start, length: _part(x, dim, start, start + length),
     "getitem": lambda x, key: x[tuple(key) if isinstance(key, tuple | list) else key],
+    "index_select": lambda x, dim, index: xp_of(x).take(x, index, axis=dim),
     "flip": lambda x, *dims: xp_of(x).flip(x, _sizes(dims)),
     "roll": lambda x, shifts, dims=None: xp_of(x).roll(x, shifts, axis=dims),
     "tril": lambda x, diagonal=0: xp_of(x).tril(x, diagonal),

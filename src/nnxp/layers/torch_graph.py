@@ -14,6 +14,7 @@ import numpy as np
 
 from nnxp._arrays import Array, is_array, xp_of
 from nnxp._errors import OptionError
+from nnxp.layers import torch_space  # noqa: F401  (whose functions are in the table, too)
 from nnxp.layers._layer import Example, Layer, array_shape
 from nnxp.layers.dense import Dense
 from nnxp.layers.norm import BatchNorm
@@ -47,17 +48,24 @@ class Constant(Layer):
 
     x (rows, ...) -> y (rows, *value.shape). With a `kind`, "int64" or "bool", the values are that,
     and stay so whatever the model's type: they are kept in float64, exact for numbers to 2^53.
+    Training leaves it as it is unless it `learns`.
     """
 
     value: Array
     kind: str = ""
+    learns: bool = True
 
-    def __init__(self, value: Array) -> None:
+    def __init__(self, value: Array, *, learns: bool = True) -> None:
         value = np.asarray(value)
         self.kind = (
             "" if value.dtype.kind in "fV" else "bool" if value.dtype.kind == "b" else "int64"
         )
         self.value = value if self.kind == "" else value.astype("float64")
+        self.learns = learns
+
+    @property
+    def fixed(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.learns else ("value",)
 
     @property
     def wide(self) -> tuple[str, ...]:  # type: ignore[override]

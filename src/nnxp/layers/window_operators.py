@@ -19,6 +19,7 @@ from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels import Kernel
 from nnxp.kernels._windows import Windows, padded, patches, windows
 from nnxp.kernels.resize import keys_weight
+from nnxp.layers.conv import window_of_conv, window_of_conv_transpose
 from nnxp.layers.operators import beside, ints, library_of_shape, operator, xp_of
 from nnxp.layers.shape import channels_last
 
@@ -58,9 +59,8 @@ def conv(
 ) -> Array:
     if x.shape[1] != weight.shape[1] * group or weight.shape[0] % group:
         raise ShapeError(f"Conv of {x.shape} with {weight.shape} in {group} groups")
-    axes = weight.ndim - 2
-    window = weight.transpose((*range(2, axes + 2), 1, 0))
-    options = _moved(axes, **moves) | {"groups": group}
+    window = window_of_conv(weight)
+    options = _moved(weight.ndim - 2, **moves) | {"groups": group}
     return channels_last(lambda x: kernels.conv(x, window, bias, **options), x)
 
 
@@ -77,7 +77,7 @@ def conv_transpose(
     output_shape: Any = None,
     **moves: Any,
 ) -> Array:
-    c, outputs, *size = weight.shape
+    c, _, *size = weight.shape
     if x.shape[1] != c or c % group:
         raise ShapeError(f"ConvTranspose of {x.shape} with {weight.shape} in {group} groups")
     axes = len(size)
@@ -97,9 +97,7 @@ def conv_transpose(
             ends.append((less, rest) if auto_pad == "SAME_UPPER" else (rest, less))
         options["padding"] = tuple(ends)
     options |= {"groups": group, "output_padding": tuple(more)}
-    window = weight.reshape((group, c // group, outputs, *size))
-    window = window.transpose((*range(3, axes + 3), 1, 0, 2))
-    window = window.reshape((*size, c // group, group * outputs))
+    window = window_of_conv_transpose(weight, group)
     return channels_last(lambda x: kernels.conv_transpose(x, window, bias, **options), x)
 
 
