@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -419,9 +420,9 @@ def test_a_late_interrupt_leaves_behind_a_worker_that_does_not_end(monkeypatch):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
         go_on.set()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(20)
+    until = time.monotonic() + 20
+    while at_work() != threads and time.monotonic() < until:
+        time.sleep(0.01)
     assert at_work() == threads
     assert bare() == before  # the last one to leave has seen to it
 
