@@ -200,8 +200,11 @@ def _keep(aside: Aside) -> None:
 def started(function: Callable[..., object], *arguments: Any) -> threading.Thread | None:
     """A thread that runs the function in a copy of the caller's context; None if none can be had.
 
-    A daemon: whoever was left behind at work keeps no program from its end.
+    A daemon: whoever was left behind at work keeps no program from its end. While that ends, a
+    thread would not come to run.
     """
+    if sys.is_finalizing():
+        return None
     run = partial(copy_context().run, function, *arguments)
     thread = threading.Thread(target=run, name="nnxp", daemon=True)
     try:
