@@ -96,6 +96,18 @@ def test_results_go_into_out_which_may_be_a_memory_map(backend, tmp_path):
     assert np.isnan(wide[:, :2]).all()
 
 
+def test_results_go_into_memory_that_begins_anywhere():
+    class Sums(nnxp.Layer):
+        def __call__(self, x):
+            return x.sum(axis=1)
+
+    x, memory = draw((200, 4)), np.empty(801, "uint8")
+    out = memory[1:].view("float32")
+    for _ in range(2):
+        nnxp.Engine(Sums(), "cpu")(x, out=out)
+        np.testing.assert_allclose(out, x.sum(axis=1), 1e-6, 1e-6)
+
+
 def test_out_must_fit():
     engine = nnxp.Engine(NET, "cpu")
     with pytest.raises(nnxp.ShapeError, match=r"out is \(3, 5\) but the output is \(2, 5\)"):

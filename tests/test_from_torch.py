@@ -491,20 +491,50 @@ def test_a_weight_that_is_another_s_transpose_is_trained_as_one(first):
     net = nnxp.from_torch(module)
     words, out = (next(n for n, p in net.parameters().items() if p.shape == s)
                   for s in ((11, 8), (8, 11)))  # fmt: skip
-    optimizer = torch.optim.SGD(module.parameters(), 0.5)
-    for moved in (net, net.to("sim").to("cpu"), net.astype("float32").astype("float64")):
-        loss = nnxp.value_and_gradients(nnxp.losses.cross_entropy)(moved, ids, labels)
-        torch_loss = F.cross_entropy(module(torch.tensor(ids)), torch.tensor(labels))
+    optimizer, ours = torch.optim.SGD(module.parameters(), 0.5), nnxp.SGD(0.5)
+    function = nnxp.value_and_gradients(nnxp.losses.cross_entropy)
+    by_hand, state = nnxp.from_torch(module), ours.init(net.parameters())
+    for epochs in (1, 2):
         optimizer.zero_grad()
-        torch_loss.backward()
-        np.testing.assert_allclose(loss[1][words], module.words.weight.grad.numpy(), 0, 1e-6)
-        np.testing.assert_array_equal(loss[1][out], loss[1][words].T)
-        assert np.shares_memory(moved.parameters()[words], moved.parameters()[out])
-    optimizer.step()
-    fitted = nnxp.fit(net, ids, labels, loss="cross_entropy", optimizer=nnxp.SGD(0.5), epochs=1)
-    weights = fitted.model.parameters()
-    np.testing.assert_allclose(weights[words], module.words.weight.detach().numpy(), 0, 1e-12)
-    assert np.shares_memory(weights[words], weights[out])
+        F.cross_entropy(module(torch.tensor(ids)), torch.tensor(labels)).backward()
+        due = module.words.weight.grad.numpy()
+        for moved in (by_hand, by_hand.to("sim").to("cpu"), by_hand.astype("f4").astype("f8")):
+            _, gradients = function(moved, ids, labels)
+            np.testing.assert_allclose(gradients[words], due, 0, 1e-6)
+            np.testing.assert_array_equal(gradients[out], gradients[words].T)
+            assert np.shares_memory(moved.parameters()[words], moved.parameters()[out])
+        _, gradients = function(by_hand, ids, labels)
+        ours.update(by_hand.parameters(), gradients, state)
+        optimizer.step()
+        trained = nnxp.fit(
+            net, ids, labels, loss="cross_entropy", optimizer=ours, epochs=epochs, batch=9
+        ).model
+        for model in (by_hand, trained):
+            own = model.parameters()
+            np.testing.assert_allclose(own[words], module.words.weight.detach().numpy(), 0, 1e-12)
+            assert np.shares_memory(own[words], own[out])
+
+
+def test_what_is_apart_is_not_taken_for_what_is_tied():
+    """A program of one is not that of the other, and a name that is fixed fixes its array."""
+    torch.manual_seed(0)
+    tied = nnxp.from_torch(Tied().double())
+    own = tied.parameters()
+    words, out = (next(n for n, p in own.items() if p.shape == s) for s in ((11, 8), (8, 11)))
+    apart = tied.with_parameters(own | {out: own[out] + 1})
+    assert not np.shares_memory(apart.parameters()[words], apart.parameters()[out])
+    ids, labels = np.arange(9) % 4, np.arange(9) % 3
+    function = nnxp.value_and_gradients(nnxp.losses.cross_entropy)
+    for model in (tied, apart, tied):
+        value, gradients = function(model, ids, labels)
+        alone, due = nnxp.value_and_gradients(nnxp.losses.cross_entropy)(model, ids, labels)
+        assert value == alone
+        for name, gradient in gradients.items():
+            np.testing.assert_array_equal(gradient, due[name])
+    options = {"loss": "cross_entropy", "epochs": 1}
+    for name in (words, out):
+        after = nnxp.fit(tied, ids, labels, fixed=[name], **options).model.parameters()
+        np.testing.assert_array_equal(after[words], own[words])
 
 
 OWN = {
@@ -537,6 +567,22 @@ FORMULAS = {
     "padding that cuts": lambda x: F.pad(x, (-1, 2), value=0.5),
     "an option out": lambda x: F.normalize(x, dim=-1),
     "where by keywords": lambda x: torch.where(condition=x > 0, input=x, other=-x.sin()),
+    "where by some keywords": lambda x: (torch.where(x > 0, input=x > 1, other=x < 1),
+                                         torch.where(x > 0, x, other=x.sin())),
+    "norms over two axes": lambda x: (F.normalize(x[:, :, None], 1.0, dim=(1, 2)),
+                                      F.normalize(x, p=3.0, dim=[0, 1]),
+                                      F.normalize(x, float("inf"), dim=0)),
+    "the largest is no number": lambda x: (
+        torch.where(x > 0.5, float("nan"), x).sort(descending=True),
+        torch.where(x > 0.5, float("nan"), x).topk(2).values,
+        torch.where(x > 0.5, float("nan"), x).sort(1)),
+    "bounds of floats": lambda x: x.argsort(1).clamp(x * 2, x * 3),
+    "softmax of a type": lambda x: torch.softmax(x, 1, torch.float64),
+    "sums over no axes": lambda x: (x.sum(dim=()), x.mean(())),
+    "counted": lambda x: (torch.arange(0, end=x.shape[1]), torch.arange(x.shape[1]),
+                          torch.arange(start=1, end=x.shape[1], step=2) + x[:, ::2],
+                          torch.ones(size=(x.shape[1], 2)).sum(),
+                          torch.full(size=(x.shape[1],), fill_value=2)),
     "axes by keywords": lambda x: torch.flip(x.repeat(repeats=(1, 2)), dims=[1]),
     "shapes by keywords": lambda x: torch.reshape(
         torch.permute(torch.transpose(x[:, None], dim0=1, dim1=2), dims=(0, 2, 1)), shape=(-1, 2, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 import nnxp
 from conftest import at_work, draw
 from nnxp.backend import _blas, _machine, _threads
+from nnxp.backend._threads import together
 from nnxp.backend.cpu import worker_count
 
 NET = nnxp.Sequential(nnxp.Dense(32, 64, "relu", rng=0), nnxp.Dense(64, 8, rng=1))
@@ -210,6 +214,29 @@ def test_as_many_threads_as_can_be_had_are_used(monkeypatch):
     np.testing.assert_allclose(nnxp.predict(NET, X, "cpu", workers=6), expected, 1e-5, 1e-6)
     assert left == [0]
     assert at_work() == threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no thread is bound to cores")
+def test_workers_that_waited_use_the_cores_of_who_calls_and_keep_nothing_of_a_call():
+    seen, given = set(), ContextVar("given")
+    tokens = [type("Token", (), {})()]
+    kept = weakref.ref(tokens[0])
+    before = os.sched_getaffinity(0)
+
+    def look():
+        seen.add(frozenset(os.sched_getaffinity(0)))
+
+    copy_context().run(lambda: (given.set(tokens.pop()), together([look] * 3, lambda: None)))
+    assert seen == {frozenset(before)}
+    gc.collect()
+    assert kept() is None
+    seen.clear()
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        together([look] * 3, lambda: None)
+    finally:
+        os.sched_setaffinity(0, before)
+    assert seen == {frozenset({min(before)})}
 
 
 def run(code, *arguments, **variables):

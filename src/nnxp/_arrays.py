@@ -129,11 +129,14 @@ class Owner(NamedTuple):
 def owners(arrays: Mapping[str, Array]) -> dict[str, Owner]:
     """For every array the first that is the same one, or that it is another order of axes of."""
     first: dict[Any, str] = {}
+    by_id: dict[int, Owner] = {}
     by_name = {}
     for name, x in arrays.items():
-        owner = first.setdefault(_memory(x), name)
-        axes = _axes_of(arrays[owner], x)
-        by_name[name] = Owner(name) if axes is None else Owner(owner, axes or None)
+        if id(x) not in by_id:
+            owner = first.setdefault(_memory(x), name)
+            axes = () if owner == name else _axes_of(arrays[owner], x)
+            by_id[id(x)] = Owner(name) if axes is None else Owner(owner, axes or None)
+        by_name[name] = by_id[id(x)]
     return by_name
 
 
@@ -150,13 +153,15 @@ def _memory(x: Array) -> Any:
 def _axes_of(x: Array, y: Array) -> tuple[int, ...] | None:
     """The axes of x in the order in which they are those of y, in the same memory; () if all are
     where they were, None if y is something else."""
-    if x is y:
-        return ()
-    if sorted(x.strides) != sorted(y.strides) or len(set(x.strides)) < x.ndim:
-        return None
-    axes = tuple(x.strides.index(step) for step in y.strides)
-    same = tuple(x.shape[axis] for axis in axes) == y.shape
-    return (() if axes == tuple(range(x.ndim)) else axes) if same else None
+    left, axes = list(range(x.ndim)), []
+    for n, step in zip(y.shape, y.strides, strict=True):
+        alike = (a for a in left if x.shape[a] == n and (n == 1 or x.strides[a] == step))
+        axis = next(alike, None)
+        if axis is None:
+            return None
+        left.remove(axis)
+        axes.append(axis)
+    return None if left else () if axes == sorted(axes) else tuple(axes)
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:

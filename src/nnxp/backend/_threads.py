@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -120,6 +120,7 @@ class Aside:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self.cores: Any = None  # that its thread may use, as whoever started it might
         self._asked, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._call: Callable[[], Any] | None = None
         self._value: Any = None
@@ -131,6 +132,7 @@ class Aside:
         self._asked.release()
         if self._thread is None:
             self._thread = started(self._serve)
+            self.cores = _cores()
 
     def wait(self) -> None:
         """Until the call has ended."""
@@ -183,10 +185,19 @@ if hasattr(os, "register_at_fork"):
 
 
 def _idle_or_new() -> Aside:
-    if not sys.is_finalizing():  # when threads stand still
+    cores = _cores()
+    while _idle and not sys.is_finalizing():  # when threads stand still
         with suppress(IndexError):
-            return _idle.pop()
+            aside = _idle.pop()
+            if aside.cores == cores:
+                return aside
+            aside.end()
     return Aside()
+
+
+def _cores() -> Any:
+    """The cores that this thread may use, where the system tells."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 
 def _keep(aside: Aside) -> None:
@@ -197,15 +208,16 @@ def _keep(aside: Aside) -> None:
         aside.end()
 
 
-def started(function: Callable[..., object], *arguments: Any) -> threading.Thread | None:
-    """A thread that runs the function in a copy of the caller's context; None if none can be had.
+def started(function: Callable[[], object]) -> threading.Thread | None:
+    """A thread that runs the function, and keeps nothing of the caller's context; None if none can
+    be had.
 
     A daemon: whoever was left behind at work keeps no program from its end. While that ends, a
     thread would not come to run.
     """
     if sys.is_finalizing():
         return None
-    run = partial(copy_context().run, function, *arguments)
+    run = partial(Context().run, function)
     thread = threading.Thread(target=run, name="nnxp", daemon=True)
     try:
         thread.start()

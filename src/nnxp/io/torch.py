@@ -405,7 +405,7 @@ def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]
 
 
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
-_FIRST = ("condition", "input", "self", "tensors", "tensor")
+_FIRST = ("input", "self", "tensors", "tensor")
 _SEVERAL = {"permute": "dims", "flip": "dims", "expand": "size", "repeat": "repeats",
             "tile": "dims", "reshape": "shape"}  # fmt: skip
 """Functions of any number of sizes or axes, by the name that torch has for all of them."""
@@ -416,14 +416,19 @@ _ONLY = {"return_indices": False, "divisor_override": None, "training": False,
 
 def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
     """The arguments of a function as it takes them here; Unknown for what it does not take."""
-    first = [options.pop(key) for key in _FIRST if key in options]
-    second = [options.pop(key) for key in ("other", "mask") if key in options and not args[1:]]
+    function = MAKERS.get(name) or FUNCTIONS[name]
+    takes = inspect.signature(function).parameters
+    first = [options.pop(key) for key in _FIRST if key in options and key not in takes]
+    second = [
+        options.pop(key)
+        for key in ("other", "mask")
+        if key in options and key not in takes and not args[1:]
+    ]
     several = [options.pop(key) for key in (_SEVERAL.get(name),) if key in options]
     args = [*first, *args, *second, *several]
     options = {_NAMES.get(key, key): value for key, value in options.items()}
     if options.get("out", ...) is None:
         del options["out"]
-    function = MAKERS.get(name) or FUNCTIONS[name]
     lead = [None] if name in MAKERS else []
     try:
         bound = inspect.signature(function).bind(*lead, *args, **options).arguments
@@ -432,6 +437,8 @@ def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[lis
     for option, value in _ONLY.items():
         if bound.get(option, value) != value:
             raise Unknown(f"function {name} with {option}={bound[option]}")
+    if name == "dropout" and bound.get("training", True) is not False:
+        raise Unknown("function dropout without training=self.training, which drops in eval(), too")
     if name == "getattr" and args[1] not in ATTRIBUTES:
         raise Unknown(f"attribute {args[1]}")
     return args, options

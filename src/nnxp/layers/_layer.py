@@ -409,31 +409,32 @@ class Layer(metaclass=_LayerType):
         target = get_backend(backend)
         if {place_of(value) for value in self.parameters().values()} <= {target.device}:
             return self
-        moved = self._converted(lambda value: to_backend(value, target))
+        moved = self._converted(lambda _, value: to_backend(value, target))
         target.synchronize()  # whichever thread or stream uses the parameters, they have arrived
         return moved
 
-    def _converted(self: L, change: Callable[[Array], Array]) -> L:
-        """A model with change(array) for its arrays; those of one memory have one again."""
+    def _converted(self: L, change: Callable[[str, Array], Array]) -> L:
+        """A model with change(name, array) for its arrays; those of one memory have one again."""
         parameters = self.parameters()
         owner_of = owners(parameters)
-        names = {owner.name for owner in owner_of.values()}
-        results = {name: change(parameters[name]) for name in names}
+        names = dict.fromkeys(owner.name for owner in owner_of.values())
+        results = {name: change(name, parameters[name]) for name in names}
         return self.map_arrays(lambda name, _: owner_of[name].of(results))
 
     def astype(self: L, dtype: object) -> L:
         """The same model with parameters of this type: "float16", "bfloat16", "float32", ..."""
         wanted = float_dtype(dtype)
         parameters, wide = self.parameters(), self._names_in("wide")
-        exempt = {id(value) for name, value in parameters.items() if name in wide}
+        owner_of = owners(parameters)
+        exempt = {owner_of[name].name for name in parameters if name in wide}
 
-        def converted(value: Array) -> Array:
-            if value.dtype == wanted or id(value) in exempt:
+        def converted(name: str, value: Array) -> Array:
+            if value.dtype == wanted or name in exempt:
                 return value
             with home_of(place_of(value)).current():
                 return value.astype(wanted)
 
-        dtypes = {v.dtype for v in parameters.values() if id(v) not in exempt}
+        dtypes = {v.dtype for n, v in parameters.items() if owner_of[n].name not in exempt}
         return self if dtypes <= {wanted} else self._converted(converted)
 
     # what it does

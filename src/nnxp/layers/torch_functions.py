@@ -93,7 +93,7 @@ SAME = {
     "bitwise_not": "invert", "type": "to", "greater": "gt", "less": "lt", "iadd": "add",
     "isub": "sub", "imul": "mul", "itruediv": "div", "contiguous": "clone", "detach": "clone",
     "cpu": "clone", "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout",
-    "alpha_dropout": "dropout", "feature_dropout": "dropout", "special_expit": "sigmoid",
+    "feature_dropout": "dropout", "special_expit": "sigmoid",
     "_threshold": "threshold", "special_exp2": "exp2", "special_erf": "erf",
     "arccos": "acos", "arcsin": "asin", "arctan": "atan", "fix": "trunc",
 }  # fmt: skip
@@ -243,7 +243,9 @@ def softplus(x: Array, beta: float = 1, threshold: float = 20) -> Array:
 def _along(kernel: kernels.Kernel) -> Callable[..., Array]:
     """A kernel over the last axis, over another one."""
 
-    def along(x: Array, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Array:
+    def along(x: Array, dim: int | None = None, _stacklevel: Any = 3, dtype: Any = None) -> Array:
+        if not isinstance(_stacklevel, int):  # torch.softmax has the type here
+            dtype = _stacklevel
         x = x if dtype is None else x.astype(_dtype(dtype))
         if dim is None:
             dim = 0 if x.ndim in (0, 1, 3) else 1
@@ -291,7 +293,8 @@ FUNCTIONS |= {
     "logical_xor": lambda x, y: xp_of(x).logical_xor(x, y),
     "matmul": lambda x, y: xp_of(x).matmul(x, y),
     "linear": lambda x, weight, bias=None: kernels.linear(x, weight.swapaxes(0, 1), bias),
-    "dropout": lambda x, *args, **options: x,
+    "dropout": lambda x, p=0.5, training=True, inplace=False: x,
+    "alpha_dropout": lambda x, p=0.5, training=False, inplace=False: x,
     "clone": lambda x, *args, **options: x,
     "elu": lambda x, alpha=1.0: kernels.elu(x, alpha=alpha),
     "celu": lambda x, alpha=1.0: kernels.celu(x, alpha=alpha),
@@ -309,12 +312,13 @@ FUNCTIONS |= {
 def clamp(x: Array, min: Any = None, max: Any = None) -> Array:
     for bound in (min, max):
         x = _met(x, bound)[0]
-    return xp_of(x).clip(x, min, max)
+    low, high = (_met(x, bound)[1] for bound in (min, max))
+    return xp_of(x).clip(x, low, high)
 
 
 @function("where")
-def where(condition: Array, x: Any, y: Any) -> Array:
-    x, y = _met(x, y)
+def where(condition: Array, input: Any, other: Any) -> Array:
+    x, y = _met(input, other)
     chosen = xp_of(condition).where(condition, x, y)
     numbers = isinstance(x, float) or isinstance(y, float)
     return chosen if is_array(x) or is_array(y) or not numbers else chosen.astype("float32")
@@ -324,7 +328,7 @@ def where(condition: Array, x: Any, y: Any) -> Array:
 
 
 def _axes(dim: Any) -> Any:
-    return tuple(dim) if isinstance(dim, tuple | list) else dim
+    return (tuple(dim) or None) if isinstance(dim, tuple | list) else dim
 
 
 def _reduction(name: str) -> Callable[..., Any]:
@@ -374,10 +378,12 @@ FUNCTIONS["var"], FUNCTIONS["std"] = _spread("var"), _spread("std")
 
 
 @function("normalize")
-def normalize(x: Array, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Array:
-    xp = xp_of(x)
-    length = xp.linalg.norm(x, ord=None if p == 2 else p, axis=dim, keepdims=True)
-    return x / xp.maximum(length, eps)
+def normalize(x: Array, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Array:
+    xp, axes = xp_of(x), (dim,) if isinstance(dim, int) else tuple(dim)
+    lines = xp.moveaxis(x, axes, range(-len(axes), 0))
+    flat = lines.reshape(*lines.shape[: -len(axes)], prod(lines.shape[-len(axes) :]))
+    length = xp.linalg.norm(flat, ord=None if p == 2 else p, axis=-1)
+    return x / xp.maximum(xp.expand_dims(length, tuple(axis % x.ndim for axis in axes)), eps)
 
 
 @function("cosine_similarity")
@@ -402,9 +408,10 @@ FUNCTIONS["cumsum"], FUNCTIONS["cumprod"] = _scan("cumsum"), _scan("cumprod")
 
 @function("argsort")
 def argsort(x: Array, dim: int = -1, descending: bool = False, stable: bool = False) -> Array:
-    """Of equals the first comes first, whatever `stable` says."""
-    down = ~x if x.dtype.kind in "iub" else -x
-    return xp_of(x).argsort(down if descending else x, axis=dim, kind="stable")
+    """Of equals the first comes first, whatever `stable` says; NaN is as large as infinity."""
+    xp = xp_of(x)
+    down = ~x if x.dtype.kind in "iub" else xp.where(xp.isnan(x), -math.inf, -x)
+    return xp.argsort(down if descending else x, axis=dim, kind="stable")
 
 
 @function("sort")
@@ -419,6 +426,8 @@ def sort(
 def topk(
     x: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[Array, Array]:
+    if k > x.shape[dim]:
+        raise OptionError(f"topk of {k} among {x.shape[dim]}")
     order = _part(argsort(x, dim, largest), dim, 0, k)
     return xp_of(x).take_along_axis(x, order, axis=dim), order
 
@@ -610,15 +619,26 @@ def maker(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @maker("arange")
-def arange(xp: Any, *bounds: Any, dtype: Any = None, device: Any = None, **other: Any) -> Array:
-    start, stop, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
-    whole = all(isinstance(bound, int) for bound in (start, stop, step))
-    return xp.arange(start, stop, step, dtype=_dtype(dtype) or ("int64" if whole else "float32"))
+def arange(
+    xp: Any, *bounds: Any, start: Any = None, end: Any = None, step: Any = 1, dtype: Any = None,
+    device: Any = None, layout: Any = None, requires_grad: bool = False, pin_memory: bool = False,
+) -> Array:  # fmt: skip
+    if start is not None:
+        bounds = (start, *bounds)
+    if end is not None:
+        bounds = (*(bounds or (0,)), end)
+    first, stop, step = (0, *bounds, step) if len(bounds) == 1 else (*bounds, step)[:3]
+    whole = all(isinstance(bound, int) for bound in (first, stop, step))
+    return xp.arange(first, stop, step, dtype=_dtype(dtype) or ("int64" if whole else "float32"))
 
 
 def _filled(value: float) -> Callable[..., Any]:
-    def make(xp: Any, *shape: Any, dtype: Any = None, device: Any = None, **other: Any) -> Array:
-        return xp.full(_sizes(shape), value, dtype=_dtype(dtype) or "float32")
+    def make(
+        xp: Any, *shape: Any, size: Any = None, dtype: Any = None, device: Any = None,
+        layout: Any = None, requires_grad: bool = False, pin_memory: bool = False,
+    ) -> Array:  # fmt: skip
+        sizes = _sizes(shape) if size is None else tuple(size)
+        return xp.full(sizes, value, dtype=_dtype(dtype) or "float32")
 
     return make
 
@@ -628,15 +648,16 @@ MAKERS["zeros"], MAKERS["ones"] = _filled(0), _filled(1)
 
 @maker("full")
 def full(
-    xp: Any, shape: Any, value: Any, *, dtype: Any = None, device: Any = None, **other: Any
-) -> Array:
-    default = {bool: "bool", int: "int64"}.get(type(value), "float32")
-    return xp.full(shape, value, dtype=_dtype(dtype) or default)
+    xp: Any, size: Any, fill_value: Any, *, dtype: Any = None, device: Any = None,
+    layout: Any = None, requires_grad: bool = False, pin_memory: bool = False,
+) -> Array:  # fmt: skip
+    default = {bool: "bool", int: "int64"}.get(type(fill_value), "float32")
+    return xp.full(tuple(size), fill_value, dtype=_dtype(dtype) or default)
 
 
 @function("full_like")
-def full_like(x: Array, value: Any, *, dtype: Any = None, **other: Any) -> Array:
-    return xp_of(x).full_like(x, value, dtype=_dtype(dtype))
+def full_like(x: Array, fill_value: Any, *, dtype: Any = None, **other: Any) -> Array:
+    return xp_of(x).full_like(x, fill_value, dtype=_dtype(dtype))
 
 
 FUNCTIONS |= {

@@ -30,7 +30,7 @@ class Recordings:
 
     def __call__(self, rows: tuple[HostArray, ...], out: tuple[HostArray, ...]) -> None:
         into = tuple(
-            array if array.flags.c_contiguous and array.dtype == dtype
+            array if array.flags.carray and array.dtype == dtype
             else np.empty(array.shape, dtype)
             for array, (_, dtype) in zip(out, self.outputs, strict=True)
         )  # fmt: skip

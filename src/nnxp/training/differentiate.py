@@ -405,11 +405,12 @@ def vjp(function: Callable[..., Any], *arrays: Array) -> tuple[Any, Callable[...
 
 def structure(x: Any) -> Any:
     """What a program depends on in a model or in arrays: all but the numbers."""
-    arrays: dict[int, int] = {}
+    arrays: dict[str, Array] = {}
 
     def key(x: Any) -> Any:
         if is_array(x):
-            return x.shape, str(x.dtype), arrays.setdefault(id(x), len(arrays))
+            arrays[str(len(arrays))] = x
+            return x.shape, str(x.dtype)
         if isinstance(x, Layer):
             return type(x), tuple((name, key(value)) for name, value in x._fields())
         if isinstance(x, tuple | list):
@@ -422,7 +423,7 @@ def structure(x: Any) -> Any:
             return type(x), id(x)
         return type(x), x
 
-    return key(x)
+    return key(x), tuple(owners(arrays).values())
 
 
 def arrays_in(x: Any) -> list[Array]:

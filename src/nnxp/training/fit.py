@@ -686,8 +686,9 @@ def _held(parameters: Mapping[str, Array], own: set[str], fixed: Sequence[str]) 
         if not any(n == name or n.startswith(f"{name}.") for n in parameters):
             raise OptionError(f"fixed: there is no {name!r} among {', '.join(parameters):.300}")
     held = {n for n in parameters if n in own or f"{n}.".startswith(tuple(f"{a}." for a in asked))}
-    arrays = {id(parameters[n]) for n in held}
-    return {n for n, p in parameters.items() if id(p) in arrays}
+    owner_of = owners(parameters)
+    names = {owner_of[n].name for n in held}
+    return {n for n in parameters if owner_of[n].name in names}
 
 
 def _vector(arrays: Mapping[str, Array], fill: bool = True) -> tuple[Array, dict[str, Array]]:

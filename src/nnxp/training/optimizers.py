@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nnxp._arrays import Array, is_array, is_floating, xp_of
+from nnxp._arrays import Array, is_array, is_floating, owners, xp_of
 from nnxp._errors import DtypeMismatch, OptionError, ShapeError
 from nnxp.layers._layer import is_real
 from nnxp.training._chunks import chunks
@@ -79,7 +79,8 @@ class Optimizer:
         gradients: Mapping[str, Array],
         state: Mapping[str, Array],
     ) -> None:
-        """One step: parameters and state are changed in place, the gradients are not.
+        """One step: parameters and state are changed in place, the gradients are not. What shares
+        the array of another parameter is changed once.
 
         Raises ShapeError for gradients that are not there, or not shaped like their parameters,
         DtypeMismatch for parameters that are no floats, OptionError for those that cannot be
@@ -92,7 +93,10 @@ class Optimizer:
             self._check_parameter(name, p, gradients[name], state)
         state["steps"][...] += 1
         t = int(state["steps"])
+        owner_of = owners(parameters)
         for name, p in parameters.items():
+            if owner_of[name].name != name:
+                continue
             kept = [state[f"{own}.{name}"] for own in self.state]
             for part, g, *own in chunks(p, gradients[name], *kept):
                 decays = self.decay and not self.decoupled
