@@ -137,6 +137,7 @@ WRONG = [
     ("fit(3, x, x, loss='mean_square')", OptionError, f"nnxp.fit takes a model {MODEL}, not 3"),
     ("fit(net, x, x[:, :3], loss='mean_square', memory_limit='much')", OptionError, BYTES),
     ("fit(net, x, x[:, :3], loss='mean_square', memory_limit=9)", OutOfMemory, "needs"),
+    ("fit(net, iter([x]), x, loss='mean_square')", ShapeError, "so x has a length.*partial_fit"),
     ("fit(net, x, np.array(['a'] * 5), loss='cross_entropy')", DtypeMismatch, "numpy.unique"),
     ("value_and_gradients(nnxp.losses.mean_square)(net, x.tolist(), x)", DtypeMismatch, "asarray"),
     ("SGD('fast')", OptionError, "a learning rate is 0 or more, not 'fast'"),

@@ -31,7 +31,7 @@ def by_axes(name: str) -> Callable[[Callable[..., Array]], Callable[..., Array]]
     return register
 
 
-def _each(value: Any, axes: int) -> tuple[Any, ...]:
+def _per_axis(value: Any, axes: int) -> tuple[Any, ...]:
     """An option for each axis; of a single one torch makes all."""
     values = tuple(value) if isinstance(value, tuple | list) else (value,)
     return values * axes if len(values) == 1 else values
@@ -39,7 +39,7 @@ def _each(value: Any, axes: int) -> tuple[Any, ...]:
 
 def _moved(axes: int, **options: Any) -> dict[str, Any]:
     """How windows move, for each axis; a padding may be a name."""
-    return {n: v if isinstance(v, str) else _each(v, axes) for n, v in options.items()}
+    return {n: v if isinstance(v, str) else _per_axis(v, axes) for n, v in options.items()}
 
 
 # Convolutions
@@ -83,7 +83,7 @@ def max_pool(
     axes: int, x: Array, kernel_size: Any, stride: Any = None, padding: Any = 0,
     dilation: Any = 1, ceil_mode: bool = False, return_indices: bool = False,
 ) -> Array:  # fmt: skip
-    options = {"dilation": _each(dilation, axes), "ceil_mode": ceil_mode}
+    options = {"dilation": _per_axis(dilation, axes), "ceil_mode": ceil_mode}
     return _pooled(kernels.max_pool, axes, x, kernel_size, stride, padding, **options)
 
 
@@ -104,18 +104,18 @@ def lp_pool(
     """(k mean(x^p))^(1/p), over windows of k elements; a sum below zero has no such root."""
     options = {"ceil_mode": ceil_mode, "count_include_pad": True}
     mean = _pooled(kernels.average_pool, axes, x**norm_type, kernel_size, stride, **options)
-    return (mean * prod(_each(kernel_size, axes))) ** (1 / norm_type)
+    return (mean * prod(_per_axis(kernel_size, axes))) ** (1 / norm_type)
 
 
 @by_axes("adaptive_avg_pool")
 def adaptive_average_pool(axes: int, x: Array, output_size: Any) -> Array:
-    size = _each(output_size, axes)
+    size = _per_axis(output_size, axes)
     return channels_last(lambda x: kernels.adaptive_average_pool(x, size=size), x)
 
 
 @by_axes("adaptive_max_pool")
 def adaptive_max_pool(axes: int, x: Array, output_size: Any, return_indices: bool = False) -> Array:
-    size = _each(output_size, axes)
+    size = _per_axis(output_size, axes)
     return channels_last(lambda x: kernels.adaptive_max_pool(x, size=size), x)
 
 
@@ -143,11 +143,11 @@ def interpolate(
     antialias: bool = False,
 ) -> Array:
     axes = x.ndim - 2
-    scale = None if scale_factor is None else _each(scale_factor, axes)
+    scale = None if scale_factor is None else _per_axis(scale_factor, axes)
     if scale and (align_corners or recompute_scale_factor or mode == "area"):
         size = tuple(floor(n * s) for n, s in zip(x.shape[2:], scale, strict=True))
         scale = None
-    size = None if size is None else _each(size, axes)
+    size = None if size is None else _per_axis(size, axes)
     if mode == "area":
         return adaptive_average_pool(axes, x, size)
     if mode not in MODES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import inf
 from typing import Any
 
@@ -143,6 +143,11 @@ class _Source:
         try:
             self._source = x if self._device is not None else source_of(x)
         except (ShapeError, DtypeMismatch) as error:
+            if isinstance(x, Iterator):
+                raise ShapeError(
+                    f"fit goes through its rows once in each epoch, so {self.name} has a length, "
+                    "as an array or a file has; MLPClassifier.partial_fit takes batches one by one"
+                ) from None
             if self.name == "x":
                 raise
             named = kind == "target" and isinstance(error, DtypeMismatch)
