@@ -121,7 +121,7 @@ class Owner(NamedTuple):
     axes: tuple[int, ...] | None = None
 
     def of(self, arrays: Mapping[str, Any]) -> Any:
-        """The one that belongs to this one among arrays by name."""
+        """The owner's entry among arrays by name, its axes in this one's order."""
         array = arrays[self.name]
         return array if self.axes is None else array.transpose(self.axes)
 

@@ -1,6 +1,6 @@
 """Worker threads: as many as can be had, and none at work any more when the caller goes on.
 
-They wait, without work, for the next call.
+Between calls they are kept idle, up to MOST_IDLE of them, rather than started anew.
 
 Threads are an offer. Where no thread can be started (a limit of the system, an interpreter that
 shuts down), the caller's own does the work.
@@ -37,8 +37,8 @@ def together(
     """Run all at once, the first in this thread; when one fails, `stop` takes the others' work.
 
     Each runs in a copy of the caller's context, so that its np.errstate holds in all of them, and
-    in a block of `within()`. What finds no thread runs in this one, after the first, into which
-    alone interrupts are let.
+    in a block of `within()`. What finds no thread runs in this one, after the first. Interrupts are
+    let into the first alone.
     """
     if len(works) == 1 and within is None:
         works[0]()
@@ -186,7 +186,7 @@ if hasattr(os, "register_at_fork"):
 
 def _idle_or_new() -> Aside:
     cores = _cores()
-    while _idle and not sys.is_finalizing():  # when threads stand still
+    while _idle and not sys.is_finalizing():  # an ending one runs no other threads
         with suppress(IndexError):
             aside = _idle.pop()
             if aside.cores == cores:

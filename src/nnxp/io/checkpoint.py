@@ -150,7 +150,8 @@ _FOREIGN = (
     (rb"\x89HDF", "it is an HDF5 file, as Keras writes them, not a model that nnxp.save wrote"),
     (
         rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]",
-        "it is an ONNX file: nnxp.load_onnx reads it, and the command by a name that ends in .onnx",
+        "it is an ONNX file: nnxp.load_onnx reads it, and so do the commands if its name ends in "
+        ".onnx",
     ),
     (rb"[\t\r\n\x20-\x7e]{20}", "it is text, not a model"),
 )

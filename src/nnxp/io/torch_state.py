@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from nnxp.backend import asnumpy
 from nnxp.io._atomic import path_of
 from nnxp.io.checkpoint import _readable, no_safetensors
 from nnxp.layers._layer import Layer, check_model
+from nnxp.layers.conv import ConvTranspose, window_of_conv, window_of_conv_transpose
 
 Turn = Callable[..., HostArray]
 
@@ -128,8 +130,8 @@ def _sources(layer: Layer, ours: str, theirs: str, names: set[str]) -> Iterator[
     for name, value in layer._fields():
         if is_array(value) and kind not in _WHOLE:
             theirs_of, turn = _FIELDS.get((kind, name), (name, _as_it_is))
-            if kind == "ConvTranspose" and name == "weight":
-                turn = _transposed_by(layer)
+            if isinstance(layer, ConvTranspose) and name == "weight":
+                turn = partial(window_of_conv_transpose, groups=layer.groups)
             yield ours + name, Source((theirs + theirs_of,), turn)
     numbers = _numbers(children, theirs, names) if kind == "Sequential" else {}
     for name, child in children.items():
@@ -161,26 +163,9 @@ def _transposed(x: HostArray) -> HostArray:
     return x.T
 
 
-def _windows_first(x: HostArray) -> HostArray:
-    """(outputs, channels / groups, *window) -> (*window, channels / groups, outputs)"""
-    return x.transpose(*range(2, x.ndim), 1, 0)
-
-
-def _transposed_by(layer: Any) -> Turn:
-    """(channels, outputs / groups, *window) -> (*window, channels / groups, outputs)"""
-
-    def turn(x: HostArray) -> HostArray:
-        channels, outputs, *window = x.shape
-        apart = x.reshape(layer.groups, channels // layer.groups, outputs, *window)
-        axes = range(3, 3 + len(window))
-        return apart.transpose(*axes, 1, 0, 2).reshape(*window, channels // layer.groups, -1)
-
-    return turn
-
-
 _FIELDS: dict[tuple[str, str], tuple[str, Turn]] = {
     ("Dense", "weight"): ("weight", _transposed),
-    ("Conv", "weight"): ("weight", _windows_first),
+    ("Conv", "weight"): ("weight", window_of_conv),
     ("Bilinear", "weight"): ("weight", lambda x: np.moveaxis(x, 0, -1)),
     ("PReLU", "slope"): ("weight", _as_it_is),
     ("BatchNorm", "mean"): ("running_mean", _as_it_is),

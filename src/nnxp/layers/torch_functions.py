@@ -263,8 +263,7 @@ FUNCTIONS["softmin"] = _along(kernels.softmin)
 
 @function("glu")
 def glu(x: Array, dim: int = -1) -> Array:
-    xp = xp_of(x)
-    return xp.moveaxis(kernels.glu(xp.moveaxis(x, dim, -1)), -1, dim)
+    return kernels.glu(x, axis=dim)
 
 
 @function("hardtanh")
@@ -408,7 +407,8 @@ FUNCTIONS["cumsum"], FUNCTIONS["cumprod"] = _scan("cumsum"), _scan("cumprod")
 
 @function("argsort")
 def argsort(x: Array, dim: int = -1, descending: bool = False, stable: bool = False) -> Array:
-    """Of equals the first comes first, whatever `stable` says; NaN is as large as infinity."""
+    """Of equals the first comes first, whatever `stable` says. NaN comes last; descending, it is as
+    large as infinity."""
     xp = xp_of(x)
     down = ~x if x.dtype.kind in "iub" else xp.where(xp.isnan(x), -math.inf, -x)
     return xp.argsort(down if descending else x, axis=dim, kind="stable")

@@ -260,7 +260,7 @@ class _Lines:
                 elif step.name == "matmul" and _flat(step.inputs):
                     (x, weight), y = step.values, step.outputs[0]
                     bias = None if after is None else _bias(step, after, layout)
-                    if self._product(x, weight, y, bias) and bias is not None:
+                    if self._product(x, weight, y, bias):
                         added = after
                 elif step is not added:
                     self._written(now, step.outputs[0])
@@ -441,7 +441,7 @@ class _Lines:
                 return shift is not None
             if work >= ANY_LAYOUT:
                 self._line(onednn.multiply, x, weight, out, *([] if bias is None else [bias]))
-                return True
+                return bias is not None
         parts = columns_at_once(rows, inner, columns, out.dtype)
         if weight.numbers is None or isinstance(into, Local) or len(parts) == 1:
             self._line(np.dot, x, weight, out)

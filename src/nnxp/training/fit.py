@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import Array, HostArray, is_floating, owners, xp_of
+from nnxp._arrays import Array, HostArray, Owner, is_floating, owners, xp_of
 from nnxp._errors import CheckpointError, NnxpError, OptionError, OutOfMemory, TrainingError
 from nnxp._printed import Printed
 from nnxp._progress import Progress, reported
@@ -292,8 +292,8 @@ class Trainer:
             raise OptionError(f"workers are threads of the CPU, but the model is on {self.place}")
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         parameters = model.parameters()
-        held = _held(parameters, model._names_in("fixed"), fixed)
         self.owners = owners(parameters)
+        held = _held(self.owners, model._names_in("fixed"), fixed)
         own = {owner.name: parameters[owner.name] for owner in self.owners.values()}
         self.learned = tuple(n for n in own if n not in held)
         if not self.learned:
@@ -677,18 +677,17 @@ def _rounding(model: Layer) -> Layer:
     )
 
 
-def _held(parameters: Mapping[str, Array], own: set[str], fixed: Sequence[str]) -> set[str]:
+def _held(owner_of: Mapping[str, Owner], own: set[str], fixed: Sequence[str]) -> set[str]:
     """The parameters that do not learn: an array that is one of them by any name is."""
     if not isinstance(fixed, str | Iterable):
         raise OptionError(f"fixed are names of parameters or layers, not {fixed!r:.60}")
     asked = (fixed,) if isinstance(fixed, str) else tuple(fixed)
     for name in asked:
-        if not any(n == name or n.startswith(f"{name}.") for n in parameters):
-            raise OptionError(f"fixed: there is no {name!r} among {', '.join(parameters):.300}")
-    held = {n for n in parameters if n in own or f"{n}.".startswith(tuple(f"{a}." for a in asked))}
-    owner_of = owners(parameters)
+        if not any(n == name or n.startswith(f"{name}.") for n in owner_of):
+            raise OptionError(f"fixed: there is no {name!r} among {', '.join(owner_of):.300}")
+    held = {n for n in owner_of if n in own or f"{n}.".startswith(tuple(f"{a}." for a in asked))}
     names = {owner_of[n].name for n in held}
-    return {n for n in parameters if owner_of[n].name in names}
+    return {n for n in owner_of if owner_of[n].name in names}
 
 
 def _vector(arrays: Mapping[str, Array], fill: bool = True) -> tuple[Array, dict[str, Array]]:
