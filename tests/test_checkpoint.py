@@ -645,6 +645,7 @@ def test_a_file_of_another_kind_is_refused_and_nothing_in_it_runs(kind, tmp_path
         "an npz": ".npz file",
         "an npy of objects": ".npy file",
         "a text": "it is text, not a model",
+        "JSON": "it is text, not a model",
     }
     with pytest.raises(CheckpointError, match=known.get(kind, "no whole safetensors file")):
         nnxp.load(tmp_path / "net")

@@ -626,6 +626,31 @@ FORMULAS = {
 }  # fmt: skip
 
 
+WRONG = {
+    "an axis that is not there": (lambda x: F.softmax(x, dim=7), "no axis 7"),
+    "an axis before the first": (lambda x: F.log_softmax(x, dim=-3), "no axis -3"),
+    "an axis to flatten": (lambda x: torch.flatten(x, 7), "no axis 7"),
+    "fewer than none": (lambda x: torch.topk(x, -1)[0], "topk takes k"),
+    "more than there are": (lambda x: torch.topk(x, 9)[0], "up to the 6"),
+    "a mode of other axes": (
+        lambda x: F.interpolate(x[:, None], scale_factor=2, mode="bilinear"), "over 2 axes"),
+    "corners of the nearest": (
+        lambda x: F.interpolate(x[:, None], scale_factor=2, align_corners=True), "align_corners"),
+    "two sizes": (lambda x: F.interpolate(x[:, None], size=4, scale_factor=2), "one of them"),
+    "a mode that is none": (lambda x: F.interpolate(x[:, None], 4, mode="bilnear"), "area, not"),
+    "a gelu that is none": (lambda x: F.gelu(x, approximate="tan"), "none or tanh"),
+    "classes that are not told": (lambda x: F.one_hot(x.argmax(1)), "one_hot without num_classes"),
+    "noise in eval": (lambda x: F.dropout(x), "training=self.training"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_torch_refuses_is_refused(name):
+    formula, said = WRONG[name]
+    with pytest.raises(nnxp.NnxpError, match=said):
+        nnxp.from_torch(Formula(formula))(x_of(4, 6))
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_options_and_answers_of_functions(name, tmp_path):
     agrees(Formula(FORMULAS[name]), x_of(4, 6), tmp_path=tmp_path)

@@ -469,6 +469,8 @@ def test_what_is_no_model_is_refused(source):
         (b"PK\x03\x04" + bytes(22) + b"\x0f\0\0\0archive/data.pkl", "a PyTorch file"),
         (b"weights are numbers\n" * 9, "it is text, not a model"),
         (b"\xff" * 100, "no whole ONNX file"),
+        (b"a,b\n1,2\n", "it is text, not a model"),
+        (dense().SerializeToString()[:60], "no whole ONNX file"),
     ],
 )
 def test_files_of_other_kinds_are_named(start, said, tmp_path):

@@ -334,6 +334,7 @@ WRONG = [
     ("save(x, 'a.safetensors')", OptionError, f"{MODEL}, not array"),
     ("save('a.safetensors', net)", OptionError, f"{MODEL}, not 'a.safetensors'"),
     ("save(net.parameters(), 'a')", OptionError, MODEL),
+    ("nnxp.save_onnx(net, 'a.safetensors')", OptionError, r"nnxp.save\(model, path\) writes"),
     ("save(net, 3)", OptionError, f"{FILE}.*not 3"),
     ("save(net, None)", OptionError, f"{FILE}.*not None"),
     ("save(net, '')", OptionError, f"{FILE}.*not ''"),

@@ -148,20 +148,25 @@ _FOREIGN = (
     ),
     (rb"\x93NUMPY", "it is a .npy file of NumPy's: an array, not a model"),
     (rb"\x89HDF", "it is an HDF5 file, as Keras writes them, not a model that nnxp.save wrote"),
-    (
-        rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]",
-        "it is an ONNX file: nnxp.load_onnx reads it, and so do the commands if its name ends in "
-        ".onnx",
-    ),
-    (rb"[\t\r\n\x20-\x7e]{20}", "it is text, not a model"),
+    (rb"[\t\r\n\x20-\x7e]+\Z", "it is text, not a model"),
 )
 """How files of other libraries begin, and what to do with them."""
+
+
+_ONNX = re.compile(rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]")
+"""How an ONNX file begins: with its version, and who wrote it."""
 
 
 def no_safetensors(path: str, error: Exception) -> CheckpointError:
     """What is to be raised for a file that is no safetensors file."""
     with open(path, "rb") as file:
-        reason = foreign(file.read(200)) or f"it is no whole safetensors file ({error})"
+        start = file.read(200)
+    reason = foreign(start) or f"it is no whole safetensors file ({error})"
+    if _ONNX.match(start):
+        reason = (
+            "it is an ONNX file: nnxp.load_onnx reads it, and so do the commands if its name ends "
+            "in .onnx"
+        )
     return CheckpointError(f"{path} cannot be loaded: {reason}")
 
 

@@ -112,8 +112,12 @@ def _parsed(onnx: Any, source: Any) -> Any:
     try:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError, of which there are two by now
-        ours = "it is a safetensors file: nnxp.load reads it" if data[8:10] == b'{"' else ""
-        reason = ours or foreign(data[:200]) or f"it is no whole ONNX file ({error})"
+        reason = foreign(data[:200]) or f"it is no whole ONNX file ({error})"
+        if data[8:10] == b'{"':
+            reason = (
+                "it is a safetensors file: nnxp.load reads it, and so do the commands unless its "
+                "name ends in .onnx"
+            )
         raise CheckpointError(reason) from error
     return model
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import Array, Shape, is_array
-from nnxp._errors import ConversionError, ShapeError
+from nnxp._errors import ConversionError, OptionError, ShapeError
 from nnxp._library import KINDS, compute
 from nnxp.backend import asnumpy
-from nnxp.io._atomic import written_beside
+from nnxp.io._atomic import path_of, written_beside
 from nnxp.kernels import Kernel
 from nnxp.kernels._windows import per_axis, windows
 from nnxp.kernels.conv import transposed_ways
@@ -69,6 +69,8 @@ def save_onnx(model: Layer, path: str | os.PathLike[str], row: Any = None) -> No
         ) from error
 
     check_model(model, "save_onnx")
+    if path_of(path).lower().endswith(".safetensors"):
+        raise OptionError("save_onnx writes ONNX; nnxp.save(model, path) writes safetensors")
     rows = [model.row_shape()] if row is None else row if isinstance(row, list) else [row]
     outlines = map(_outline, rows, model.input_dtypes(len(rows)))
     program = model.to("numpy").program(*outlines)

@@ -434,11 +434,13 @@ def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[lis
         bound = inspect.signature(function).bind(*lead, *args, **options).arguments
     except (TypeError, ValueError) as error:
         raise Unknown(f"function {name} with arguments not known here: {error}") from None
+    if name == "dropout" and bound.get("training", True) is not False:
+        raise Unknown("function dropout without training=self.training, which drops in eval(), too")
     for option, value in _ONLY.items():
         if bound.get(option, value) != value:
             raise Unknown(f"function {name} with {option}={bound[option]}")
-    if name == "dropout" and bound.get("training", True) is not False:
-        raise Unknown("function dropout without training=self.training, which drops in eval(), too")
+    if name == "one_hot" and bound.get("num_classes", -1) == -1:
+        raise Unknown("function one_hot without num_classes, whose shape depends on the numbers")
     if name == "getattr" and args[1] not in ATTRIBUTES:
         raise Unknown(f"attribute {args[1]}")
     return args, options

@@ -949,6 +949,8 @@ def check_model(model: Any, who: str) -> None:
         "get_params": "nnxp.from_sklearn makes one of a fitted estimator",
     }
     ways = [f"; {way}" for name, way in makes.items() if hasattr(model, name)][:1]
+    if isinstance(model, str | os.PathLike):
+        ways = ["; nnxp.load, or nnxp.load_onnx, reads one from a file"]
     raise OptionError(f"{who} takes a model made of nnxp layers, not {model!r:.60}{''.join(ways)}")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from nnxp import kernels
 from nnxp._arrays import Array, get_array_module, is_array, is_floating, xp_of
-from nnxp._errors import OptionError
+from nnxp._errors import OptionError, ShapeError
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """Functions and methods by torch's name."""
@@ -225,6 +225,8 @@ def mask_of_attention(
 
 @function("gelu")
 def gelu(x: Array, approximate: str = "none") -> Array:
+    if approximate not in ("none", "tanh"):
+        raise OptionError(f"approximate of gelu is none or tanh, not {approximate!r:.60}")
     return kernels.gelu_tanh(x) if approximate == "tanh" else kernels.gelu(x)
 
 
@@ -249,7 +251,7 @@ def _along(kernel: kernels.Kernel) -> Callable[..., Array]:
         x = x if dtype is None else x.astype(_dtype(dtype))
         if dim is None:
             dim = 0 if x.ndim in (0, 1, 3) else 1
-        if dim % x.ndim == x.ndim - 1:
+        if _axis(x, dim) == x.ndim - 1:
             return kernel(x)
         return xp_of(x).moveaxis(kernel(xp_of(x).moveaxis(x, dim, -1)), -1, dim)
 
@@ -324,6 +326,14 @@ def where(condition: Array, input: Any, other: Any) -> Array:
 
 
 # sums and what else looks along axes
+
+
+def _axis(x: Array, dim: int) -> int:
+    """An axis of x, counted from 0."""
+    if not -x.ndim <= dim < x.ndim:
+        raise ShapeError(f"there is no axis {dim} of {x.shape}")
+    axis: int = dim % x.ndim
+    return axis
 
 
 def _axes(dim: Any) -> Any:
@@ -426,8 +436,8 @@ def sort(
 def topk(
     x: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> tuple[Array, Array]:
-    if k > x.shape[dim]:
-        raise OptionError(f"topk of {k} among {x.shape[dim]}")
+    if not 0 <= k <= x.shape[dim]:
+        raise OptionError(f"topk takes k up to the {x.shape[dim]} elements of axis {dim}, not {k}")
     order = _part(argsort(x, dim, largest), dim, 0, k)
     return xp_of(x).take_along_axis(x, order, axis=dim), order
 
@@ -442,7 +452,7 @@ def gather(x: Array, dim: int, index: Array, *, sparse_grad: bool = False) -> Ar
 
 
 @function("one_hot")
-def one_hot(x: Array, num_classes: int) -> Array:
+def one_hot(x: Array, num_classes: int = -1) -> Array:
     if num_classes < 1:
         raise OptionError(
             "one_hot takes num_classes: without it the shape would depend on the numbers in x"
@@ -459,7 +469,7 @@ def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 
 @function("flatten")
 def flatten(x: Array, start_dim: int = 0, end_dim: int = -1) -> Array:
-    start, end = start_dim % max(1, x.ndim), end_dim % max(1, x.ndim)
+    start, end = (_axis(x, dim) if x.ndim else 0 for dim in (start_dim, end_dim))
     return x.reshape(*x.shape[:start], prod(x.shape[start : end + 1]), *x.shape[end + 1 :])
 
 

@@ -132,6 +132,10 @@ MODES: dict[str, dict[str, Any]] = {
 """What torch's modes are in the words of kernels.resize."""
 
 
+AXES = {"linear": 1, "bilinear": 2, "trilinear": 3, "bicubic": 2}
+"""Of how many axes of space these are."""
+
+
 @function("interpolate")
 def interpolate(
     x: Array,
@@ -142,6 +146,8 @@ def interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Array:
+    if (size is None) == (scale_factor is None):
+        raise OptionError("interpolate takes a size or a scale_factor, one of them")
     axes = x.ndim - 2
     scale = None if scale_factor is None else _per_axis(scale_factor, axes)
     if scale and (align_corners or recompute_scale_factor or mode == "area"):
@@ -151,7 +157,12 @@ def interpolate(
     if mode == "area":
         return adaptive_average_pool(axes, x, size)
     if mode not in MODES:
-        raise OptionError(f"mode of interpolate is one of {', '.join(MODES)}, not {mode!r:.60}")
+        names = ", ".join([*MODES, "area"])
+        raise OptionError(f"mode of interpolate is one of {names}, not {mode!r:.60}")
+    if mode in AXES and axes != AXES[mode]:
+        raise OptionError(f"{mode} is over {AXES[mode]} axes of space, but {x.shape} has {axes}")
+    if align_corners and mode.startswith("nearest"):
+        raise OptionError(f"align_corners is not for the mode {mode}")
     options = MODES[mode] | ({"coordinates": "align_corners"} if align_corners else {})
     if antialias and align_corners:
         raise OptionError("interpolate takes antialias or align_corners, not both")
