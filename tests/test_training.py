@@ -552,7 +552,7 @@ def test_the_order_of_rows_follows_from_seed_and_epoch():
     assert sorted(one) == list(range(1000))
     np.testing.assert_array_equal(one, order_of(1000, 3, 0))
     assert (one != order_of(1000, 3, 1)).any()
-    blocks = order_of(5000, 3, 0, in_memory=False)
+    blocks = order_of(5000, 3, 0, block=64)
     assert sorted(blocks) == list(range(5000))
     assert np.ptp(blocks[: 16 * 64]) > 64
     assert len(np.unique(blocks[: 16 * 64] // 64)) <= 17  # blocks of 64 rows stay together,

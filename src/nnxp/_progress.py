@@ -11,12 +11,12 @@ from typing import Any
 
 from nnxp._errors import OptionError
 
-Progress = bool | Callable[[int, int], object]
+Progress = bool | Callable[[int, Any], object]
 
 
 @contextmanager
-def reported(rows: int, progress: Progress) -> Iterator[Callable[[int], None]]:
-    """What hears of finished rows, from any thread, while so many rows are swept.
+def reported(rows: int | None, progress: Progress) -> Iterator[Callable[[int], None]]:
+    """What hears of finished rows, from any thread, while so many rows are swept, None for any.
 
     With True it moves a bar on stderr, where somebody looks at it: on a terminal and in a notebook.
     A bar that cannot be drawn ends no work. A function is called with the rows done and the rows in
@@ -48,7 +48,7 @@ def reported(rows: int, progress: Progress) -> Iterator[Callable[[int], None]]:
                 bar.close()
 
 
-def _bar(rows: int) -> Any:
+def _bar(rows: int | None) -> Any:
     """A bar of tqdm's; None where nobody would see it."""
     try:
         if not ("ipykernel" in sys.modules or sys.stderr.isatty()):

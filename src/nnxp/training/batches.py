@@ -1,26 +1,30 @@
-"""Rows for training: in an order that follows from seed and epoch, a batch at a time."""
+"""Rows for training: in an order that follows from seed and epoch, or as an iterable gives them."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf
 from typing import Any
 
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, is_array, place_of, xp_of
-from nnxp._errors import DeviceMismatch, DtypeMismatch, OptionError, ShapeError
+from nnxp._errors import DeviceMismatch, DtypeMismatch, NnxpError, OptionError, ShapeError
 from nnxp._exchange import host_rows, source_of
-from nnxp.backend import home_of, to_backend
+from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.layers._layer import Layer
 from nnxp.layers.containers import Sequential
 from nnxp.layers.norm import Standardize
 
 BLOCK = 64
-"""Rows on a disk that stay together when they are shuffled, so that they are read in pieces."""
+"""Rows on a disk that stay together when they are shuffled, so that they are read in pieces: so
+many, or those of a chunk of the file."""
 MIXED = 16
-"""Blocks whose rows are mixed with one another."""
+"""Blocks whose rows are mixed with one another, and which stay in memory until they are done."""
+KEPT_BYTES = 32 << 20
+"""Of these blocks, at most: of large rows a block has fewer."""
 CHECKED = 1 << 20
 """Bytes of targets that are looked at together."""
 
@@ -32,7 +36,9 @@ class Rows:
     that the model takes.
     """
 
-    def __init__(self, model: Layer, x: Any, y: Any, weights: Any = None) -> None:
+    def __init__(
+        self, model: Layer, x: Any, y: Any, weights: Any = None, *, memory_limit: int | None = None
+    ) -> None:
         if isinstance(x, Mapping):
             x = _in_order(model, x)
         self.names = tuple(x) if isinstance(x, Mapping) else None
@@ -68,7 +74,23 @@ class Rows:
                 shape = [self.count, *self._sources[-1].first.shape[1:]]
                 raise ShapeError(f"weights are one number for each row, not {shape}")
             self._sources[-1].look_by(_check_weights)
+        self.weighted = weights is not None
         self.in_memory = all(source.in_memory for source in self._sources)
+        self.block, self.kept_bytes = self._blocks(memory_limit)
+
+    def _blocks(self, memory_limit: int | None) -> tuple[int, int]:
+        """The rows that stay together, and the bytes of those that are kept."""
+        sliced = [source for source in self._sources if source.sliced]
+        if not sliced:
+            return BLOCK, 0
+        chunk = max(source.chunk for source in sliced)
+        row = sum(source.read_bytes for source in sliced)
+        budget = KEPT_BYTES if memory_limit is None else min(KEPT_BYTES, memory_limit // 4)
+        most = budget // ((MIXED + 1) * row)
+        block = max(1, min(-(-BLOCK // chunk) * chunk, most))
+        for source in sliced:
+            source.block, source.kept = block, MIXED if most else 0
+        return block, (MIXED + 1) * block * row if most else 0
 
     def at(self, ids: HostArray) -> tuple[Any, ...]:
         """(x, target) or (x, target, weights) for these rows, where the model is."""
@@ -87,14 +109,26 @@ class Rows:
             ]
         )
 
+    def batches(self, batch: int, seed: int, epoch: int) -> Iterator[tuple[Rows, HostArray]]:
+        """An epoch's batches of so many rows: where they lie, and which rows they are."""
+        order = order_of(self.count, seed, epoch, None if self.in_memory else self.block)
+        for ids in batches_of(order, batch):
+            yield self, ids
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Of the blocks that are kept."""
+        for source in self._sources:
+            source.blocks.clear()
+
     @property
     def row_bytes(self) -> int:
         """The bytes of a row as it is given, and at most twice as it is read."""
-        return sum(source.first.nbytes + source.read_bytes for source in self._sources)
+        return sum(source.first.nbytes + 2 * source.read_bytes for source in self._sources)
 
     def _grouped(self, arrays: list[Any]) -> tuple[Any, ...]:
         """(x, target) or (x, target, weights), of the arrays of all sources."""
-        mark = len(self._sources) - (1 if self._sources[-1].kind == "target" else 2)
+        mark = len(self._sources) - (2 if self.weighted else 1)
         x: Any = tuple(arrays[:mark])
         if self.names is not None:
             x = dict(zip(self.names, x, strict=True))
@@ -106,10 +140,83 @@ class Rows:
         """Have all targets looked at: now, or as they are read where they are not in memory."""
         self._target.look_by(check)
 
-    def sample(self) -> list[HostArray]:
-        """Some rows of each, from the first to the last: to know the data by."""
-        ids = np.unique(np.linspace(0, self.count - 1, 64).astype("int64"))
-        return [source.at(ids) for source in self._sources]
+    def digest(self, count: int = 64) -> str:
+        """A hash of so many rows, from the first to the last: to know the data by."""
+        ids = np.unique(np.linspace(0, self.count - 1, count).astype("int64"))
+        data = hashlib.sha256()
+        for source in self._sources:
+            rows = asnumpy(source.at(ids))
+            data.update(f"{rows.dtype}{rows.shape}".encode() + rows.tobytes())
+        self.let_go()
+        return data.hexdigest()
+
+
+class Batches:
+    """Batches (x, y) or (x, y, weights) from an iterable, in its order and sizes.
+
+    An iterable is gone through anew in each epoch, and a function is called with the epoch, from 1,
+    and answers an iterable.
+    """
+
+    count = None
+    """The rows of an epoch: not known before its end."""
+    in_memory = False
+
+    def __init__(
+        self,
+        model: Layer,
+        batches: Any,
+        check: Callable[[Rows], None],
+        memory_limit: int | None = None,
+    ) -> None:
+        named = isinstance(batches, str | bytes | Mapping) or hasattr(batches, "shape")
+        if named or not (isinstance(batches, Iterable) or callable(batches)):
+            raise OptionError(
+                "fit takes rows x and targets y, or batches (x, y) from an iterable or a function "
+                f"of the epoch; there is no y, and x is {_short(batches)}"
+            )
+        if not isinstance(batches, Iterable):
+            try:
+                inspect.signature(batches).bind(1)
+            except ValueError:  # some functions do not tell what they take
+                pass
+            except TypeError as error:
+                raise OptionError(
+                    f"a function of batches is called with the epoch, from 1, which "
+                    f"{batches!r:.80} does not take: {error}"
+                ) from None
+        self._model, self._batches, self._check = model, batches, check
+        self._memory_limit = memory_limit
+
+    @property
+    def once(self) -> bool:
+        """Whether they can be gone through only once."""
+        return isinstance(self._batches, Iterator)
+
+    def batches(self, batch: int, seed: int, epoch: int) -> Iterator[tuple[Rows, HostArray]]:
+        """An epoch's batches: each as rows of its own, and which of them."""
+        given = self._batches
+        items = given if isinstance(given, Iterable) else given(epoch + 1)
+        if not isinstance(items, Iterable):
+            raise OptionError(f"a function of batches answers an iterable, not {_short(items)}")
+        for number, item in enumerate(items, 1):
+            try:
+                if not (isinstance(item, tuple | list) and len(item) in (2, 3)):
+                    raise ShapeError(
+                        f"a batch is (x, y), or (x, y, weights), not {_short(item)}; in it x is "
+                        "(rows, ...)"
+                    )
+                rows = Rows(self._model, *item, memory_limit=self._memory_limit)
+                self._check(rows)
+            except NnxpError as error:
+                raise type(error)(f"epoch {epoch + 1}, batch {number}: {error}") from None
+            yield rows, np.arange(rows.count)
+
+
+def _short(x: object) -> str:
+    """What something is, in a few words."""
+    shape = getattr(x, "shape", None)
+    return f"{x!r:.60}" if shape is None else f"{type(x).__name__} {tuple(shape)}"
 
 
 def entrance_of(model: Layer) -> str | None:
@@ -145,8 +252,8 @@ class _Source:
         except (ShapeError, DtypeMismatch) as error:
             if isinstance(x, Iterator):
                 raise ShapeError(
-                    f"fit goes through its rows once in each epoch, so {self.name} has a length, "
-                    "as an array or a file has; MLPClassifier.partial_fit takes batches one by one"
+                    f"{self.name} is an iterator, and rows have a length, as an array or a file "
+                    "has; without y, fit takes batches (x, y) from an iterator"
                 ) from None
             if self.name == "x":
                 raise
@@ -155,15 +262,25 @@ class _Source:
             raise type(error)(f"{self.name}: {error}{fix if named else ''}") from None
         self._look: Callable[[Array], None] | None = None
         self.in_memory = self._device is not None or type(self._source) is np.ndarray
+        self.sliced = self._device is None and not isinstance(self._source, np.ndarray)
+        self.block, self.kept = 1, 0
+        self.blocks: dict[int, HostArray] = {}  # the last read is the last
         self._wanted, self._standardized = dtype, standardized
         if not len(self):
             raise ShapeError("there are no rows to train on")
         self.first = self.at(np.zeros(1, "int64"))
-        read = self._source[:1]
-        self.read_bytes = 2 * int(getattr(read, "nbytes", self.first.nbytes))
+        self.read_bytes = max(1, int(getattr(self._source[:1], "nbytes", self.first.nbytes)))
 
     def __len__(self) -> int:
         return int(self._source.shape[0])
+
+    @property
+    def chunk(self) -> int:
+        """The rows of a chunk of the file, where it tells: HDF5, Zarr, Dask."""
+        rows = getattr(self._source, "chunks", None)
+        while isinstance(rows, tuple) and rows:
+            rows = rows[0]
+        return max(1, int(rows)) if isinstance(rows, int | np.integer) else 1
 
     def look_by(self, look: Callable[[Array], None]) -> None:
         """Have all rows looked at: now, or as they are read where they are not in memory."""
@@ -180,21 +297,30 @@ class _Source:
             with home_of(place_of(self._device)).current():
                 at = to_backend(ids, home_of(place_of(self._device)))
                 return self._typed(xp_of(self._device).take(self._device, at, axis=0))
-        whole = isinstance(self._source, np.ndarray)
-        rows = self._typed(host_rows(self._source[ids]) if whole else self._read(ids))
+        rows = self._typed(self._read(ids) if self.sliced else host_rows(self._source[ids]))
         if self._look is not None:
             self._look(rows)
         return rows
 
     def _read(self, ids: HostArray) -> HostArray:
-        """Rows by slices: neighbours in one, in the order of the source, then put in order."""
-        order = np.argsort(ids, kind="stable")
-        wanted = ids[order]
-        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
-        runs = np.split(wanted, breaks)
-        read = np.concatenate([host_rows(self._source[int(r[0]) : int(r[-1]) + 1]) for r in runs])
-        rows: HostArray = np.empty_like(read)
-        rows[order] = read
+        """Rows by blocks, each in one slice; the last `kept` blocks wait for the next call."""
+        numbers, places = ids // self.block, ids % self.block
+        parts: list[tuple[HostArray, HostArray]] = []
+        for number in dict.fromkeys(numbers.tolist()):
+            block = self.blocks.pop(number, None)
+            if block is None:
+                start = number * self.block
+                end = min(start + self.block, len(self))
+                block = host_rows(self._source[start:end])
+            wanted = numbers == number
+            parts.append((wanted, block[places[wanted]]))
+            self.blocks[number] = block
+            while len(self.blocks) > self.kept:
+                del self.blocks[next(iter(self.blocks))]
+        kinds = {part.dtype for _, part in parts}  # where something is missing, it is another one
+        rows: HostArray = np.empty((len(ids), *parts[0][1].shape[1:]), np.result_type(*kinds))
+        for wanted, part in parts:
+            rows[wanted] = part
         return rows
 
     def _typed(self, rows: Array) -> Array:
@@ -222,16 +348,16 @@ def _check_weights(weights: Array) -> None:
         )
 
 
-def order_of(count: int, seed: int, epoch: int, in_memory: bool = True) -> HostArray:
+def order_of(count: int, seed: int, epoch: int, block: int | None = None) -> HostArray:
     """The rows of an epoch in their order, which follows from seed and epoch alone.
 
-    Rows that are not in memory are shuffled by blocks of neighbours, and within groups of blocks.
+    Rows that are not in memory are shuffled by blocks of so many, and within groups of blocks.
     """
     rng = np.random.default_rng([seed, epoch])
-    if in_memory:
+    if block is None:
         return rng.permutation(count)
-    starts = rng.permutation(-(-count // BLOCK)) * BLOCK
-    blocks = [np.arange(start, min(start + BLOCK, count)) for start in starts]
+    starts = rng.permutation(-(-count // block)) * block
+    blocks = [np.arange(start, min(start + block, count)) for start in starts]
     groups = [np.concatenate(blocks[i : i + MIXED]) for i in range(0, len(blocks), MIXED)]
     return np.concatenate([rng.permutation(group) for group in groups])
 

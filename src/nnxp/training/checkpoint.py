@@ -38,6 +38,7 @@ def _possible(about: Mapping[str, Any]) -> bool:
     return (
         all(type(x) in (int, float) for x in numbers)
         and isfinite(about["total"])
+        and isinstance(about.get("batches", ""), str)
         and min(about["epoch"], about["batch"], about["seed"], about["lowest_epoch"]) >= 0
         and about["epoch"] == len(history) >= about["lowest_epoch"]
     )

@@ -7,9 +7,9 @@ import inspect
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from math import inf, isfinite, nan
 from pathlib import Path
@@ -18,18 +18,25 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, Owner, is_floating, owners, xp_of
-from nnxp._errors import CheckpointError, NnxpError, OptionError, OutOfMemory, TrainingError
+from nnxp._errors import (
+    CheckpointError,
+    NnxpError,
+    OptionError,
+    OutOfMemory,
+    ShapeError,
+    TrainingError,
+)
 from nnxp._printed import Printed
 from nnxp._progress import Progress, reported
 from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.backend._blas import one_blas_thread
-from nnxp.backend._threads import together
+from nnxp.backend._threads import one_ahead, together
 from nnxp.engine import parse_bytes
 from nnxp.layers._layer import Layer, Rng, check_model, generator, is_number, whole
 from nnxp.layers.norm import rounding
 from nnxp.program.program import multiply_adds
 from nnxp.training._chunks import chunks
-from nnxp.training.batches import Rows, batches_of, entrance_of, order_of
+from nnxp.training.batches import Batches, Rows, entrance_of
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
     LossProgram,
@@ -44,6 +51,8 @@ from nnxp.training.losses import LOSSES, Loss
 from nnxp.training.optimizers import Adam, Optimizer
 from nnxp.training.schedules import Plateau
 
+BATCH = 128  # rows a step
+KEPT = 16  # programs of batches of so many sizes and kinds
 UNREAD = 64  # losses of a device that are read together: reading one waits for it
 SCALE = 2.0**15  # of the gradients of float16, at most and at first
 GROWTH = 2000  # steps whose gradients float16 held, after which the scale is doubled
@@ -93,12 +102,12 @@ class Fitted(Printed):
 def fit(
     model: Layer,
     x: Any,
-    y: Any,
+    y: Any = None,
     *,
     loss: str | Callable[..., Any] | None = None,
     optimizer: Optimizer | None = None,
     epochs: int = 10,
-    batch: int = 128,
+    batch: int | None = None,
     weights: Any = None,
     validation: tuple[Any, Any] | None = None,
     patience: int | None = None,
@@ -120,15 +129,24 @@ def fit(
         fitted = nnxp.fit(net, x, labels, loss="cross_entropy", epochs=10)
         fitted.model, fitted.history
 
+        batches = [(x[i : i + 2], labels[i : i + 2]) for i in range(0, len(x), 2)]
+        fitted = nnxp.fit(net, batches, loss="cross_entropy", epochs=10)
+
     Args:
         model: a layer with parameters.
         x: (n, ...), as rows for `nnxp.predict`; a tuple or a dict for a model of several inputs.
+            Without y, batches (x, y) or (x, y, weights), of any number of rows each, in their own
+            order: an iterable (a list, a torch DataLoader), which is gone through anew in each
+            epoch, or a function of the epoch, from 1, that answers one. An iterator can be gone
+            through once, so it takes epochs=1.
         y: (n, ...), as the loss takes them: labels (n,) for "cross_entropy", else like the output.
         loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number. It has
             to be given. In a checkpoint functions are known by their names only.
         optimizer: `Adam(1e-3)` without one.
         epochs: times through all rows, in all, those of a checkpoint counted.
-        batch: rows a step; the order of an epoch's rows follows from rng and the epoch alone.
+        batch: rows a step, 128 without it; the order of an epoch's rows follows from rng and the
+            epoch alone. Where rows are not in memory the next batch is read meanwhile, without a
+            memory limit.
         weights: (n,), how much each row counts: 0 or more, and not 0 for all rows of a batch. A
             loss of your own gets those of the batch as its fourth argument.
         validation: (x, y), or (x, y, weights), whose loss is told after each epoch.
@@ -150,10 +168,13 @@ def fit(
             other noise. A loss of your own has to be a mean over rows, and a model that learns
             statistics of a batch (BatchNorm) is refused where one has to be cut.
         checkpoint: a file that the run is written to every `checkpoint_seconds`, and after each
-            epoch. If it is there, the run goes on from it, to the same bits.
+            epoch. If it is there, the run goes on from it, to the same bits. In the middle of an
+            epoch of batches from an iterable, those already learned from are gone through again,
+            and have to be the same.
         checkpoint_seconds: between two writes.
         rng: a seed or a Generator: the same one gives the same bits on the same machine.
-        progress: True for a bar, or a function of the rows done and the rows in all.
+        progress: True for a bar, or a function of the rows done and the rows in all, which is None
+            for batches from an iterable.
         callback: is called with each entry of the history.
 
     Returns:
@@ -168,7 +189,8 @@ def fit(
         OptionError, ShapeError, DtypeMismatch: an argument does not fit.
     """
     check_model(model, "nnxp.fit")
-    epochs, batch = whole("epochs", epochs, 0), whole("batch", batch)
+    epochs = whole("epochs", epochs, 0)
+    size = BATCH if batch is None else whole("batch", batch)
     chosen = _loss(loss, weights is not None)
     optimizer = Adam() if optimizer is None else optimizer
     if not isinstance(optimizer, Optimizer):
@@ -183,17 +205,28 @@ def fit(
     if callback is not None and not callable(callback):
         raise OptionError(f"callback is a function of an epoch's entry, not {callback!r:.60}")
     trainer = Trainer(model, chosen, optimizer, fixed, clip, workers, memory_limit)
-    rows = Rows(model, x, y, weights)
-    seen = None if validation is None else _validation(model, validation, chosen)
-    if isinstance(chosen, Loss) and type(chosen).check is not Loss.check:
-        check = partial(chosen.check, outputs=_outputs(model, rows))
-        rows.check_targets(check)
-        if seen is not None:
-            seen.check_targets(check)
-    run = _Run(trainer, rows, batch, path)
+    check = _check_of(model, chosen)
+    rows: Rows | Batches
+    if y is None:
+        if batch is not None or weights is not None:
+            raise OptionError("without y, x gives batches of its own sizes, each with its weights")
+        rows = Batches(model, x, check, trainer.memory_limit)
+        if rows.once and epochs > 1:
+            raise OptionError(
+                f"an iterator gives its batches once, which is epochs=1 and not {epochs}; a list, "
+                "a DataLoader, or a function of the epoch that answers an iterator gives them again"
+            )
+    else:
+        rows = Rows(model, x, y, weights, memory_limit=trainer.memory_limit)
+        check(rows)
+    seen = None if validation is None else _validation(model, validation, trainer.memory_limit)
+    if seen is not None:
+        check(seen)
+    run = _Run(trainer, rows, size, path)
     run.begin(rng)
-    with home_of(trainer.place).current(), reported(rows.count * epochs, progress) as done:
-        done(run.rows_done)
+    in_all = None if rows.count is None else rows.count * epochs
+    with home_of(trainer.place).current(), reported(in_all, progress) as done:
+        done(run.epoch * (rows.count or 0))
         while run.epoch < epochs and not run.waited(patience):
             run.set_rate()
             run.go_through(done, checkpoint_seconds)
@@ -234,14 +267,13 @@ def _loss(loss: Any, weighted: bool) -> Callable[..., Any]:
     return loss  # type: ignore[no-any-return]
 
 
-def _validation(model: Layer, validation: Any, loss: Callable[..., Any]) -> Rows:
+def _validation(model: Layer, validation: Any, memory_limit: int | None) -> Rows:
     """The rows to validate by: (x, y) or (x, y, weights)."""
     if not (isinstance(validation, tuple | list) and len(validation) in (2, 3)):
         raise OptionError(
             f"validation is (x, y), or (x, y, weights), of other rows, not {validation!r:.60}"
         )
-    _loss(loss, len(validation) == 3)
-    return Rows(model, *validation)
+    return Rows(model, *validation, memory_limit=memory_limit)
 
 
 def _checkpoint_path(checkpoint: Any) -> Path:
@@ -254,6 +286,20 @@ def _checkpoint_path(checkpoint: Any) -> Path:
     if not path.parent.is_dir():
         raise OptionError(f"checkpoint: there is no folder {str(path.parent)!r} to write to")
     return path
+
+
+def _check_of(model: Layer, loss: Callable[..., Any]) -> Callable[[Rows], None]:
+    """What sees whether rows are for this loss, and has it look at all their targets."""
+    outputs: list[int | None] = []
+
+    def check(rows: Rows) -> None:
+        _loss(loss, rows.weighted)
+        if isinstance(loss, Loss) and type(loss).check is not Loss.check:
+            if not outputs:
+                outputs.append(_outputs(model, rows))
+            rows.check_targets(partial(loss.check, outputs=outputs[0]))
+
+    return check
 
 
 def _outputs(model: Layer, rows: Rows) -> int | None:
@@ -312,8 +358,8 @@ class Trainer:
         self._drawn: bool | None = None
         self._warned = False
         self._of_pieces = [(self.slopes, self.gradients)]  # the first is where all are added up
-        self._parts: dict[tuple[int, bool], int] = {}  # of a batch of so many rows
-        self._piece_rows: int | None = None  # that workers like best
+        self._parts: dict[Any, int] = {}  # of such a batch
+        self._piece_rows: dict[Any, int] = {}  # that workers like best
         self._room = 0  # bytes that the limit leaves to programs
         self._written: dict[Any, LossProgram] = {}
         self._runners: dict[Any, LossRunner] = {}  # the last used is the last
@@ -473,12 +519,13 @@ class Trainer:
         size = len(arrays_in(batch)[0])
         if size < 2 * PIECE_ROWS:
             return np.array([0, size])
-        if self._piece_rows is None:  # a dense layer uses each weight once a row
-            few = _part(batch, slice(PIECE_ROWS))
+        few = _part(batch, slice(PIECE_ROWS))
+        key = _outlines(few)
+        if key not in self._piece_rows:  # a dense layer uses each weight once a row
             work = sum(map(multiply_adds, self._program(few, True).program.steps))
             uses = work / (3 * PIECE_ROWS * self.slopes.size)
-            self._piece_rows = int(PIECE_USES / min(max(uses, 1), PIECE_USES / PIECE_ROWS))
-        count = max(2, min(PIECES, size // self._piece_rows))
+            self._piece_rows[key] = int(PIECE_USES / min(max(uses, 1), PIECE_USES / PIECE_ROWS))
+        count = max(2, min(PIECES, size // self._piece_rows[key]))
         return np.linspace(0, size, count + 1).astype(int)
 
     def _worth(self, piece: Sequence[Any]) -> float:
@@ -542,22 +589,28 @@ class Trainer:
     def _program(self, batch: Sequence[Any], learns: bool) -> LossProgram:
         """The loss of such a batch written out, with its gradients if the model `learns`."""
         key = learns, _outlines(batch)
-        if key not in self._written:
+        written = self._written.pop(key, None)
+        if written is None:
+            if len(self._written) >= KEPT:  # batches of ever new sizes
+                oldest = next(iter(self._written))
+                del self._written[oldest]
+                self._runners = {k: r for k, r in self._runners.items() if k[:2] != oldest}
             scale = float(self.state["scale"]) if self.narrow else 1.0
             learned = (lambda n: n in self.learned) if learns else None
             model = self.form if learns else self.seen
-            self._written[key] = written = write_out(self.loss, model, batch, learned, scale)
+            written = write_out(self.loss, model, batch, learned, scale)
             if learns and not self._warned:
                 self._warned = True
                 warn_of_idle(written, model)
-        return self._written[key]
+        self._written[key] = written
+        return written
 
     def _runner(self, batch: Sequence[Any], learns: bool, piece: int = 0) -> LossRunner:
         """What runs the program of such a batch, with memory of its own for each piece."""
+        written = self._program(batch, learns)
         key = learns, _outlines(batch), piece
         runner = self._runners.pop(key, None)
         if runner is None:
-            written = self._program(batch, learns)
             if self.memory_limit is not None:
                 self._make_room(written.working_set)
             runner = LossRunner(written, self.place, records=self.memory_limit is None)
@@ -570,11 +623,11 @@ class Trainer:
         """The rows of a batch in parts of one size, as few as the memory limit holds."""
         if self.memory_limit is None:
             return [ids]
-        key = len(ids), learns
+        key = learns, _outlines(rows.like(len(ids)))
         if key not in self._parts:
-            self._parts[key] = self._count_parts(rows, *key)
+            self._parts[key] = self._count_parts(rows, len(ids), learns)
         parts = np.array_split(ids, self._parts[key])
-        self._room = self.memory_limit - len(parts[0]) * rows.row_bytes
+        self._room = self.memory_limit - rows.kept_bytes - len(parts[0]) * rows.row_bytes
         return parts
 
     def _count_parts(self, rows: Rows, size: int, learns: bool) -> int:
@@ -610,7 +663,7 @@ class Trainer:
             for size in sizes
             for count in (np.diff(self._cuts(rows.like(size))) if pieces else (size,))
         ]
-        return max(sizes) * rows.row_bytes + sum(computed)
+        return rows.kept_bytes + max(sizes) * rows.row_bytes + sum(computed)
 
     def _make_room(self, size: int) -> None:
         """Let go of the memory used longest ago, until the limit holds so much more."""
@@ -706,27 +759,33 @@ def _vector(arrays: Mapping[str, Array], fill: bool = True) -> tuple[Array, dict
     return vector, views
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step of an epoch: its number from 1, and the rows of its batch, which may be read."""
+
+    number: int
+    rows: Rows
+    ids: HostArray
+    batch: tuple[Any, ...] | None
+    digest: str  # of all batches so far
+
+
 class _Run:
     """Where a run stands: epoch and batch, the losses of the epoch, the best so far."""
 
-    def __init__(self, trainer: Trainer, rows: Rows, batch: int, path: Path | None) -> None:
+    def __init__(
+        self, trainer: Trainer, rows: Rows | Batches, batch: int, path: Path | None
+    ) -> None:
         self.trainer, self.rows, self.batch, self.path = trainer, rows, batch, path
         self.seed = self.epoch = self.at = 0
         self.total, self.seconds = 0.0, 0.0
+        self.count = 0  # rows of the epoch so far,
+        self.digest = ""  # and a hash of its batches, where an iterable gives them
         self.history: list[dict[str, float]] = []
         self.lowest, self.lowest_epoch = inf, 0
         self.best: dict[str, Array] | None = None
-        self._unread: list[tuple[int, int, Array]] = []  # (batch, rows, loss)
+        self._unread: list[tuple[_Step, Array]] = []  # with their losses
         self._saved = time.monotonic()
-
-    @property
-    def rows_done(self) -> int:
-        done = self.epoch * self.rows.count
-        return done + sum(map(len, self._batches()[: self.at])) if self.at else done
-
-    def _batches(self) -> list[Any]:
-        order = order_of(self.rows.count, self.seed, self.epoch, self.rows.in_memory)
-        return batches_of(order, self.batch)
 
     def waited(self, patience: int | None) -> bool:
         """Whether the validation loss has not been lower for so many epochs."""
@@ -742,42 +801,78 @@ class _Run:
     def go_through(self, done: Callable[[int], None], every: float) -> None:
         """The batches of an epoch that are left."""
         trainer, start = self.trainer, time.monotonic()
-        for i, ids in enumerate(self._batches()):
-            if i < self.at:
-                continue
-            y = trainer.step_on(
-                self.rows, ids, np.random.default_rng([self.seed, self.epoch, i + 1])
-            )
-            self._unread.append((i, len(ids), y))
-            self.at = i + 1
+        # a device computes while the next batch is read in any case
+        aside = trainer.place == "cpu" and not (self.rows.in_memory or trainer.memory_limit)
+        steps = self._steps(done)
+        for step, y in one_ahead(self._make, steps) if aside else map(self._make, steps):
+            self._unread.append((step, y))
+            self.at, self.digest = step.number, step.digest
+            self.count += len(step.ids)
             if trainer.place == "cpu" or len(self._unread) >= UNREAD:
                 self._read_losses()
             if self.path is not None and time.monotonic() - self._saved >= every:
                 self.seconds += time.monotonic() - start
                 start = time.monotonic()
                 self.save()
-            done(len(ids))
+            done(len(step.ids))
         self._read_losses()
         self.seconds += time.monotonic() - start
+        if not self.count:
+            raise ShapeError(
+                f"epoch {self.epoch + 1} has no batches; an iterator can be gone through once: a "
+                "function of the epoch answers another one each time"
+            )
+
+    def _steps(self, done: Callable[[int], None]) -> Iterator[_Step]:
+        """The steps of the epoch that are left, each with its batch, read if it is not cut."""
+        trainer, number, digest, self.count = self.trainer, 0, "", 0
+        for rows, ids in self.rows.batches(self.batch, self.seed, self.epoch):
+            number += 1
+            if self.path is not None and isinstance(self.rows, Batches):
+                digest = hashlib.sha256(f"{digest}{rows.digest(4)}".encode()).hexdigest()
+            if number > self.at:
+                batch = rows.at(ids) if trainer.memory_limit is None else None
+                yield _Step(number, rows, ids, batch, digest)
+                continue
+            self.count += len(ids)
+            done(len(ids))
+            if number == self.at and digest != self.digest:
+                raise CheckpointError(
+                    f"{self.path} has gone on to batch {number} of epoch {self.epoch + 1} by other "
+                    "batches than come now; it goes on where the same come again"
+                )
+        if number < self.at:
+            raise CheckpointError(
+                f"{self.path} stands at batch {self.at} of epoch {self.epoch + 1}, which has "
+                f"{number}"
+            )
+
+    def _make(self, step: _Step) -> tuple[_Step, Array]:
+        """The step taken; its loss before it."""
+        rng = np.random.default_rng([self.seed, self.epoch, step.number])
+        if step.batch is None:
+            return step, self.trainer.step_on(step.rows, step.ids, rng)
+        y = self.trainer.step(step.batch, rng)
+        return replace(step, batch=None), y
 
     def _read_losses(self) -> None:
-        for i, count, y in self._unread:
+        for step, y in self._unread:
             value = float(asnumpy(y))
             if not isfinite(value):
                 raise TrainingError(
-                    f"the loss is {value} in epoch {self.epoch + 1}, batch {i + 1}: "
-                    f"{self.trainer.reason(self.rows.at(self._batches()[i]))}"
+                    f"the loss is {value} in epoch {self.epoch + 1}, batch {step.number}: "
+                    f"{self.trainer.reason(step.rows.at(step.ids))}"
                 )
-            self.total += value * count
+            self.total += value * len(step.ids)
         self._unread.clear()
 
     def end_epoch(self, seen: Rows | None) -> dict[str, float]:
         """Note what the epoch came to."""
         entry: dict[str, float] = {
             "epoch": self.epoch + 1,
-            "loss": self.total / self.rows.count,
+            "loss": self.total / self.count,
             "seconds": self.seconds,
-            "rows_per_second": self.rows.count / max(self.seconds, 1e-9),
+            "rows_per_second": self.count / max(self.seconds, 1e-9),
         }
         if seen is not None:
             entry["validation"] = value = self._validate(seen)
@@ -786,11 +881,14 @@ class _Run:
                 self.best = self.trainer.snapshot()
         self.history.append(entry)
         self.epoch, self.at, self.total, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+        self.digest = ""
         return entry
 
     def _validate(self, seen: Rows) -> float:
         marks = range(self.batch, seen.count, self.batch)
-        return self.trainer.evaluate_on(seen, np.split(np.arange(seen.count), marks))
+        value = self.trainer.evaluate_on(seen, np.split(np.arange(seen.count), marks))
+        seen.let_go()
+        return value
 
     # to go on from
 
@@ -801,7 +899,7 @@ class _Run:
             self.seed = _seed(None) if seed is None else seed
             return
         arrays, about = read_run(self.path)
-        for what, value in self._fingerprint().items():
+        for what, value in self._fingerprint.items():
             if about["of"].get(what) != value:
                 raise CheckpointError(
                     f"{self.path} is of a run with another {what}: {about['of'].get(what)!s:.200}, "
@@ -813,8 +911,7 @@ class _Run:
         self.total, self.seconds, self.history = about["total"], about["seconds"], about["history"]
         self.lowest = inf if about["lowest"] is None else about["lowest"]
         self.lowest_epoch = about["lowest_epoch"]
-        if self.at > len(self._batches()):
-            raise CheckpointError(f"{self.path} stands behind the last batch of an epoch")
+        self.digest = about.get("batches", "")
         self._take(arrays)
 
     def _take(self, arrays: Mapping[str, Any]) -> None:
@@ -857,25 +954,27 @@ class _Run:
         arrays |= {f"state.{n}": a for n, a in self.trainer.state.items()}
         arrays |= {f"best.{n}": a for n, a in (self.best or {}).items()}
         about = {
-            "of": self._fingerprint(), "seed": self.seed, "epoch": self.epoch, "batch": self.at,
-            "total": self.total, "seconds": self.seconds, "history": self.history,
+            "of": self._fingerprint, "seed": self.seed, "epoch": self.epoch, "batch": self.at,
+            "batches": self.digest, "total": self.total, "seconds": self.seconds,
+            "history": self.history,
             "lowest": None if self.lowest == inf else self.lowest,
             "lowest_epoch": self.lowest_epoch,
         }  # fmt: skip
         write_run(self.path, {n: asnumpy(a) for n, a in arrays.items()}, about)
         self._saved = time.monotonic()
 
+    @cached_property
     def _fingerprint(self) -> dict[str, str]:
         """What a run is of: one with the same is the same run."""
         trainer = self.trainer
         shapes = {n: [str(p.dtype), *p.shape] for n, p in trainer.arrays.items()}
-        data = hashlib.sha256()
-        for array in self.rows.sample():
-            host = asnumpy(array)
-            data.update(f"{host.dtype}{host.shape}".encode() + host.tobytes())
         start = hashlib.sha256()
         for p in trainer.model.parameters().values():
             start.update(np.ascontiguousarray(asnumpy(p)).view("uint8").tobytes())
+        data, rows = "batches", self.rows
+        if isinstance(rows, Rows):
+            blocks = "" if rows.in_memory else f" in blocks of {rows.block}"
+            data = f"{rows.count} rows{blocks}, {rows.digest()}"
         batch = f"{self.batch}"
         if trainer.workers is not None:  # which bits follow from
             batch += f" in up to {PIECES} pieces of {PIECE_ROWS} rows and {PIECE_USES} uses"
@@ -888,7 +987,7 @@ class _Run:
             "loss": getattr(trainer.loss, "__qualname__", repr(trainer.loss)),
             "learned": ", ".join(trainer.learned),
             "batch": batch,
-            "data": f"{self.rows.count} rows, {data.hexdigest()}",
+            "data": data,
         }
         # where a function lies in memory is another matter in each process
         return {what: re.sub(r" at 0x[0-9a-fA-F]+", "", value) for what, value in run.items()}
