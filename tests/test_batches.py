@@ -257,6 +257,16 @@ def test_rows_in_all_are_not_known_of_batches():
     assert told[-1] == (400, None)
 
 
+def test_a_bar_tells_the_loss_of_the_epoch_so_far(monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    x, y = data()
+    for rows in (x, y), (shuffled(x, y),):
+        fitted = fit(deep(), *rows, batch=None, epochs=2, progress=True)
+        last = capfd.readouterr().err.split("\r")[-1]
+        assert f"loss={fitted.history[-1]['loss']:.3g}" in last
+        assert "400" in last
+
+
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"memory_limit": 9000}])
 def test_batches_of_ever_new_sizes_keep_few_programs(options, monkeypatch):
     x, y = data(700)

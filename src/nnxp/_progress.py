@@ -15,12 +15,12 @@ Progress = bool | Callable[[int, Any], object]
 
 
 @contextmanager
-def reported(rows: int | None, progress: Progress) -> Iterator[Callable[[int], None]]:
+def reported(rows: int | None, progress: Progress) -> Iterator[Callable[..., None]]:
     """What hears of finished rows, from any thread, while so many rows are swept, None for any.
 
-    With True it moves a bar on stderr, where somebody looks at it: on a terminal and in a notebook.
-    A bar that cannot be drawn ends no work. A function is called with the rows done and the rows in
-    all, by one thread at a time; what it raises ends the sweep.
+    With True it moves a bar on stderr, where somebody looks at it: on a terminal and in a notebook;
+    numbers by name stand behind it. A bar that cannot be drawn ends no work. A function is called
+    with the rows done and the rows in all, by one thread at a time; what it raises ends the sweep.
     """
     if not (isinstance(progress, bool) or progress is None or callable(progress)):
         raise OptionError(
@@ -30,18 +30,19 @@ def reported(rows: int | None, progress: Progress) -> Iterator[Callable[[int], N
     lock, finished = threading.Lock(), 0
     bar = _bar(rows) if progress is True else None
 
-    def done(count: int) -> None:
+    def done(count: int, **numbers: float) -> None:
         nonlocal finished
         with lock:
             finished += count
             if bar is not None:
                 with suppress(Exception):
+                    bar.set_postfix(numbers, refresh=False)
                     bar.update(count)
             else:
                 progress(finished, rows)  # type: ignore[operator]
 
     try:
-        yield (lambda count: None) if bar is None and not callable(progress) else done
+        yield (lambda count, **numbers: None) if bar is None and not callable(progress) else done
     finally:
         if bar is not None:
             with suppress(Exception):

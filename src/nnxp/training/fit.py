@@ -173,8 +173,8 @@ def fit(
             and have to be the same.
         checkpoint_seconds: between two writes.
         rng: a seed or a Generator: the same one gives the same bits on the same machine.
-        progress: True for a bar, or a function of the rows done and the rows in all, which is None
-            for batches from an iterable.
+        progress: True for a bar with the loss of the epoch so far, or a function of the rows done
+            and the rows in all, which is None for batches from an iterable.
         callback: is called with each entry of the history.
 
     Returns:
@@ -798,7 +798,7 @@ class _Run:
             losses = [entry.get("validation", entry["loss"]) for entry in self.history]
             self.trainer.current = replace(optimizer, rate=optimizer.rate.after(losses))
 
-    def go_through(self, done: Callable[[int], None], every: float) -> None:
+    def go_through(self, done: Callable[..., None], every: float) -> None:
         """The batches of an epoch that are left."""
         trainer, start = self.trainer, time.monotonic()
         # a device computes while the next batch is read in any case
@@ -814,7 +814,8 @@ class _Run:
                 self.seconds += time.monotonic() - start
                 start = time.monotonic()
                 self.save()
-            done(len(step.ids))
+            read = self.count - sum(len(step.ids) for step, _ in self._unread)
+            done(len(step.ids), loss=self.total / read if read else nan)
         self._read_losses()
         self.seconds += time.monotonic() - start
         if not self.count:
@@ -823,7 +824,7 @@ class _Run:
                 "function of the epoch answers another one each time"
             )
 
-    def _steps(self, done: Callable[[int], None]) -> Iterator[_Step]:
+    def _steps(self, done: Callable[..., None]) -> Iterator[_Step]:
         """The steps of the epoch that are left, each with its batch, read if it is not cut."""
         trainer, number, digest, self.count = self.trainer, 0, "", 0
         for rows, ids in self.rows.batches(self.batch, self.seed, self.epoch):
