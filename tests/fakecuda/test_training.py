@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import cupy
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from nnxp.backend import cuda
 from nnxp.backend._device import Unrecordable
 from nnxp.backend._recording import StepRecording, recorded
 from nnxp.training import _chunks
+from nnxp.training.fit import Trainer
 
 pytestmark = pytest.mark.parametrize("gpu", [True], ids=["as late as possible"], indirect=True)
 
@@ -26,6 +29,7 @@ NETS = {
         nnxp.TransformerEncoderLayer(6, 2, 8, rng=0), nnxp.Dense(6, 3, rng=1)
     ),
 }
+fitting = sys.modules["nnxp.training.fit"]  # which the function of this name hides
 ROWS = 44  # six batches of eight, of which the last is ragged
 
 
@@ -115,7 +119,7 @@ def test_a_step_is_recorded_in_the_order_of_the_caller_s_stream(gpu):
     for _ in range(100):  # streams that are not ordered take turns
         gpu.give(0, "yet to do", lambda: None)
     p += 1
-    step = recorded(StepRecording, nnxp.get_backend("cuda"), run, [x])
+    step = recorded(StepRecording, nnxp.get_backend("cuda"), run, run, [x])
     np.testing.assert_array_equal(into.get(), [2] * 4)  # which waits for the caller's stream only
     for value in (3, 5):
         x[...] = value
@@ -154,3 +158,50 @@ def test_an_optimiser_takes_a_vector_whole(gpu, monkeypatch):
         gpu.finish()
         counts.append(sum(n for (kind, _), n in gpu.done.items() if kind == "CuPy's kernel"))
     assert counts[0] == counts[1]
+
+
+RULES = [
+    nnxp.SGD(nnxp.schedules.Linear(0.1, 30)),
+    nnxp.Momentum(nnxp.schedules.Plateau(0.05, patience=0, tolerance=0.5), decay=0.01),
+    nnxp.Nesterov(0.05),
+    nnxp.Adagrad(0.05),
+    nnxp.RMSProp(1e-3),
+    nnxp.Adam(nnxp.schedules.Exponential(1e-2, 0.5, 10)),
+    nnxp.Adam(1e-2, eps_hat=True),
+    nnxp.AdamW(1e-2, decay=0.1),
+    nnxp.Lion(1e-3, decay=0.1),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_the_rule_of_an_optimiser_is_part_of_the_graph(gpu, monkeypatch, rule, clip):
+    """And comes to the same bits as outside of it, with the numbers of each step."""
+    x, target = rows_for("dense")
+    options = {"loss": "mean_square", "epochs": 3, "batch": 8, "rng": 0, "clip": clip}
+    results, outside = [], []
+    for most in (0, fitting.RECORDED):
+        monkeypatch.setattr(fitting, "RECORDED", most)
+        gpu.done.clear()
+        results.append(nnxp.fit(NETS["dense"].to("cuda"), x, target, optimizer=rule, **options))
+        gpu.finish()
+        outside.append(sum(n for (kind, _), n in gpu.done.items() if kind == "CuPy's kernel"))
+    for name, p in results[0].model.parameters().items():
+        np.testing.assert_array_equal(results[1].model.parameters()[name].get(), p.get())
+    steps, recorded_ones = 3 * 6, 3 * 6 - 2 * 2  # of two sizes, each without a graph twice at first
+    assert outside[0] - outside[1] >= recorded_ones
+    assert steps > recorded_ones
+
+
+def test_a_rule_of_one_s_own_and_16_bits_are_not_part_of_it(gpu):
+    class Signs(nnxp.Optimizer):
+        def step(self, p, g, *, t):
+            p -= self.rate_at(t) * 0.9**t * cupy.sign(g)
+
+    x, target = rows_for("dense")
+    options = {"loss": "mean_square", "epochs": 3, "batch": 8, "rng": 0}
+    for net, rule in ((NETS["dense"], Signs(1e-3)), (NETS["dense"].astype("float16"), nnxp.SGD())):
+        trainer = Trainer(net.to("cuda"), nnxp.losses.mean_square, rule)
+        assert trainer._numbers is None
+        losses = nnxp.fit(net.to("cuda"), x, target, optimizer=rule, **options).history
+        assert losses[-1]["loss"] < losses[0]["loss"]

@@ -92,10 +92,14 @@ class DeviceBackend(Backend):
 
     @abstractmethod
     def record(
-        self, fn: Callable[[], tuple[Array, ...]], stream: Stream
+        self,
+        fn: Callable[[], tuple[Array, ...]],
+        stream: Stream,
+        trial: Callable[[], object] | None = None,
     ) -> Callable[[], tuple[Array, ...]]:
         """fn(), to be repeated on the current stream at less cost than by calling it.
 
+        Where it may be called only as often as it is asked for, `trial` is what is like it.
         Raises Unrecordable if fn does what can only be called.
         """
 

@@ -93,6 +93,7 @@ class DeviceRecording:
 class StepRecording:
     """Work that was done before with arrays like these, recorded: `step(arrays)` does it again.
 
+    `trial` is as `run`, but may be called once more.
     What else it reads and writes stays where it is, and is kept alive by `run`. One caller at a
     time, who stays on a stream.
     """
@@ -101,6 +102,7 @@ class StepRecording:
         self,
         backend: DeviceBackend,
         run: Callable[[list[Array]], tuple[Array, ...]],
+        trial: Callable[[list[Array]], object],
         arrays: Sequence[Array],
         pool: Pool,
     ) -> None:
@@ -112,7 +114,7 @@ class StepRecording:
             backend.wait(stream, backend.mark(callers))
             with stream, pool.use():
                 own = [x.copy() for x in arrays]
-                self._on_device += own, backend.record(lambda: run(own), stream)
+                self._on_device += own, backend.record(lambda: run(own), stream, lambda: trial(own))
             backend.wait(callers, backend.mark(stream))
 
     def __call__(self, arrays: Sequence[Array]) -> tuple[Array, ...]:

@@ -126,15 +126,18 @@ class CudaBackend(DeviceBackend):
             into[...] = x
 
     def record(
-        self, fn: Callable[[], tuple[Array, ...]], stream: Any
+        self,
+        fn: Callable[[], tuple[Array, ...]],
+        stream: Any,
+        trial: Callable[[], object] | None = None,
     ) -> Callable[[], tuple[Array, ...]]:
         """As a CUDA graph.
 
-        Run once more before it is captured, so that all is compiled and the pool holds about what
-        the graph will need. It may cut that otherwise and take some more: CuPy captures in the
-        mode in which CUDA allows that.
+        Run once more, or `trial` in its place, before it is captured, so that all is compiled and
+        the pool holds about what the graph will need. It may cut that otherwise and take some more:
+        CuPy captures in the mode in which CUDA allows that.
         """
-        fn()
+        (trial or fn)()
         try:
             stream.begin_capture()
             try:

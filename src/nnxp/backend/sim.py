@@ -86,7 +86,10 @@ class SimBackend(DeviceBackend):
         return np.empty(size, "uint8")
 
     def record(
-        self, fn: Callable[[], tuple[Array, ...]], stream: Stream
+        self,
+        fn: Callable[[], tuple[Array, ...]],
+        stream: Stream,
+        trial: Callable[[], object] | None = None,
     ) -> Callable[[], tuple[Array, ...]]:
         return fn
 

@@ -194,8 +194,12 @@ class LossRunner:
         arrays: Sequence[Array],
         rng: np.random.Generator | None,
         gradients: Sequence[Array] | None = None,
+        then: Callable[[], None] | None = None,
     ) -> tuple[Array, dict[str, Array], list[Array]]:
-        """The loss, the statistics of layers, and the gradients; in `gradients`, if given."""
+        """The loss, the statistics of layers, and the gradients; in `gradients`, if given.
+
+        With those, `then` is what is done next on a device, the same every time.
+        """
         outputs = self.written.program.outputs
         mark = 1 + len(self.written.statistics)
         drawn = self.draw(rng)
@@ -206,7 +210,7 @@ class LossRunner:
                 results = [*(np.empty(v.shape, v.dtype) for v in due), *(gradients or ())]
                 self._recording([*parameters, *batch], results)
             elif gradients is not None:
-                results = [*self._filled(parameters, batch, gradients), *gradients]
+                results = [*self._filled(parameters, batch, gradients, then), *gradients]
             else:
                 results = self._program.run([*parameters, *batch])
                 results = [_owned(y, v) for y, v in zip(results, outputs, strict=True)]
@@ -222,16 +226,26 @@ class LossRunner:
         return self(own, arrays_in(arrays), rng)
 
     def _filled(
-        self, parameters: Sequence[Array], batch: Sequence[Array], gradients: Sequence[Array]
+        self,
+        parameters: Sequence[Array],
+        batch: Sequence[Array],
+        gradients: Sequence[Array],
+        then: Callable[[], None] | None,
     ) -> tuple[Array, ...]:
         """The loss and the statistics of layers, on a device; the gradients are filled."""
 
-        def run(arrays: Sequence[Array]) -> tuple[Array, ...]:
+        def fill(arrays: Sequence[Array]) -> tuple[Array, ...]:
             results = self._program.run([*parameters, *arrays])
             mark = 1 + len(self.written.statistics)
             for into, g in zip(gradients, results[mark:], strict=True):
                 into[...] = g
             return tuple(results[:mark])
+
+        def run(arrays: Sequence[Array]) -> tuple[Array, ...]:
+            results = fill(arrays)
+            if then is not None:
+                then()
+            return results
 
         fixed = [*parameters, *gradients]
         again = len(fixed) == len(self._fixed) and all(map(is_, fixed, self._fixed))
@@ -243,7 +257,7 @@ class LossRunner:
             self.records = False  # it is tried once
             few = all(max(x.shape[:1], default=0) <= FEW_ROWS for x in batch)
             if few and isinstance(self._home, DeviceBackend):
-                self._step = recorded(StepRecording, self._home, run, batch)
+                self._step = recorded(StepRecording, self._home, run, fill, batch)
         return run(batch) if self._step is None else self._step(batch)
 
 

@@ -48,10 +48,11 @@ from nnxp.training.differentiate import (
     write_out,
 )
 from nnxp.training.losses import LOSSES, Loss
-from nnxp.training.optimizers import Adam, Optimizer
+from nnxp.training.optimizers import Adam, Optimizer, StepNumbers
 from nnxp.training.schedules import Plateau
 
 BATCH = 128  # rows a step
+RECORDED = 1 << 22  # parameters at most, for their change to be recorded: it takes memory
 KEPT = 16  # programs of batches of so many sizes and kinds
 UNREAD = 64  # losses of a device that are read together: reading one waits for it
 SCALE = 2.0**15  # of the gradients of float16, at most and at first
@@ -352,6 +353,7 @@ class Trainer:
             self.narrow = self.vector.dtype.itemsize == 2
             self.master = self.vector.astype("float32") if self.narrow else self.vector
             self.state = optimizer.init({"parameters": self.master})
+            self._numbers = self._step_numbers()
             if self.narrow:
                 first_scale = SCALE if self.vector.dtype == np.float16 else 1.0
                 self.state |= {"scale": np.array(first_scale), "unscathed": np.zeros((), "int64")}
@@ -367,7 +369,27 @@ class Trainer:
     @np.errstate(all="ignore")  # a loss that is no number any more is seen to where it is read
     def step(self, batch: Sequence[Any], rng: np.random.Generator | None) -> Array:
         """One step by the gradients of this batch; its loss before it."""
-        return self._moved(*self._slope(batch, rng))
+        if self._numbers is None:
+            return self._moved(*self._slope(batch, rng))
+        self.state["steps"][...] += 1
+        self._numbers.fill(self.current, int(self.state["steps"]))
+        runner = self._runner(batch, True)
+        y, statistics = self._run(runner, batch, rng, self.gradients, self._apply)
+        self._record(statistics)
+        return y
+
+    def _step_numbers(self) -> StepNumbers | None:
+        """What a step on a device is recorded with, where it can be, and is worth it."""
+        ours = type(self.optimizer).__module__ == Optimizer.__module__
+        if self.place == "cpu" or self.narrow or self.vector.size > RECORDED or not ours:
+            return None
+        return StepNumbers(self.vector)
+
+    def _apply(self) -> None:
+        """The step of the optimiser on a device, of the number that is filled in."""
+        self._clip(self.slopes)
+        of = "parameters"
+        self.current.apply({of: self.master}, {of: self.slopes}, self.state, self._numbers)
 
     @np.errstate(all="ignore")
     def step_on(self, rows: Rows, ids: HostArray, rng: np.random.Generator | None) -> Array:
@@ -401,14 +423,17 @@ class Trainer:
         slopes = self._unscaled() if self.narrow else self.slopes
         if slopes is None:
             return y
-        if self.clip is not None:
-            norm = xp_of(slopes).sqrt((slopes * slopes).sum())
-            slopes *= xp_of(slopes).minimum(self.clip / (norm + 1e-12), 1)
+        self._clip(slopes)
         self.current.update({"parameters": self.master}, {"parameters": slopes}, self.state)
         if self.narrow:
             self.vector[...] = self.master
         self._record(statistics)
         return y
+
+    def _clip(self, slopes: Array) -> None:
+        if self.clip is not None:
+            norm = xp_of(slopes).sqrt((slopes * slopes).sum())
+            slopes *= xp_of(slopes).minimum(self.clip / (norm + 1e-12), 1)
 
     def _unscaled(self) -> Array | None:
         """The gradients in float32; None if 16 bits did not hold them, and the step is left out.
@@ -454,11 +479,12 @@ class Trainer:
         batch: Sequence[Any],
         rng: np.random.Generator | None = None,
         gradients: Mapping[str, Array] | None = None,
+        then: Callable[[], None] | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """The loss of a batch, and the statistics of layers; the gradients are filled."""
         parameters = [self.arrays[n] for n in runner.written.inputs]
         into = None if gradients is None else [gradients[n] for n in runner.written.learned]
-        return runner(parameters, arrays_in(batch), rng, into)[:2]
+        return runner(parameters, arrays_in(batch), rng, into, then)[:2]
 
     def _slope_in_pieces(
         self, batch: Sequence[Any], rng: np.random.Generator | None

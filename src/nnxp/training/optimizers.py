@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from math import inf, sqrt
 from typing import Any, ClassVar
 
@@ -20,6 +21,46 @@ from nnxp._errors import DtypeMismatch, OptionError, ShapeError
 from nnxp.layers._layer import is_real
 from nnxp.training._chunks import chunks
 from nnxp.training.schedules import Rate, rate_at
+
+
+class StepNumbers:
+    """What stands for t where the same work is to do every step: its numbers lie on a device.
+
+    Each of them is computed for the step of now, and filled in, by `fill`.
+    """
+
+    MOST = 8
+
+    def __init__(self, like: Array) -> None:
+        self._array = xp_of(like).zeros((self.MOST,), like.dtype)
+        self._values = np.zeros(self.MOST, like.dtype)
+        self._functions: list[Callable[[Any, int], float]] = []
+        self._optimizer: Any = None
+        self._t = 0
+
+    def fill(self, optimizer: Optimizer, t: int) -> None:
+        """The numbers of step t of an optimiser."""
+        self._optimizer, self._t = optimizer, t
+        for i, function in enumerate(self._functions):
+            self._values[i] = function(optimizer, t)
+        self._array.set(self._values)
+
+    def of(self, function: Callable[[Any, int], float]) -> Array:
+        """A number without axes: function(optimizer, t)."""
+        if function not in self._functions:
+            self._functions.append(function)
+            self.fill(self._optimizer, self._t)
+        return self._array[self._functions.index(function)]
+
+
+def of_step(function: Callable[[Any, int], float]) -> Callable[[Any, Any], Any]:
+    """A number that follows from t alone: a float, or on a device where t is `StepNumbers`."""
+
+    @wraps(function)
+    def number(self: Any, t: int | StepNumbers) -> Any:
+        return t.of(function) if isinstance(t, StepNumbers) else function(self, t)
+
+    return number
 
 
 @dataclass(frozen=True)
@@ -61,9 +102,16 @@ class Optimizer:
         """The rule: change p, and the arrays of the state, in place."""
         raise NotImplementedError
 
+    @of_step
     def rate_at(self, t: int) -> float:
         """The learning rate of step t, which is 1 for the first."""
         return rate_at(self.rate, t - 1)
+
+    @of_step
+    def _kept(self, t: int) -> float:
+        """What decay leaves of a parameter."""
+        rate: float = self.rate_at(t)
+        return 1 - rate * self.decay
 
     def init(self, parameters: Mapping[str, Array]) -> dict[str, Array]:
         """The state for the first step: `steps`, and "v.layers.0.weight" and the like."""
@@ -92,7 +140,16 @@ class Optimizer:
         for name, p in parameters.items():
             self._check_parameter(name, p, gradients[name], state)
         state["steps"][...] += 1
-        t = int(state["steps"])
+        self.apply(parameters, gradients, state, int(state["steps"]))
+
+    def apply(
+        self,
+        parameters: Mapping[str, Array],
+        gradients: Mapping[str, Array],
+        state: Mapping[str, Array],
+        t: Any,
+    ) -> None:
+        """Step t, of arrays that fit each other; `steps` is left as it is."""
         owner_of = owners(parameters)
         for name, p in parameters.items():
             if owner_of[name].name != name:
@@ -227,13 +284,24 @@ class Adam(Optimizer):
         move = g * g
         s *= self.beta2
         s += move
-        root = sqrt(1 - self.beta2)
-        corrected = sqrt(1 - self.beta2**t)
         xp.sqrt(s, out=move)
-        move += self.eps * (1.0 if self.eps_hat else corrected) / root
+        move += self._added(t)
         xp.divide(m, move, out=move)
-        move *= self.rate_at(t) * corrected / (1 - self.beta1**t) * (1 - self.beta1) / root
+        move *= self._factor(t)
         p -= move
+
+    @of_step
+    def _added(self, t: int) -> float:
+        """eps, for m and s without their factors."""
+        corrected = 1.0 if self.eps_hat else sqrt(1 - self.beta2**t)
+        return self.eps * corrected / sqrt(1 - self.beta2)
+
+    @of_step
+    def _factor(self, t: int) -> float:
+        """The rate, for m and s without their factors."""
+        corrected = sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
+        rate: float = self.rate_at(t)
+        return rate * corrected * (1 - self.beta1) / sqrt(1 - self.beta2)
 
 
 @dataclass(frozen=True)
@@ -245,7 +313,7 @@ class AdamW(Adam):
 
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         if self.decay:
-            p *= 1 - self.rate_at(t) * self.decay
+            p *= self._kept(t)
         super().step(p, g, *state, t=t)
 
 
@@ -268,10 +336,9 @@ class Lion(Optimizer):
 
     def step(self, p: Array, g: Array, *state: Array, t: int) -> None:
         (m,) = state
-        rate = self.rate_at(t)
         if self.decay:
-            p *= 1 - rate * self.decay
-        p -= rate * xp_of(p).sign(m * self.beta1 + g * (1 - self.beta1))
+            p *= self._kept(t)
+        p -= self.rate_at(t) * xp_of(p).sign(m * self.beta1 + g * (1 - self.beta1))
         m *= self.beta2
         m += g * (1 - self.beta2)
 
