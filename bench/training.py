@@ -179,7 +179,7 @@ def bare_products(task: Task) -> Run:
     return run
 
 
-def ours(task: Task, workers: int | None = None) -> Run:
+def ours(task: Task, workers: int | None = None, place: str = "cpu") -> Run:
     import nnxp
     from nnxp.training.fit import Trainer
 
@@ -193,18 +193,18 @@ def ours(task: Task, workers: int | None = None) -> Run:
             layers += [nnxp.Conv.of(w, b, end, padding=1), nnxp.MaxPool((2, 2))]
         else:
             layers.append(nnxp.Dense.of(w, b, end))
-    trainer = Trainer(
-        nnxp.Sequential(*layers), nnxp.losses.cross_entropy, nnxp.SGD(RATE), workers=workers
-    )
+    model = nnxp.Sequential(*layers).to(place)
+    trainer = Trainer(model, nnxp.losses.cross_entropy, nnxp.SGD(RATE), workers=workers)
+    batch = tuple(nnxp.to_backend(x, place) for x in (task.x, task.labels))
     names = [f"{path}.{kind}" for kind in ("weight", "bias") for path in paths]
     return repeated(
         task,
-        lambda: trainer.step((task.x, task.labels), None),
-        lambda: [trainer.arrays[n] for n in names],
+        lambda: trainer.step(batch, None),
+        lambda: [nnxp.asnumpy(trainer.arrays[n]) for n in names],
     )
 
 
-def in_torch(task: Task, compiled: bool = False) -> Run:
+def in_torch(task: Task, compiled: bool = False, device: str = "cpu") -> Run:
     import torch
     from torch import nn
 
@@ -222,9 +222,10 @@ def in_torch(task: Task, compiled: bool = False) -> Run:
             layer.weight.copy_(torch.from_numpy(np.moveaxis(w, (-1, -2), (0, 1))))
             layer.bias.copy_(torch.from_numpy(b))
         layers.append(layer)
+    convs.to(device), head.to(device)
     parameters = [*convs.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, RATE, fused=True)
-    x, labels = torch.from_numpy(task.x), torch.from_numpy(task.labels)
+    x, labels = (torch.from_numpy(each).to(device) for each in (task.x, task.labels))
 
     def loss() -> Any:
         flat = x
@@ -245,8 +246,8 @@ def in_torch(task: Task, compiled: bool = False) -> Run:
         task,
         step,
         lambda: (
-            [np.moveaxis(each.weight.detach().numpy(), (0, 1), (-1, -2)) for each in layers]
-            + [each.bias.detach().numpy() for each in layers]
+            [np.moveaxis(each.weight.detach().cpu().numpy(), (0, 1), (-1, -2)) for each in layers]
+            + [each.bias.detach().cpu().numpy() for each in layers]
         ),
     )
 

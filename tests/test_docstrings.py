@@ -39,6 +39,7 @@ INSIDE = {
     "is_floating",
     "is_number",
     "is_real",
+    "of_step",
     "owners",
     "rate_at",
     "xp_of",

@@ -49,8 +49,8 @@ def bench(monkeypatch):
     """The modules in bench/."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     steps = (
-        "where verify parity goldens replays nan products network host fused pictures graphs "
-        "memory blocks"
+        "where verify parity goldens replays nan products network host fused models training "
+        "graphs memory blocks"
     )
     return SimpleNamespace(
         gpu=importlib.import_module("gpu.__main__"),

@@ -40,12 +40,14 @@ STEPS = {
     "host": 120,
     "fused": 40,
     "graphs": 120,
-    "pictures": 90,
+    "models": 120,
+    "training": 90,
     "memory": 45,
     "blocks": 60,
     "autotune": 150,
+    "compiled": 590,
 }
-SPARE = ("autotune",)  # for what time is left: without it nothing is missing
+SPARE = ("autotune", "compiled")  # for what time is left: without it nothing is missing
 LEAST = 10  # seconds that are worth starting a step for
 PATIENCE = 5  # seconds from the signal to end to the one that ends
 TAIL = 6000  # characters of the output of a step that failed

@@ -82,6 +82,10 @@ def goals(steps: Sequence[Step]) -> Iterator[tuple[str, Any, Any, bool]]:
     for ours, least in (("nnxp-eager", 1.0), ("nnxp", 2.0)):
         times = quotient("graphs", "1 row", ours, "torch")
         yield _least(f"one row, resident, {ours}: times as fast as torch", times, least)
+    for name in ("resnet50", "minilm"):
+        for kind in [kind for kind in KINDS if at("compiled", f"{name} {kind}")]:
+            times = quotient("compiled", f"{name} {kind}", "nnxp", "torch-compile")
+            yield _least(f"{name}, {kind}: times as fast as torch-compile", times, 1.0)
     constant = at("memory", "stream", "constant")
     yield (
         "the memory of the card in use is constant, whatever passes",

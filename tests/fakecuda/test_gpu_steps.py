@@ -19,7 +19,8 @@ from nnxp.testing import LIMIT, goldens
 from nnxp.testing.parity import compare
 
 BENCH = Path(__file__).parents[2] / "bench"
-STEPS = "where verify goldens replays nan products network host fused pictures graphs memory blocks"
+STEPS = """where verify goldens replays nan products network host fused models training graphs
+    memory blocks"""
 FEW = goldens.layer_examples()[:3]
 
 

@@ -36,6 +36,7 @@ from nnxp.layers._layer import Layer, Rng, check_model, generator, is_number, wh
 from nnxp.layers.norm import rounding
 from nnxp.program.program import multiply_adds
 from nnxp.training._chunks import chunks
+from nnxp.training._step import StepNumbers
 from nnxp.training.batches import Batches, Rows, entrance_of
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
@@ -48,7 +49,7 @@ from nnxp.training.differentiate import (
     write_out,
 )
 from nnxp.training.losses import LOSSES, Loss
-from nnxp.training.optimizers import Adam, Optimizer, StepNumbers
+from nnxp.training.optimizers import Adam, Optimizer
 from nnxp.training.schedules import Plateau
 
 BATCH = 128  # rows a step

@@ -1,5 +1,6 @@
-"""A ResNet and a MobileNet on pictures that are on the device, against torch with its pictures in
-the order that its convolutions like best; and how near what looks through windows comes to a copy.
+"""Networks of several kinds on rows that are on the device, and in host memory, against torch, with
+its pictures in the order that its convolutions like best; and how near what looks through windows
+comes to a copy.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ from models import drawn, due, rows_of
 from nnxp import kernels
 from nnxp._arrays import float_dtype
 
-NETWORKS = ("resnet50", "mobilenet")
-ROWS = 64
+NETWORKS = ("resnet50", "minilm", "lstm", "mobilenet")
+ROWS = {"resnet50": 64, "mobilenet": 64, "minilm": 64, "lstm": 1024}
 CHECKED = 4  # rows, against float64 on the host
 KINDS = {"fp32": "float32", "bf16": "bfloat16", "tf32": "float32", "fp16": "float16"}
 
 
 def figures(here: Here) -> Figures:
     yield "windows", _windows(here)
+    yield from networks(here, {"torch": False})
+    if here.on_gpu:
+        yield "convolutions by cuDNN", by_cudnn()
+
+
+def networks(here: Here, rivals: dict[str, bool]) -> Figures:
+    """Each network in each type; a rival is torch, and may be compiled."""
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -32,9 +40,7 @@ def figures(here: Here) -> Figures:
         return
     for kind in here.sized(tuple(KINDS), ("fp32",)):
         for name in NETWORKS:
-            yield f"{name} {kind}", _raced(here, name, kind)
-    if here.on_gpu:
-        yield "convolutions by cuDNN", by_cudnn()
+            yield f"{name} {kind}", _raced(here, name, kind, rivals)
 
 
 def _windows(here: Here) -> Values:
@@ -59,15 +65,18 @@ def _windows(here: Here) -> Values:
     return values
 
 
-def _raced(here: Here, name: str, kind: str) -> Values:
+def _raced(here: Here, name: str, kind: str, rivals: dict[str, bool]) -> Values:
     small = here.sized(False, True)
-    x = rows_of(name, ROWS, small)
+    x = rows_of(name, ROWS[name], small)
     expected = due(name, CHECKED, small).value
     runs = {
         "nnxp": _nnxp(here, drawn(name, small), kind, x),
-        "torch": _torch(here, drawn(name, small), kind, x),
+        **{
+            who: _torch(here, drawn(name, small), kind, x, compiled)
+            for who, compiled in rivals.items()
+        },
     }
-    if here.on_gpu:
+    if here.on_gpu and x.ndim == 4:
         runs["nnxp without cuDNN"] = _nnxp(here, drawn(name, small), kind, x, without_cudnn=True)
     table: Values = {}
     for who, (run, why) in runs.items():
@@ -82,7 +91,8 @@ def _raced(here: Here, name: str, kind: str) -> Values:
     for who, (run, _) in runs.items():
         if run is not None and "problem" not in table[who]:
             seconds = here.seconds(partial(run, None))
-            table[who] |= {"ms": seconds * 1e3, "rows/s": len(x) / seconds}
+            table[who] |= {"µs": seconds * 1e6, "rows/s": len(x) / seconds}
+            table[who] |= {"rows/s from the host": len(x) / here.seconds(partial(run, x))}
     return table
 
 
@@ -112,7 +122,7 @@ def _without_cudnn() -> Any:
     return cudnn.unused()
 
 
-def _torch(here: Here, module: Any, kind: str, x: Array) -> tuple[Run | None, str]:
+def _torch(here: Here, module: Any, kind: str, x: Array, compiled: bool) -> tuple[Run | None, str]:
     import torch
 
     if not (here.on_gpu and torch.cuda.is_available()):
@@ -120,8 +130,10 @@ def _torch(here: Here, module: Any, kind: str, x: Array) -> tuple[Run | None, st
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = kind == "tf32"
     torch.backends.cudnn.benchmark = True
     there = {"device": "cuda", "dtype": getattr(torch, KINDS[kind])}
-    order = {"memory_format": torch.channels_last}
+    order = {"memory_format": torch.channels_last} if x.ndim == 4 else {}
     module = module.to(**there, **order)
+    if compiled:
+        module = torch.compile(module)
     own = torch.from_numpy(x).to(**there, **order)
 
     def run(rows: Any) -> Any:
