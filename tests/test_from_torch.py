@@ -42,12 +42,16 @@ def drawn(module, seed=0):
     return module.eval()
 
 
-def flat(answer):
+def flat_tensors(answer):
     if isinstance(answer, dict):
         answer = tuple(answer.values())
     if isinstance(answer, tuple | list):
-        return [y for each in answer for y in flat(each)]
-    return [] if answer is None else [answer.detach().numpy()]
+        return [y for each in answer for y in flat_tensors(each)]
+    return [] if answer is None else [answer]
+
+
+def flat(answer):
+    return [y.detach().numpy() for y in flat_tensors(answer)]
 
 
 def tensors(inputs, dtype):
@@ -620,6 +624,50 @@ FORMULAS = {
     "scans": lambda x: (torch.cumsum(x, 1), x.cumsum(dim=-1), torch.cumprod(x, 1)),
     "roll and flip": lambda x: (torch.roll(x, 1), torch.roll(x, shifts=(1, 2), dims=(0, 1)),
                                 torch.flip(x, [0, 1]), x.flip(1)),
+    "of two": lambda x: (torch.atan2(x, x + 1), torch.hypot(x, x.sin()), torch.fmod(x, 0.7),
+                         torch.logaddexp(x, x * 2), torch.fmax(x, -x), x.fmin(x * 2)),
+    "between two": lambda x: (torch.lerp(x, x * 2, 0.3), x.lerp(end=x.sin(), weight=x.abs())),
+    "sums with factors": lambda x: (torch.add(x, x.sin(), alpha=2), x.sub(x.sin(), alpha=0.5),
+                                    torch.rsub(x, 1, alpha=2), x.addcmul(x, x, value=0.5),
+                                    torch.addcdiv(x, x, x.abs() + 1, value=0.5)),
+    "bounds of one side": lambda x: (x.clamp_min(math.fmod(x.shape[1], 4)), torch.clamp_max(x, max=0.5), x.frac()),
+    "kinds of numbers": lambda x: (torch.nan_to_num(torch.where(x > 0.5, float("nan"), x)),
+                                   torch.where(x > 0.5, float("inf"), x).nan_to_num(posinf=2.0),
+                                   +x, torch.sgn(x),
+                                   torch.signbit(x), torch.isclose(x, x.abs(), atol=1e-6),
+                                   x.count_nonzero(1), torch.ge(x, 0) ^ torch.not_equal(x, 1)),
+    "logit": lambda x: (torch.logit(x.sigmoid()), torch.special.logit(x, eps=0.1)),
+    "logsumexp": lambda x: (torch.logsumexp(x, 1), x.logsumexp(dim=(0, 1), keepdim=True),
+                            torch.special.logsumexp(x * 400, -1)),
+    "spread, and means": lambda x: (torch.var_mean(x, 1), torch.std_mean(x, [0, 1], correction=0),
+                                    torch.var_mean(x, False), x.aminmax(dim=1, keepdim=True)),
+    "norms": lambda x: (x.norm(), x.norm(dim=1), x.norm(1, -1, keepdim=True), x.norm(3, (0, 1)),
+                        torch.norm(x, p="fro", dim=(0, 1)), torch.norm(x, 2, 1),
+                        torch.linalg.norm(x), torch.linalg.norm(x, float("inf"), dim=0),
+                        torch.linalg.norm(x[None], "fro", dim=(1, 2), keepdim=True),
+                        torch.linalg.vector_norm(x, 0, dim=1), torch.linalg.vector_norm(x),
+                        torch.linalg.vector_norm(x, ord=-float("inf"), dim=(0, 1), keepdim=True),
+                        torch.linalg.matrix_norm(x)),
+    "distances": lambda x: (torch.dist(x, x.sin()), torch.cdist(x, x.sin()), torch.cdist(x, x, 1),
+                            F.pairwise_distance(x, x.sin(), keepdim=True)),
+    "products": lambda x: (torch.mm(x, x.T), x.mv(x[0]), torch.dot(x[0], x[1]), x[0].outer(x[1]),
+                           torch.inner(x, x), torch.addmm(x.sum(1), x, x.T, beta=0.5, alpha=2),
+                           torch.addmv(x[:, 0], x, x[0]), torch.tensordot(x, x, dims=([1], [1])),
+                           torch.tensordot(x, x.T, 1)),
+    "diagonals": lambda x: (torch.diagonal(x, 1), x[None].diagonal(dim1=1, dim2=2), x.trace()),
+    "differences": lambda x: (torch.diff(x), x.diff(2, dim=1, prepend=x[:, :2], append=x)),
+    "in the middle": lambda x: (torch.median(x, 1), x.median(dim=-1, keepdim=True).values,
+                                torch.median(torch.where(x > 1, float("nan"), x), 1),
+                                torch.kthvalue(x, 2), x.kthvalue(k=6, dim=1, keepdim=True)),
+    "side by side": lambda x: (torch.hstack([x, x]), torch.hstack((x[0], x[1])),
+                               torch.vstack([x[0], x[1]]),
+                               torch.meshgrid(x[0], x[1], indexing="xy"),
+                               torch.meshgrid([x[0], x[1], x[2]], indexing="ij"),
+                               x.take_along_dim(x.argsort(1), 1), x.ravel(),
+                               torch.broadcast_to(x[:, None], size=(-1, 2, 6))),
+    "like another": lambda x: (x.new_zeros(2, 3), x.new_ones((3,)), x.new_full((2,), 1.5),
+                               x.new_zeros(2, dtype=torch.int64) + x.argmax(1)[:2],
+                               x.cos().fill_(2), x.sin().zero_(), (x * 0).copy_(x[0])),
     "one_hot": lambda x: (F.one_hot(x.argmax(1), 8), F.one_hot(x.argmax(1), num_classes=6) * x),
     "einsum": lambda x: (torch.einsum("ij,kj->ik", x, x), torch.einsum("ij,ij->i", [x, x]),
                          torch.einsum("...j,jk->...k", x, x.T)),
@@ -636,6 +684,8 @@ WRONG = {
         lambda x: F.interpolate(x[:, None], scale_factor=2, mode="bilinear"), "over 2 axes"),
     "corners of the nearest": (
         lambda x: F.interpolate(x[:, None], scale_factor=2, align_corners=True), "align_corners"),
+    "norms of matrices": (lambda x: torch.linalg.norm(x, 1), "Frobenius"),
+    "a place that is not there": (lambda x: torch.kthvalue(x, 7), "from 1 to 6"),
     "two sizes": (lambda x: F.interpolate(x[:, None], size=4, scale_factor=2), "one of them"),
     "a mode that is none": (lambda x: F.interpolate(x[:, None], 4, mode="bilnear"), "area, not"),
     "a gelu that is none": (lambda x: F.gelu(x, approximate="tan"), "none or tanh"),
@@ -876,6 +926,40 @@ def test_a_cnn_of_functions_has_torch_s_gradients():
         np.testing.assert_allclose(gradients[f"{ours}.bias"], bias, rtol=1e-9, atol=1e-12)
 
 
+SLOPES = {
+    name: FORMULAS[name]
+    for name in """of two,between two,sums with factors,bounds of one side,logit,logsumexp,products,
+    diagonals,differences""".replace("\n    ", "").split(",")
+} | {
+    "spread, and means": lambda x: (torch.var_mean(x, 1), torch.std_mean(x, (0, 1))),
+    "norms": lambda x: (x.norm(), x.norm(1, -1), torch.linalg.norm(x[None] * 0, dim=(1, 2))),
+    "distances": lambda x: (torch.cdist(x, x), F.pairwise_distance(x, x.sin())),
+    "in the middle": lambda x: (torch.median(x, 1)[0], torch.kthvalue(x, 2).values),
+    "of shapes": lambda x: (torch.hstack([x, x]), torch.vstack([x, x]),
+                            torch.meshgrid(x[0], x[1], indexing="xy")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_functions_have_torch_s_gradients(name):
+    module, x = Formula(SLOPES[name]), x_of(4, 6)
+    tensor = torch.from_numpy(x).requires_grad_()
+    answers = [y for y in flat_tensors(module(tensor)) if y.is_floating_point()]
+    worth = [torch.cos(torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape) for y in answers]
+    sum((y * dy).sum() for y, dy in zip(answers, worth, strict=True)).backward()
+    _, back = nnxp.vjp(nnxp.from_torch(module), x)
+    np.testing.assert_allclose(back(*(dy.numpy() for dy in worth)), tensor.grad, rtol=1e-9)
+
+
+def test_functions_of_all_rows():
+    """As they are, not in a program: they compute with the number of rows."""
+    module, x = Formula(lambda x: (x.median(), torch.median(x, dim=0), torch.vstack([x[0], x]),
+                        torch.where(x < 1, -float("inf"), x).logsumexp(0))), x_of(5, 4)  # fmt: skip
+    answers = nnxp.from_torch(module)(x)
+    for y, due in zip(answers, flat(module(torch.from_numpy(x))), strict=True):
+        np.testing.assert_allclose(y, due, rtol=1e-12)
+
+
 class NormedByBuffers(nn.Module):
     def __init__(self):
         super().__init__()
@@ -907,6 +991,8 @@ WHOLE_NUMBERS = {
     "divided towards zero": lambda n, x: torch.div(n, 2, rounding_mode="trunc"),
     "divided": lambda n, x: (n / 2, n // 2, torch.div(n, 0.7, rounding_mode="floor")),
     "clamped": lambda n, x: n.clamp(min=-1.5),
+    "angles": lambda n, x: (torch.atan2(n, n + 1), torch.logsumexp(n, 1), n.logit(0.1)),
+    "in the middle": lambda n, x: (n.median(1), n.aminmax(dim=1), n.diff(), torch.fmod(n, 2)),
     "chosen": lambda n, x: (torch.where(x > 0, n, 0.5), torch.where(x > 0, 1.0, 0.0)),
     "larger": lambda n, x: torch.maximum(x, n),
     "beside floats": lambda n, x: (torch.cat([x, n], 1), torch.stack([n, x])),
@@ -1015,7 +1101,7 @@ class Broken(nn.Module):
         self.head = nn.FractionalMaxPool2d(2, 3)
 
     def forward(self, x):
-        return self.head(torch.fft.rfft(self.norm(self.stem[1](self.stem[0](x), x))).logit())
+        return self.head(torch.fft.rfft(self.norm(self.stem[1](self.stem[0](x), x))).lgamma())
 
 
 def test_all_that_cannot_be_read_is_named_at_once():
@@ -1023,7 +1109,7 @@ def test_all_that_cannot_be_read_is_named_at_once():
         nnxp.from_torch(Broken())
     said = str(error.value)
     for each in ("stem.1: torch has Bilinear", "norm: BatchNorm1d without running statistics",
-                 "head: torch has FractionalMaxPool2d", "fft_rfft", "logit",
+                 "head: torch has FractionalMaxPool2d", "fft_rfft", "lgamma",
                  "torch.onnx.export"):  # fmt: skip
         assert each in said, each
 

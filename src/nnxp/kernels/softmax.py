@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from nnxp._arrays import Array, xp_of
@@ -44,6 +46,16 @@ def log_softmax(x: Array, *, out: Array | None = None) -> Array:
         y = xp.subtract(x, x.max(axis=-1, keepdims=True), out=out)
     y -= xp.log(xp.exp(y).sum(axis=-1, keepdims=True))
     return y
+
+
+def log_sum_exp(x: Array, *, axis: Any = None, keepdims: bool = False) -> Array:
+    """y = log(sum exp(x - m)) + m, m = max x, along one axis or several   [as softmax]"""
+    xp = xp_of(x)
+    top = x.max(axis=axis, keepdims=True)
+    top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
+    with np.errstate(divide="ignore"):  # the log of 0, of minus infinities alone, is right
+        y = xp.log(xp.exp(x - top).sum(axis=axis, keepdims=True)) + top
+    return y if keepdims else y.sum(axis=axis)
 
 
 @softmax.vjp

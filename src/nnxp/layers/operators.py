@@ -27,6 +27,7 @@ from nnxp._arrays import dtype_of as dtype_of
 from nnxp._errors import OptionError, ShapeError
 from nnxp.backend import asnumpy
 from nnxp.kernels._erf import erf
+from nnxp.kernels.softmax import log_sum_exp
 from nnxp.layers.shape import channels_last
 from nnxp.program import traced
 
@@ -450,13 +451,6 @@ _REDUCTIONS: dict[str, Callable[..., Array]] = {
 }
 
 
-def _log_sum_exp(xp: Any, x: Array, axis: Any, keepdims: bool) -> Array:
-    top = xp.max(x, axis=axis, keepdims=True)
-    top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
-    y = xp.log(xp.sum(xp.exp(x - top), axis=axis, keepdims=True)) + top
-    return y if keepdims else xp.sum(y, axis=axis)
-
-
 @operator(
     "ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceSumSquare "
     "ReduceLogSum ReduceLogSumExp",
@@ -478,7 +472,7 @@ def reduce(
     if kind in ("Max", "Min") and 0 in [x.shape[a] for a in over]:
         return _extreme_of_nothing(x, kind, over, keep)
     if kind == "LogSumExp" and x.size:
-        return _log_sum_exp(xp, x, axis, keep).astype(x.dtype, copy=False)
+        return log_sum_exp(x, axis=axis, keepdims=keep).astype(x.dtype, copy=False)
     if kind == "LogSumExp":
         kind, x = "LogSum", xp.exp(x)
     if kind in ("Max", "Min") and x.dtype == np.bool_:

@@ -17,6 +17,7 @@ import numpy as np
 from nnxp import kernels
 from nnxp._arrays import Array, get_array_module, is_array, is_floating, xp_of
 from nnxp._errors import OptionError, ShapeError
+from nnxp.kernels.softmax import log_sum_exp
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """Functions and methods by torch's name."""
@@ -25,9 +26,9 @@ MAKERS: dict[str, Callable[..., Any]] = {}
 """Functions that make arrays: they take the library first."""
 
 VIEWS = frozenset(
-    """bool chunk clone double dropout expand expand_as flatten float getitem half int long movedim
-    narrow permute reshape reshape_as select split squeeze t to transpose type_as unbind unflatten
-    unsqueeze view_as""".split()
+    """bool byte char chunk clone diagonal double dropout expand expand_as flatten float getitem
+    half int long meshgrid movedim narrow permute pos reshape reshape_as select short split squeeze
+    t to transpose type_as unbind unflatten unsqueeze view_as""".split()
 )
 """What may answer the memory of its first argument."""
 
@@ -63,19 +64,26 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda x, y: getattr(operator, name)(*_met(x, y))
 
 
+def _of_two(name: str) -> Callable[..., Any]:
+    """A function of two arrays, that NumPy has by the same name, or of two sizes."""
+    return lambda x, y: getattr(xp_of(x) if is_array(x) else math, name)(*_met(x, y))
+
+
 def _activation(kernel: kernels.Kernel) -> Callable[..., Any]:
     return lambda x: kernel(x)
 
 
-for _name in "abs floor ceil trunc square sign isnan isinf isfinite logical_not".split():
+for _name in "abs floor ceil trunc square sign signbit isnan isinf isfinite logical_not".split():
     FUNCTIONS[_name] = _of_one(_name)
 for _name in "exp exp2 expm1 log log1p log2 log10 sqrt sin cos tan sinh cosh reciprocal".split():
     FUNCTIONS[_name] = _of_floats(_name)
 for _name in "asin acos atan asinh acosh atanh".split():
     FUNCTIONS[_name] = _of_floats(_name, f"arc{_name[1:]}")
-for _name in "add sub mul floordiv mod lt le gt ge eq ne".split():
+for _name in "mul floordiv mod lt le gt ge eq ne".split():
     FUNCTIONS[_name] = _operator(_name)
-for _name in "neg invert and_ or_ xor".split():
+for _name in "fmax fmin fmod hypot logaddexp maximum minimum".split():
+    FUNCTIONS[_name] = _of_two(_name)
+for _name in "neg pos invert and_ or_ xor".split():
     FUNCTIONS[_name] = getattr(operator, _name)
 for _name, _kernel in {
     "relu": kernels.relu, "silu": kernels.silu, "mish": kernels.mish, "selu": kernels.selu,
@@ -93,9 +101,14 @@ SAME = {
     "bitwise_not": "invert", "type": "to", "greater": "gt", "less": "lt", "iadd": "add",
     "isub": "sub", "imul": "mul", "itruediv": "div", "contiguous": "clone", "detach": "clone",
     "cpu": "clone", "dropout1d": "dropout", "dropout2d": "dropout", "dropout3d": "dropout",
-    "feature_dropout": "dropout", "special_expit": "sigmoid",
-    "_threshold": "threshold", "special_exp2": "exp2", "special_erf": "erf",
-    "arccos": "acos", "arcsin": "asin", "arctan": "atan", "fix": "trunc",
+    "feature_dropout": "dropout",
+    "_threshold": "threshold", "special_expit": "sigmoid",
+    "arccos": "acos", "arcsin": "asin", "arctan": "atan", "fix": "trunc", "atan2": "arctan2",
+    "greater_equal": "ge", "less_equal": "le", "not_equal": "ne", "bitwise_xor": "xor",
+    "positive": "pos", "sgn": "sign", "mm": "matmul", "mv": "matmul", "dot": "matmul",
+    "ger": "outer", "addmv": "addmm", "ravel": "flatten", "swapdims": "transpose",
+    "broadcast_to": "expand", "split_with_sizes": "split", "nelement": "numel",
+    "row_stack": "vstack",
 }  # fmt: skip
 """Other names for the same thing."""
 
@@ -154,6 +167,19 @@ def addmm(x: Array, a: Array, b: Array, *, beta: float = 1, alpha: float = 1) ->
 def einsum(subscripts: str, *operands: Any) -> Array:
     arrays = operands[0] if isinstance(operands[0], tuple | list) else operands
     return xp_of(arrays[0]).einsum(subscripts, *arrays)
+
+
+@function("tensordot")
+def tensordot(x: Array, y: Array, dims: Any = 2) -> Array:
+    return xp_of(x).tensordot(x, y, axes=dims)
+
+
+FUNCTIONS |= {
+    "outer": lambda x, y: xp_of(x).outer(x, y),
+    "inner": lambda x, y: tensordot(x, y, ((-1,), (-1,))),
+    "diagonal": lambda x, offset=0, dim1=0, dim2=1: xp_of(x).diagonal(x, offset, dim1, dim2),
+    "trace": lambda x: xp_of(x).diagonal(x).sum(),
+}
 
 
 @function("layer_norm")
@@ -288,7 +314,7 @@ FUNCTIONS |= {
     "sigmoid": lambda x: kernels.sigmoid(_in_floats(x)),
     "tanh": lambda x: kernels.tanh(_in_floats(x)),
     "rsqrt": lambda x: 1 / xp_of(x).sqrt(_in_floats(x)),
-    "rsub": lambda x, y: operator.sub(*_met(y, x)),
+    "rsub": lambda x, y, *, alpha=1: sub(y, x, alpha=alpha),
     "logical_and": lambda x, y: xp_of(x).logical_and(x, y),
     "logical_or": lambda x, y: xp_of(x).logical_or(x, y),
     "logical_xor": lambda x, y: xp_of(x).logical_xor(x, y),
@@ -304,9 +330,47 @@ FUNCTIONS |= {
     "erf": lambda x: kernels.erf(_in_floats(x)),
     "round": lambda x, *, decimals=0: xp_of(x).round(x, decimals),
     "masked_fill": lambda x, mask, value: xp_of(x).where(mask, value, x),
-    "maximum": lambda x, y: xp_of(x).maximum(*_met(x, y)),
-    "minimum": lambda x, y: xp_of(x).minimum(*_met(x, y)),
+    "arctan2": lambda y, x: xp_of(y).arctan2(*map(_in_floats, _met(y, x))),
+    "frac": lambda x: x - xp_of(x).trunc(x),
+    "lerp": lambda x, end, weight: x + weight * (end - x),
+    "addcmul": lambda x, a, b, *, value=1: x + a * b * value,
+    "addcdiv": lambda x, a, b, *, value=1: x + a / b * value,
+    "clamp_min": lambda x, min: clamp(x, min=min),
+    "clamp_max": lambda x, max: clamp(x, max=max),
 }
+
+
+@function("add")
+def add(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    x, y = _met(x, y)
+    return x + (y if alpha == 1 else y * alpha)
+
+
+@function("sub")
+def sub(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    x, y = _met(x, y)
+    return x - (y if alpha == 1 else y * alpha)
+
+
+@function("logit")
+def logit(x: Array, eps: float | None = None) -> Array:
+    """log(x / (1 - x)), for x that are eps at least, and 1 - eps at most"""
+    x = _in_floats(x) if eps is None else clamp(_in_floats(x), eps, 1 - eps)
+    return xp_of(x).log(x / (1 - x))
+
+
+@function("nan_to_num")
+def nan_to_num(
+    x: Array, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Array:
+    return xp_of(x).nan_to_num(x, nan=nan or 0.0, posinf=posinf, neginf=neginf)
+
+
+@function("isclose")
+def isclose(
+    x: Array, y: Array, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> Array:
+    return xp_of(x).isclose(x, y, rtol=rtol, atol=atol, equal_nan=equal_nan)
 
 
 @function("clamp")
@@ -386,13 +450,93 @@ def _spread(name: str) -> Callable[..., Any]:
 FUNCTIONS["var"], FUNCTIONS["std"] = _spread("var"), _spread("std")
 
 
-@function("normalize")
-def normalize(x: Array, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Array:
-    xp, axes = xp_of(x), (dim,) if isinstance(dim, int) else tuple(dim)
+def _spread_and_mean(name: str) -> Callable[..., Any]:
+    def both(
+        x: Array, dim: Any = None, unbiased: bool = True, keepdim: bool = False,
+        *, correction: int | None = None,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        spread = FUNCTIONS[name](x, dim, unbiased, keepdim, correction=correction)
+        over = None if isinstance(dim, bool) else _axes(dim)
+        return spread, x.mean(axis=over, keepdims=keepdim)
+
+    return both
+
+
+FUNCTIONS["var_mean"], FUNCTIONS["std_mean"] = _spread_and_mean("var"), _spread_and_mean("std")
+
+
+@function("logsumexp")
+def logsumexp(x: Array, dim: Any, keepdim: bool = False) -> Array:
+    return log_sum_exp(_in_floats(x), axis=_axes(dim), keepdims=keepdim)
+
+
+@function("count_nonzero")
+def count_nonzero(x: Array, dim: Any = None) -> Array:
+    return (x != 0).sum(axis=_axes(dim))
+
+
+@function("aminmax")
+def aminmax(x: Array, *, dim: int | None = None, keepdim: bool = False) -> tuple[Array, Array]:
+    return x.min(axis=dim, keepdims=keepdim), x.max(axis=dim, keepdims=keepdim)
+
+
+# norms
+
+
+@function("linalg_vector_norm")
+def vector_norm(x: Array, ord: float = 2, dim: Any = None, keepdim: bool = False) -> Array:
+    """(sum |x|^ord)^(1/ord) over one axis, over several, or over all"""
+    xp, axes = xp_of(x), range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
+    axes = tuple(_axis(x, axis) for axis in axes) or tuple(range(x.ndim))
     lines = xp.moveaxis(x, axes, range(-len(axes), 0))
     flat = lines.reshape(*lines.shape[: -len(axes)], prod(lines.shape[-len(axes) :]))
-    length = xp.linalg.norm(flat, ord=None if p == 2 else p, axis=-1)
-    return x / xp.maximum(xp.expand_dims(length, tuple(axis % x.ndim for axis in axes)), eps)
+    length = xp.linalg.norm(flat, ord=None if ord == 2 else ord, axis=-1)
+    return xp.expand_dims(length, axes) if keepdim else length
+
+
+@function("norm")
+def norm(
+    x: Array, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Array:
+    x = x if dtype is None else x.astype(_dtype(dtype))
+    return vector_norm(x, 2 if p in ("fro", None) else p, dim, keepdim)
+
+
+@function("linalg_norm")
+def linalg_norm(x: Array, ord: Any = None, dim: Any = None, keepdim: bool = False) -> Array:
+    """The norm of vectors, or Frobenius' of matrices; others of matrices are not known."""
+    axes = x.ndim if dim is None else 1 if isinstance(dim, int) else len(dim)
+    if not (ord is None or axes == 1 or (ord == "fro" and axes == 2)):
+        raise OptionError(f"linalg.norm of matrices is Frobenius' here, not ord={ord!r:.60}")
+    return norm(x, ord, dim, keepdim)
+
+
+@function("linalg_matrix_norm")
+def matrix_norm(x: Array, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False) -> Array:
+    return linalg_norm(x, ord, dim, keepdim)
+
+
+@function("normalize")
+def normalize(x: Array, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Array:
+    return x / xp_of(x).maximum(vector_norm(x, p, dim, True), eps)
+
+
+@function("dist")
+def dist(x: Array, y: Array, p: float = 2) -> Array:
+    return vector_norm(x - y, p)
+
+
+@function("pairwise_distance")
+def pairwise_distance(
+    x1: Array, x2: Array, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Array:
+    return vector_norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+@function("cdist")
+def cdist(x1: Array, x2: Array, p: float = 2.0, compute_mode: str = "") -> Array:
+    """How far each line of x1 is from each of x2: (..., n, c), (..., m, c) -> (..., n, m)."""
+    return vector_norm(x1[..., :, None, :] - x2[..., None, :, :], p, -1)
 
 
 @function("cosine_similarity")
@@ -410,6 +554,14 @@ def _scan(name: str) -> Callable[..., Array]:
 
 
 FUNCTIONS["cumsum"], FUNCTIONS["cumprod"] = _scan("cumsum"), _scan("cumprod")
+
+
+@function("diff")
+def diff(
+    x: Array, n: int = 1, dim: int = -1, prepend: Array | None = None, append: Array | None = None
+) -> Array:
+    parts = [part for part in (prepend, x, append) if part is not None]
+    return xp_of(x).diff(cat(parts, dim) if len(parts) > 1 else x, n, dim)
 
 
 # by order, and by places
@@ -440,6 +592,32 @@ def topk(
         raise OptionError(f"topk takes k up to the {x.shape[dim]} elements of axis {dim}, not {k}")
     order = _part(argsort(x, dim, largest), dim, 0, k)
     return xp_of(x).take_along_axis(x, order, axis=dim), order
+
+
+def _of_order(x: Array, place: Any, dim: int, keepdim: bool) -> tuple[Array, Array]:
+    """The element at a place of the order of x along an axis, and where it is in x."""
+    xp, order = xp_of(x), argsort(x, dim)
+    index = xp.take_along_axis(order, place, axis=dim)
+    pair = xp.take_along_axis(x, index, axis=dim), index
+    return pair if keepdim else tuple(y.squeeze(axis=dim) for y in pair)
+
+
+@function("kthvalue")
+def kthvalue(x: Array, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Array, Array]:
+    if not 1 <= k <= x.shape[dim]:
+        raise OptionError(f"kthvalue takes k from 1 to {x.shape[dim]}, not {k!r:.60}")
+    place = xp_of(x).full((1,) * x.ndim, k - 1, dtype="int64")
+    return _of_order(x, place, dim, keepdim)
+
+
+@function("median")
+def median(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
+    """The lower of two in the middle; NaN where there is one. Of equals, where the first is."""
+    if dim is None:
+        return median(x.reshape(-1), 0)[0]
+    xp, n = xp_of(x), x.shape[dim]
+    unknown = xp.isnan(x).sum(axis=dim, keepdims=True)  # which come last
+    return _of_order(x, xp.where(unknown > 0, n - unknown, (n - 1) // 2), dim, keepdim)
 
 
 @function("gather")
@@ -544,6 +722,18 @@ def pad(x: Array, pads: Any, mode: str = "constant", value: float | None = None)
     return xp_of(x).pad(x, widths, mode={"replicate": "edge", "circular": "wrap"}.get(mode, mode))
 
 
+@function("meshgrid")
+def meshgrid(*arrays: Any, indexing: str = "ij") -> tuple[Array, ...]:
+    lines = arrays[0] if isinstance(arrays[0], tuple | list) else arrays
+    xp, n = xp_of(lines[0]), len(lines)
+    shape = tuple(line.size for line in lines)
+    grids = [
+        xp.broadcast_to(line.reshape((1,) * i + (-1,) + (1,) * (n - 1 - i)), shape)
+        for i, line in enumerate(lines)
+    ]
+    return tuple(grid.swapaxes(0, 1) if indexing == "xy" and n > 1 else grid for grid in grids)
+
+
 FUNCTIONS |= {
     "reshape": lambda x, *shape: x.reshape(_sizes(shape)),
     "view_as": lambda x, other: x.reshape(other.shape),
@@ -561,6 +751,9 @@ FUNCTIONS |= {
     "chunk": lambda x, chunks, dim=0: split(x, -(-x.shape[dim] // chunks), dim),
     "narrow": lambda x, dim, start, length: _part(x, dim, start, start + length),
     "getitem": lambda x, key: x[tuple(key) if isinstance(key, tuple | list) else key],
+    "hstack": lambda arrays: cat(arrays, min(1, arrays[0].ndim - 1)),
+    "vstack": lambda arrays: cat([x[None] if x.ndim == 1 else x for x in arrays]),
+    "take_along_dim": lambda x, ids, dim=None: xp_of(x).take_along_axis(x, ids, axis=dim),
     "index_select": lambda x, dim, index: xp_of(x).take(x, index, axis=dim),
     "flip": lambda x, *dims: xp_of(x).flip(x, _sizes(dims)),
     "roll": lambda x, shifts, dims=None: xp_of(x).roll(x, shifts, axis=dims),
@@ -602,7 +795,7 @@ def _to(kind: str) -> Callable[..., Any]:
 
 for _name, _kind in {
     "float": "float32", "double": "float64", "half": "float16", "long": "int64", "int": "int32",
-    "bool": "bool",
+    "bool": "bool", "byte": "uint8", "char": "int8", "short": "int16",
 }.items():  # fmt: skip
     FUNCTIONS[_name] = _to(_kind)
 
@@ -670,7 +863,21 @@ def full_like(x: Array, fill_value: Any, *, dtype: Any = None, **other: Any) -> 
     return xp_of(x).full_like(x, fill_value, dtype=_dtype(dtype))
 
 
+def _new(name: str) -> Callable[..., Any]:
+    def make(x: Array, *shape: Any, dtype: Any = None, **options: Any) -> Array:
+        return MAKERS[name](xp_of(x), *shape, dtype=x.dtype if dtype is None else dtype, **options)
+
+    return make
+
+
+for _name in ("zeros", "ones", "full"):
+    FUNCTIONS[f"new_{_name}"] = _new(_name)
+
+
 FUNCTIONS |= {
+    "fill": lambda x, value: xp_of(x).full_like(x, value),
+    "zero": lambda x: xp_of(x).zeros_like(x),
+    "copy": lambda x, other: xp_of(x).broadcast_to(other.astype(x.dtype), x.shape),
     "zeros_like": lambda x, *, dtype=None, **other: xp_of(x).zeros_like(x, dtype=_dtype(dtype)),
     "ones_like": lambda x, *, dtype=None, **other: xp_of(x).ones_like(x, dtype=_dtype(dtype)),
 }
@@ -678,7 +885,7 @@ FUNCTIONS |= {
 
 def known(name: str) -> str:
     """The name in the tables for a name of torch's; "" if it is not there."""
-    name = SAME.get(name, name)
+    name = SAME.get(name, name.removeprefix("special_"))
     return name if name in FUNCTIONS or name in MAKERS else ""
 
 
