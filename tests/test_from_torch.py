@@ -573,6 +573,8 @@ FORMULAS = {
     "where by keywords": lambda x: torch.where(condition=x > 0, input=x, other=-x.sin()),
     "where by some keywords": lambda x: (torch.where(x > 0, input=x > 1, other=x < 1),
                                          torch.where(x > 0, x, other=x.sin())),
+    "where as a method": lambda x: (x.sin().where(x > 0, x * 2), x.where(x > 0, other=-1)),
+    "a copy that is written into": lambda x: x + x.clone().clamp_(0, 1),
     "norms over two axes": lambda x: (F.normalize(x[:, :, None], 1.0, dim=(1, 2)),
                                       F.normalize(x, p=3.0, dim=[0, 1]),
                                       F.normalize(x, float("inf"), dim=0)),
@@ -630,7 +632,8 @@ FORMULAS = {
     "sums with factors": lambda x: (torch.add(x, x.sin(), alpha=2), x.sub(x.sin(), alpha=0.5),
                                     torch.rsub(x, 1, alpha=2), x.addcmul(x, x, value=0.5),
                                     torch.addcdiv(x, x, x.abs() + 1, value=0.5)),
-    "bounds of one side": lambda x: (x.clamp_min(math.fmod(x.shape[1], 4)), torch.clamp_max(x, max=0.5), x.frac()),
+    "bounds of one side": lambda x: (x.clamp_min(math.fmod(x.shape[1], 4)), x.frac(),
+                                     torch.clamp_max(x, max=0.5)),
     "kinds of numbers": lambda x: (torch.nan_to_num(torch.where(x > 0.5, float("nan"), x)),
                                    torch.where(x > 0.5, float("inf"), x).nan_to_num(posinf=2.0),
                                    +x, torch.sgn(x),
@@ -1150,6 +1153,10 @@ REFUSED = {
     "a write seen through a view": (
         lambda: Aliased(lambda y, x: y.view(-1)),
         "writes into an array that view looks at",
+    ),
+    "a write seen through a matrix turned": (
+        lambda: Aliased(lambda y, x: y.T[0]),
+        "writes into an array that getitem looks at",
     ),
     "a write seen through a shape": (
         lambda: Aliased(lambda y, x: y.reshape_as(x)),

@@ -494,7 +494,7 @@ def _where(node: Any) -> str:
 def _called(node: Any) -> str:
     """The name of the function or the method that a node calls."""
     if node.op == "call_method":
-        return str(node.target)
+        return "tensor_where" if node.target == "where" else str(node.target)
     target = node.target
     name = str(getattr(target, "__name__", target))
     home = str(getattr(target, "__module__", "") or "")
@@ -541,7 +541,12 @@ def _may_view(node: Any, module: Module) -> bool:
     if node.op == "call_module":
         kind = type(module.get_submodule(node.target)).__name__
         return kind in ("Identity", "Flatten", "Unflatten") or "Dropout" in kind
-    return node.op in ("call_function", "call_method") and known(_called(node)) in VIEWS
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _called(node)
+    if name == "getattr":
+        return node.args[1] in ("T", "mT")
+    return name != "clone" and known(name) in VIEWS
 
 
 def _needed(nodes: list[Any]) -> set[Any]:

@@ -389,6 +389,9 @@ def where(condition: Array, input: Any, other: Any) -> Array:
     return chosen if is_array(x) or is_array(y) or not numbers else chosen.astype("float32")
 
 
+FUNCTIONS["tensor_where"] = lambda x, condition, other: where(condition, x, other)
+
+
 # sums and what else looks along axes
 
 
