@@ -1150,6 +1150,7 @@ class Aliased(nn.Module):
 REFUSED = {
     "no module": (lambda: 3, "takes a torch.nn.Module"),
     "control flow": (Branches, "cannot be traced"),
+    "noise": (lambda: Formula(lambda x: x + torch.randn(6)), "Formula draws at random"),
     "a write seen through a view": (
         lambda: Aliased(lambda y, x: y.view(-1)),
         "writes into an array that view looks at",

@@ -88,6 +88,7 @@ def _evaluating(module: Module) -> Iterator[None]:
 
 def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
     """The graph of `forward`: of these arguments, all others being at their defaults."""
+    import torch
     from torch import fx
 
     parameters = inspect.signature(module.forward).parameters
@@ -134,6 +135,7 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
             return bool(kind_of(inner)) or super().is_leaf_module(inner, path)
 
     fixed = {n: p.default for n, p in plain.items() if n not in wanted and p.default is not p.empty}
+    before = torch.get_rng_state()
     try:
         graph = Tracer(autowrap_modules=(math,)).trace(module, concrete_args=fixed)
     except Exception as error:  # whatever a forward may say to arrays without numbers
@@ -141,6 +143,11 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
             f"forward of {type(module).__name__} cannot be traced: {type(error).__name__}: "
             f"{error!s:.400}. {_ROAD}"
         ) from error
+    if not torch.equal(before, torch.get_rng_state()):
+        raise ConversionError(
+            f"forward of {type(module).__name__} draws at random, which would be a constant of the "
+            "model: let it take what is drawn as an input"
+        )
     for node in graph.nodes:  # what is at its default is no input
         node.meta["left out"] = node.op == "placeholder" and node.target not in wanted
     return graph
