@@ -690,8 +690,8 @@ WRONG = {
     "norms of matrices": (lambda x: torch.linalg.norm(x, 1), "Frobenius"),
     "a place that is not there": (lambda x: torch.kthvalue(x, 7), "from 1 to 6"),
     "two sizes": (lambda x: F.interpolate(x[:, None], size=4, scale_factor=2), "one of them"),
-    "a mode that is none": (lambda x: F.interpolate(x[:, None], 4, mode="bilnear"), "area, not"),
-    "a gelu that is none": (lambda x: F.gelu(x, approximate="tan"), "none or tanh"),
+    "a padding of half an axis": (lambda x: F.pad(x, (1, 1, 1)), "two numbers for each axis"),
+    "a padding of more axes": (lambda x: F.pad(x, (1,) * 6), "two numbers for each axis"),
     "classes that are not told": (lambda x: F.one_hot(x.argmax(1)), "one_hot without num_classes"),
     "noise in eval": (lambda x: F.dropout(x), "training=self.training"),
 }  # fmt: skip
@@ -1197,6 +1197,23 @@ REFUSED = {
     "statistics of the batch": (
         lambda: Formula(lambda x: F.batch_norm(x, None, None, training=True)),
         "batch_norm with training=True",
+    ),
+    "a mode that is none": (
+        lambda: Formula(lambda x: F.interpolate(x[:, None], 4, mode="bilnear")),
+        "mode of interpolate is one of nearest, .*area, not 'bilnear'",
+    ),
+    "a padding that is none": (
+        lambda: Formula(lambda x: F.pad(x, (1, 1), mode="bogus")),
+        "mode of pad is one of constant, reflect, replicate, circular, not 'bogus'",
+    ),
+    "a gelu that is none": (
+        lambda: Formula(lambda x: F.gelu(x, approximate="tan")),
+        "approximate of gelu is one of none, tanh, not 'tan'",
+    ),
+    "a layer of a gelu that is none": (lambda: nn.GELU("tan"), "one of none, tanh, not 'tan'"),
+    "a rounding that is none": (
+        lambda: Formula(lambda x: torch.div(x, 2, rounding_mode="up")),
+        "rounding_mode of div is one of None, floor, trunc, not 'up'",
     ),
     "classes that nobody counted": (lambda: Formula(F.one_hot), "num_classes"),
     "activation": (

@@ -25,6 +25,7 @@ from nnxp.layers.positions import Embedding
 from nnxp.layers.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from nnxp.layers.resize import PixelShuffle
 from nnxp.layers.shape import Flatten
+from nnxp.layers.torch_functions import check_choices
 from nnxp.layers.torch_graph import ChannelsFirst
 
 Module = Any
@@ -336,6 +337,11 @@ def _encoder_stack(m: Module, take: Take) -> Layer:
     return TransformerEncoder(*layers, norm=norm)
 
 
+def _gelu(m: Module, take: Take) -> Layer:
+    check_choices("gelu", {"approximate": m.approximate})
+    return Activation("gelu_tanh" if m.approximate == "tanh" else "gelu")
+
+
 WRITTEN_OUT = "TransformerDecoderLayer", "TransformerDecoder", "Transformer"
 """Modules that become several steps: of the modules they are made of, and of what is between."""
 
@@ -394,7 +400,7 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "Softplus": _softplus,
     "Softmax": _softmax("softmax"),
     "LogSoftmax": _softmax("log_softmax"),
-    "GELU": lambda m, take: Activation("gelu_tanh" if m.approximate == "tanh" else "gelu"),
+    "GELU": _gelu,
 }
 """torch's modules: what each is here, a layer or a function with its options.
 

@@ -27,7 +27,7 @@ from nnxp.io._torch_modules import (
 from nnxp.layers._layer import Layer
 from nnxp.layers.containers import Sequential
 from nnxp.layers.dense import Dense
-from nnxp.layers.torch_functions import ATTRIBUTES, FUNCTIONS, MAKERS, VIEWS, known
+from nnxp.layers.torch_functions import ATTRIBUTES, FUNCTIONS, MAKERS, VIEWS, check_choices, known
 from nnxp.layers.torch_graph import Constant, TorchGraph, encoded
 
 
@@ -446,6 +446,7 @@ def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[lis
     for option, value in _ONLY.items():
         if bound.get(option, value) != value:
             raise Unknown(f"function {name} with {option}={bound[option]}")
+    check_choices(name, bound)
     if name == "one_hot" and bound.get("num_classes", -1) == -1:
         raise Unknown("function one_hot without num_classes, whose shape depends on the numbers")
     if name == "getattr" and args[1] not in ATTRIBUTES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -31,6 +31,24 @@ VIEWS = frozenset(
     t to transpose type_as unbind unflatten unsqueeze view_as""".split()
 )
 """What may answer the memory of its first argument."""
+
+
+CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "div": {"rounding_mode": (None, "floor", "trunc")},
+    "gelu": {"approximate": ("none", "tanh")},
+    "meshgrid": {"indexing": ("ij", "xy")},
+    "pad": {"mode": ("constant", "reflect", "replicate", "circular")},
+}
+"""Options that are one of a few values, by function; the first one is the default."""
+
+
+def check_choices(name: str, options: Mapping[str, Any]) -> None:
+    """OptionError for an option that is none of its values."""
+    for option, values in CHOICES.get(name, {}).items():
+        value = options.get(option, values[0])
+        if value not in values:
+            names = ", ".join(map(str, values))
+            raise OptionError(f"{option} of {name} is one of {names}, not {value!r:.60}")
 
 
 def function(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -251,8 +269,7 @@ def mask_of_attention(
 
 @function("gelu")
 def gelu(x: Array, approximate: str = "none") -> Array:
-    if approximate not in ("none", "tanh"):
-        raise OptionError(f"approximate of gelu is none or tanh, not {approximate!r:.60}")
+    check_choices("gelu", {"approximate": approximate})
     return kernels.gelu_tanh(x) if approximate == "tanh" else kernels.gelu(x)
 
 
@@ -714,6 +731,9 @@ def setitem(x: Array, key: Any, value: Any) -> Array:
 
 @function("pad")
 def pad(x: Array, pads: Any, mode: str = "constant", value: float | None = None) -> Array:
+    check_choices("pad", {"mode": mode})
+    if len(pads) % 2 or len(pads) > 2 * x.ndim:
+        raise OptionError(f"pad takes two numbers for each axis of {x.shape}, not {pads!r:.60}")
     widths = [(0, 0)] * (x.ndim - len(pads) // 2)
     widths += [(pads[i], pads[i + 1]) for i in range(len(pads) - 2, -1, -2)]
     if any(min(width) < 0 for width in widths):  # which cuts

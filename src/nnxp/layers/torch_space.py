@@ -16,7 +16,7 @@ from nnxp._arrays import Array
 from nnxp._errors import OptionError
 from nnxp.layers.conv import window_of_conv, window_of_conv_transpose
 from nnxp.layers.shape import channels_last
-from nnxp.layers.torch_functions import function
+from nnxp.layers.torch_functions import CHOICES, check_choices, function
 
 
 def by_axes(name: str) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
@@ -131,6 +131,7 @@ MODES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What torch's modes are in the words of kernels.resize."""
 
+CHOICES["interpolate"] = {"mode": (*MODES, "area")}
 
 AXES = {"linear": 1, "bilinear": 2, "trilinear": 3, "bicubic": 2}
 """Of how many axes of space these are."""
@@ -146,6 +147,7 @@ def interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Array:
+    check_choices("interpolate", {"mode": mode})
     if (size is None) == (scale_factor is None):
         raise OptionError("interpolate takes a size or a scale_factor, one of them")
     axes = x.ndim - 2
@@ -156,9 +158,6 @@ def interpolate(
     size = None if size is None else _per_axis(size, axes)
     if mode == "area":
         return adaptive_average_pool(axes, x, size)
-    if mode not in MODES:
-        names = ", ".join([*MODES, "area"])
-        raise OptionError(f"mode of interpolate is one of {names}, not {mode!r:.60}")
     if mode in AXES and axes != AXES[mode]:
         raise OptionError(f"{mode} is over {AXES[mode]} axes of space, but {x.shape} has {axes}")
     if align_corners and mode.startswith("nearest"):
