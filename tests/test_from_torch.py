@@ -693,6 +693,8 @@ WRONG = {
     "a padding of half an axis": (lambda x: F.pad(x, (1, 1, 1)), "two numbers for each axis"),
     "a padding of more axes": (lambda x: F.pad(x, (1,) * 6), "two numbers for each axis"),
     "classes that are not told": (lambda x: F.one_hot(x.argmax(1)), "one_hot without num_classes"),
+    "a class beyond the last": (lambda x: F.one_hot(x.argmax(1) + 4, 6), "ids are 0 to 5"),
+    "a class before the first": (lambda x: F.one_hot(x.argmax(1) - 4, 6), "ids are 0 to 5"),
     "noise in eval": (lambda x: F.dropout(x), "training=self.training"),
 }  # fmt: skip
 

@@ -651,11 +651,14 @@ def gather(x: Array, dim: int, index: Array, *, sparse_grad: bool = False) -> Ar
 
 @function("one_hot")
 def one_hot(x: Array, num_classes: int = -1) -> Array:
+    """What is none of the classes raises IdError on the CPU, and is zeros on a device, where
+    looking would be a wait."""
     if num_classes < 1:
         raise OptionError(
             "one_hot takes num_classes: without it the shape would depend on the numbers in x"
         )
-    return (x[..., None] == xp_of(x).arange(num_classes)).astype("int64")
+    classes = xp_of(x).arange(num_classes, dtype="float64")
+    return (embedding(x, classes[:, None]) == classes).astype("int64")
 
 
 # shapes
