@@ -601,6 +601,27 @@ def test_few_numbers_do_not_make_many(op, takes, value):
         model(draw((2, 2)))
 
 
+@pytest.mark.parametrize(
+    ("depth", "values", "said"),
+    [(-1, [0, 1], "not -1"), (0, [0, 1], "not 0"), ([3, 4], [0, 1], r"not \[3, 4\]"),
+     ([], [0, 1], r"not \[\]"), (3, [0, 1, 2], r"two, off and on, not \(3,\)")],
+)  # fmt: skip
+def test_a_one_hot_of_no_depth_is_refused(depth, values, said):
+    arrays = {"depth": np.array(depth, "int64"), "values": np.array(values, "float32")}
+    model = load_onnx(proto([("OneHot", "ids depth values", "y")], [("ids", ["n"], INT)], ["y"],
+                            arrays))  # fmt: skip
+    with pytest.raises(ShapeError, match=said):
+        model(np.array([0, 1]))
+
+
+def test_a_one_hot_counts_from_the_end_and_is_zeros_beyond():
+    arrays = {"depth": np.array([3]), "values": np.array([0, 1], "float32")}
+    model = load_onnx(proto([("OneHot", "ids depth values", "y")], [("ids", ["n"], INT)], ["y"],
+                            arrays))  # fmt: skip
+    due = [[0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(model(np.array([-1, -3, 3, -4])), due)
+
+
 def test_nodes_out_of_order_are_refused():
     source = proto([("Relu", "a", "b"), ("Relu", "b", "a")], [("x", ["n", 6])], ["a"])
     with pytest.raises(CheckpointError):

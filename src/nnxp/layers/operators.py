@@ -794,6 +794,10 @@ def eye_like(x: Array, *, dtype: str | None = None, k: int = 0) -> Array:
 
 @operator("OneHot", numbers="depth", as_is=True)
 def one_hot(ids: Array, depth: HostArray, values: Array, *, axis: int = -1) -> Array:
+    if depth.size != 1 or not 1 <= depth.ravel()[0] < np.inf:
+        raise ShapeError(f"depth of OneHot is a number from 1 on, not {depth.tolist()!r:.60}")
+    if values.shape != (2,):
+        raise ShapeError(f"values of OneHot are two, off and on, not {values.shape}")
     xp, n = xp_of(ids), int(depth.ravel()[0])
     library_of_shape((*ids.shape, n))
     ids = xp.where(ids < 0, ids + n, ids)
