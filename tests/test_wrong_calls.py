@@ -375,6 +375,8 @@ WRONG = [
     # the parity kit, and what judges a machine
     ("assert_parity(x, net)", OptionError, "judged, not array.*comes first"),
     ("assert_parity('net.safetensors', x)", OptionError, "judged, not 'net.safetensors'"),
+    ("assert_parity(engine, x)", OptionError, "judged, not Engine.*; its .model is one"),
+    ("parity_report(Fitted(net, []), x)", OptionError, "judged, not Fitted.*; its .model is one"),
     ("assert_parity(None, x)", OptionError, "judged, not None"),
     ("assert_parity(Dense, x)", OptionError, "judged, not <class"),
     ("assert_parity(net)", OptionError, "takes x, but got no input"),

@@ -941,17 +941,22 @@ def row_count(model: Layer, inputs: Sequence[Any]) -> int:
 
 def check_model(model: Any, who: str) -> None:
     """Raise OptionError for what is no model of nnxp's, and say how it may become one."""
-    if isinstance(model, Layer):
-        return
+    if not isinstance(model, Layer):
+        raise OptionError(
+            f"{who} takes a model made of nnxp layers, not {model!r:.60}{way_to_model(model)}"
+        )
+
+
+def way_to_model(x: Any) -> str:
+    """How what is no model becomes one, as the end of a message."""
+    if isinstance(x, str | os.PathLike):
+        return "; nnxp.load, or nnxp.load_onnx, reads one from a file"
     makes = {
         "model": "its .model is one",
         "state_dict": "nnxp.from_torch makes one of a torch module",
         "get_params": "nnxp.from_sklearn makes one of a fitted estimator",
     }
-    ways = [f"; {way}" for name, way in makes.items() if hasattr(model, name)][:1]
-    if isinstance(model, str | os.PathLike):
-        ways = ["; nnxp.load, or nnxp.load_onnx, reads one from a file"]
-    raise OptionError(f"{who} takes a model made of nnxp layers, not {model!r:.60}{''.join(ways)}")
+    return next((f"; {way}" for name, way in makes.items() if hasattr(x, name)), "")
 
 
 def whole(what: str, value: Any, least: int = 1) -> int:

@@ -35,7 +35,7 @@ from nnxp._exchange import source_of
 from nnxp._printed import Printed, aligned
 from nnxp.backend import Backend, asnumpy, available_backends, get_backend
 from nnxp.engine import Engine, inputs_of
-from nnxp.layers._layer import Layer, outline_of
+from nnxp.layers._layer import Layer, outline_of, way_to_model
 from nnxp.program.program import Program, scaled
 from nnxp.program.traced import Step, Untraceable, Value, perform
 from nnxp.testing import bounded
@@ -266,9 +266,11 @@ def listed(backends: Any) -> list[str | Backend]:
 
 def _check_call(function: Any, inputs: Sequence[Any]) -> None:
     """Raise OptionError or DtypeMismatch unless a function comes first, and then numbers."""
-    if not callable(function) or (isinstance(function, type) and issubclass(function, Layer)):
+    of_layers = isinstance(function, type) and issubclass(function, Layer)
+    if not callable(function) or isinstance(function, Engine) or of_layers:
         swapped = "; it comes first, before its inputs" if any(map(callable, inputs)) else ""
-        raise OptionError(f"a model or a function is judged, not {function!r:.60}{swapped}")
+        way = swapped or way_to_model(function)
+        raise OptionError(f"a model or a function of arrays is judged, not {function!r:.60}{way}")
     for x in inputs:
         if is_array(x) and not is_numeric(x.dtype):
             raise DtypeMismatch(f"inputs are real numbers, but one of them is {x.dtype}")
