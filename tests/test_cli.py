@@ -102,6 +102,24 @@ def test_wrong_usage_is_code_2(args):
     assert "Usage: " in done.output
 
 
+@pytest.mark.parametrize(
+    ("missing", "args", "brings"),
+    [
+        ("cupy", "predict net.safetensors x.npy -o y.npy --backend cupy", "cupy"),
+        ("pyarrow.parquet", "predict net.safetensors x.parquet -o y.npy", "nnxp[tables]"),
+        ("matplotlib.figure", "summary net.safetensors --plot net.svg", "nnxp[plots]"),
+        ("matplotlib.backend_bases", "summary net.safetensors --plot net.svg", "nnxp[plots]"),
+        ("distributed", "sweep net.safetensors x.npy -o w --dask tcp://::1", "nnxp[cluster]"),
+        ("h5py", "sweep net.safetensors x.h5 -o w", "pip install h5py"),
+    ],
+)
+def test_what_is_not_installed_is_code_1(room, monkeypatch, missing, args, brings):
+    monkeypatch.setitem(sys.modules, missing, None)
+    (room / "x.parquet").write_bytes(b"")
+    (room / "x.h5").write_bytes(b"")
+    fails(nnxp_(*args.split()), 1, brings)
+
+
 def test_help_loads_nothing_that_only_a_command_needs():
     code = (
         "import sys\nfrom nnxp.cli import main\nsys.argv = ['nnxp', '--help']\n"

@@ -113,5 +113,5 @@ def test_without_matplotlib_it_is_said_what_brings_it(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(nnxp.OptionError, match=r"pip install \"nnxp\[plots\]\""):
+    with pytest.raises(nnxp.BackendUnavailable, match=r"pip install \"nnxp\[plots\]\""):
         plots.program(NET.program((1, 6)))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import nnxp
 from conftest import draw
-from nnxp._errors import OptionError, RowsError
+from nnxp._errors import BackendUnavailable, OptionError, RowsError
 from nnxp._exchange import columns_of
 from nnxp.io import rows as rows_module
 from nnxp.io import tables
@@ -387,10 +387,10 @@ def test_what_is_no_binary_table_is_refused(arrow, tmp_path, ending):
 def test_without_pyarrow_a_binary_table_is_refused_with_the_fix(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(tables, "_pyarrow", lambda module: None)
     (tmp_path / f"x{ending}").write_bytes(b"")
-    with pytest.raises(OptionError, match=r"nnxp\[tables\]"):
+    with pytest.raises(BackendUnavailable, match=r"nnxp\[tables\]"):
         read_rows(tmp_path / f"x{ending}")
     with (
-        pytest.raises(OptionError, match=r"nnxp\[tables\]"),
+        pytest.raises(BackendUnavailable, match=r"nnxp\[tables\]"),
         written_rows(tmp_path / f"y{ending}", (1, 1), np.dtype("f4")),
     ):
         pass

@@ -9,7 +9,7 @@ import pytest
 
 import nnxp
 from conftest import draw
-from nnxp._errors import OptionError
+from nnxp._errors import OptionError, RowsError
 from nnxp.io.tables import Reading
 from nnxp.training.table import _split, train_on_table
 from test_cli import fails, nnxp_
@@ -128,6 +128,10 @@ OF_THE_FILES = (
     "no such folder",
     "there is no value in column 4",
     "has nan in column 'b'",
+    "is 'high' in every row",
+    "too many",
+    "too large for their variance",
+    "goes beyond 3.4e+38",
 )
 HUGE = ("", "")  # the first column is made so large
 
@@ -167,7 +171,7 @@ def test_what_cannot_be_trained_ends_in_one_sentence(room, change, options, said
 
 def test_few_rows_and_other_files_are_refused(room):
     (room / "few.csv").write_text("\n".join((room / "words.csv").read_text().split()[:9]))
-    with pytest.raises(OptionError, match=r"8 rows: training.* takes 20"):
+    with pytest.raises(RowsError, match=r"8 rows: training.* takes 20"):
         train_on_table("few.csv", "kind")
     with pytest.raises(OptionError, match="a table to train on ends in"):
         train_on_table("x.npy", "kind")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnxp._arrays import Array, HostArray, Shape
-from nnxp._errors import OptionError, ShapeError
+from nnxp._errors import BackendUnavailable, OptionError, ShapeError
 from nnxp.backend import asnumpy
 from nnxp.layers._layer import Layer
 from nnxp.program import program as programs
@@ -40,7 +40,8 @@ def learning_curve(history: Sequence[Mapping[str, float]]) -> Figure:
         history: `Fitted.history`: a mapping for each epoch, with `epoch` and `loss`.
 
     Raises:
-        OptionError: the history is empty, or matplotlib is not installed.
+        OptionError: the history is empty.
+        BackendUnavailable: matplotlib is not installed.
     """
     if not history:
         raise OptionError("the history is empty: there is no epoch to draw")
@@ -67,7 +68,7 @@ def weights(weight: Array, shape: Shape | None = None) -> Figure:
 
     Raises:
         ShapeError: the inputs do not fill pictures of this shape.
-        OptionError: matplotlib is not installed.
+        BackendUnavailable: matplotlib is not installed.
     """
     host = asnumpy(weight)
     side = round(sqrt(host.shape[0])) if host.ndim == 2 else 0
@@ -104,7 +105,7 @@ def activations(model: Layer, *inputs: Array) -> Figure:
 
     Raises:
         ShapeError, DtypeMismatch, DeviceMismatch: as of `model.activations`.
-        OptionError: matplotlib is not installed.
+        BackendUnavailable: matplotlib is not installed.
     """
     arrays = _arrays(model.activations(*inputs))
     outputs = {name: asnumpy(y).astype("float64") for name, y in arrays}
@@ -126,7 +127,7 @@ def parity(report: Any) -> Figure:
         report: the ParityReport of `nnxp.testing.parity_report`.
 
     Raises:
-        OptionError: matplotlib is not installed.
+        BackendUnavailable: matplotlib is not installed.
     """
     checks = report.checks[::-1]
     figure, axes = _figure(8, 0.25 * len(checks) + 1.2)
@@ -154,7 +155,7 @@ def program(program: programs.Program) -> Figure:
         program: as of `net.program((1, 784))`.
 
     Raises:
-        OptionError: matplotlib is not installed.
+        BackendUnavailable: matplotlib is not installed.
     """
     places = {value: i for i, value in enumerate(program.inputs)}
     texts = [
@@ -247,7 +248,7 @@ def endings() -> list[str]:
         assert ".svg" in nnxp.plots.endings()
 
     Raises:
-        OptionError: matplotlib is not installed.
+        BackendUnavailable: matplotlib is not installed.
     """
     return sorted(f".{name}" for name in _matplotlib("backend_bases").FigureCanvasBase.filetypes)
 
@@ -262,6 +263,6 @@ def _matplotlib(part: str) -> Any:
     try:
         return import_module(f"matplotlib.{part}")
     except ImportError as error:
-        raise OptionError(
-            f'pictures need matplotlib ({error}); pip install "nnxp[plots]" brings it'
+        raise BackendUnavailable(
+            f"pictures need matplotlib ({error})", 'pip install "nnxp[plots]" brings it'
         ) from None

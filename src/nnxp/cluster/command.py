@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnxp._errors import OptionError
+from nnxp._errors import BackendUnavailable, OptionError
 from nnxp.cluster.folder import Status, status
 from nnxp.cluster.sweeping import Report, sweep
 from nnxp.cluster.verifying import Verified, verify
@@ -43,12 +43,16 @@ def _executor(address: str) -> Iterator[Executor]:
 
         distributed: Any = import_module("distributed")
     except ImportError:
-        raise OptionError("--dask needs Dask: pip install 'nnxp[cluster]' brings it") from None
+        raise BackendUnavailable(
+            "--dask needs Dask", "pip install 'nnxp[cluster]' brings it"
+        ) from None
     try:
         client: Any = distributed.Client(address, timeout=20)
     except (OSError, ValueError) as error:
-        raise OptionError(f"--dask {address}: no scheduler answers there: {error}") from None
+        raise BackendUnavailable(f"--dask {address}: no scheduler answers there: {error}") from None
     with client:
         if not client.scheduler_info().get("workers"):
-            raise OptionError(f"--dask {address}: this scheduler has no workers; start some first")
+            raise BackendUnavailable(
+                f"--dask {address}: this scheduler has no workers", "Start some first"
+            )
         yield client.get_executor()

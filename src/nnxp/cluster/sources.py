@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nnxp._arrays import HostArray, Shape, is_numeric
-from nnxp._errors import NnxpError, OptionError, RowsError
+from nnxp._errors import BackendUnavailable, NnxpError, OptionError, RowsError
 from nnxp._exchange import host_rows
 from nnxp.io._atomic import path_of
 
@@ -209,7 +209,9 @@ def _module(name: str, path: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise OptionError(f"{path}: such files need {package}; pip install {package}") from None
+        raise BackendUnavailable(
+            f"{path}: such files need {package}", f"pip install {package} brings it"
+        ) from None
 
 
 _OPENED: dict[str, Callable[..., Any]] = {

@@ -30,7 +30,7 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 
 from nnxp._arrays import HostArray
-from nnxp._errors import NnxpError, OptionError, RowsError, ShapeError
+from nnxp._errors import BackendUnavailable, NnxpError, OptionError, RowsError, ShapeError
 from nnxp._exchange import host_rows, order_of
 
 Name: TypeAlias = str | os.PathLike[str]
@@ -529,10 +529,10 @@ def _pyarrow(module: str) -> Any:
 
 
 def required_pyarrow(path: Name) -> Any:
-    """pyarrow, with what reads and writes Parquet and Arrow; OptionError where it is missing."""
+    """pyarrow, with what reads and writes Parquet and Arrow; BackendUnavailable without it."""
     if _pyarrow("parquet") is None or _pyarrow("ipc") is None:
-        raise OptionError(
-            f"{path}: {ending(path)} files need pyarrow; pip install 'nnxp[tables]' brings it"
+        raise BackendUnavailable(
+            f"{path}: {ending(path)} files need pyarrow", "pip install 'nnxp[tables]' brings it"
         )
     import pyarrow
 

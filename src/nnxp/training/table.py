@@ -96,8 +96,8 @@ def train_on_table(
 
         model, report = train_on_table("iris.csv", "species")
 
-    Raises OptionError for a column that is not there or cannot be predicted, RowsError for one that
-    cannot be learned from.
+    Raises OptionError for a column that is not there, RowsError for rows that cannot be learned
+    from, or a target that cannot be predicted.
     """
     if task not in ("auto", "classes", "numbers"):
         raise OptionError(f'task is "auto", "classes" or "numbers", not {task!r:.60}')
@@ -106,14 +106,14 @@ def train_on_table(
     x, values, names, title = _read(path, target, reading or Reading())
     if len(x) < FEWEST:
         rows = "1 row" if len(x) == 1 else f"{len(x)} rows"
-        raise OptionError(f"{path} has {rows}: training, and holding some out, takes {FEWEST}")
+        raise RowsError(f"{path} has {rows}: training, and holding some out, takes {FEWEST}")
     classes = _classes(values, task, title)
     unseen, valid, seen = _split(values, seed)
     with np.errstate(over="ignore"):
         mean, scale = x[seen].mean(axis=0), x[seen].std(axis=0)
     if not np.isfinite(scale).all():
         name = (names or range(x.shape[1]))[int(np.argmin(np.isfinite(scale)))]
-        raise OptionError(
+        raise RowsError(
             f"{path}: the numbers in column {name!r} are too large for their variance; scale them"
         )
     first = Standardize(mean, np.where(scale > 0, scale, 1))
@@ -122,7 +122,7 @@ def train_on_table(
     if classes is None:
         y = np.asarray(values, "float64")
         if abs(y).max() > np.finfo("float32").max:
-            raise OptionError(
+            raise RowsError(
                 f"the target {title!r} goes beyond {np.finfo('float32').max:.3g}, the largest "
                 "number that the network answers; scale it"
             )
@@ -205,7 +205,7 @@ def _classes(values: HostArray, task: str, title: str) -> HostArray | None:
     numbers = values.dtype.kind == "f"
     if numbers and not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise OptionError(f"the target {title!r} has no number in row {row}")
+        raise RowsError(f"the target {title!r} has no number in row {row}")
     if task == "numbers" and not numbers:
         raise OptionError(
             f"the target {title!r} holds {str(values[0])!r:.40}, which is no number: --task classes"
@@ -218,9 +218,9 @@ def _classes(values: HostArray, task: str, title: str) -> HostArray | None:
     if whole:
         classes = classes.astype("int64")
     if len(classes) < 2:
-        raise OptionError(f"the target {title!r} is {str(classes[0])!r:.60} in every row")
+        raise RowsError(f"the target {title!r} is {str(classes[0])!r:.60} in every row")
     if len(classes) * 2 > len(values):
-        raise OptionError(
+        raise RowsError(
             f"the target {title!r} has {len(classes)} classes in {len(values)} rows: too many"
         )
     return classes
