@@ -334,7 +334,7 @@ def test_a_row_of_nan_has_no_label(files):
     rows[7, 1] = np.nan
     np.save(files / "x.npy", rows)
     code, said = run("predict", files / "net", files / "x.npy", "-o", files / "y.npy", "--labels")
-    assert (code, "row 7 has no label" in said) == (1, True), said
+    assert (code, "row 7 (from 0) has no label" in said) == (1, True), said
     assert not (files / "y.npy").exists()
 
 

@@ -351,7 +351,7 @@ def test_columns_of_one_name_are_each_read(arrow, tmp_path, ending):
 def test_missing_values_of_a_binary_table(arrow, tmp_path, ending):
     path = tmp_path / f"x{ending}"
     save(arrow, path, arrow.table({"a": [1, 2, 3], "b": arrow.array([1.5, None, float("nan")])}))
-    with pytest.raises(RowsError, match=r"row 1: a value is missing in column 2 \(b\)"):
+    with pytest.raises(RowsError, match=r"row 1 \(from 0\): a value is missing in column 2 \(b\)"):
         read_rows(path)
     np.testing.assert_array_equal(
         read_rows(path, reading=Reading(missing=-1.0)), [[1, 1.5], [2, -1], [3, np.nan]]

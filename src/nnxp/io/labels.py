@@ -47,7 +47,7 @@ class Labels:
         unknown = np.isnan(y).any(axis=1)
         if unknown.any():
             row = self._rows + int(unknown.argmax())
-            raise RowsError(f"row {row} has no label: the model answers NaN for it")
+            raise RowsError(f"row {row} (from 0) has no label: the model answers NaN for it")
         self._rows += len(y)
         indices = (y[:, 0] > self.above).astype(int) if self.single else y.argmax(axis=1)
         labels: HostArray = self.classes[indices]

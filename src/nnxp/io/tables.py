@@ -455,7 +455,8 @@ class ArrowTable(Table):
                 where = name if ending(self.path) == ".parquet" else index
                 values += batch.column(where).to_pylist()
         if None in values:
-            raise RowsError(f"{self.path}, row {values.index(None)}: there is no value in {name!r}")
+            row = values.index(None)
+            raise RowsError(f"{self.path}, row {row} (from 0): there is no value in {name!r}")
         numbers = all(isinstance(value, int | float) for value in values)  # True and False, too
         return (
             np.array(values, "float64") if numbers else np.array([str(value) for value in values])
@@ -504,8 +505,8 @@ class ArrowTable(Table):
             if column.null_count and self.reading.missing is None:
                 row = self.passed + column.is_null().index(True).as_py()
                 raise RowsError(
-                    f"{self.path}, row {row}: a value is missing in column {index + 1} ({name}); "
-                    "--missing 0 reads it as 0"
+                    f"{self.path}, row {row} (from 0): a value is missing in column {index + 1} "
+                    f"({name}); --missing 0 reads it as 0"
                 )
             try:
                 rows = host_rows(self._pyarrow.table({name: column}))[:, 0]

@@ -189,8 +189,8 @@ def _read(
         row, column = np.argwhere(~np.isfinite(x))[0]
         name = whole.names[inputs[column]] or inputs[column]
         raise RowsError(
-            f"{path}: row {row} has {x[row, column]} in column {name!r}, which nothing can be "
-            "learned from: --missing 0 reads what is missing as a number"
+            f"{path}: row {row} (from 0) has {x[row, column]} in column {name!r}, which "
+            "nothing can be learned from: --missing 0 reads what is missing as a number"
         )
     names = tuple(whole.names[i] for i in inputs) if any(whole.names) else None
     try:
@@ -205,7 +205,7 @@ def _classes(values: HostArray, task: str, title: str) -> HostArray | None:
     numbers = values.dtype.kind == "f"
     if numbers and not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise RowsError(f"the target {title!r} has no number in row {row}")
+        raise RowsError(f"the target {title!r} has no number in row {row} (from 0)")
     if task == "numbers" and not numbers:
         raise OptionError(
             f"the target {title!r} holds {str(values[0])!r:.40}, which is no number: --task classes"
