@@ -622,6 +622,11 @@ def test_a_one_hot_counts_from_the_end_and_is_zeros_beyond():
     np.testing.assert_array_equal(model(np.array([-1, -3, 3, -4])), due)
 
 
+def test_a_folder_is_refused_by_name(tmp_path):
+    with pytest.raises(IsADirectoryError, match="a folder, not a model's file"):
+        load_onnx(tmp_path)
+
+
 def test_nodes_out_of_order_are_refused():
     source = proto([("Relu", "a", "b"), ("Relu", "b", "a")], [("x", ["n", 6])], ["a"])
     with pytest.raises(CheckpointError):

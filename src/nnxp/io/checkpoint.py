@@ -176,12 +176,17 @@ def foreign(data: bytes) -> str:
     return next(reasons, "")
 
 
+def status_of_file(path: str) -> os.stat_result:
+    """What the system says of a model's file; IsADirectoryError for a folder."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder, not a model's file", path)
+    return status
+
+
 def _readable(path: str) -> None:
     """Raise the OSError that says why a file cannot be read; safetensors would not say."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "a folder, not a model's file", path)
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status_of_file(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
     with open(path, "rb"):
         pass

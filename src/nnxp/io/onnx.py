@@ -19,7 +19,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray, dtype_of
 from nnxp._errors import CheckpointError, ConversionError, NnxpError
-from nnxp.io.checkpoint import foreign, load
+from nnxp.io.checkpoint import foreign, load, status_of_file
 from nnxp.layers._layer import Layer
 from nnxp.layers.graph import (
     BODIES,
@@ -104,7 +104,7 @@ def _parsed(onnx: Any, source: Any) -> Any:
         model.CopyFrom(source)
         return model
     if isinstance(source, str | os.PathLike):
-        status = os.stat(source)
+        status = status_of_file(os.fspath(source))
         if stat.S_ISREG(status.st_mode) and status.st_size > LARGEST:
             raise CheckpointError(f"{status.st_size:,} bytes, more than protobuf reads")
         source = Path(source).read_bytes()
