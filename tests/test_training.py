@@ -96,8 +96,10 @@ def test_losses_refuse_what_does_not_fit():
         losses.mean_square(net(outputs=7), rows(), rows()[:, 0])
     with pytest.raises(ShapeError, match="one label for each"):
         losses.cross_entropy(net(), rows(), LABELS[:, None])
-    with pytest.raises(ShapeError, match="labels are whole numbers"):
-        losses.cross_entropy(net(), rows(), LABELS.astype("float64"))
+    for kind in ("float64", "bool"):
+        with pytest.raises(ShapeError, match="no whole numbers: labels are those") as error:
+            nnxp.fit(net(), rows(), LABELS.astype(kind), loss="cross_entropy", epochs=1)
+        assert "float32" not in str(error.value)  # to which fit has converted it
 
 
 def test_a_column_of_targets_may_lack_its_axis():

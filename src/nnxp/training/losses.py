@@ -213,9 +213,9 @@ class CrossEntropy(Loss):
         else:
             if target.shape != y.shape:
                 raise ShapeError(
-                    f"the target is {target.dtype}{list(target.shape)} for logits {list(y.shape)}; "
-                    "labels are whole numbers, y.astype('int64'), and probabilities have the shape "
-                    "of the logits"
+                    f"the target is {list(target.shape)} for logits {list(y.shape)}, and no whole "
+                    "numbers: labels are those, y.astype('int64'), and probabilities have the "
+                    "shape of the logits"
                 )
             right = (logp * target.astype(logp.dtype, copy=False)).sum(axis=-1)
         if self.smoothing:
