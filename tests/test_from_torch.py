@@ -15,6 +15,7 @@ import pytest
 
 import nnxp
 from conftest import results
+from nnxp.layers.torch_functions import FUNCTIONS
 from nnxp.program.rewrite import optimized
 from nnxp.testing import bounded, error_bound
 from nnxp.testing.parity import compare
@@ -575,6 +576,8 @@ FORMULAS = {
                                          torch.where(x > 0, x, other=x.sin())),
     "where as a method": lambda x: (x.sin().where(x > 0, x * 2), x.where(x > 0, other=-1)),
     "a copy that is written into": lambda x: x + x.clone().clamp_(0, 1),
+    "functions of sizes": lambda x: (x * abs(x.shape[1] - 9), x * math.sqrt(x.size(-1)),
+                                     x - math.floor(-x.size(1) / 4)),
     "norms over two axes": lambda x: (F.normalize(x[:, :, None], 1.0, dim=(1, 2)),
                                       F.normalize(x, p=3.0, dim=[0, 1]),
                                       F.normalize(x, float("inf"), dim=0)),
@@ -954,6 +957,11 @@ def test_functions_have_torch_s_gradients(name):
     sum((y * dy).sum() for y, dy in zip(answers, worth, strict=True)).backward()
     _, back = nnxp.vjp(nnxp.from_torch(module), x)
     np.testing.assert_allclose(back(*(dy.numpy() for dy in worth)), tensor.grad, rtol=1e-9)
+
+
+def test_numbers_are_no_arrays():
+    with pytest.raises(nnxp.DtypeMismatch, match="int is not an array"):
+        FUNCTIONS["sign"](3)
 
 
 def test_functions_of_all_rows():

@@ -63,7 +63,14 @@ def function(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _of_one(name: str, ours: str = "") -> Callable[..., Any]:
     """A function of one array, that NumPy has by the same name or by another, or of a size."""
-    return lambda x: getattr(xp_of(x), ours or name)(x) if is_array(x) else getattr(math, name)(x)
+    of_size = abs if name == "abs" else getattr(math, name, None)
+
+    def formula(x: Any) -> Any:
+        if is_array(x) or of_size is None:
+            return getattr(xp_of(x), ours or name)(x)
+        return of_size(x)
+
+    return formula
 
 
 def _in_floats(x: Any) -> Any:
