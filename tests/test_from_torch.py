@@ -671,6 +671,8 @@ FORMULAS = {
                                torch.meshgrid([x[0], x[1], x[2]], indexing="ij"),
                                x.take_along_dim(x.argsort(1), 1), x.ravel(),
                                torch.broadcast_to(x[:, None], size=(-1, 2, 6))),
+    "windows": lambda x: (x.unfold(1, 3, 2), x[:, None].unfold(dimension=-1, size=2, step=1)),
+    "like nothing": lambda x: (torch.empty_like(x).fill_(2), x.new_empty(2, 3).zero_()),
     "like another": lambda x: (x.new_zeros(2, 3), x.new_ones((3,)), x.new_full((2,), 1.5),
                                x.new_zeros(2, dtype=torch.int64) + x.argmax(1)[:2],
                                x.cos().fill_(2), x.sin().zero_(), (x * 0).copy_(x[0])),
@@ -774,6 +776,13 @@ SPACE = {
     ),
     "areas": lambda x: F.interpolate(x, scale_factor=0.5, mode="area"),
     "upsample": lambda x: F.upsample(x, scale_factor=2, mode="bilinear"),
+    "sampled at a grid": lambda x: (
+        F.grid_sample(x, torch.tanh(x[:, :2, :3].permute(0, 2, 3, 1)), align_corners=False),
+        F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1), "bicubic", "border", True),
+        F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1), "nearest", "reflection", False),
+        F.grid_sample(x[:, :, None], x[:, None, :, :5, :3], align_corners=True),
+        F.affine_grid(x[:, :2, :3, 0], (3, 1, 4, 5), align_corners=True),
+    ),
     "shuffles": lambda x: (
         F.pixel_shuffle(x, 2),
         F.pixel_unshuffle(x[..., :6], downscale_factor=2),

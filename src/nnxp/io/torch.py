@@ -502,7 +502,7 @@ def _where(node: Any) -> str:
 def _called(node: Any) -> str:
     """The name of the function or the method that a node calls."""
     if node.op == "call_method":
-        return "tensor_where" if node.target == "where" else str(node.target)
+        return f"tensor_{node.target}" if node.target in _OWN_METHODS else str(node.target)
     target = node.target
     name = str(getattr(target, "__name__", target))
     home = str(getattr(target, "__module__", "") or "")
@@ -510,6 +510,8 @@ def _called(node: Any) -> str:
     return name if ours else f"{home}.{name}"
 
 
+_OWN_METHODS = frozenset(["unfold", "where"])
+"""Methods that take other arguments than torch's functions of these names."""
 _IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "setitem"])
 _SIZES = frozenset(["size", "dim", "numel", "ndimension"])
 

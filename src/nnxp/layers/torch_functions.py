@@ -28,7 +28,7 @@ MAKERS: dict[str, Callable[..., Any]] = {}
 VIEWS = frozenset(
     """bool byte char chunk clone diagonal double dropout expand expand_as flatten float getitem
     half int long meshgrid movedim narrow permute pos reshape reshape_as select short split squeeze
-    t to transpose type_as unbind unflatten unsqueeze view_as""".split()
+    t tensor_unfold to transpose type_as unbind unflatten unsqueeze view_as""".split()
 )
 """What may answer the memory of its first argument."""
 
@@ -133,7 +133,8 @@ SAME = {
     "positive": "pos", "sgn": "sign", "mm": "matmul", "mv": "matmul", "dot": "matmul",
     "ger": "outer", "addmv": "addmm", "ravel": "flatten", "swapdims": "transpose",
     "broadcast_to": "expand", "split_with_sizes": "split", "nelement": "numel",
-    "row_stack": "vstack",
+    "row_stack": "vstack", "empty": "zeros", "empty_like": "zeros_like",
+    "new_empty": "new_zeros",
 }  # fmt: skip
 """Other names for the same thing."""
 
@@ -645,6 +646,13 @@ def median(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
     xp, n = xp_of(x), x.shape[dim]
     unknown = xp.isnan(x).sum(axis=dim, keepdims=True)  # which come last
     return _of_order(x, xp.where(unknown > 0, n - unknown, (n - 1) // 2), dim, keepdim)
+
+
+@function("tensor_unfold")
+def unfold(x: Array, dimension: int, size: int, step: int) -> Array:
+    """Windows along an axis, each `step` behind the other, whose elements are a new last axis."""
+    windows = xp_of(x).lib.stride_tricks.sliding_window_view(x, size, axis=dimension)
+    return windows[(slice(None),) * (dimension % x.ndim) + (slice(None, None, step),)]
 
 
 @function("gather")

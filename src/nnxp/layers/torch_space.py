@@ -11,10 +11,14 @@ from functools import partial
 from math import floor, prod
 from typing import Any
 
+import numpy as np
+
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
+from nnxp.layers import window_operators
 from nnxp.layers.conv import window_of_conv, window_of_conv_transpose
+from nnxp.layers.operators import in_float32
 from nnxp.layers.shape import channels_last
 from nnxp.layers.torch_functions import CHOICES, check_choices, function
 
@@ -187,6 +191,35 @@ def channel_shuffle(x: Array, groups: int) -> Array:
     rows, channels, *space = x.shape
     parts = x.reshape(rows, groups, channels // groups, *space)
     return parts.swapaxes(1, 2).reshape(x.shape)
+
+
+CHOICES["grid_sample"] = {
+    "mode": ("bilinear", "nearest", "bicubic"),
+    "padding_mode": ("zeros", "border", "reflection"),
+}
+
+
+@function("grid_sample")
+def grid_sample(
+    x: Array, grid: Array, mode: str = "bilinear", padding_mode: str = "zeros",
+    align_corners: bool | None = None,
+) -> Array:  # fmt: skip
+    """x (n, c, *space) at grid (n, *out, axes), -1 to 1, the last axis first -> (n, c, *out)"""
+    check_choices("grid_sample", {"mode": mode, "padding_mode": padding_mode})
+    options = {
+        "mode": mode,
+        "padding_mode": padding_mode,
+        "align_corners": int(bool(align_corners)),
+    }
+    sampled: Array = in_float32(window_operators.grid_sample)(x, grid, **options)
+    return sampled
+
+
+@function("affine_grid")
+def affine_grid(theta: Array, size: Any, align_corners: bool | None = None) -> Array:
+    return window_operators.affine_grid(
+        theta, np.array(size), align_corners=int(bool(align_corners))
+    )
 
 
 # Norms, and what has a number for each channel
