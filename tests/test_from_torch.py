@@ -576,7 +576,7 @@ FORMULAS = {
                                          torch.where(x > 0, x, other=x.sin())),
     "where as a method": lambda x: (x.sin().where(x > 0, x * 2), x.where(x > 0, other=-1)),
     "a copy that is written into": lambda x: x + x.clone().clamp_(0, 1),
-    "functions of sizes": lambda x: (x * abs(x.shape[1] - 9), x * math.sqrt(x.size(-1)),
+    "functions of sizes": lambda x: (x * abs(x.shape[1] - 9), x / math.sqrt(x.size(-1)),
                                      x - math.floor(-x.size(1) / 4)),
     "norms over two axes": lambda x: (F.normalize(x[:, :, None], 1.0, dim=(1, 2)),
                                       F.normalize(x, p=3.0, dim=[0, 1]),

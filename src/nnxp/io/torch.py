@@ -513,7 +513,7 @@ def _called(node: Any) -> str:
 _OWN_METHODS = frozenset(["unfold", "where"])
 """Methods that take other arguments than torch's functions of these names."""
 _IN_PLACE = frozenset(["iadd", "isub", "imul", "itruediv", "setitem"])
-_SIZES = frozenset(["size", "dim", "numel", "ndimension"])
+_SIZES = frozenset(["size", "dim", "numel", "nelement", "ndimension"])
 
 
 def _is_number(x: Any) -> bool:
