@@ -20,7 +20,10 @@ from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Operand
 from nnxp.kernels.cpu import _pieces, _small, conv, onednn, pool
-from nnxp.program.recording import Recording, bodied, costs
+from nnxp.program.program import trace
+from nnxp.program.recording import Bodied, Recording, bodied, costs
+from nnxp.program.rewrite import optimized
+from nnxp.program.traced import ROWS
 from nnxp.testing.parity import compare, error_bound
 from nnxp.training.differentiate import LossRunner, write_out
 
@@ -47,7 +50,9 @@ def draw(*shape, seed=0):
 
 def recorded(layer, *arrays):
     """What a recording makes of the arrays, which has to run a body in place."""
-    program = bodied(layer.program(*((x.shape, x.dtype) for x in arrays)))
+    program = layer
+    if not isinstance(layer, Bodied):
+        program = bodied(layer.program(*((x.shape, x.dtype) for x in arrays)))
     assert program.bodies, layer
     outlines = program.outline(len(arrays[0]))
     made = [np.full(shape, np.nan, dtype) for shape, dtype in outlines]
@@ -343,6 +348,72 @@ def test_recurrences_in_place_begin_at_zero_where_nothing_else_is_given(kernel, 
             return kernels.KERNELS[kernel](x, self.weight)[0]
 
     agrees(Formula(), draw(4, 6, 3 * gates))
+
+
+def joined(formula, *arrays):
+    """A formula's program, whose recurrences have their inputs' products."""
+    outlines = [((ROWS, *x.shape[1:]), x.dtype) for x in arrays]
+    program = bodied(optimized(trace(formula, *outlines)))
+    assert {step.name for step in program.bodies} == {"linear_lstm"}
+    return program
+
+
+@only_onednn
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("size", "bias"), [(5, True), (16, False), (40, True)])
+def test_lstms_with_the_product_of_their_inputs_agree_with_float64(size, bias, reverse, started):
+    weight_x, weight = draw(6, 4 * size) / 2, draw(size, 4 * size) / 4
+    shift = draw(4 * size) if bias else None
+    states = [draw(9, size, seed=seed) for seed in (1, 2)] if started else [None, None]
+
+    def formula(x, *states):
+        part = kernels.linear(x, weight_x, shift)
+        return kernels.lstm(part, weight, None, *states, reverse=reverse)
+
+    def backwards(x, *states):  # of arrays that do not lie in one piece
+        return formula(x[:, ::-1], *(state[::-1] for state in states))
+
+    for x in (draw(9, 7, 6) * 4, draw(7, 9, 6).swapaxes(0, 1), draw(9, 1, 6)):
+        arrays = [x, *(state for state in states if state is not None)]
+        for fn in (formula, backwards):
+            for i, made in enumerate(recorded(joined(fn, *arrays), *arrays)):
+                value, error = error_bound(lambda *a, i=i, fn=fn: fn(*a)[i], *arrays)
+                check = compare("", "", "cpu", made, value, error)
+                assert check.ok, check.problem
+
+
+@only_onednn
+def test_an_lstm_with_the_product_of_its_inputs_lets_no_number_through_in_its_own_row():
+    net, x = nnxp.LSTM(6, 16, returns="states", rng=0), draw(5, 4, 6)
+    expected = net(x)
+    x[1, 2, 3], x[3, 0, 0] = np.nan, np.inf
+    for made, due in zip(recorded(joined(net, x), x), expected, strict=True):
+        np.testing.assert_allclose(made[[0, 2, 4]], due[[0, 2, 4]], rtol=1e-5, atol=1e-6)
+        assert np.isnan(made[1].reshape(-1, 16)[-1]).all()
+    for made, due in zip(recorded(joined(net, x), x), net(x), strict=True):
+        np.testing.assert_allclose(made, due, rtol=1e-5, atol=1e-6)
+    assert recorded(joined(net, x), x[:0])[0].shape == (0, 4, 16)
+
+
+@only_onednn
+def test_an_lstm_is_the_same_for_any_number_of_rows_and_threads(monkeypatch):
+    net, x = nnxp.LSTM(64, 96, rng=0), draw(37, 9, 64)
+    whole = recorded(joined(net, x), x)
+    parts = [recorded(joined(net, part), part) for part in (x[:1], x[1:6], x[6:])]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    threads, run = [], onednn.Plan.__call__
+
+    def noted(plan, *arrays):
+        threads.append(onednn.library()[0].threads())
+        run(plan, *arrays)
+
+    monkeypatch.setattr(onednn.Plan, "__call__", noted)
+    for count in (1, 2):
+        monkeypatch.setattr(onednn, "threads_for", lambda work, count=count: count)
+        with onednn.limited_to(3):
+            np.testing.assert_array_equal(recorded(joined(net, x), x), whole)
+        assert threads[-1] == count
 
 
 @only_numpy

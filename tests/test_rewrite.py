@@ -126,6 +126,34 @@ def test_a_pool_goes_into_the_convolution_if_its_windows_lie_one_next_to_another
     assert "conv" in [step.name for step in half.steps]
 
 
+def joined(layer, *shapes, dtype="float32"):
+    """How often its program, rewritten, has a recurrence with its inputs' product."""
+    program = optimized(layer.program(*((shape, np.dtype(dtype)) for shape in shapes)))
+    return [step.name for step in program.steps].count("linear_lstm")
+
+
+def test_the_product_of_an_lstm_s_inputs_goes_into_it():
+    net = nnxp.LSTM(3, 4, layers=2, bidirectional=True, rng=0)
+    assert joined(net, (5, 6, 3)) == 4
+    x = np.random.default_rng(0).normal(size=(5, 6, 3)).astype("float32")
+    judge(net, [x], optimized(net.program(x.shape)))
+    assert joined(nnxp.LSTM(3, 4, 2, rng=0), (5, 6, 3)) == 0  # with a projection
+    assert joined(net.astype("float16"), (5, 6, 3), dtype="float16") == 0
+    lengths = net.program(((5, 6, 3), np.dtype("float32")), ((5,), np.dtype("int64")))
+    assert "linear_lstm" not in [step.name for step in optimized(lengths).steps]
+
+
+def test_a_product_that_others_look_at_stays_where_it_is(rng):
+    w, v = (rng.normal(size=shape).astype("float32") for shape in ((3, 8), (2, 8)))
+
+    def formula(x):
+        part = nnxp.kernels.linear(x, w)
+        return nnxp.kernels.lstm(part, v)[0], part
+
+    program = optimized(trace(formula, ((4, 5, 3), np.dtype("float32"))))
+    assert [step.name for step in program.steps] == ["linear", "lstm"]
+
+
 def test_orders_that_do_not_cancel_become_one(rng):
     def formula(x):
         return np.float32(2) * x.transpose(0, 2, 3, 1).transpose(0, 3, 1, 2).swapaxes(1, 3) + 1

@@ -224,6 +224,28 @@ def test_recurrence_is_what_it_is_defined_to_be(name, started, ragged, reverse):
         assert compare("", "", "cpu", y, value, error).ratio < LIMIT / 2
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_lstm_with_its_inputs_product_is_what_it_is_defined_to_be(biased, started, reverse):
+    x, weight_x, weight = draw((4, 5, 2), "float64"), draw((2, 12), "float64", 1), draw((3, 12))
+    bias = draw(12, "float64", 2) if biased else None
+    states = [draw((4, 3), "float64", seed) for seed in (3, 4)] if started else []
+    arrays = x, weight_x, bias, weight.astype("float64"), *states
+    answers = kernels.linear_lstm(*arrays, reverse=reverse)
+    for i in range(4):
+        part = x[i] @ weight_x + (bias if biased else 0)
+        due = recur("lstm", part, arrays[3], states=[s[i] for s in states], reverse=reverse)
+        for y, expected in zip(answers, due, strict=True):
+            np.testing.assert_allclose(y[i], expected, rtol=1e-12, atol=1e-14)
+    narrow = [None if a is None else a.astype("float32") for a in arrays]
+    for i, y in enumerate(kernels.linear_lstm(*narrow, reverse=reverse)):
+        value, error = error_bound(
+            lambda *a, i=i: kernels.linear_lstm(*a, reverse=reverse)[i], *narrow
+        )
+        assert compare("", "", "cpu", y, value, error).ratio < LIMIT / 2
+
+
 def test_layers_and_directions_are_stacked_as_they_say():
     net = nnxp.GRU(2, 3, layers=2, bidirectional=True, returns="states", rng=0, dtype="float64")
     x, lengths = draw((4, 5, 2), "float64"), np.array([5, 2, 4, 1])
@@ -449,7 +471,8 @@ def test_a_model_of_several_branches_is_a_formula(tmp_path):
 
 
 def test_every_kernel_of_sequences_is_asked_here():
-    assert {"attention", "rnn", "gru", "lstm", "embedding", "rotary", "add_positions"} == SEQUENCES
+    asked = "attention rnn gru lstm linear_lstm embedding rotary add_positions"
+    assert set(asked.split()) == SEQUENCES
     assert set(kernels.KERNELS) >= SEQUENCES
 
 

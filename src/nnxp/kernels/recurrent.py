@@ -18,6 +18,7 @@ from nnxp._arrays import Array, library_of, xp_of
 from nnxp._errors import ShapeError
 from nnxp.kernels._dispatch import Kernel, Outlines, kernel
 from nnxp.kernels.activations import sigmoid, tanh
+from nnxp.kernels.linear import linear
 
 
 @kernel
@@ -120,6 +121,26 @@ def lstm(
         return (out if projection is None else xp.matmul(out, projection)), new
 
     return _through_time(step, x, (h, c), (m, n), lengths, reverse)
+
+
+@kernel
+def linear_lstm(
+    x: Array,
+    weight_x: Array,
+    bias: Array | None,
+    weight: Array,
+    h: Array | None = None,
+    c: Array | None = None,
+    *,
+    reverse: bool = False,
+) -> Any:
+    """y, h, c = lstm(linear(x, weight_x, bias), weight, h=h, c=c)
+
+    x (rows, time, inputs), weight_x (inputs, 4n), bias (4n,) or None, weight (n, 4n), each in the
+    order i, f, o, g; h, c (rows, n) -> y (rows, time, n), h (rows, n), c (rows, n): what an engine
+    makes of a recurrence and of its inputs' product, for bodies that go through time in one call.
+    """
+    return lstm(linear(x, weight_x, bias), weight, None, h, c, reverse=reverse)
 
 
 def _fitting(who: str, x: Array, weight: Array, gates: int, *, projected: bool = False) -> None:

@@ -358,12 +358,19 @@ def _scaled(option: Any, rows: int) -> Any:
     return int(option) // ROWS * rows if counts_rows(option) else option
 
 
+def steps_of(step: Step) -> list[Step]:
+    """What a step that is a kernel does, step by step; any other step itself."""
+    if not isinstance(step.function, Kernel):
+        return [step]
+    with writing(Tape(expands=True)) as tape:
+        step.function.widened(*map(lifted, step.inputs), **step.options)
+    return tape.steps
+
+
 def multiply_adds(step: Step) -> int:
     """The multiply-adds of a step that is a product, or a kernel that has some; 0 for others."""
     if isinstance(step.function, Kernel):
-        with writing(Tape(expands=True)) as tape:
-            step.function.widened(*map(lifted, step.inputs), **step.options)
-        return sum(map(multiply_adds, tape.steps))
+        return sum(map(multiply_adds, steps_of(step)))
     if not step.values:
         return 0
     name, first = step.name, step.values[0]

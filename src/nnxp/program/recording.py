@@ -23,7 +23,16 @@ from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import aligned, copy, zeros
 from nnxp.kernels.cpu._small import TINY, Weight, columns_at_once
-from nnxp.program.program import Costs, Program, as_said, expanded, multiply_adds, scaled, sized
+from nnxp.program.program import (
+    Costs,
+    Program,
+    as_said,
+    expanded,
+    multiply_adds,
+    scaled,
+    sized,
+    steps_of,
+)
 from nnxp.program.traced import ROWS, Step, Value, axes_of, perform, record, value_of
 
 SPREAD = 4096  # elements: the broadcast of so few costs more to start than to do
@@ -172,7 +181,8 @@ def costs(program: Program, dtypes: Sequence[np.dtype[Any]] | None = None) -> Co
         if dtype != value.dtype:
             total += prod(value.shape) * value.dtype.itemsize
     passed = sum(prod(v.shape) * v.dtype.itemsize for step in flat.steps for v in step.outputs)
-    products = [(multiply_adds(step), step) for step in flat.steps]
+    parts = (part for step in flat.steps for part in (steps_of(step) if step.several else [step]))
+    products = [(multiply_adds(part), part) for part in parts]
     work = sum(count for count, _ in products)
     by_lines = sum(count / _lines(step) for count, step in products)
     lines = work / by_lines if by_lines else 1.0
@@ -185,8 +195,8 @@ def costs(program: Program, dtypes: Sequence[np.dtype[Any]] | None = None) -> Co
 
 
 def _lines(step: Step) -> float:
-    """How many lines of a product a step makes of a row; a recurrence makes one at a time."""
-    return 1.0 if step.several else max(1.0, prod(step.outputs[0].shape[:-1]) / ROWS)
+    """How many lines of a product a step makes of a row."""
+    return max(1.0, prod(step.outputs[0].shape[:-1]) / ROWS)
 
 
 class Recording:

@@ -349,6 +349,19 @@ def _pool(product: Product, step: Step) -> Any:
     return record(kernels.conv_max_pool, arrays, product.options | {"window": window})
 
 
+@rule(kernels.lstm)
+def _recurrence(product: Product, step: Step, weight: Any, *others: Any) -> Any:
+    """Of constant weights in float32, which oneDNN lays out once."""
+    projection, h, c, lengths = (*others, *[None] * 4)[:4]
+    if projection is not None or lengths is not None or product.function is not kernels.linear:
+        return None
+    constant = all(x is None or is_constant(x) for x in (product.weight, product.bias, weight))
+    if not constant or weight.dtype != "float32" or product.options:
+        return None
+    arrays = product.x, product.weight, product.bias, weight, h, c
+    return record(kernels.linear_lstm, arrays, step.options)
+
+
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:
     """The program for rows of this type, if it is wider and the first thing is to centre them.
 

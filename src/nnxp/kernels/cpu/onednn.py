@@ -27,7 +27,7 @@ from ctypes import (
     c_void_p,
 )
 from functools import cache, partial
-from math import prod
+from math import inf, prod
 from sysconfig import get_default_scheme, get_path, get_preferred_scheme
 from typing import Any, Generic, TypeVar
 
@@ -46,8 +46,10 @@ FILE = "libdnnl.so.3"
 CPU, FLOAT32, BYTES, ANY_LAYOUT, IN_ORDER = 1, 3, 6, 1, 1
 MULTIPLY = 0x1FFF1
 FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
+FROM_FIRST, FROM_LAST = 1, 2  # step of time
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
 SOURCE, SECOND, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 2, 17, 33, 41, 80  # what an operand is
+STATE, CELL, LAST_STATE, LAST_CELL, STATE_WEIGHTS = 2, 3, 18, 19, 34  # of those of an LSTM
 RESULT_GRADIENT, WEIGHT_GRADIENT = 145, 161  # of those of a gradient: dy and dw
 NAME, WEIGHTS_LAYOUT, WEIGHT_GRADIENT_LAYOUT = 8, 131, 132  # what a primitive is asked for
 SCRATCHPAD_LAYOUT = 136
@@ -121,6 +123,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     ],
     "convolution_backward_weights_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, *[c_void_p] * 4, *[_Dims] * 4, c_void_p, c_void_p)
+    ],
+    "lstm_forward_primitive_desc_create": [
+        *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 11, ctypes.c_uint, c_void_p)
     ],
     "reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
     "primitive_desc_query": [c_void_p, c_int, c_int, c_void_p],
@@ -230,9 +235,10 @@ def outline(shape: Sequence[int], strides: Sequence[int] | None, dtype: int = FL
     return _Owned("memory_desc", create, len(shape), _Dims(*shape), dtype, how[1])
 
 
-def _described(primitive: _Owned, what: int) -> c_void_p:
-    """The layout of an operand of a primitive, to which it belongs."""
-    return c_void_p(library()[0].dnnl_primitive_desc_query_md(primitive, what, 0))
+def _described(primitive: _Owned, what: int, number: int = 0) -> c_void_p:
+    """The layout of an operand of a primitive, to which it belongs; of its weights, those of a
+    number."""
+    return c_void_p(library()[0].dnnl_primitive_desc_query_md(primitive, what, number))
 
 
 class _Memory(_Owned):
@@ -266,9 +272,10 @@ class Constant:
         """What a plan is told that may want the array as it likes."""
         return outline(self._shape, None)
 
-    def memory(self, description: _Owned) -> _Memory:
-        """The memory that holds the array as a plan of this description wants it."""
-        dnnl, wanted = library()[0], _described(description, WEIGHTS_LAYOUT)
+    def memory(self, description: _Owned, number: int = 0) -> _Memory:
+        """The memory that holds the array as a plan of this description wants its weights, or those
+        of a number."""
+        dnnl, wanted = library()[0], _described(description, WEIGHTS_LAYOUT, number)
         with _creating:
             for memory in self._laid_out:
                 layout = c_void_p()
@@ -289,7 +296,8 @@ class Plan:
     """What oneDNN has planned for certain shapes: several threads may call it at once.
 
     `constants` and `operands` say by what an operand is, SOURCE for one, in which memory it lies,
-    or what the arrays look like that are given at each call, in order.
+    or what the arrays look like that are given at each call, in order. Memory to work in is each
+    thread's own, unless it is one of them.
     """
 
     def __init__(
@@ -327,7 +335,8 @@ class _Call:
         self._set = [partial(dnnl.dnnl_memory_set_data_handle, memory) for memory in own]
         self._addresses = [0] * len(own)
         memories = plan.constants | dict(zip(plan.operands, own, strict=True))
-        memories[SCRATCHPAD] = _Memory(plan.scratch, aligned((plan.scratch_size,), "uint8"))
+        if SCRATCHPAD not in memories:
+            memories[SCRATCHPAD] = _Memory(plan.scratch, aligned((plan.scratch_size,), "uint8"))
         operands: Any = (_Operand * len(memories))(
             *(_Operand(what, memory._as_parameter_) for what, memory in memories.items())
         )
@@ -398,7 +407,7 @@ class Planned(Generic[AnyPlan]):
             return self._plans[threads, key]
         except KeyError:
             try:
-                with _limited_to(threads):
+                with limited_to(threads):
                     plan = self._make(*key)
             except OneDNNError:
                 plan = None
@@ -436,8 +445,9 @@ def sharing_threads() -> Iterator[None]:
 
 
 @contextmanager
-def _limited_to(threads: int) -> Iterator[None]:
-    """What is planned meanwhile runs in so many threads."""
+def limited_to(threads: int) -> Iterator[None]:
+    """What is planned meanwhile runs in so many threads. A recurrence is also to run in such a
+    block: to copy states it takes as many as it finds."""
     dnnl = library()[0]
     before = dnnl.threads()
     dnnl.set_threads(threads)
@@ -681,6 +691,60 @@ def weight_gradient(problem: Convolution) -> Planned[Relaid] | None:
     return Planned(make, _size(_described(description, WEIGHT_GRADIENT_LAYOUT)))
 
 
+def lstm(
+    weight_x: HostArray,
+    bias: HostArray | None,
+    weight: HostArray,
+    time: int,
+    *,
+    begun: bool,
+    reverse: bool,
+) -> Planned[Plan] | None:
+    """Plans of the kernel `linear_lstm`, by the rows, for arrays in one piece: `plan(x, y, h, c,
+    scratch)`, or `plan(x, h, c, y, h, c, scratch)` where its states have `begun`. `scratch` is
+    bytes for each row. None where oneDNN has no fast way."""
+    inputs, size = len(weight_x), len(weight)
+    inner, outer = (
+        constants.of(gates, (1, 1, *gates.shape), _strides((1, 1, *gates.shape)))
+        for gates in map(_gates, (weight_x, weight))
+    )
+    shift = _gates(np.zeros((1, 4 * size), "float32") if bias is None else bias[None])
+    shifts = outline((1, *shift.shape), _strides((1, *shift.shape)))
+    biases = {BIAS: _Memory(shifts, shift)}
+
+    def operands(rows: int) -> dict[int, Any]:
+        x, y = (outline((time, rows, n), (n, time * n, 1)) for n in (inputs, size))
+        state = outline((1, 1, rows, size), _strides((1, 1, rows, size)))
+        first = {STATE: state, CELL: state} if begun else {}
+        return {SOURCE: x, **first, RESULT: y, LAST_STATE: state, LAST_CELL: state}
+
+    def describe(rows: int) -> _Owned:
+        of = operands(rows)
+        return _Owned(
+            "primitive_desc", "lstm_forward_primitive_desc_create", library()[0].engine,
+            FORWARD_INFERENCE, FROM_LAST if reverse else FROM_FIRST,
+            of[SOURCE], of.get(STATE), of.get(CELL), inner.any_layout(), outer.any_layout(),
+            None, None, shifts, of[RESULT], of[LAST_STATE], of[LAST_CELL], 0, _attributes(),
+        )  # fmt: skip
+
+    description = _fast(describe, most_scratch=inf)
+    if description is None:
+        return None
+
+    def make(rows: int) -> Plan:
+        description = describe(rows)
+        weights = {WEIGHTS: inner.memory(description), STATE_WEIGHTS: outer.memory(description, 1)}
+        scratch = {SCRATCHPAD: _described(description, SCRATCHPAD_LAYOUT)}
+        return Plan(description, weights | biases, operands(rows) | scratch)
+
+    return Planned(make, _size(_described(description, SCRATCHPAD_LAYOUT)))
+
+
+def _gates(weight: HostArray) -> HostArray:
+    """A weight (lines, 4n) of i, f, o, g as oneDNN has it: (lines, 4, n), of i, f, g, o."""
+    return weight.reshape(len(weight), 4, -1).take([0, 1, 3, 2], axis=1)
+
+
 def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:
     """The space, and the windows over it, without axes of one element that a window sees alone.
 
@@ -692,18 +756,20 @@ def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Window
     return tuple(space[axis] for axis in kept), Windows(**fields)
 
 
-def _fast(describe: Callable[..., _Owned], *how: Any) -> _Owned | None:
+def _fast(
+    describe: Callable[..., _Owned], *how: Any, most_scratch: float = MOST_SCRATCH
+) -> _Owned | None:
     """What oneDNN would run for one row, if it is made for this CPU and works on arrays as they
     lie."""
     dnnl, name = library()[0], c_char_p()
     try:
-        with _limited_to(1):
+        with limited_to(1):
             description = describe(1, *how)
     except OneDNNError:
         return None
     dnnl.dnnl_primitive_desc_query(description, NAME, 0, byref(name))
     slow = (name.value or b"").startswith((b"ref", b"gemm"))
-    copies = _size(_described(description, SCRATCHPAD_LAYOUT)) > MOST_SCRATCH
+    copies = _size(_described(description, SCRATCHPAD_LAYOUT)) > most_scratch
     return None if slow or copies else description
 
 

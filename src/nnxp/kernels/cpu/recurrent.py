@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from nnxp._arrays import HostArray
+from nnxp._arrays import HostArray, Shape
 from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels.activations import relu, tanh
+from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import carved, plain, room
 from nnxp.kernels.cpu._small import Weight
-from nnxp.kernels.recurrent import gru, lstm, rnn
+from nnxp.kernels.recurrent import gru, linear_lstm, lstm, rnn
 
 
 def _order(time: int, reverse: bool) -> range:
@@ -168,3 +169,57 @@ def lstm_in_place(
                 y[:, t] = h
 
     return InPlace(run, lambda rows: room(dtype, (rows, 3 * size), (rows, size)))
+
+
+@linear_lstm.in_place
+def linear_lstm_in_place(
+    x: Operand,
+    weight_x: Operand,
+    bias: Operand | None,
+    weight: Operand,
+    h: Operand | None = None,
+    c: Operand | None = None,
+    *,
+    reverse: bool = False,
+) -> InPlace | None:
+    """By oneDNN, of constant weights: elsewhere a product, and a recurrence step by step."""
+    inner, outer, shift = weight_x.numbers, weight.numbers, bias and bias.numbers
+    if onednn.why_not() is not None or inner is None or outer is None or (bias and shift is None):
+        return None
+    states = [state for state in (h, c) if state is not None]
+    if x.dtype != np.float32 or not plain(x, weight_x, bias, weight, *states) or not x.shape[1]:
+        return None
+    (rows, time, inputs), size = x.shape, len(outer)
+    if len(states) == 1 or any(state.shape != (rows, size) for state in states):
+        return None
+    planned = onednn.lstm(inner, shift, outer, time, begun=bool(states), reverse=reverse)
+    if planned is None:
+        return None
+    work = time * inner.size  # of the inputs' product: of so much, the steps are worth threads, too
+
+    def shapes(rows: int) -> list[Shape]:
+        return [(rows, time, inputs), *[(rows, size)] * len(states)]
+
+    def run(
+        y: HostArray, h: HostArray, c: HostArray, scratch: HostArray, x: HostArray,
+        weight_x: Any, bias: Any, weight: Any, *first: HostArray | None,
+    ) -> None:  # fmt: skip
+        rows = len(x)
+        if not rows:
+            return
+        whole = list(carved(scratch, x.dtype, *shapes(rows)))
+        for i, array in enumerate((x, *(state for state in first if state is not None))):
+            if array.flags.c_contiguous:
+                whole[i] = array
+            else:
+                np.copyto(whole[i], array)
+        threads = onednn.threads_for(rows * work)
+        plan = planned(threads, rows)
+        assert plan is not None, "oneDNN planned it for one row"
+        with onednn.limited_to(threads):
+            plan(*whole, y, h, c, scratch[room(x.dtype, *shapes(rows)) :])
+
+    def bytes_for(rows: int) -> int:
+        return room(x.dtype, *shapes(rows)) + rows * planned.scratch
+
+    return InPlace(run, bytes_for, lambda rows: rows * work)
