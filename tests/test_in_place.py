@@ -397,6 +397,14 @@ def test_an_lstm_with_the_product_of_its_inputs_lets_no_number_through_in_its_ow
 
 
 @only_onednn
+def test_tiles_do_not_depend_on_where_the_product_of_an_lstm_s_inputs_is_made():
+    net = nnxp.LSTM(64, 96, rng=0)
+    apart = costs(net.program(((ROWS, 9, 64), np.dtype("float32"))))
+    assert 1 < apart.row_lines < 2  # of nine lines at once, and of one after the other
+    assert costs(joined(net, draw(2, 9, 64))).row_lines == apart.row_lines
+
+
+@only_onednn
 def test_an_lstm_is_the_same_for_any_number_of_rows_and_threads(monkeypatch):
     net, x = nnxp.LSTM(64, 96, rng=0), draw(37, 9, 64)
     whole = recorded(joined(net, x), x)
