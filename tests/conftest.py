@@ -14,7 +14,9 @@ from nnxp.layers import MODULES
 BACKENDS = [name for name, found in nnxp.available_backends().items() if found.ok]
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LAYERS = [getattr(nnxp, name) for name in MODULES]
-SEQUENCES = set("attention rnn gru lstm linear_lstm embedding rotary add_positions".split())
+SEQUENCES = set(
+    "attention rnn gru lstm linear_gru linear_lstm embedding rotary add_positions".split()
+)
 """Kernels that have their outside truth, and their faults, in test_sequences.py."""
 PAIRS = [pair for kind in LAYERS for pair in kind.examples()]
 

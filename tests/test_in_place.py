@@ -354,45 +354,60 @@ def joined(formula, *arrays):
     """A formula's program, whose recurrences have their inputs' products."""
     outlines = [((ROWS, *x.shape[1:]), x.dtype) for x in arrays]
     program = bodied(optimized(trace(formula, *outlines)))
-    assert {step.name for step in program.bodies} == {"linear_lstm"}
+    assert {step.name for step in program.bodies} <= {"linear_lstm", "linear_gru"}
     return program
+
+
+GATED = {"LSTM": {}, "GRU": {}, "GRU with the reset before": {"reset_after": False}}
 
 
 @only_onednn
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("size", "bias"), [(5, True), (16, False), (40, True)])
-def test_lstms_with_the_product_of_their_inputs_agree_with_float64(size, bias, reverse, started):
-    weight_x, weight = draw(6, 4 * size) / 2, draw(size, 4 * size) / 4
-    shift = draw(4 * size) if bias else None
-    states = [draw(9, size, seed=seed) for seed in (1, 2)] if started else [None, None]
+@pytest.mark.parametrize(("size", "biased"), [(5, True), (16, False), (40, True)])
+@pytest.mark.parametrize("name", GATED)
+def test_recurrences_with_the_product_of_their_inputs_agree_with_float64(
+    name, size, biased, reverse, started
+):
+    gates, states = (4, 2) if name == "LSTM" else (3, 1)
+    weight_x, weight = draw(6, gates * size) / 2, draw(size, gates * size) / 4
+    bias_x, bias = (draw(gates * size, seed=seed) if biased else None for seed in (3, 4))
+    own = [None] if name == "LSTM" else [bias]
+    first = [draw(9, size, seed=seed) for seed in range(states)] if started else []
 
     def formula(x, *states):
-        part = kernels.linear(x, weight_x, shift)
-        return kernels.lstm(part, weight, None, *states, reverse=reverse)
+        part = kernels.linear(x, weight_x, bias_x)
+        kernel = kernels.lstm if name == "LSTM" else kernels.gru
+        return kernel(part, weight, *own, *states, reverse=reverse, **GATED[name])
 
     def backwards(x, *states):  # of arrays that do not lie in one piece
         return formula(x[:, ::-1], *(state[::-1] for state in states))
 
     for x in (draw(9, 7, 6) * 4, draw(7, 9, 6).swapaxes(0, 1), draw(9, 1, 6)):
-        arrays = [x, *(state for state in states if state is not None)]
         for fn in (formula, backwards):
-            for i, made in enumerate(recorded(joined(fn, *arrays), *arrays)):
-                value, error = error_bound(lambda *a, i=i, fn=fn: fn(*a)[i], *arrays)
+            for i, made in enumerate(recorded(joined(fn, x, *first), x, *first)):
+                value, error = error_bound(lambda *a, i=i, fn=fn: fn(*a)[i], x, *first)
                 check = compare("", "", "cpu", made, value, error)
                 assert check.ok, check.problem
 
 
+def gated(name, inputs, size, **more):
+    """A layer of GATED."""
+    return getattr(nnxp, name.split()[0])(inputs, size, rng=0, **GATED[name], **more)
+
+
 @only_onednn
-def test_an_lstm_with_the_product_of_its_inputs_lets_no_number_through_in_its_own_row():
-    net, x = nnxp.LSTM(6, 16, returns="states", rng=0), draw(5, 4, 6)
+@pytest.mark.parametrize("name", GATED)
+def test_what_is_no_number_goes_through_a_recurrence_in_its_own_row(name):
+    net, x = gated(name, 6, 16, returns="states"), draw(5, 4, 6)
     expected = net(x)
     x[1, 2, 3], x[3, 0, 0] = np.nan, np.inf
-    for made, due in zip(recorded(joined(net, x), x), expected, strict=True):
-        np.testing.assert_allclose(made[[0, 2, 4]], due[[0, 2, 4]], rtol=1e-5, atol=1e-6)
-        assert np.isnan(made[1].reshape(-1, 16)[-1]).all()
-    for made, due in zip(recorded(joined(net, x), x), net(x), strict=True):
+    with np.errstate(all="ignore"):
+        answers = recorded(joined(net, x), x), net(x)
+    for made, due, before in zip(*answers, expected, strict=True):
         np.testing.assert_allclose(made, due, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(made[[0, 2, 4]], before[[0, 2, 4]], rtol=1e-5, atol=1e-6)
+    assert np.isnan(answers[0][0][1, 2:]).all()
     assert recorded(joined(net, x), x[:0])[0].shape == (0, 4, 16)
 
 
@@ -405,22 +420,24 @@ def test_tiles_do_not_depend_on_where_the_product_of_an_lstm_s_inputs_is_made():
 
 
 @only_onednn
-def test_an_lstm_is_the_same_for_any_number_of_rows_and_threads(monkeypatch):
-    net, x = nnxp.LSTM(64, 96, rng=0), draw(37, 9, 64)
+@pytest.mark.parametrize("name", GATED)
+def test_a_recurrence_is_the_same_for_any_number_of_threads(name, monkeypatch):
+    net, x = gated(name, 64, 96), draw(37, 9, 64)
     whole = recorded(joined(net, x), x)
-    parts = [recorded(joined(net, part), part) for part in (x[:1], x[1:6], x[6:])]
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
     threads, run = [], onednn.Plan.__call__
 
     def noted(plan, *arrays):
         threads.append(onednn.library()[0].threads())
+        if onednn.SCRATCHPAD in plan.operands:
+            assert arrays[-1].nbytes >= plan.scratch_size
         run(plan, *arrays)
 
     monkeypatch.setattr(onednn.Plan, "__call__", noted)
-    for count in (1, 2):
+    for count in (1, 2, 64):
         monkeypatch.setattr(onednn, "threads_for", lambda work, count=count: count)
         with onednn.limited_to(3):
             np.testing.assert_array_equal(recorded(joined(net, x), x), whole)
+            recorded(joined(gated(name, 1, 1), x[:1, :2, :1]), x[:1, :2, :1])
         assert threads[-1] == count
 
 

@@ -126,21 +126,25 @@ def test_a_pool_goes_into_the_convolution_if_its_windows_lie_one_next_to_another
     assert "conv" in [step.name for step in half.steps]
 
 
-def joined(layer, *shapes, dtype="float32"):
-    """How often its program, rewritten, has a recurrence with its inputs' product."""
-    program = optimized(layer.program(*((shape, np.dtype(dtype)) for shape in shapes)))
-    return [step.name for step in program.steps].count("linear_lstm")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(nnxp.LSTM, {}), (nnxp.GRU, {}), (nnxp.GRU, {"reset_after": False})],
+    ids=["LSTM", "GRU", "GRU with the reset before"],
+)
+def test_the_product_of_a_recurrence_s_inputs_goes_into_it(kind, options):
+    def names(net, *shapes, dtype="float32"):
+        outlines = [(shape, np.dtype(dtype if len(shape) > 1 else "int64")) for shape in shapes]
+        return [step.name for step in optimized(net.program(*outlines)).steps]
 
-
-def test_the_product_of_an_lstm_s_inputs_goes_into_it():
-    net = nnxp.LSTM(3, 4, layers=2, bidirectional=True, rng=0)
-    assert joined(net, (5, 6, 3)) == 4
+    net = kind(3, 4, layers=2, bidirectional=True, rng=0, **options)
+    kernel = f"linear_{kind.__name__.lower()}"
+    assert names(net, (5, 6, 3)).count(kernel) == 4
     x = np.random.default_rng(0).normal(size=(5, 6, 3)).astype("float32")
     judge(net, [x], optimized(net.program(x.shape)))
-    assert joined(nnxp.LSTM(3, 4, 2, rng=0), (5, 6, 3)) == 0  # with a projection
-    assert joined(net.astype("float16"), (5, 6, 3), dtype="float16") == 0
-    lengths = net.program(((5, 6, 3), np.dtype("float32")), ((5,), np.dtype("int64")))
-    assert "linear_lstm" not in [step.name for step in optimized(lengths).steps]
+    assert kernel not in names(net, (5, 6, 3), (5,))  # whose rows have lengths
+    assert kernel not in names(net.astype("float16"), (5, 6, 3), dtype="float16")
+    if kind is nnxp.LSTM:
+        assert kernel not in names(nnxp.LSTM(3, 4, 2, rng=0), (5, 6, 3))  # with a projection
 
 
 def test_a_product_that_others_look_at_stays_where_it_is(rng):

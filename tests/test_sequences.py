@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -227,22 +228,31 @@ def test_recurrence_is_what_it_is_defined_to_be(name, started, ragged, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_an_lstm_with_its_inputs_product_is_what_it_is_defined_to_be(biased, started, reverse):
-    x, weight_x, weight = draw((4, 5, 2), "float64"), draw((2, 12), "float64", 1), draw((3, 12))
-    bias = draw(12, "float64", 2) if biased else None
-    states = [draw((4, 3), "float64", seed) for seed in (3, 4)] if started else []
-    arrays = x, weight_x, bias, weight.astype("float64"), *states
-    answers = kernels.linear_lstm(*arrays, reverse=reverse)
-    for i in range(4):
-        part = x[i] @ weight_x + (bias if biased else 0)
-        due = recur("lstm", part, arrays[3], states=[s[i] for s in states], reverse=reverse)
-        for y, expected in zip(answers, due, strict=True):
-            np.testing.assert_allclose(y[i], expected, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("name", ["lstm", "gru", "gru with the reset before"])
+def test_a_recurrence_with_its_inputs_product_is_what_it_is_defined_to_be(
+    name, biased, started, reverse
+):
+    kind, (gates, options) = name.split()[0], KINDS[name]
+    x, weight_x, weight = (
+        draw(shape, "float64", seed)
+        for seed, shape in enumerate([(4, 5, 2), (2, 3 * gates), (3, 3 * gates)])
+    )
+    bias_x, bias = (draw(3 * gates, "float64", seed) if biased else None for seed in (3, 4))
+    own = [bias] if kind == "gru" else []
+    states = [draw((4, 3), "float64", 5 + i) for i in range(2 - len(own))] if started else []
+    arrays = x, weight_x, bias_x, weight, *own, *states
+    kernel = partial(kernels.KERNELS[f"linear_{kind}"], reverse=reverse, **options)
+    for i, row in enumerate(zip(*kernel(*arrays), strict=True)):
+        due = recur(
+            kind, x[i] @ weight_x + (bias_x if biased else 0), weight, *own or [None],
+            states=[state[i] for state in states], reverse=reverse,
+            after=options.get("reset_after", True),
+        )  # fmt: skip
+        for y, expected in zip(row, due, strict=False):
+            np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-14)
     narrow = [None if a is None else a.astype("float32") for a in arrays]
-    for i, y in enumerate(kernels.linear_lstm(*narrow, reverse=reverse)):
-        value, error = error_bound(
-            lambda *a, i=i: kernels.linear_lstm(*a, reverse=reverse)[i], *narrow
-        )
+    for i, y in enumerate(kernel(*narrow)):
+        value, error = error_bound(lambda *a, i=i: kernel(*a)[i], *narrow)
         assert compare("", "", "cpu", y, value, error).ratio < LIMIT / 2
 
 
@@ -471,7 +481,7 @@ def test_a_model_of_several_branches_is_a_formula(tmp_path):
 
 
 def test_every_kernel_of_sequences_is_asked_here():
-    asked = "attention rnn gru lstm linear_lstm embedding rotary add_positions"
+    asked = "attention rnn gru lstm linear_gru linear_lstm embedding rotary add_positions"
     assert set(asked.split()) == SEQUENCES
     assert set(kernels.KERNELS) >= SEQUENCES
 

@@ -59,6 +59,7 @@ from nnxp.kernels.positions import add_positions as add_positions
 from nnxp.kernels.positions import embedding as embedding
 from nnxp.kernels.positions import rotary as rotary
 from nnxp.kernels.recurrent import gru as gru
+from nnxp.kernels.recurrent import linear_gru as linear_gru
 from nnxp.kernels.recurrent import linear_lstm as linear_lstm
 from nnxp.kernels.recurrent import lstm as lstm
 from nnxp.kernels.recurrent import rnn as rnn

@@ -124,6 +124,27 @@ def lstm(
 
 
 @kernel
+def linear_gru(
+    x: Array,
+    weight_x: Array,
+    bias_x: Array | None,
+    weight: Array,
+    bias: Array | None = None,
+    h: Array | None = None,
+    *,
+    reset_after: bool = True,
+    reverse: bool = False,
+) -> Any:
+    """y, h = gru(linear(x, weight_x, bias_x), weight, bias, h)
+
+    x (rows, time, inputs), weight_x (inputs, 3n), bias_x (3n,) or None, weight (n, 3n), bias (3n,),
+    each in the order r, z, n; h (rows, n) -> y (rows, time, n), h (rows, n). See `linear_lstm`.
+    """
+    part = linear(x, weight_x, bias_x)
+    return gru(part, weight, bias, h, reset_after=reset_after, reverse=reverse)
+
+
+@kernel
 def linear_lstm(
     x: Array,
     weight_x: Array,

@@ -350,16 +350,35 @@ def _pool(product: Product, step: Step) -> Any:
 
 
 @rule(kernels.lstm)
-def _recurrence(product: Product, step: Step, weight: Any, *others: Any) -> Any:
+def _lstm(
+    product: Product, step: Step, weight: Any, projection: Any = None,
+    h: Any = None, c: Any = None, lengths: Any = None,
+) -> Any:  # fmt: skip
+    if projection is not None or lengths is not None:
+        return None
+    return _recurrence(product, step, kernels.linear_lstm, (weight,), (h, c))
+
+
+@rule(kernels.gru)
+def _gru(
+    product: Product, step: Step, weight: Any, bias: Any = None, h: Any = None, lengths: Any = None
+) -> Any:
+    if lengths is not None:
+        return None
+    return _recurrence(product, step, kernels.linear_gru, (weight, bias), (h,))
+
+
+def _recurrence(
+    product: Product, step: Step, kernel: kernels.Kernel, own: tuple[Any, ...],
+    states: tuple[Any, ...],
+) -> Any:  # fmt: skip
     """Of constant weights in float32, which oneDNN lays out once."""
-    projection, h, c, lengths = (*others, *[None] * 4)[:4]
-    if projection is not None or lengths is not None or product.function is not kernels.linear:
+    constants = product.weight, product.bias, *own
+    if not all(x is None or is_constant(x) for x in constants) or product.x.dtype != "float32":
         return None
-    constant = all(x is None or is_constant(x) for x in (product.weight, product.bias, weight))
-    if not constant or weight.dtype != "float32" or product.options:
+    if product.function is not kernels.linear or product.options:
         return None
-    arrays = product.x, product.weight, product.bias, weight, h, c
-    return record(kernels.linear_lstm, arrays, step.options)
+    return record(kernel, (product.x, *constants, *states), step.options)
 
 
 def in_their_own_type(program: Program, dtype: np.dtype[Any]) -> Program:

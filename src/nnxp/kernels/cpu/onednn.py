@@ -27,7 +27,7 @@ from ctypes import (
     c_void_p,
 )
 from functools import cache, partial
-from math import inf, prod
+from math import prod
 from sysconfig import get_default_scheme, get_path, get_preferred_scheme
 from typing import Any, Generic, TypeVar
 
@@ -49,7 +49,7 @@ FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
 FROM_FIRST, FROM_LAST = 1, 2  # step of time
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
 SOURCE, SECOND, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 2, 17, 33, 41, 80  # what an operand is
-STATE, CELL, LAST_STATE, LAST_CELL, STATE_WEIGHTS = 2, 3, 18, 19, 34  # of those of an LSTM
+STATE, CELL, LAST_STATE, LAST_CELL, STATE_WEIGHTS = 2, 3, 18, 19, 34  # of a recurrence's
 RESULT_GRADIENT, WEIGHT_GRADIENT = 145, 161  # of those of a gradient: dy and dw
 NAME, WEIGHTS_LAYOUT, WEIGHT_GRADIENT_LAYOUT = 8, 131, 132  # what a primitive is asked for
 SCRATCHPAD_LAYOUT = 136
@@ -127,6 +127,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "lstm_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 11, ctypes.c_uint, c_void_p)
     ],
+    **{f"{kind}_forward_primitive_desc_create": [
+        *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 7, ctypes.c_uint, c_void_p)
+    ] for kind in ("gru", "lbr_gru")},
     "reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
     "primitive_desc_query": [c_void_p, c_int, c_int, c_void_p],
     "primitive_create": [POINTER(c_void_p), c_void_p],
@@ -691,45 +694,47 @@ def weight_gradient(problem: Convolution) -> Planned[Relaid] | None:
     return Planned(make, _size(_described(description, WEIGHT_GRADIENT_LAYOUT)))
 
 
-def lstm(
+def recurrence(
+    kind: str,
     weight_x: HostArray,
-    bias: HostArray | None,
     weight: HostArray,
+    bias: HostArray,
     time: int,
     *,
     begun: bool,
     reverse: bool,
 ) -> Planned[Plan] | None:
-    """Plans of the kernel `linear_lstm`, by the rows, for arrays in one piece: `plan(x, y, h, c,
-    scratch)`, or `plan(x, h, c, y, h, c, scratch)` where its states have `begun`. `scratch` is
-    bytes for each row. None where oneDNN has no fast way."""
+    """Plans of an "lstm", "gru" or "lbr_gru" through time, by the rows: `plan(x, *states, y,
+    *states, scratch)`, those of the beginning only if they have `begun`. Arrays lie in one piece.
+
+    weight_x (inputs, gates, n), weight (n, gates, n) and bias (gates, n) are in oneDNN's order of
+    gates. `scratch` is bytes for each row. None where it does not do it.
+    """
     inputs, size = len(weight_x), len(weight)
     inner, outer = (
         constants.of(gates, (1, 1, *gates.shape), _strides((1, 1, *gates.shape)))
-        for gates in map(_gates, (weight_x, weight))
+        for gates in (weight_x, weight)
     )
-    shift = _gates(np.zeros((1, 4 * size), "float32") if bias is None else bias[None])
-    shifts = outline((1, *shift.shape), _strides((1, *shift.shape)))
-    biases = {BIAS: _Memory(shifts, shift)}
+    shifts = outline((1, 1, *bias.shape), _strides((1, 1, *bias.shape)))
+    biases = {BIAS: _Memory(shifts, bias)}
+    cell = kind == "lstm"
+    first, last = (STATE, CELL)[: 1 + cell], (LAST_STATE, LAST_CELL)[: 1 + cell]
 
     def operands(rows: int) -> dict[int, Any]:
         x, y = (outline((time, rows, n), (n, time * n, 1)) for n in (inputs, size))
         state = outline((1, 1, rows, size), _strides((1, 1, rows, size)))
-        first = {STATE: state, CELL: state} if begun else {}
-        return {SOURCE: x, **first, RESULT: y, LAST_STATE: state, LAST_CELL: state}
+        beginning = dict.fromkeys(first, state) if begun else {}
+        return {SOURCE: x, **beginning, RESULT: y, **dict.fromkeys(last, state)}
 
     def describe(rows: int) -> _Owned:
         of = operands(rows)
         return _Owned(
-            "primitive_desc", "lstm_forward_primitive_desc_create", library()[0].engine,
+            "primitive_desc", f"{kind}_forward_primitive_desc_create", library()[0].engine,
             FORWARD_INFERENCE, FROM_LAST if reverse else FROM_FIRST,
-            of[SOURCE], of.get(STATE), of.get(CELL), inner.any_layout(), outer.any_layout(),
-            None, None, shifts, of[RESULT], of[LAST_STATE], of[LAST_CELL], 0, _attributes(),
+            of[SOURCE], *map(of.get, first), inner.any_layout(), outer.any_layout(),
+            *([None] * 2 * cell),  # peepholes and a projection
+            shifts, of[RESULT], *map(of.get, last), 0, _attributes(),
         )  # fmt: skip
-
-    description = _fast(describe, most_scratch=inf)
-    if description is None:
-        return None
 
     def make(rows: int) -> Plan:
         description = describe(rows)
@@ -737,12 +742,11 @@ def lstm(
         scratch = {SCRATCHPAD: _described(description, SCRATCHPAD_LAYOUT)}
         return Plan(description, weights | biases, operands(rows) | scratch)
 
-    return Planned(make, _size(_described(description, SCRATCHPAD_LAYOUT)))
-
-
-def _gates(weight: HostArray) -> HostArray:
-    """A weight (lines, 4n) of i, f, o, g as oneDNN has it: (lines, 4, n), of i, f, g, o."""
-    return weight.reshape(len(weight), 4, -1).take([0, 1, 3, 2], axis=1)
+    try:
+        with limited_to(1):
+            return Planned(make, _size(_described(describe(1), SCRATCHPAD_LAYOUT)))
+    except OneDNNError:
+        return None
 
 
 def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:
@@ -756,9 +760,7 @@ def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Window
     return tuple(space[axis] for axis in kept), Windows(**fields)
 
 
-def _fast(
-    describe: Callable[..., _Owned], *how: Any, most_scratch: float = MOST_SCRATCH
-) -> _Owned | None:
+def _fast(describe: Callable[..., _Owned], *how: Any) -> _Owned | None:
     """What oneDNN would run for one row, if it is made for this CPU and works on arrays as they
     lie."""
     dnnl, name = library()[0], c_char_p()
@@ -769,7 +771,7 @@ def _fast(
         return None
     dnnl.dnnl_primitive_desc_query(description, NAME, 0, byref(name))
     slow = (name.value or b"").startswith((b"ref", b"gemm"))
-    copies = _size(_described(description, SCRATCHPAD_LAYOUT)) > most_scratch
+    copies = _size(_described(description, SCRATCHPAD_LAYOUT)) > MOST_SCRATCH
     return None if slow or copies else description
 
 

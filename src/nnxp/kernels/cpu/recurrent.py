@@ -10,9 +10,9 @@ from nnxp._arrays import HostArray, Shape
 from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels.activations import relu, tanh
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import carved, plain, room
+from nnxp.kernels.cpu._pieces import aligned, carved, plain, room
 from nnxp.kernels.cpu._small import Weight
-from nnxp.kernels.recurrent import gru, linear_lstm, lstm, rnn
+from nnxp.kernels.recurrent import gru, linear_gru, linear_lstm, lstm, rnn
 
 
 def _order(time: int, reverse: bool) -> range:
@@ -182,17 +182,63 @@ def linear_lstm_in_place(
     *,
     reverse: bool = False,
 ) -> InPlace | None:
-    """By oneDNN, of constant weights: elsewhere a product, and a recurrence step by step."""
-    inner, outer, shift = weight_x.numbers, weight.numbers, bias and bias.numbers
-    if onednn.why_not() is not None or inner is None or outer is None or (bias and shift is None):
+    return _by_onednn("lstm", x, (weight_x, weight, bias, None), (h, c), reverse)
+
+
+@linear_gru.in_place
+def linear_gru_in_place(
+    x: Operand,
+    weight_x: Operand,
+    bias_x: Operand | None,
+    weight: Operand,
+    bias: Operand | None = None,
+    h: Operand | None = None,
+    *,
+    reset_after: bool = True,
+    reverse: bool = False,
+) -> InPlace | None:
+    kind = "lbr_gru" if reset_after else "gru"
+    return _by_onednn(kind, x, (weight_x, weight, bias_x, bias), (h,), reverse)
+
+
+GATES = {"lstm": (0, 1, 3, 2), "gru": (1, 0, 2), "lbr_gru": (1, 0, 2)}
+"""Those of our kernels, i, f, o, g and r, z, n, in oneDNN's order."""
+
+
+def _by_onednn(
+    kind: str,
+    x: Operand,
+    constants: tuple[Operand | None, ...],
+    initial: tuple[Operand | None, ...],
+    reverse: bool,
+) -> InPlace | None:
+    """All steps in one call, of constant weights and biases, of x and of the states: elsewhere a
+    product, and a recurrence step by step."""
+    states = [state for state in initial if state is not None]
+    numbers = [None if operand is None else operand.numbers for operand in constants]
+    weight_x, weight = numbers[:2]
+    if onednn.why_not() is not None or weight_x is None or weight is None or not x.shape[1]:
         return None
-    states = [state for state in (h, c) if state is not None]
-    if x.dtype != np.float32 or not plain(x, weight_x, bias, weight, *states) or not x.shape[1]:
+    if x.dtype != np.float32 or not plain(x, *constants, *states):
         return None
-    (rows, time, inputs), size = x.shape, len(outer)
-    if len(states) == 1 or any(state.shape != (rows, size) for state in states):
+    (rows, time, inputs), (size, outputs), order = x.shape, weight.shape, list(GATES[kind])
+    biases = [operand for operand in constants[2:] if operand is not None]
+    if any(bias.numbers is None or bias.shape != (outputs,) for bias in biases):
         return None
-    planned = onednn.lstm(inner, shift, outer, time, begun=bool(states), reverse=reverse)
+    count = len(initial)
+    if len(states) not in (0, count) or any(state.shape != (rows, size) for state in states):
+        return None
+    inner, outer, of_x, of_h = (
+        np.zeros((1, len(order), size), x.dtype) if array is None
+        else array.reshape(-1, len(order), size).take(order, axis=1)
+        for array in numbers
+    )  # fmt: skip
+    bias = of_x + of_h
+    if kind == "lbr_gru":  # which resets what its states add to new values, their bias included
+        bias = np.concatenate([bias[:, :2], of_x[:, 2:], of_h[:, 2:]], axis=1)
+    planned = onednn.recurrence(
+        kind, inner, outer, bias[0], time, begun=bool(states), reverse=reverse
+    )
     if planned is None:
         return None
     work = time * inner.size  # of the inputs' product: of so much, the steps are worth threads, too
@@ -200,15 +246,13 @@ def linear_lstm_in_place(
     def shapes(rows: int) -> list[Shape]:
         return [(rows, time, inputs), *[(rows, size)] * len(states)]
 
-    def run(
-        y: HostArray, h: HostArray, c: HostArray, scratch: HostArray, x: HostArray,
-        weight_x: Any, bias: Any, weight: Any, *first: HostArray | None,
-    ) -> None:  # fmt: skip
+    def run(*arrays: Any) -> None:
+        *results, scratch, x = arrays[: 3 + count]
         rows = len(x)
         if not rows:
             return
         whole = list(carved(scratch, x.dtype, *shapes(rows)))
-        for i, array in enumerate((x, *(state for state in first if state is not None))):
+        for i, array in enumerate((x, *(arrays[-count:] if states else ()))):
             if array.flags.c_contiguous:
                 whole[i] = array
             else:
@@ -216,8 +260,11 @@ def linear_lstm_in_place(
         threads = onednn.threads_for(rows * work)
         plan = planned(threads, rows)
         assert plan is not None, "oneDNN planned it for one row"
+        rest = scratch[room(x.dtype, *shapes(rows)) :]
+        if rest.nbytes < plan.scratch_size:  # threads have a little of their own
+            rest = aligned((plan.scratch_size,), "uint8")
         with onednn.limited_to(threads):
-            plan(*whole, y, h, c, scratch[room(x.dtype, *shapes(rows)) :])
+            plan(*whole, *results, rest)
 
     def bytes_for(rows: int) -> int:
         return room(x.dtype, *shapes(rows)) + rows * planned.scratch
