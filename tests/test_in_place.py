@@ -642,6 +642,27 @@ def test_convolutions_are_bound_to_their_arrays_which_stay():
 
 
 @only_onednn
+def test_what_is_bound_runs_in_as_many_threads_as_there_are_then(monkeypatch):
+    conv = partial(nnxp.Conv, 32, 32, (3, 3), "relu", padding=1)
+    net = nnxp.Sequential(conv(rng=0), conv(rng=1), conv(rng=2))
+    x, threads = draw(2, 24, 24, 32), []
+    planned = onednn.Planned.__call__
+
+    def noting(self, count, *key):
+        threads.append(count)
+        return planned(self, count, *key)
+
+    monkeypatch.setattr(onednn.Planned, "__call__", noting)
+    recording = Recording(net.program((x.shape, x.dtype)), 2, [x.dtype])
+    assert not threads
+    for count in (2, 1, 2, 1):
+        monkeypatch.setattr(onednn, "blas_threads", lambda count=count: count)
+        np.testing.assert_allclose(recording.answer(x), net(x), rtol=1e-4, atol=1e-4)
+    # the one between the others asks once; they have the caller's arrays, other ones at each call
+    assert (threads.count(1), threads.count(2)) == (2 * 2 + 1, 2 * 2 + 1)
+
+
+@only_onednn
 def test_no_number_goes_through_onednn_and_relu():
     layer = nnxp.Conv(8, 8, (3, 3), "relu", rng=0)
     x = draw(2, 9, 9, 8)
@@ -851,6 +872,80 @@ def test_numbers_are_masked_as_numpy_multiplies_them(size):
         np.testing.assert_array_equal(np.signbit(out), np.signbit(expected))
 
 
+@only_onednn
+@pytest.mark.parametrize("threads", [1, 2])
+def test_numbers_are_added_as_numpy_adds_them(monkeypatch, threads):
+    monkeypatch.setattr(onednn, "blas_threads", lambda: threads)
+    x, y = draw(300, 100), draw(300, 100, seed=1)
+    x[0, 0], x[0, 1], x[0, 2], y[0, 2] = np.nan, np.inf, np.inf, -np.inf
+    for left, right, out in (
+        (x, y, np.empty_like(x)), (x.copy(), y, None), (x.T, y.T, np.empty_like(x.T)),
+        (x, x, np.empty((300, 200), "float32")[:, ::2]),
+    ):  # fmt: skip
+        with np.errstate(invalid="ignore"), onednn.sharing_threads():
+            expected = left + right
+            out = left if out is None else out
+            onednn.add(left, right, out)
+        np.testing.assert_array_equal(out, expected)
+
+
+@only_onednn
+def test_sums_of_many_numbers_are_shared(monkeypatch):
+    class Twice(nnxp.Layer):
+        def __call__(self, x):
+            y = kernels.tanh(x)
+            return y + x, y + 1, y + y[:, :1]
+
+    seen = []
+    monkeypatch.setattr(onednn, "add", lambda x, y, out: seen.append(x.shape) or np.add(x, y, out))
+    for x in (draw(300, 100), draw(3, 100), draw(300, 100).astype("float64")):
+        recording = Recording(Twice().program((x.shape, x.dtype)), len(x), [x.dtype])
+        for answer, expected in zip(recording.answer(x), Twice()(x), strict=True):
+            np.testing.assert_allclose(answer, expected, rtol=1e-6)
+    assert seen == [(300, 100)]
+
+
+def unevenly(x):
+    """The same numbers, five bytes apart."""
+    wide = np.zeros(x.shape, [("number", x.dtype), ("more", "uint8")])
+    wide["number"] = x
+    return wide["number"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+def test_numbers_are_copied_however_they_lie(dtype):
+    x = (100 * draw(4, 3, 50, 60)).astype(dtype)
+    if dtype == "float32":
+        x[0, 0, 0, :3] = np.nan, np.inf, -0.0
+    many = x[0, 0, :48].reshape(2, 2, 2, 2, 3, 60)
+    for some in (
+        x, x.transpose(0, 2, 3, 1), x.transpose(3, 2, 1, 0), x[..., ::2].transpose(0, 2, 3, 1),
+        x[:, :, ::-1].transpose(0, 2, 3, 1), np.broadcast_to(x[:1], x.shape).transpose(0, 2, 3, 1),
+        sliding_window_view(x, (3, 3), (2, 3)).transpose(0, 2, 3, 4, 5, 1), unevenly(x).T,
+        x.reshape(4, 3, 2, 25, 2, 30).swapaxes(2, 3), x[:, :, :2, :2].transpose(0, 2, 3, 1),
+        many.reshape(2, 2, 2, 2, 3, 1, 1, 1, 2, 2, 3, 5)[..., None].swapaxes(0, 11), x[:0].T,
+    ):  # fmt: skip
+        wide = np.zeros((*some.shape[:-1], 2 * some.shape[-1]), dtype)
+        for out in (
+            np.empty_like(some, order="C"),
+            np.zeros(some.shape, dtype).T.T,
+            wide[..., ::2],
+        ):
+            onednn.copy(some, out)
+            np.testing.assert_array_equal(out, some)
+            np.testing.assert_array_equal(np.signbit(out), np.signbit(some))
+        assert not wide[..., 1::2].any()
+
+
+@only_onednn
+def test_channels_are_put_last_by_onednn(monkeypatch):
+    monkeypatch.setattr(_pieces, "copy", None)
+    x = draw(2, 3, 70, 60)
+    out = np.empty((2, 70, 60, 3), "float32")
+    onednn.copy(np.moveaxis(x, 1, -1), out)
+    np.testing.assert_array_equal(out, np.moveaxis(x, 1, -1))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rows", [3, 64, 1000])
 @pytest.mark.parametrize("columns", [1, 2, 10, 17])
@@ -958,7 +1053,7 @@ def test_convolutions_whose_weights_change_and_their_gradients(window, groups, p
 @only_onednn
 def test_weights_that_change_are_those_of_their_thread(monkeypatch):
     """In threads of oneDNN's, and in several callers at once."""
-    monkeypatch.setattr(onednn, "SHARED", 1)
+    monkeypatch.setattr(onednn, "ALSO_SHARED", 1)
     x, dy = draw(33, 12, 12, 16), draw(33, 12, 12, 24, seed=1)
     operands = [Operand(a.shape, a.dtype, None) for a in (x, draw(3, 3, 16, 24))]
     body = kernels.conv.in_place_for(*operands, padding=1)

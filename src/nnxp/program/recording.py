@@ -21,7 +21,7 @@ from nnxp._errors import located
 from nnxp._library import KINDS, WITH_OUT
 from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import aligned, copy, zeros
+from nnxp.kernels.cpu._pieces import aligned, zeros
 from nnxp.kernels.cpu._small import TINY, Weight, columns_at_once
 from nnxp.program.program import (
     Costs,
@@ -349,10 +349,20 @@ class _Lines:
         spread = inputs if fn.signature else [self._spread(x, out) for x in inputs]
         if fn in (np.maximum, np.minimum):
             self._line(fn, *spread, out=out)
-        elif fn is np.multiply and _is_masked(inputs, sized(out.shape, self.rows)):
+        elif fn is np.multiply and self._are_many(inputs, "float32", "bool"):
             self._line(onednn.masked, *inputs, out)
+        elif fn is np.add and self._are_many(inputs, "float32", "float32"):
+            self._line(onednn.add, *inputs, out)
         else:
             self._line(fn, *spread, out)
+
+    def _are_many(self, inputs: tuple[Any, ...], *dtypes: str) -> bool:
+        """Whether inputs are many numbers of one shape and of these types, for oneDNN."""
+        if not all(isinstance(x, Value) for x in inputs) or onednn.why_not() is not None:
+            return False
+        shapes = {sized(x.shape, self.rows) for x in inputs}
+        many = len(shapes) == 1 and prod(shapes.pop()) >= MANY
+        return many and tuple(x.dtype.name for x in inputs) == dtypes
 
     def _spread(self, x: Any, out: Value) -> Any:
         """A small constant, such as a bias, once for each row: to start a broadcast takes long."""
@@ -400,7 +410,7 @@ class _Lines:
         name, inputs, options = step.name, step.inputs, step.options
         fn: Any = getattr(np, name, None)
         if name == "copy":
-            self._line(copy, inputs[0], out)
+            self._line(onednn.copy, inputs[0], out)
         elif name == "astype":
             self._line(np.copyto, out, inputs[0], casting="unsafe")
         elif name == "where":
@@ -594,14 +604,6 @@ def _bounds_many(name: str, inputs: tuple[Any, ...], shape: Shape, dtype: np.dty
     if name not in ("maximum", "minimum") or prod(shape) < MANY or dtype.kind != "f":
         return False
     return isinstance(inputs[0], Value) and isinstance(inputs[1], int | float)
-
-
-def _is_masked(inputs: tuple[Any, ...], shape: Shape) -> bool:
-    """Whether many float32 numbers are multiplied by True or False."""
-    both = all(isinstance(x, Value) for x in inputs) and prod(shape) >= MANY
-    if not both or inputs[0].shape != inputs[1].shape or onednn.why_not() is not None:
-        return False
-    return [x.dtype.name for x in inputs] == ["float32", "bool"]
 
 
 def _sharing_threads(run: Callable[..., Any], *arrays: HostArray) -> Any:

@@ -110,11 +110,9 @@ class Weight:
 
     def bound(self, x: HostArray, out: HostArray) -> list[Callable[[], object]]:
         """What makes out = x @ weight of these arrays, to be called in order, again and again."""
-        plan = self._plan(x, out)
-        if plan is not None and self._work(x) <= onednn.SHARED:
-            return [plan.bound(x, out)]
-        if plan is not None:  # by as many threads as there are then
-            return [partial(self, x, out)]
+        if self._plans is not None and self._plan(x, out) is not None:
+            key = x.shape, x.strides, out.strides
+            return [onednn.bound(self._plans, self._work(x), key, x, out)]
         calls: list[Callable[[], object]] = [
             partial(np.matmul, *operands) for operands in self._operands(x, out)
         ]

@@ -16,7 +16,7 @@ from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool, conv_weight_gradient
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, copy, plain, room
+from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
 from nnxp.kernels.cpu._small import OfGroups, Weight
 from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest
@@ -139,7 +139,7 @@ def conv_weight_gradient_in_place(
     """By oneDNN."""
     weight = Operand((*window, x.shape[-1] // groups, dy.shape[-1]), x.dtype, None)
     over = _taken(x, weight, None, groups, **options)
-    if over is None or not plain(x, dy) or not _has_onednn(x.dtype):
+    if over is None or not plain(x, dy) or not onednn.has(x.dtype):
         return None
     planned = onednn.weight_gradient(onednn.Convolution(x.shape[1:-1], weight.shape, over, groups))
     shapes = x.shape[1:], dy.shape[1:]
@@ -154,7 +154,7 @@ def _with_changing_weights(
     activation: Kernel, groups: int,
 ) -> InPlace | None:  # fmt: skip
     """By oneDNN; None where it has no fast way."""
-    if not _has_onednn(weight.dtype):
+    if not onednn.has(weight.dtype):
         return None
     problem = onednn.Convolution(space, weight.shape, over, groups)
     planned = onednn.changing_convolution(problem, bias is not None, activation)
@@ -192,7 +192,7 @@ def _all_at_once(
             if array.flags.c_contiguous:
                 whole[i] = array
             else:
-                copy(array, whole[i])
+                onednn.copy(array, whole[i])
         plan = planned(onednn.threads_for(rows * work), rows)
         assert plan is not None, "oneDNN planned it for one row"
         plan(scratch[room(np.float32, *shapes(rows)) :], *whole, out)
@@ -201,11 +201,6 @@ def _all_at_once(
         return room(np.float32, *shapes(rows)) + planned.scratch
 
     return InPlace(run, bytes_for, lambda rows: rows * work)
-
-
-def _has_onednn(dtype: np.dtype[Any]) -> bool:
-    """Whether oneDNN is there for numbers of this type."""
-    return dtype == np.float32 and onednn.why_not() is None
 
 
 def _by_onednn(
@@ -219,7 +214,7 @@ def _by_onednn(
 ) -> InPlace | None:
     """A few pictures at a time, whose pool and activation follow; None where oneDNN has no fast
     way."""
-    if not _has_onednn(weight.dtype):
+    if not onednn.has(weight.dtype):
         return None
     problem = onednn.Convolution(space, weight.shape, over, groups)
     planned = onednn.convolution(problem, weight, bias, activation)
@@ -246,7 +241,7 @@ def _by_onednn(
         for start in range(0, len(x), pictures):
             part, y = x[start : start + pictures], out[start : start + pictures]
             if not part.flags.c_contiguous:
-                copy(part, own[: len(part)])
+                onednn.copy(part, own[: len(part)])
                 part = own[: len(part)]
             whole = y if pooling is None else products[: len(part)]
             plan = planned(onednn.threads_for(len(part) * work), len(part))
@@ -259,16 +254,15 @@ def _by_onednn(
     def bind(
         out: HostArray, scratch: HostArray, x: HostArray, *_: Any
     ) -> list[Callable[[], object]]:
-        if pool or len(x) > pictures or len(x) * work > onednn.SHARED:
+        if pool or len(x) > pictures:
             return [partial(run, out, scratch, x)]
         before: list[Callable[[], object]] = []
         if not x.flags.c_contiguous:
             own = next(carved(scratch, dtype, *shapes(len(x))))
-            before.append(partial(copy, x, own))
+            before.append(partial(onednn.copy, x, own))
             x = own
-        plan = planned(1, len(x))
-        assert plan is not None, "oneDNN planned it for one row"
-        return [*before, plan.bound(x, out), *finish.bound(out.reshape(-1, outputs))]
+        made = onednn.bound(planned, len(x) * work, (len(x),), x, out)
+        return [*before, made, *finish.bound(out.reshape(-1, outputs))]
 
     def bytes_for(rows: int) -> int:
         together = min(rows, pictures)

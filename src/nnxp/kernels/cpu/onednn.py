@@ -38,13 +38,14 @@ from nnxp.backend._blas import one_blas_thread
 from nnxp.kernels._dispatch import Kernel
 from nnxp.kernels._windows import Windows
 from nnxp.kernels.activations import hard_swish, identity
+from nnxp.kernels.cpu import _pieces
 from nnxp.kernels.cpu._pieces import ByContent, aligned, blas_threads
 
 FILE = "libdnnl.so.3"
 
 # As in oneDNN's headers, dnnl_types.h and dnnl_common_types.h
 CPU, FLOAT32, BYTES, ANY_LAYOUT, IN_ORDER = 1, 3, 6, 1, 1
-MULTIPLY = 0x1FFF1
+ADD, MULTIPLY = 0x1FFF0, 0x1FFF1
 FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
 FROM_FIRST, FROM_LAST = 1, 2  # step of time
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
@@ -58,14 +59,17 @@ AVX512 = 0x20  # among the sets of instructions that it uses
 
 MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, as ours do
 MOST_PLANS = 64  # of one constant, for other numbers of rows
-SHARED = 1 << 21
-"""Multiply-adds: fewer are not worth several threads."""
+SHARED, ALSO_SHARED = 1 << 21, 1 << 19
+"""Multiply-adds: fewer are not worth waking threads; fewer than the second, while they are awake,
+not worth waiting for them."""
 
-A_PASS = 8  # multiply-adds that take as long as passing over one number
+A_PASS = 32  # multiply-adds that take as long as passing over one number that another core has made
+MANY = 1 << 14  # numbers: to ask oneDNN to copy fewer takes longer than what it saves
+MOST_AXES = 12
 
 SIZE = 4  # bytes of a number
 
-_Dims = c_int64 * 12
+_Dims = c_int64 * MOST_AXES
 _off = False
 _forked = False  # OpenMP's threads are those of the parent
 _creating = threading.RLock()
@@ -142,6 +146,11 @@ _FUNCTIONS: dict[str, list[Any]] = {
 def why_not() -> str | None:
     """Why nothing goes through oneDNN; None if it does."""
     return "it is turned off" if _off else library()[1]
+
+
+def has(dtype: np.dtype[Any]) -> bool:
+    """Whether numbers of this type go through oneDNN."""
+    return dtype == np.float32 and why_not() is None
 
 
 def wide_vectors() -> bool:
@@ -425,7 +434,28 @@ _sharing = threading.local()
 
 def threads_for(work: int) -> int:
     """The threads for so many multiply-adds: those of `sharing_threads`, if they are many."""
-    return getattr(_sharing, "threads", 1) if work > SHARED else 1
+    return getattr(_sharing, "threads", 1) if work > ALSO_SHARED else 1
+
+
+def bound(
+    planned: Planned[Plan], work: int, key: Sequence[Hashable], *arrays: HostArray
+) -> Callable[[], object]:
+    """What runs the plan for a key, of so many multiply-adds, with these arrays, as long as they
+    are there, by as many threads as there are then; for one caller at a time."""
+    calls: dict[int, Callable[[], object]] = {}
+
+    def call_of(threads: int) -> Callable[[], object]:
+        plan = planned(threads, *key)
+        assert plan is not None, "oneDNN planned it for one row"
+        return plan.bound(*arrays)
+
+    def run() -> None:
+        threads = threads_for(work)
+        if threads not in calls:
+            calls[threads] = call_of(threads)
+        calls[threads]()
+
+    return run if work > ALSO_SHARED else call_of(1)
 
 
 @contextmanager
@@ -546,27 +576,68 @@ def multiply(
         np.add(out, added, out)
 
 
-def _masking_of(size: int) -> Plan:
-    """The plan of a product, element by element, of numbers and of bytes that are 0 or 1."""
-    x, mask = outline((size,), (1,)), outline((size,), (1,), BYTES)
+def _combining_of(kind: int, size: int, second: int) -> Plan:
+    """The plan of x + y or x * y, element by element, of float32 and of numbers of a second type,
+    of which BYTES are 0 or 1."""
+    x, y = outline((size,), (1,)), outline((size,), (1,), second)
     description = _Owned(
-        "primitive_desc", "binary_primitive_desc_create", library()[0].engine, MULTIPLY, x, mask, x,
+        "primitive_desc", "binary_primitive_desc_create", library()[0].engine, kind, x, y, x,
         _attributes(),
     )  # fmt: skip
-    return Plan(description, {}, {SOURCE: x, SECOND: mask, RESULT: x})
+    return Plan(description, {}, {SOURCE: x, SECOND: y, RESULT: x})
 
 
-_maskings = Planned(_masking_of)
+_combinings = Planned(_combining_of)
 
 
 def masked(x: HostArray, mask: HostArray, out: HostArray) -> None:
     """out = x * mask, for float32 x and bool: NumPy converts the mask first, bit by bit."""
-    whole = x.flags.c_contiguous and mask.flags.c_contiguous and out.flags.c_contiguous
-    plan = _maskings(threads_for(x.size * A_PASS), x.size) if whole else None
+    plan = None
+    if _in_one_piece(x, mask, out):
+        plan = _combinings(threads_for(x.size * A_PASS), MULTIPLY, x.size, BYTES)
     if plan is None:
         np.multiply(x, mask, out)
     else:
         plan(x, mask, out)
+
+
+def add(x: HostArray, y: HostArray, out: HostArray) -> None:
+    """out = x + y, for float32 arrays of one shape; by NumPy where there is one thread."""
+    plan, threads = None, threads_for(x.size * A_PASS)
+    if threads > 1 and _in_one_piece(x, y, out):
+        plan = _combinings(threads, ADD, x.size, FLOAT32)
+    if plan is None:
+        np.add(x, y, out)
+    else:
+        plan(x, y, out)
+
+
+def _in_one_piece(*arrays: HostArray) -> bool:
+    return all(array.flags.c_contiguous for array in arrays)
+
+
+def _copying_of(shape: Shape, strides: Shape, out_strides: Shape) -> Plan | None:
+    """The plan of a copy, by the strides in bytes; None where they are not in whole numbers."""
+    if len(shape) > MOST_AXES or any(step % SIZE for step in (*strides, *out_strides)):
+        return None
+    x, out = (outline(shape, [step // SIZE for step in steps]) for steps in (strides, out_strides))
+    return _change(x, out)
+
+
+_copyings = Planned(_copying_of)
+
+
+def copy(x: HostArray, out: HostArray) -> None:
+    """out[...] = x; in a third of the time that NumPy takes where many float32 numbers lie in
+    another order, as the channels of a picture that lies by channels."""
+    plan = None
+    many = x.size >= MANY and x.dtype == out.dtype and x.shape == out.shape
+    if many and x.strides[-1] != out.strides[-1] and has(x.dtype):
+        plan = _copyings(threads_for(x.size * A_PASS), x.shape, x.strides, out.strides)
+    if plan is None:
+        _pieces.copy(x, out)
+    else:
+        plan(x, out)
 
 
 class Convolution:
