@@ -946,6 +946,61 @@ def test_channels_are_put_last_by_onednn(monkeypatch):
     np.testing.assert_array_equal(out, np.moveaxis(x, 1, -1))
 
 
+MEANS = [
+    ((2, 2), {}), ((3, 3), {"stride": 2, "padding": 1}), ((3,), {"stride": 1, "padding": "same"}),
+    ((3, 2), {"stride": (2, 3), "padding": ((2, 0), (0, 1)), "count_include_pad": True}),
+    ((3, 3), {"stride": 2, "ceil_mode": True}), ((2, 1, 3), {"stride": 1}), ((5, 5), {"stride": 1}),
+]  # fmt: skip
+
+
+@only_onednn
+@pytest.mark.parametrize(("window", "options"), MEANS, ids=str)
+def test_means_of_windows_agree_with_float64(window, options):
+    x = draw(7, *(11, 9, 5)[: len(window)], 19)
+    layer = nnxp.AveragePool(window, **options)
+    agrees(layer, x)
+    agrees(layer, np.moveaxis(np.moveaxis(x, -1, 1).copy(), 1, -1))
+    assert recorded(layer, x[:0]).shape[0] == 0
+    x[0, 3], x[1, 4], x[2, 5], x[2, 6] = np.nan, np.inf, -np.inf, np.inf
+    with np.errstate(all="ignore"):
+        expected = layer(x)
+    answer = recorded(layer, x)
+    np.testing.assert_array_equal(np.isnan(answer), np.isnan(expected))
+    np.testing.assert_array_equal(answer[np.isinf(expected)], expected[np.isinf(expected)])
+
+
+@only_onednn
+def test_means_that_onednn_does_not_know_are_left_to_numpy():
+    operand = Operand((3, 12, 12, 8), np.dtype("float32"), None)
+    mean = partial(kernels.average_pool.in_place_for, window=(3, 3))
+    assert mean(operand, stride=2, ceil_mode=True)
+    assert mean(operand, stride=2, ceil_mode=True, count_include_pad=True) is None
+    assert mean(operand, dilation=2) is None
+    assert mean(operand._replace(dtype=np.dtype("float64"))) is None
+
+
+@only_onednn
+def test_a_pool_runs_in_as_many_threads_as_it_may(monkeypatch):
+    monkeypatch.setattr(onednn, "blas_threads", lambda: 2)
+    before, seen = onednn.library()[0].threads(), []
+    call = onednn.Plan.__call__
+
+    def noting(plan, *arrays):
+        seen.append(onednn.library()[0].threads())
+        call(plan, *arrays)
+
+    monkeypatch.setattr(onednn.Plan, "__call__", noting)
+    x, y = draw(4, 64, 64, 8), np.empty((4, 32, 32, 8), "float32")
+    body = kernels.average_pool.in_place_for(Operand(x.shape, x.dtype, None), window=(2, 2))
+    scratch = np.empty(body.room(4), "uint8")
+    body.run(y, scratch, x)
+    with onednn.sharing_threads():
+        body.run(y, scratch, x)
+        body.run(y[:1], scratch, x[:1, :32, :32])
+    assert seen == [1, 2, 1]
+    assert onednn.library()[0].threads() == before
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rows", [3, 64, 1000])
 @pytest.mark.parametrize("columns", [1, 2, 10, 17])

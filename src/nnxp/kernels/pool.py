@@ -154,15 +154,19 @@ def average_pool(
     """
     options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
     over = _pooled("average_pool", x, window, options)
-    xp = xp_of(x)
-    y = _reduced(padded(x, over.pads), over, xp.add)
+    return _reduced(padded(x, over.pads), over, xp_of(x).add) / counted(x, over, count_include_pad)
+
+
+def counted(x: Array, over: Windows, count_include_pad: bool) -> Any:
+    """What average_pool divides by: a number, or an array (1, *positions, 1)."""
     beyond = over.beyond if count_include_pad else over.pads
     if not any(map(any, beyond)):
-        return y / prod(over.window)
+        return prod(over.window)
+    xp = xp_of(x)
     whole = (n + a + b for n, (a, b) in zip(x.shape[1:-1], over.pads, strict=True))
-    counted = [n - a - b for n, (a, b) in zip(whole, beyond, strict=True)]
-    ones = xp.ones((1, *counted, 1), x.dtype)
-    return y / xp.maximum(_reduced(padded(ones, beyond), over, xp.add), 1)
+    counting = [n - a - b for n, (a, b) in zip(whole, beyond, strict=True)]
+    ones = xp.ones((1, *counting, 1), x.dtype)
+    return xp.maximum(_reduced(padded(ones, beyond), over, xp.add), 1)
 
 
 @kernel

@@ -45,7 +45,9 @@ from nnxp._errors import UnsupportedFunction
 from nnxp._library import compute
 from nnxp.kernels import Kernel, identity, linear
 from nnxp.kernels import matmul as matmul_kernel
+from nnxp.kernels._windows import padded, seen_along
 from nnxp.kernels.functions import einsum_terms, met_axes
+from nnxp.kernels.pool import _pooled, average_pool, counted
 
 LIMIT = 6.0
 """Correct results stay within this many units of the bound; measured ones within about 3."""
@@ -887,6 +889,20 @@ def _linear(
 
 
 # Sums and what else looks along axes
+
+
+@average_pool.on("bounded")
+def _average_pool(
+    x: ndarray, *, window: tuple[int, ...], count_include_pad: bool = False, **options: Any
+) -> Any:
+    """The sum along each axis as one of so many terms, which a library may add in any order: that a
+    partial sum happens to be small says nothing. 16-bit types are summed in float32."""
+    own, over = x.dtype, _pooled("average_pool", x, window, options)
+    x = x.astype("float32") if own.itemsize == 2 else x
+    y = padded(x, over.pads)
+    for axis in range(1, len(over.window) + 1):
+        y = _sum(_together("stack", *seen_along(y, over, axis)), axis=0)
+    return (y / counted(x, over, count_include_pad)).astype(own)
 
 
 def _as_asked(x: ndarray, dtype: Any) -> ndarray:

@@ -48,6 +48,7 @@ CPU, FLOAT32, BYTES, ANY_LAYOUT, IN_ORDER = 1, 3, 6, 1, 1
 ADD, MULTIPLY = 0x1FFF0, 0x1FFF1
 FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
 FROM_FIRST, FROM_LAST = 1, 2  # step of time
+MEAN_WITH_PADDING, MEAN = 0x2FF, 0x3FF
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
 SOURCE, SECOND, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 2, 17, 33, 41, 80  # what an operand is
 STATE, CELL, LAST_STATE, LAST_CELL, STATE_WEIGHTS = 2, 3, 18, 19, 34  # of a recurrence's
@@ -134,6 +135,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     **{f"{kind}_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 7, ctypes.c_uint, c_void_p)
     ] for kind in ("gru", "lbr_gru")},
+    "pooling_forward_primitive_desc_create": [
+        *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 2, *[_Dims] * 5, c_void_p)
+    ],
     "reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
     "primitive_desc_query": [c_void_p, c_int, c_int, c_void_p],
     "primitive_create": [POINTER(c_void_p), c_void_p],
@@ -479,8 +483,8 @@ def sharing_threads() -> Iterator[None]:
 
 @contextmanager
 def limited_to(threads: int) -> Iterator[None]:
-    """What is planned meanwhile runs in so many threads. A recurrence is also to run in such a
-    block: to copy states it takes as many as it finds."""
+    """What is planned meanwhile runs in so many threads, and so do a pool, and what a recurrence
+    copies, that run meanwhile."""
     dnnl = library()[0]
     before = dnnl.threads()
     dnnl.set_threads(threads)
@@ -818,6 +822,39 @@ def recurrence(
             return Planned(make, _size(_described(describe(1), SCRATCHPAD_LAYOUT)))
     except OneDNNError:
         return None
+
+
+def mean(
+    space: Shape, channels: int, over: Windows, with_padding: bool
+) -> Callable[[HostArray, HostArray], None] | None:
+    """What makes y, the mean of what windows see of x (rows, *space, channels): `run(x, y)`; None
+    where oneDNN has no fast way."""
+    before, behind = zip(*over.pads, strict=True)
+    apart = [n - 1 for n in over.dilation]
+    sizes = [_Dims(*along) for along in (over.stride, over.window, apart, before, behind)]
+    kind = MEAN_WITH_PADDING if with_padding else MEAN
+
+    def describe(rows: int) -> _Owned:
+        x, y = (_channels_last((rows, *along, channels)) for along in (space, over.positions))
+        return _Owned(
+            "primitive_desc", "pooling_forward_primitive_desc_create",
+            library()[0].engine, FORWARD_INFERENCE, kind, x, y, *sizes, _attributes(),
+        )  # fmt: skip
+
+    def make(rows: int) -> Plan:
+        x, y = (_channels_last((rows, *along, channels)) for along in (space, over.positions))
+        return Plan(describe(rows), {}, {SOURCE: x, RESULT: y})
+
+    planned = Planned(make)
+
+    def run(x: HostArray, y: HostArray) -> None:
+        threads = threads_for(x.size * A_PASS)
+        plan = planned(threads, len(x))
+        assert plan is not None, "oneDNN planned it for one row"
+        with limited_to(threads):  # a pool asks anew at each call
+            plan(x, y)
+
+    return run if _fast(describe) else None
 
 
 def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:

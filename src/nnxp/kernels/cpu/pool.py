@@ -11,8 +11,9 @@ from numpy.lib.stride_tricks import as_strided
 from nnxp._arrays import HostArray, Shape
 from nnxp.kernels._dispatch import InPlace, Operand
 from nnxp.kernels._windows import Padding, PerAxis
+from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import carved, plain, room
-from nnxp.kernels.pool import _pooled, max_pool, max_pool_gradient
+from nnxp.kernels.pool import _pooled, average_pool, max_pool, max_pool_gradient
 
 PICTURES = 1 << 20
 """Bytes of pictures at once: with fewer, threads that work side by side wait for one another."""
@@ -63,6 +64,33 @@ def max_pool_in_place(
             largest([high[:, :, k * beside : end : across] for k, end in enumerate(ends)], y)
 
     return InPlace(run, lambda rows: room(x.dtype, *shapes(rows)))
+
+
+@average_pool.in_place
+def average_pool_in_place(
+    x: Operand, *, window: tuple[int, ...], count_include_pad: bool = False, **options: Any
+) -> InPlace | None:
+    """By oneDNN."""
+    if not plain(x) or 0 in x.shape[1:] or not onednn.has(x.dtype):
+        return None
+    over = _pooled("average_pool", x, window, options)
+    counts_beyond = count_include_pad and any(map(any, over.beyond))
+    if counts_beyond or any(pad < 0 for pair in over.pads for pad in pair):
+        return None
+    mean = onednn.mean(x.shape[1:-1], x.shape[-1], over, count_include_pad)
+    if mean is None:
+        return None
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray) -> None:
+        if not x.flags.c_contiguous:
+            (own,) = carved(scratch, x.dtype, x.shape)
+            onednn.copy(x, own)
+            x = own
+        if len(x):
+            mean(x, out)
+
+    size = prod(x.shape[1:])
+    return InPlace(run, lambda rows: room(x.dtype, (rows, size)), lambda rows: rows * size)
 
 
 @max_pool_gradient.in_place
