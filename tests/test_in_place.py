@@ -163,6 +163,48 @@ def test_a_number_that_is_none_goes_through_a_pool_behind_a_convolution():
     np.testing.assert_array_equal(np.isnan(recorded(layer, x)), np.isnan(layer(x)))
 
 
+PHASES = [
+    (1, (2, 2), {"padding": 1}), (3, (2, 2), {"padding": "same", "dilation": 2}),
+    (4, (2, 2), {"padding": 2, "stride": (2, 1)}), (6, (2, 1), {"padding": 1, "groups": 6}),
+    (2, (3, 3), {"padding": 2}), (1, (1, 2), {"padding": ((0, 1), (2, 1))}),
+]  # fmt: skip
+
+
+@only_onednn
+@pytest.mark.parametrize(("channels", "window", "options"), PHASES, ids=str)
+def test_a_pool_is_the_largest_of_several_convolutions(monkeypatch, channels, window, options):
+    monkeypatch.setattr(conv, "_by_onednn", None)
+    for together in (1, conv.TOGETHER):
+        monkeypatch.setattr(conv, "TOGETHER", together)
+        for activation in ("relu", "identity"):
+            inner = nnxp.Conv(channels, 6, (3, 3), activation, rng=0, **options)
+            inner = inner.with_parameters({"weight": inner.weight, "bias": draw(6)})
+            layer, x = Pooled(inner, window), draw(5, 11, 8, channels)
+            agrees(layer, x)
+            agrees(layer, np.moveaxis(np.moveaxis(x, -1, 1).copy(), 1, -1))
+            assert recorded(layer, x[:0]).shape[0] == 0
+            x[1, 4, 4, 0], x[2, 0, 0, 0], x[3, 10, 7, 0] = np.nan, np.inf, -np.inf
+            with np.errstate(all="ignore"):
+                expected = layer(x)
+            answer = recorded(layer, x)
+            np.testing.assert_array_equal(np.isnan(answer), np.isnan(expected))
+            np.testing.assert_array_equal(np.isinf(answer), np.isinf(expected))
+
+
+@only_onednn
+def test_a_pool_follows_where_windows_begin_inside_or_see_much(monkeypatch):
+    followed, by_onednn = [], conv._by_onednn
+    monkeypatch.setattr(
+        conv, "_by_onednn", lambda *args: followed.append(args[0]) or by_onednn(*args)
+    )
+    for channels, options in ((4, {}), (60, {"padding": 1}), (4, {"padding": ((0, 1), (1, 0))})):
+        agrees(
+            Pooled(nnxp.Conv(channels, 6, (3, 3), rng=0, **options), (2, 2)),
+            draw(3, 9, 8, channels),
+        )
+    assert followed == [(9, 8)] * 3
+
+
 def test_pictures_that_lie_by_channels_are_taken_as_they_are():
     class Turned(nnxp.Layer):
         inner: nnxp.Layer

@@ -30,6 +30,7 @@ LEAST_CHANNELS = 96, 256
 """With fewer the transforms take longer than what they save; beside oneDNN with AVX-512, whose
 products take half of the time, with fewer than the second number."""
 TOGETHER = 2 << 20  # bytes of results that oneDNN makes before their pool and activation follow
+SEEN = 512  # elements that a window sees: with fewer, pooling takes long beside convolving
 SHORT = 12  # elements that lie together in a patch: fewer are copied the other way round
 
 
@@ -118,7 +119,8 @@ def conv_max_pool_in_place(
         return None
     numbers, space = np.asarray(weight.numbers), x.shape[1:-1]
     shift = None if bias is None else bias.numbers
-    planned = _by_onednn(space, numbers, over, shift, activation, groups, window)
+    planned = _by_phases(space, numbers, over, shift, activation, groups, window)
+    planned = planned or _by_onednn(space, numbers, over, shift, activation, groups, window)
     if planned or groups != 1 or _alone(over):
         return planned
     numbers = np.ascontiguousarray(numbers)
@@ -270,6 +272,79 @@ def _by_onednn(
         return here + (0 if pooling is None else pooling.room(together))
 
     return InPlace(run, bytes_for, lambda rows: min(rows, pictures) * work, bind)
+
+
+def _by_phases(
+    space: Shape,
+    weight: HostArray,
+    over: Windows,
+    bias: HostArray | None,
+    activation: Kernel,
+    groups: int,
+    pool: Shape,
+) -> InPlace | None:
+    """By oneDNN, a convolution for each place in the pool's windows, so that the largest of their
+    results are found along whole stretches of memory.
+
+    None where it has no fast way, and for windows that see much: the pool takes little beside them.
+    """
+    outputs, dtype = weight.shape[-1], weight.dtype
+    if not onednn.has(dtype) or weight.size > SEEN * outputs:
+        return None
+    phases = [_phase(space, over, pool, place) for place in np.ndindex(*pool)]
+    problems = [onednn.Convolution(space, weight.shape, phase, groups) for phase in phases if phase]
+    planned = [onednn.convolution(problem, weight, bias, identity) for problem in problems]
+    plans = [plan for plan in planned if plan is not None]
+    if len(plans) < prod(pool):
+        return None
+    seen = (*space, weight.shape[-2] * groups)
+    result = (*(n // size for n, size in zip(over.positions, pool, strict=True)), outputs)
+    pictures = max(1, 2 * TOGETHER // (len(plans) * prod(result) * dtype.itemsize))
+    work = prod(result[:-1]) * weight.size
+    finish = Finish(None, activation, dtype)
+
+    def shapes(rows: int) -> tuple[Shape, Shape]:
+        together = min(rows, pictures)
+        return (together, *seen), (len(plans), together, *result)
+
+    def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
+        own, results = carved(scratch, dtype, *shapes(len(x)))
+        for start in range(0, len(x), pictures):
+            part, y = x[start : start + pictures], out[start : start + pictures]
+            if not part.flags.c_contiguous:
+                onednn.copy(part, own[: len(part)])
+                part = own[: len(part)]
+            threads = onednn.threads_for(len(part) * work)
+            for planned, phase in zip(plans, results, strict=True):
+                plan = planned(threads, len(part))
+                assert plan is not None, "oneDNN planned it for one row"
+                plan(part, phase[: len(part)])
+            largest(list(results[:, : len(part)]), y)
+            finish(y.reshape(-1, outputs))
+
+    def bytes_for(rows: int) -> int:
+        nbytes = min(rows, pictures) * prod(result) * dtype.itemsize
+        return room(dtype, *shapes(rows)) + finish.room(nbytes)
+
+    return InPlace(run, bytes_for, lambda rows: min(rows, pictures) * work)
+
+
+def _phase(space: Shape, over: Windows, pool: Shape, place: Shape) -> Windows | None:
+    """The windows that lie at one place in those of a pool; None where they begin behind the first
+    element of x, for which oneDNN has no padding."""
+    starts = [i * step for i, step in zip(place, over.stride, strict=True)]
+    before = [pad - start for (pad, _), start in zip(over.pads, starts, strict=True)]
+    if min(before) < 0:
+        return None
+    stride = tuple(step * size for step, size in zip(over.stride, pool, strict=True))
+    positions = tuple(n // size for n, size in zip(over.positions, pool, strict=True))
+    pads = tuple(
+        (pad, max(0, (count - 1) * step + reach - pad - n))
+        for n, pad, count, step, reach in zip(
+            space, before, positions, stride, over.reach, strict=True
+        )
+    )
+    return Windows(over.window, stride, over.dilation, pads, positions, ((0, 0),) * len(pads))
 
 
 def _taken(
