@@ -1076,6 +1076,9 @@ def test_threads_are_shared_only_while_blas_has_one(monkeypatch):
         assert (onednn.threads_for(1 << 40), onednn.threads_for(1)) == (2, 1)
     assert onednn.threads_for(1 << 40) == 1
     assert seen == ["entered"]
+    with onednn.sharing_threads(blas=False):
+        assert onednn.threads_for(1 << 40) == 2
+    assert seen == ["entered"]
     monkeypatch.setattr(onednn, "_forked", True)
     with onednn.sharing_threads():
         assert onednn.threads_for(1 << 40) == 1
@@ -1086,22 +1089,25 @@ def test_products_that_are_worth_several_threads_share_them(monkeypatch):
     entered = []
 
     @contextmanager
-    def sharing():
-        entered.append(True)
+    def sharing(blas):
+        entered.append(blas)
         yield
 
     monkeypatch.setattr(onednn, "sharing_threads", sharing)
     small, large = nnxp.Dense(8, 8, rng=0), nnxp.Dense(512, 512, rng=0)
     pictures = nnxp.Conv(64, 64, (3, 3), rng=0)
+    both = nnxp.Sequential(large, nnxp.Dense(512, 16, rng=0))  # of which BLAS makes the second
     for layer, x, shares in (
-        (small, draw(4, 8), False), (large, draw(4, 512), False), (large, draw(64, 512), True),
-        (pictures, draw(2, 5, 5, 64), False), (pictures, draw(2, 40, 40, 64), True),
-        (large, draw(2, 32, 512), True), (large, draw(64, 512).astype("float64"), False),
+        (small, draw(4, 8), []), (large, draw(4, 512), []), (large, draw(5, 512), [False]),
+        (large, draw(64, 512), [False]), (large, draw(2, 32, 512), [True]),
+        (both, draw(16, 512), [False]), (both, draw(48, 512), [True]),
+        (pictures, draw(2, 5, 5, 64), []), (pictures, draw(2, 40, 40, 64), [True]),
+        (large, draw(64, 512).astype("float64"), []),
     ):  # fmt: skip
         entered.clear()
         program = layer.astype(x.dtype.name).program((x.shape, x.dtype))
         Recording(program, len(x), [x.dtype]).answer(x)
-        assert bool(entered) == shares, (layer, x.shape)
+        assert entered == shares, (layer, x.shape)
 
 
 # gradients, and weights that change

@@ -40,6 +40,7 @@ SPREAD = 4096  # elements: the broadcast of so few costs more to start than to d
 MANY_ROWS, FEW_COLUMNS = 64, 16
 """From so many rows, and up to so many columns, the largest of each row is found by columns."""
 
+ALONE = 1 << 18  # multiply-adds that OpenBLAS makes in one thread: interface/gemm.c
 ANY_LAYOUT = 1 << 20  # multiply-adds of matrices that change, from which oneDNN is asked
 PIECE = 1024  # rows that are transposed at once, so that they stay in the cache
 
@@ -216,8 +217,9 @@ class Recording:
         """The result of these inputs, or a tuple of several."""
         if all(isinstance(s.function, str) or s in program.bodies for s in program.steps):
             self.answer = partial(_without_warnings().run, self.answer)
-        if lines.work > onednn.SHARED and onednn.why_not() is None:
-            self.answer = partial(_sharing_threads, self.answer)
+        worth = onednn.SHARED if lines.blas else onednn.SHARED_ALONE
+        if lines.work > worth and onednn.why_not() is None:
+            self.answer = partial(_sharing_threads, lines.blas, self.answer)
 
     def __call__(self, inputs: Sequence[HostArray], results: Sequence[HostArray]) -> None:
         self.answer(*inputs, *results)
@@ -230,6 +232,7 @@ class _Lines:
         self.rows = rows
         self.names: dict[str, Any] = {}
         self.work = 0  # the most multiply-adds of a product that oneDNN may share among threads
+        self.blas = False  # whether NumPy's BLAS may be asked for what it shares among threads
         self._known: dict[int, str] = {}  # what is in `names`, by its id
         self._places: dict[Value, Any] = {}  # where a value lies: an array, or the name of a local
         self._lines: list[str] = []
@@ -265,6 +268,7 @@ class _Lines:
                         whole = buffers[number][: prod(shape) * value.dtype.itemsize]
                         self._places[value] = whole.view(value.dtype).reshape(shape)
                 if step in program.bodies:
+                    self.blas = True
                     self.work = max(self.work, program.bodies[step].work(rows))
                     self._body(program.bodies[step], *step.outputs, scratch, *step.inputs)
                 elif step.name == "matmul" and _flat(step.inputs):
@@ -390,6 +394,7 @@ class _Lines:
         """A step whose result is a view, or made anew at each call."""
         places = [self._place(x) for x in step.inputs]
         view = step.outputs[0].root is not step.outputs[0]
+        self.blas |= not view
         if view and not any(isinstance(place, Local) for place in places):
             results = perform(np, step, places)
             views = results if step.several else (results,)
@@ -408,6 +413,7 @@ class _Lines:
     def _written(self, step: Step, out: Value) -> None:
         """The lines that write a step's result where it lies."""
         name, inputs, options = step.name, step.inputs, step.options
+        self.blas |= KINDS[name] in ("contraction", "reduction")
         fn: Any = getattr(np, name, None)
         if name == "copy":
             self._line(onednn.copy, inputs[0], out)
@@ -462,6 +468,7 @@ class _Lines:
             if work >= ANY_LAYOUT:
                 self._line(onednn.multiply, x, weight, out, *([] if bias is None else [bias]))
                 return bias is not None
+        self.blas |= rows * inner * columns > ALONE
         parts = columns_at_once(rows, inner, columns, out.dtype)
         if weight.numbers is None or isinstance(into, Local) or len(parts) == 1:
             self._line(np.dot, x, weight, out)
@@ -606,8 +613,8 @@ def _bounds_many(name: str, inputs: tuple[Any, ...], shape: Shape, dtype: np.dty
     return isinstance(inputs[0], Value) and isinstance(inputs[1], int | float)
 
 
-def _sharing_threads(run: Callable[..., Any], *arrays: HostArray) -> Any:
-    with onednn.sharing_threads():
+def _sharing_threads(blas: bool, run: Callable[..., Any], *arrays: HostArray) -> Any:
+    with onednn.sharing_threads(blas):
         return run(*arrays)
 
 

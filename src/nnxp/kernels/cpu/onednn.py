@@ -13,7 +13,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from ctypes import (
     POINTER,
     Structure,
@@ -60,9 +60,9 @@ AVX512 = 0x20  # among the sets of instructions that it uses
 
 MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, as ours do
 MOST_PLANS = 64  # of one constant, for other numbers of rows
-SHARED, ALSO_SHARED = 1 << 21, 1 << 19
-"""Multiply-adds: fewer are not worth waking threads; fewer than the second, while they are awake,
-not worth waiting for them."""
+SHARED, SHARED_ALONE, ALSO_SHARED = 1 << 21, 1 << 20, 1 << 19
+"""Multiply-adds: fewer are not worth waking threads, which takes longer where BLAS has to be told;
+fewer than the last, while they are awake, not worth waiting for them."""
 
 A_PASS = 32  # multiply-adds that take as long as passing over one number that another core has made
 MANY = 1 << 14  # numbers: to ask oneDNN to copy fewer takes longer than what it saves
@@ -463,11 +463,11 @@ def bound(
 
 
 @contextmanager
-def sharing_threads() -> Iterator[None]:
+def sharing_threads(blas: bool = True) -> Iterator[None]:
     """Products of this thread are shared among as many threads as BLAS would take.
 
-    BLAS itself takes one meanwhile, because its threads, which wait for more work at full speed,
-    would keep the cores from OpenMP's.
+    BLAS itself takes one meanwhile, if it may be asked at all, because its threads, which wait for
+    more work at full speed, would keep the cores from OpenMP's.
     """
     before, threads = getattr(_sharing, "threads", 1), 1 if _forked else blas_threads()
     if threads == 1:
@@ -475,7 +475,7 @@ def sharing_threads() -> Iterator[None]:
         return
     _sharing.threads = threads
     try:
-        with one_blas_thread():
+        with one_blas_thread() if blas else nullcontext():
             yield
     finally:
         _sharing.threads = before
