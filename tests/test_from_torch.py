@@ -670,6 +670,7 @@ FORMULAS = {
                                torch.meshgrid(x[0], x[1], indexing="xy"),
                                torch.meshgrid([x[0], x[1], x[2]], indexing="ij"),
                                x.take_along_dim(x.argsort(1), 1), x.ravel(),
+                               torch.take_along_dim(x, indices=x[0].argsort()),
                                torch.broadcast_to(x[:, None], size=(-1, 2, 6))),
     "windows": lambda x: (x.unfold(1, 3, 2), x[:, None].unfold(dimension=-1, size=2, step=1)),
     "like nothing": lambda x: (torch.empty_like(x).fill_(2), x.new_empty(2, 3).zero_()),
@@ -709,6 +710,11 @@ def test_what_torch_refuses_is_refused(name):
     formula, said = WRONG[name]
     with pytest.raises(nnxp.NnxpError, match=said):
         nnxp.from_torch(Formula(formula))(x_of(4, 6))
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+def test_a_grid_is_by_rows_where_its_indexing_is_not_told():
+    agrees(Formula(lambda x: torch.meshgrid(x[0], x[1])), x_of(4, 6))
 
 
 @pytest.mark.parametrize("name", FORMULAS)

@@ -36,7 +36,7 @@ VIEWS = frozenset(
 CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "div": {"rounding_mode": (None, "floor", "trunc")},
     "gelu": {"approximate": ("none", "tanh")},
-    "meshgrid": {"indexing": ("ij", "xy")},
+    "meshgrid": {"indexing": (None, "ij", "xy")},
     "pad": {"mode": ("constant", "reflect", "replicate", "circular")},
 }
 """Options that are one of a few values, by function; the first one is the default."""
@@ -655,6 +655,13 @@ def unfold(x: Array, dimension: int, size: int, step: int) -> Array:
     return windows[(slice(None),) * (dimension % x.ndim) + (slice(None, None, step),)]
 
 
+@function("take_along_dim")
+def take_along_dim(x: Array, indices: Array, dim: int | None = None) -> Array:
+    if dim is None:
+        return take_along_dim(x.reshape(-1), indices.reshape(-1), 0)
+    return xp_of(x).take_along_axis(x, indices, axis=dim)
+
+
 @function("gather")
 def gather(x: Array, dim: int, index: Array, *, sparse_grad: bool = False) -> Array:
     """The index may be smaller than x along other axes."""
@@ -764,7 +771,7 @@ def pad(x: Array, pads: Any, mode: str = "constant", value: float | None = None)
 
 
 @function("meshgrid")
-def meshgrid(*arrays: Any, indexing: str = "ij") -> tuple[Array, ...]:
+def meshgrid(*arrays: Any, indexing: str | None = None) -> tuple[Array, ...]:
     lines = arrays[0] if isinstance(arrays[0], tuple | list) else arrays
     xp, n = xp_of(lines[0]), len(lines)
     shape = tuple(line.size for line in lines)
@@ -794,7 +801,6 @@ FUNCTIONS |= {
     "getitem": lambda x, key: x[tuple(key) if isinstance(key, tuple | list) else key],
     "hstack": lambda arrays: cat(arrays, min(1, arrays[0].ndim - 1)),
     "vstack": lambda arrays: cat([x[None] if x.ndim == 1 else x for x in arrays]),
-    "take_along_dim": lambda x, ids, dim=None: xp_of(x).take_along_axis(x, ids, axis=dim),
     "index_select": lambda x, dim, index: xp_of(x).take(x, index, axis=dim),
     "flip": lambda x, *dims: xp_of(x).flip(x, _sizes(dims)),
     "roll": lambda x, shifts, dims=None: xp_of(x).roll(x, shifts, axis=dims),
