@@ -672,6 +672,11 @@ FORMULAS = {
                                x.take_along_dim(x.argsort(1), 1), x.ravel(),
                                torch.take_along_dim(x, indices=x[0].argsort()),
                                torch.broadcast_to(x[:, None], size=(-1, 2, 6))),
+    "whole numbers that meet floats": lambda x: (
+        torch.dist(x, x.argsort(1)), F.pairwise_distance(x.argsort(1), x.argsort(0)) * x[:, 0],
+        torch.outer(x[0], x[0].argsort()), torch.addcmul(x.argsort(1), x, x.argsort(1), value=2),
+        torch.addcdiv(x.argsort(1), x, x.argsort(1) + 1), torch.max(x, x.argsort(1)),
+        torch.min(x.argsort(1), x), F.cosine_similarity(x, x.argsort(1))),
     "windows": lambda x: (x.unfold(1, 3, 2), x[:, None].unfold(dimension=-1, size=2, step=1)),
     "like nothing": lambda x: (torch.empty_like(x).fill_(2), x.new_empty(2, 3).zero_()),
     "like another": lambda x: (x.new_zeros(2, 3), x.new_ones((3,)), x.new_full((2,), 1.5),

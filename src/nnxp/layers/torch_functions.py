@@ -201,7 +201,7 @@ def tensordot(x: Array, y: Array, dims: Any = 2) -> Array:
 
 
 FUNCTIONS |= {
-    "outer": lambda x, y: xp_of(x).outer(x, y),
+    "outer": lambda x, y: xp_of(x).outer(*_met(x, y)),
     "inner": lambda x, y: tensordot(x, y, ((-1,), (-1,))),
     "diagonal": lambda x, offset=0, dim1=0, dim2=1: xp_of(x).diagonal(x, offset, dim1, dim2),
     "trace": lambda x: xp_of(x).diagonal(x).sum(),
@@ -358,8 +358,8 @@ FUNCTIONS |= {
     "arctan2": lambda y, x: xp_of(y).arctan2(*map(_in_floats, _met(y, x))),
     "frac": lambda x: x - xp_of(x).trunc(x),
     "lerp": lambda x, end, weight: x + weight * (end - x),
-    "addcmul": lambda x, a, b, *, value=1: x + a * b * value,
-    "addcdiv": lambda x, a, b, *, value=1: x + a / b * value,
+    "addcmul": lambda x, a, b, *, value=1: add(x, FUNCTIONS["mul"](a, b), alpha=value),
+    "addcdiv": lambda x, a, b, *, value=1: add(x, div(a, b), alpha=value),
     "clamp_min": lambda x, min: clamp(x, min=min),
     "clamp_max": lambda x, max: clamp(x, max=max),
 }
@@ -452,7 +452,7 @@ def _extreme(name: str) -> Callable[..., Any]:
         if dim is None:
             return getattr(xp, name)(x)
         if is_array(dim):
-            return getattr(xp, f"{name}imum")(x, dim)
+            return getattr(xp, f"{name}imum")(*_met(x, dim))
         best = getattr(xp, name)(x, axis=dim, keepdims=keepdim)
         return best, getattr(xp, f"arg{name}")(x, axis=dim, keepdims=keepdim)
 
@@ -551,14 +551,14 @@ def normalize(x: Array, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Arr
 
 @function("dist")
 def dist(x: Array, y: Array, p: float = 2) -> Array:
-    return vector_norm(x - y, p)
+    return vector_norm(sub(x, y), p)
 
 
 @function("pairwise_distance")
 def pairwise_distance(
     x1: Array, x2: Array, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
 ) -> Array:
-    return vector_norm(x1 - x2 + eps, p, -1, keepdim)
+    return vector_norm(add(sub(x1, x2), eps), p, -1, keepdim)
 
 
 @function("cdist")
@@ -569,6 +569,7 @@ def cdist(x1: Array, x2: Array, p: float = 2.0, compute_mode: str = "") -> Array
 
 @function("cosine_similarity")
 def cosine_similarity(x1: Array, x2: Array, dim: int = 1, eps: float = 1e-8) -> Array:
+    x1, x2 = _met(x1, x2)
     shape = np.broadcast_shapes(x1.shape, x2.shape)
     a, b = (normalize(xp_of(x).broadcast_to(x, shape), dim=dim, eps=eps) for x in (x1, x2))
     return (a * b).sum(axis=dim)
