@@ -248,6 +248,23 @@ def test_a_model_of_several_inputs_takes_batches_of_them():
     assert_same_bits(one.model, two.model)
 
 
+@pytest.mark.parametrize("widths", [(4, 3), (4, 4)])
+def test_several_inputs_come_from_a_loader_of_torch(widths):
+    """Which makes a list of a tuple."""
+    torch = pytest.importorskip("torch")
+    from test_training import Sum
+
+    a, b, y = draw((8, widths[0])), draw((8, widths[1]), seed=2), draw((8, 2), seed=3)
+    model = Sum(nnxp.Dense(widths[0], 2, rng=0), nnxp.Dense(widths[1], 2, rng=1))
+    rows = [((a[i], b[i]), y[i]) for i in range(8)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=2)  # as many rows as inputs
+    same = [((a[i : i + 2], b[i : i + 2]), y[i : i + 2]) for i in range(0, 8, 2)]
+    one, two = (
+        fit_batches(model, batches, loss="mean_square", epochs=2) for batches in (loader, same)
+    )
+    assert_same_bits(one.model, two.model)
+
+
 def test_rows_in_all_are_not_known_of_batches():
     x, y = data()
     told = []

@@ -206,7 +206,10 @@ class Batches:
                         f"a batch is (x, y), or (x, y, weights), not {_short(item)}; in it x is "
                         "(rows, ...)"
                     )
-                rows = Rows(self._model, *item, memory_limit=self._memory_limit)
+                x, *others = item
+                if isinstance(x, list) and self._model.required_inputs > 1:
+                    x = tuple(x)  # of which a DataLoader makes a list
+                rows = Rows(self._model, x, *others, memory_limit=self._memory_limit)
                 self._check(rows)
             except NnxpError as error:
                 raise type(error)(f"epoch {epoch + 1}, batch {number}: {error}") from None

@@ -140,7 +140,8 @@ def fit(
             Without y, batches (x, y) or (x, y, weights), of any number of rows each, in their own
             order: an iterable (a list, a torch DataLoader), which is gone through anew in each
             epoch, or a function of the epoch, from 1, that answers one. An iterator can be gone
-            through once, so it takes epochs=1.
+            through once, so it takes epochs=1. Several inputs may be a list in a batch, too, as a
+            DataLoader gives them.
         y: (n, ...), as the loss takes them: labels (n,) for "cross_entropy", else like the output.
         loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number. It has
             to be given. In a checkpoint functions are known by their names only.
