@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import tracemalloc
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -202,6 +203,24 @@ def test_batches_train_on_a_device_as_on_the_host(sim):
     for name, p in here.model.parameters().items():
         same = nnxp.asnumpy(there.model.parameters()[name]) == nnxp.asnumpy(p)
         assert same.all(), name
+
+
+def test_few_large_batches_are_kept_until_the_losses_of_a_device_are_read(sim, monkeypatch):
+    batches, y, alive = [], np.zeros(100, "int64"), []
+
+    def large(epoch):
+        for seed in range(20):
+            x = draw((100, 5), "float32", seed=seed)
+            batches.append(weakref.ref(x))
+            alive.append(sum(batch() is not None for batch in batches))
+            yield x, y
+
+    fit_batches(deep().to("sim"), large, epochs=1)
+    assert max(alive) == 20
+    monkeypatch.setattr(fitting, "HELD", 20_000)  # of which a batch and its labels take 8,400
+    batches.clear(), alive.clear()
+    fit_batches(deep().to("sim"), large, epochs=1)
+    assert max(alive) <= 5
 
 
 def test_an_iterable_is_gone_through_in_each_epoch_and_an_iterator_once():

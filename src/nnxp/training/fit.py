@@ -56,6 +56,7 @@ BATCH = 128  # rows a step
 RECORDED = 1 << 22  # parameters at most, for their change to be recorded: it takes memory
 KEPT = 16  # programs of batches of so many sizes and kinds
 UNREAD = 64  # losses of a device that are read together: reading one waits for it
+HELD = 1 << 30  # bytes of batches from an iterable, at most, that are kept until theirs are read
 SCALE = 2.0**15  # of the gradients of float16, at most and at first
 GROWTH = 2000  # steps whose gradients float16 held, after which the scale is doubled
 PIECES, PIECE_ROWS = 16, 64  # that workers cut a batch into: at most, and of so many rows at least
@@ -836,7 +837,7 @@ class _Run:
             self._unread.append((step, y))
             self.at, self.digest = step.number, step.digest
             self.count += len(step.ids)
-            if trainer.place == "cpu" or len(self._unread) >= UNREAD:
+            if trainer.place == "cpu" or len(self._unread) >= UNREAD or self._held() > HELD:
                 self._read_losses()
             if self.path is not None and time.monotonic() - self._saved >= every:
                 self.seconds += time.monotonic() - start
@@ -883,6 +884,12 @@ class _Run:
             return step, self.trainer.step_on(step.rows, step.ids, rng)
         y = self.trainer.step(step.batch, rng)
         return replace(step, batch=None), y
+
+    def _held(self) -> int:
+        """The bytes of batches from an iterable that are kept to tell what is wrong with a loss."""
+        if isinstance(self.rows, Rows):
+            return 0
+        return sum(len(step.ids) * step.rows.row_bytes for step, _ in self._unread)
 
     def _read_losses(self) -> None:
         for step, y in self._unread:
