@@ -476,6 +476,28 @@ def test_a_handler_that_raises_nothing_ends_no_sweep():
     assert heard
 
 
+def test_an_interrupt_that_had_to_wait_keeps_nothing_of_the_work_alive():
+    """Not even until the next collection: what gave its rows has a file open, or processes."""
+    kept = []
+
+    def interrupted():
+        rows = np.zeros(1)
+        kept.append(weakref.ref(rows))
+        with _threads.Interrupts():
+            signal.raise_signal(signal.SIGINT)
+
+    gc.disable()
+    try:
+        try:
+            interrupted()
+        except KeyboardInterrupt:
+            kept.append("interrupted")
+        assert kept[1:] == ["interrupted"]
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_interrupts_leave_no_worker_no_limit_and_no_handler_behind():
     """Ctrl-C at any moment, thousands of times. NNXP_STRESS_SECONDS=600 for a long run."""
     seconds = os.environ.get("NNXP_STRESS_SECONDS", "6")

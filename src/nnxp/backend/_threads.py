@@ -266,8 +266,11 @@ class Interrupts:
                 if signal.getsignal(number) == self._hear:
                     signal.signal(number, handler)
         held, self._held = self._held, None
-        if held is not None:
-            raise held
+        try:
+            if held is not None:
+                raise held
+        finally:
+            del held  # else its traceback, which holds this frame, would hold all others for longer
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         handler = self._handlers[number]
