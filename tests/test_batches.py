@@ -284,6 +284,30 @@ def test_several_inputs_come_from_a_loader_of_torch(widths):
     assert_same_bits(one.model, two.model)
 
 
+class Scaled(nnxp.Layer):
+    """y = inner(x) * factor"""
+
+    inner: nnxp.Dense
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, x, factor=None):
+        y = self.inner(x)[:, 0]
+        return y if factor is None else y * factor
+
+
+def test_weights_of_a_batch_are_no_second_input_of_another():
+    x, factor, y, weights = draw((8, 4)), *(abs(draw((8,), seed=seed)) for seed in (1, 2, 3))
+    batches = [((x, factor), y), (x, y, weights)]
+    model = Scaled(nnxp.Dense(4, 1, rng=0))
+    options = {"loss": "mean_square", "optimizer": nnxp.SGD(0.1), "epochs": 1}
+    both = fit_batches(model, batches, **options).model
+    for batch in batches:
+        model = fit_batches(model, [batch], **options).model
+    assert_same_bits(both, model)
+
+
 def test_rows_in_all_are_not_known_of_batches():
     x, y = data()
     told = []

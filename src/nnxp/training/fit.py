@@ -722,8 +722,8 @@ class Trainer:
 
 
 def _outlines(batch: Sequence[Any]) -> Any:
-    """The shapes and types of a batch."""
-    return tuple((array.shape, array.dtype) for array in arrays_in(batch))
+    """The shapes and types of a batch, which are of inputs and a target, or of weights, too."""
+    return len(batch), *((array.shape, array.dtype) for array in arrays_in(batch))
 
 
 def _part(batch: Sequence[Any], rows: slice) -> Any:
