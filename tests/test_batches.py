@@ -327,6 +327,15 @@ def test_a_bar_tells_the_loss_of_the_epoch_so_far(monkeypatch, capfd):
         assert "400" in last
 
 
+def test_a_bar_tells_no_loss_of_a_device_that_is_not_read_yet(sim, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    x, y = data()
+    fit(deep().to("sim"), x, y, epochs=1, progress=True)
+    bar = capfd.readouterr().err
+    assert "200/200" in bar
+    assert "nan" not in bar
+
+
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"memory_limit": 9000}])
 def test_batches_of_ever_new_sizes_keep_few_programs(options, monkeypatch):
     x, y = data(700)

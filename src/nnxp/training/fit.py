@@ -844,7 +844,7 @@ class _Run:
                 start = time.monotonic()
                 self.save()
             read = self.count - sum(len(step.ids) for step, _ in self._unread)
-            done(len(step.ids), loss=self.total / read if read else nan)
+            done(len(step.ids), **({"loss": self.total / read} if read else {}))
         self._read_losses()
         self.seconds += time.monotonic() - start
         if not self.count:
