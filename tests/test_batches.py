@@ -404,6 +404,17 @@ def test_a_run_does_not_go_on_over_other_batches(tmp_path, monkeypatch):
         fit(deep(), x, y, **options | {"batch": 128})
 
 
+def test_a_run_that_is_written_after_epochs_goes_on_over_other_batches(tmp_path, monkeypatch):
+    x, y = data()
+    options = {"checkpoint": tmp_path / "run.safetensors", "checkpoint_seconds": float("inf")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted(10))  # the fourth of the second epoch
+        with pytest.raises(KeyboardInterrupt):
+            fit_batches(deep(), shuffled(x, y), epochs=3, **options)
+    resumed = fit_batches(deep(), shuffled(x, y, seed=4), epochs=3, **options)
+    assert len(resumed.history) == 3
+
+
 def test_what_gives_no_batches_is_refused_by_name():
     x, y = data()
     for wrong, said in (

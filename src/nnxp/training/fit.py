@@ -175,7 +175,8 @@ def fit(
             epoch. If it is there, the run goes on from it, to the same bits. In the middle of an
             epoch of batches from an iterable, those already learned from are gone through again,
             and have to be the same.
-        checkpoint_seconds: between two writes.
+        checkpoint_seconds: between two writes; with float("inf") the file is written after epochs
+            only, from where a run goes on over batches that come in another order each time, too.
         rng: a seed or a Generator: the same one gives the same bits on the same machine.
         progress: True for a bar with the loss of the epoch so far, or a function of the rows done
             and the rows in all, which is None for batches from an iterable.
@@ -869,7 +870,8 @@ class _Run:
             if number == self.at and digest != self.digest:
                 raise CheckpointError(
                     f"{self.path} has gone on to batch {number} of epoch {self.epoch + 1} by other "
-                    "batches than come now; it goes on where the same come again"
+                    "batches than come now; it goes on where the same come again. With "
+                    'checkpoint_seconds=float("inf") it is written after epochs only, for any'
                 )
         if number < self.at:
             raise CheckpointError(
