@@ -453,6 +453,22 @@ def test_what_gives_no_batches_is_refused_by_name():
         fit(deep(), x, iter(y))
 
 
+def test_batches_may_share_an_array_that_is_filled_anew():
+    x, y = data()
+    shared, labels = np.empty((50, 5)), np.empty(50, y.dtype)
+
+    def batches(epoch, factor=(1, 1, 1, 1)):
+        for i in range(4):
+            shared[...], labels[...] = x[50 * i :][:50] * factor[i], y[50 * i :][:50]
+            yield shared, labels
+
+    apart = [(x[i : i + 50], y[i : i + 50]) for i in range(0, 200, 50)]
+    one, two = (fit_batches(deep(), source, epochs=2) for source in (batches, apart))
+    assert_same_bits(one.model, two.model)
+    with pytest.raises(TrainingError, match="epoch 1, batch 2: its rows hold NaN"):
+        fit_batches(deep(), lambda epoch: batches(epoch, (1, np.nan, 1, 1)), epochs=1)
+
+
 def test_an_error_of_the_batches_comes_as_it_is_when_it_is_their_turn():
     x, y = data()
 

@@ -142,7 +142,7 @@ def fit(
             order: an iterable (a list, a torch DataLoader), which is gone through anew in each
             epoch, or a function of the epoch, from 1, that answers one. An iterator can be gone
             through once, so it takes epochs=1. Several inputs may be a list in a batch, too, as a
-            DataLoader gives them.
+            DataLoader gives them, and batches may share arrays that are filled anew.
         y: (n, ...), as the loss takes them: labels (n,) for "cross_entropy", else like the output.
         loss: a name from `nnxp.losses.LOSSES`, or a function (model, x, target) -> number. It has
             to be given. In a checkpoint functions are known by their names only.
@@ -846,6 +846,7 @@ class _Run:
                 self.save()
             read = self.count - sum(len(step.ids) for step, _ in self._unread)
             done(len(step.ids), **({"loss": self.total / read} if read else {}))
+            del step, y  # while the next one is computed
         self._read_losses()
         self.seconds += time.monotonic() - start
         if not self.count:
@@ -885,7 +886,8 @@ class _Run:
         if step.batch is None:
             return step, self.trainer.step_on(step.rows, step.ids, rng)
         y = self.trainer.step(step.batch, rng)
-        return replace(step, batch=None), y
+        # on the CPU the loss is read next, and its batch tells what is wrong with it
+        return (step if self.trainer.place == "cpu" else replace(step, batch=None)), y
 
     def _held(self) -> int:
         """The bytes of batches from an iterable that are kept to tell what is wrong with a loss."""
@@ -897,9 +899,10 @@ class _Run:
         for step, y in self._unread:
             value = float(asnumpy(y))
             if not isfinite(value):
+                batch = step.rows.at(step.ids) if step.batch is None else step.batch
                 raise TrainingError(
                     f"the loss is {value} in epoch {self.epoch + 1}, batch {step.number}: "
-                    f"{self.trainer.reason(step.rows.at(step.ids))}"
+                    f"{self.trainer.reason(batch)}"
                 )
             self.total += value * len(step.ids)
         self._unread.clear()
