@@ -441,6 +441,8 @@ def test_what_gives_no_batches_is_refused_by_name():
         ([(x, np.array(["a"] * 200))], DtypeMismatch, "epoch 1, batch 1: the target"),
         ([(x, y), (x, y + 1)], OptionError, "epoch 1, batch 2: the labels go from 1 to 3"),
         ([(x, y), (x, y, -y)], OptionError, "epoch 1, batch 2: weights of rows are"),
+        ([(x, y), (x[:, :3], y)], ShapeError, "epoch 1, batch 2: layers.0"),
+        ([(x, y), (x, y + 0.5)], ShapeError, "epoch 1, batch 2: the target is"),
         ([(x, y), (x * np.nan, y)], TrainingError, "epoch 1, batch 2: its rows hold NaN"),
     ):
         with pytest.raises(error, match=said):

@@ -212,8 +212,15 @@ class Batches:
                 rows = Rows(self._model, x, *others, memory_limit=self._memory_limit)
                 self._check(rows)
             except NnxpError as error:
-                raise type(error)(f"epoch {epoch + 1}, batch {number}: {error}") from None
+                raise of_batch(error, epoch, number) from None
             yield rows, np.arange(rows.count)
+
+
+def of_batch(error: NnxpError, epoch: int, number: int) -> NnxpError:
+    """The same error, which tells its batch, too."""
+    named = type(error)(f"epoch {epoch + 1}, batch {number}: {error}")
+    named.layer_path = error.layer_path
+    return named
 
 
 def _short(x: object) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from nnxp._arrays import Array, HostArray, Owner, is_floating, owners, xp_of
 from nnxp._errors import (
     CheckpointError,
+    DtypeMismatch,
     NnxpError,
     OptionError,
     OutOfMemory,
@@ -37,7 +38,7 @@ from nnxp.layers.norm import rounding
 from nnxp.program.program import multiply_adds
 from nnxp.training._chunks import chunks
 from nnxp.training._step import StepNumbers
-from nnxp.training.batches import Batches, Rows, entrance_of
+from nnxp.training.batches import Batches, Rows, entrance_of, of_batch
 from nnxp.training.checkpoint import read_run, write_run
 from nnxp.training.differentiate import (
     LossProgram,
@@ -883,9 +884,14 @@ class _Run:
     def _make(self, step: _Step) -> tuple[_Step, Array]:
         """The step taken; its loss before it."""
         rng = np.random.default_rng([self.seed, self.epoch, step.number])
-        if step.batch is None:
-            return step, self.trainer.step_on(step.rows, step.ids, rng)
-        y = self.trainer.step(step.batch, rng)
+        try:
+            if step.batch is None:
+                return step, self.trainer.step_on(step.rows, step.ids, rng)
+            y = self.trainer.step(step.batch, rng)
+        except (ShapeError, DtypeMismatch) as error:
+            if isinstance(self.rows, Rows):  # which are all alike
+                raise
+            raise of_batch(error, self.epoch, step.number) from error
         # on the CPU the loss is read next, and its batch tells what is wrong with it
         return (step if self.trainer.place == "cpu" else replace(step, batch=None)), y
 
