@@ -72,12 +72,16 @@ def test_rows_of_any_source_train_as_those_in_memory(kind, options, tmp_path):
     x, y = data(3000)
     source = kind(x, tmp_path)
     model = net(dtype="float32")
-    block = Rows(model, source, y, memory_limit=options.get("memory_limit")).block
-    wanted = {hdf5: 100, zarr: 100}.get(kind, BLOCK)
-    assert block == (wanted if "memory_limit" not in options or kind is mapped else 6)
+    rows = Rows(model, source, y, memory_limit=options.get("memory_limit"))
+    block, mixed = rows.block, rows.mixed
+    chunked = kind in (hdf5, zarr)
+    if "memory_limit" not in options or kind is mapped:
+        assert (block, mixed) == (100 if chunked else BLOCK, 16)
+    else:
+        assert (block, mixed) == ((37, 2) if chunked else (6, 16))
 
     def batches(epoch):
-        for ids in batches_of(order_of(len(x), 3, epoch - 1, block), 200):
+        for ids in batches_of(order_of(len(x), 3, epoch - 1, block, mixed), 200):
             yield x[ids], y[ids]
 
     one = fit(model, source, y, epochs=2, batch=200, **options)
@@ -106,6 +110,28 @@ def test_whole_numbers_of_which_some_blocks_miss_one_are_no_others(tmp_path):
     rows = Rows(net(), pandas.DataFrame({"a": column}, dtype="Int64"), np.zeros(1000, "int64"))
     x, _ = rows.at(np.array([5, 900, 999, 64]))
     np.testing.assert_array_equal(x, [[1005], [np.nan], [1999], [1064]])
+
+
+def test_large_chunks_are_read_whole_and_two_are_mixed_at_least():
+    class Large:
+        shape, dtype, chunks = (10_000, 250_000), np.dtype("float32"), (50, 250_000)
+
+        def __getitem__(self, rows):
+            return np.broadcast_to(np.float32(0), (len(range(*rows.indices(10_000))), 250_000))
+
+    model = nnxp.Dense(250_000, 1, rng=0)
+    rows = Rows(model, Large(), np.zeros(10_000))
+    assert (rows.block, rows.mixed) == (
+        44,
+        2,
+    )  # of 100: more than 128 MiB hold of two, and one more
+    Large.chunks = (5, 250_000)
+    rows = Rows(model, Large(), np.zeros(10_000))
+    assert (rows.block, rows.mixed) == (44, 2)  # 128 MiB do not hold three chunks
+    for chunk, expected in ((40, (40, 2)), (20, (20, 5)), (5, (5, 16)), (2, (6, 16)), (1, (7, 16))):
+        Large.chunks = chunk, 250_000
+        rows = Rows(model, Large(), np.zeros(10_000))
+        assert (rows.block, rows.mixed) == expected
 
 
 class Spied:

@@ -23,8 +23,9 @@ BLOCK = 64
 many, or those of a chunk of the file."""
 MIXED = 16
 """Blocks whose rows are mixed with one another, and which stay in memory until they are done."""
-KEPT_BYTES = 32 << 20
-"""Of these blocks, at most: of large rows a block has fewer."""
+KEPT_BYTES = 128 << 20
+"""Of these blocks, at most: of large chunks two are mixed, at least, and of large rows a block has
+fewer."""
 CHECKED = 1 << 20
 """Bytes of targets that are looked at together."""
 
@@ -76,21 +77,27 @@ class Rows:
             self._sources[-1].look_by(_check_weights)
         self.weighted = weights is not None
         self.in_memory = all(source.in_memory for source in self._sources)
-        self.block, self.kept_bytes = self._blocks(memory_limit)
+        self.block, self.mixed, self.kept_bytes = self._blocks(memory_limit)
 
-    def _blocks(self, memory_limit: int | None) -> tuple[int, int]:
-        """The rows that stay together, and the bytes of those that are kept."""
+    def _blocks(self, memory_limit: int | None) -> tuple[int, int, int]:
+        """The rows that stay together, the blocks of them that are mixed, and the bytes of those
+        that are kept."""
         sliced = [source for source in self._sources if source.sliced]
         if not sliced:
-            return BLOCK, 0
+            return BLOCK, MIXED, 0
         chunk = max(source.chunk for source in sliced)
         row = sum(source.read_bytes for source in sliced)
         budget = KEPT_BYTES if memory_limit is None else min(KEPT_BYTES, memory_limit // 4)
-        most = budget // ((MIXED + 1) * row)
-        block = max(1, min(-(-BLOCK // chunk) * chunk, most))
+        mixed, most = MIXED, budget // ((MIXED + 1) * row)
+        if most >= chunk:
+            block = min(-(-BLOCK // chunk) * chunk, most - most % chunk)
+        else:  # fewer, that are chunks as far as two are held
+            mixed = max(2, budget // (chunk * row) - 1)
+            block = min(chunk, budget // ((mixed + 1) * row))
+        kept = mixed if block else 0  # of the largest rows none
         for source in sliced:
-            source.block, source.kept = block, MIXED if most else 0
-        return block, (MIXED + 1) * block * row if most else 0
+            source.block, source.kept = max(1, block), kept
+        return max(1, block), mixed, (kept + 1) * block * row
 
     def at(self, ids: HostArray) -> tuple[Any, ...]:
         """(x, target) or (x, target, weights) for these rows, where the model is."""
@@ -111,7 +118,8 @@ class Rows:
 
     def batches(self, batch: int, seed: int, epoch: int) -> Iterator[tuple[Rows, HostArray]]:
         """An epoch's batches of so many rows: where they lie, and which rows they are."""
-        order = order_of(self.count, seed, epoch, None if self.in_memory else self.block)
+        block = None if self.in_memory else self.block
+        order = order_of(self.count, seed, epoch, block, self.mixed)
         for ids in batches_of(order, batch):
             yield self, ids
         self.let_go()
@@ -160,7 +168,6 @@ class Batches:
 
     count = None
     """The rows of an epoch: not known before its end."""
-    in_memory = False
 
     def __init__(
         self,
@@ -186,6 +193,7 @@ class Batches:
                     f"{batches!r:.80} does not take: {error}"
                 ) from None
         self._model, self._batches, self._check = model, batches, check
+        self.in_memory = isinstance(batches, list | tuple)
         self._memory_limit = memory_limit
 
     @property
@@ -358,7 +366,9 @@ def _check_weights(weights: Array) -> None:
         )
 
 
-def order_of(count: int, seed: int, epoch: int, block: int | None = None) -> HostArray:
+def order_of(
+    count: int, seed: int, epoch: int, block: int | None = None, mixed: int = MIXED
+) -> HostArray:
     """The rows of an epoch in their order, which follows from seed and epoch alone.
 
     Rows that are not in memory are shuffled by blocks of so many, and within groups of blocks.
@@ -368,7 +378,7 @@ def order_of(count: int, seed: int, epoch: int, block: int | None = None) -> Hos
         return rng.permutation(count)
     starts = rng.permutation(-(-count // block)) * block
     blocks = [np.arange(start, min(start + block, count)) for start in starts]
-    groups = [np.concatenate(blocks[i : i + MIXED]) for i in range(0, len(blocks), MIXED)]
+    groups = [np.concatenate(blocks[i : i + mixed]) for i in range(0, len(blocks), mixed)]
     return np.concatenate([rng.permutation(group) for group in groups])
 
 

@@ -1020,7 +1020,7 @@ class _Run:
             start.update(np.ascontiguousarray(asnumpy(p)).view("uint8").tobytes())
         data, rows = "batches", self.rows
         if isinstance(rows, Rows):
-            blocks = "" if rows.in_memory else f" in blocks of {rows.block}"
+            blocks = "" if rows.in_memory else f" in blocks of {rows.block}, {rows.mixed} mixed"
             data = f"{rows.count} rows{blocks}, {rows.digest()}"
         batch = f"{self.batch}"
         if trainer.workers is not None:  # which bits follow from

@@ -259,9 +259,8 @@ class Adam(Optimizer):
     @of_step
     def _factor(self, t: int) -> float:
         """The rate, for m and s without their factors."""
-        corrected = sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
-        rate: float = self.rate_at(t)
-        return rate * corrected * (1 - self.beta1) / sqrt(1 - self.beta2)
+        corrected = self.rate_at(t) * sqrt(1 - self.beta2**t) / (1 - self.beta1**t)
+        return float(corrected * (1 - self.beta1) / sqrt(1 - self.beta2))
 
 
 @dataclass(frozen=True)
