@@ -121,12 +121,6 @@ def test_large_chunks_are_read_whole_and_two_are_mixed_at_least():
 
     model = nnxp.Dense(250_000, 1, rng=0)
     rows = Rows(model, Large(), np.zeros(10_000))
-    assert (rows.block, rows.mixed) == (
-        44,
-        2,
-    )  # of 100: more than 128 MiB hold of two, and one more
-    Large.chunks = (5, 250_000)
-    rows = Rows(model, Large(), np.zeros(10_000))
     assert (rows.block, rows.mixed) == (44, 2)  # 128 MiB do not hold three chunks
     for chunk, expected in ((40, (40, 2)), (20, (20, 5)), (5, (5, 16)), (2, (6, 16)), (1, (7, 16))):
         Large.chunks = chunk, 250_000
