@@ -486,6 +486,7 @@ def test_an_interrupt_that_had_to_wait_keeps_nothing_of_the_work_alive():
         with _threads.Interrupts():
             signal.raise_signal(signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()
     try:
         try:
@@ -496,6 +497,7 @@ def test_an_interrupt_that_had_to_wait_keeps_nothing_of_the_work_alive():
         assert kept[0]() is None
     finally:
         gc.enable()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_interrupts_leave_no_worker_no_limit_and_no_handler_behind():

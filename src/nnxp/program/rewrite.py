@@ -372,9 +372,10 @@ def _recurrence(
     product: Product, step: Step, kernel: kernels.Kernel, own: tuple[Any, ...],
     states: tuple[Any, ...],
 ) -> Any:  # fmt: skip
-    """Of constant weights in float32, which oneDNN lays out once."""
+    """Of constant weights in float32 on the host, which oneDNN lays out once."""
     constants = product.weight, product.bias, *own
-    if not all(x is None or is_constant(x) for x in constants) or product.x.dtype != "float32":
+    numbers = [value_of(x).numbers for x in constants if x is not None]
+    if not all(isinstance(x, np.ndarray) for x in numbers) or product.x.dtype != "float32":
         return None
     if product.function is not kernels.linear or product.options:
         return None
