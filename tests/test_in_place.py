@@ -453,6 +453,25 @@ def test_what_is_no_number_goes_through_a_recurrence_in_its_own_row(name):
     assert recorded(joined(net, x), x[:0])[0].shape == (0, 4, 16)
 
 
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(("inputs", "size"), [(0, 4), (6, 0)])
+def test_recurrences_of_no_inputs_and_of_no_states_are_computed(name, inputs, size):
+    gates, kernel = (4, kernels.lstm) if name == "LSTM" else (3, kernels.gru)
+    weight_x, bias, weight = (
+        draw(inputs, gates * size),
+        draw(gates * size),
+        draw(size, gates * size),
+    )
+
+    class Formula(nnxp.Layer):
+        def __call__(self, x):
+            return kernel(kernels.linear(x, weight_x, bias), weight, **GATED[name])
+
+    x = draw(5, 3, inputs)
+    for answer, expected in zip(nnxp.Engine(Formula(), "cpu")(x), Formula()(x), strict=True):
+        np.testing.assert_allclose(answer, expected, rtol=1e-5)
+
+
 @only_onednn
 def test_tiles_do_not_depend_on_where_the_product_of_an_lstm_s_inputs_is_made():
     net = nnxp.LSTM(64, 96, rng=0)

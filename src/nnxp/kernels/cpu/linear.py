@@ -44,7 +44,7 @@ def linear_in_place(
 ) -> InPlace | None:
     """For x of several axes, whose lines are many; one call for each does for others."""
     constant = weight.numbers is not None and (bias is None or bias.numbers is not None)
-    if x.ndim < 3 or not constant or not plain(x, weight, bias):
+    if x.ndim < 3 or not constant or not plain(x, weight, bias) or 0 in weight.shape:
         return None
     shift = None if bias is None else np.ascontiguousarray(bias.numbers)
     by_onednn = x.dtype == np.float32 and onednn.why_not() is None  # which adds it on the way

@@ -217,9 +217,9 @@ def _by_onednn(
     states = [state for state in initial if state is not None]
     numbers = [None if operand is None else operand.numbers for operand in constants]
     weight_x, weight = numbers[:2]
-    if onednn.why_not() is not None or weight_x is None or weight is None or not x.shape[1]:
+    if weight_x is None or weight is None or not onednn.has(x.dtype):
         return None
-    if x.dtype != np.float32 or not plain(x, *constants, *states):
+    if 0 in (*x.shape[1:], *weight.shape) or not plain(x, *constants, *states):
         return None
     (rows, time, inputs), (size, outputs), order = x.shape, weight.shape, list(GATES[kind])
     biases = [operand for operand in constants[2:] if operand is not None]
