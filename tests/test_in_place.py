@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import subprocess
 import sys
 import tracemalloc
@@ -846,6 +847,20 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         [sys.executable, "-c", code], timeout=60, env=os.environ | {"OPENBLAS_NUM_THREADS": "2"}
     )
     assert done.returncode == 0
+
+
+@only_onednn
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="sets of instructions of x86-64")
+@pytest.mark.parametrize(("instructions", "used"), [("SSE41", False), ("AVX", True)])
+def test_onednn_is_not_used_without_avx(instructions, used):
+    """Its pools ended the process with arrays that begin anywhere, and its GRUs in a child."""
+    code = "from nnxp.kernels.cpu import onednn; print(onednn.why_not())"
+    limited = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    done = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, env=limited, capture_output=True, text=True
+    )
+    assert (done.stdout.strip() == "None") is used
+    assert used or "AVX" in done.stdout
 
 
 @only_onednn

@@ -56,7 +56,7 @@ RESULT_GRADIENT, WEIGHT_GRADIENT = 145, 161  # of those of a gradient: dy and dw
 NAME, WEIGHTS_LAYOUT, WEIGHT_GRADIENT_LAYOUT = 8, 131, 132  # what a primitive is asked for
 SCRATCHPAD_LAYOUT = 136
 SEQUENTIAL, OPENMP = 1, 2  # how it is built
-AVX512 = 0x20  # among the sets of instructions that it uses
+SSE41, AVX512 = 0x1, 0x20  # sets of instructions: all that it uses, and one among them
 
 MOST_SCRATCH = 1 << 20  # bytes: a way that wants more copies what it is given, as ours do
 MOST_PLANS = 64  # of one constant, for other numbers of rows
@@ -188,6 +188,8 @@ def _loaded() -> tuple[Any, str | None]:
         about = dnnl.dnnl_version().contents
         if about.cpu_runtime not in (SEQUENTIAL, OPENMP):
             return None, f"{FILE} is built with threads that cannot be limited"
+        if dnnl.dnnl_get_effective_cpu_isa() == SSE41:  # which want arrays that begin at 16 bytes
+            return None, "oneDNN is used with AVX, which this processor lacks"
         for name, types in _FUNCTIONS.items():
             function = getattr(dnnl, f"dnnl_{name}")
             function.argtypes = types
