@@ -20,7 +20,7 @@ import nnxp
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.kernels._dispatch import Operand
-from nnxp.kernels.cpu import _pieces, _small, conv, onednn, pool
+from nnxp.kernels.cpu import _pieces, _small, conv, onednn, pool, recurrent
 from nnxp.program.program import trace
 from nnxp.program.recording import Bodied, Recording, bodied, costs
 from nnxp.program.rewrite import optimized
@@ -1315,3 +1315,16 @@ def test_constant_weights_may_lie_in_any_way_in_memory(strides):
     weight = np.lib.stride_tricks.as_strided(memory, (3, 1, 3), strides)
     layer, x = OfWeight(weight), draw(2, 9, 1)
     np.testing.assert_allclose(recorded(layer, x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@only_onednn
+@pytest.mark.parametrize("kind", ["lstm", "gru", "lbr_gru"])
+@pytest.mark.parametrize(("inputs", "size", "time"), [(2, 3, 5), (20, 20, 20), (64, 48, 12)])
+def test_the_memory_of_a_recurrence_is_told_for_any_number_of_rows(kind, inputs, size, time):
+    gates = len(recurrent.GATES[kind])
+    inner, outer = draw(inputs, gates, size), draw(size, gates, size)
+    bias = draw(gates + (kind == "lbr_gru"), size)
+    planned = onednn.recurrence(kind, inner, outer, bias, time, begun=False, reverse=False)
+    for rows in (1, 2, 17, 65, 257, 1000, 30_000):
+        wanted = planned(1, rows).scratch_size
+        assert wanted <= planned.scratch + (rows - 1) * planned.further <= 1.4 * wanted

@@ -65,6 +65,7 @@ SHARED, SHARED_ALONE, ALSO_SHARED = 1 << 21, 1 << 20, 1 << 19
 fewer than the last, while they are awake, not worth waiting for them."""
 
 A_PASS = 32  # multiply-adds that take as long as passing over one number that another core has made
+FURTHER_ROWS = 1, 32, 256  # of a recurrence, by which the memory for one more is told: at most
 MANY = 1 << 14  # numbers: to ask oneDNN to copy fewer takes longer than what it saves
 MOST_AXES = 12
 
@@ -414,10 +415,12 @@ AnyPlan = TypeVar("AnyPlan", bound="Plan | Relaid")
 class Planned(Generic[AnyPlan]):
     """Plans by what decides them, such as the number of rows, and by the number of threads; `make`
     makes one that is new. None where oneDNN has none. `scratch` is the bytes that one of them wants
-    to be called with."""
+    to be called with, that of one row where it is more for each `further` one."""
 
-    def __init__(self, make: Callable[..., AnyPlan | None], scratch: int = 0) -> None:
-        self._make, self.scratch = make, scratch
+    def __init__(
+        self, make: Callable[..., AnyPlan | None], scratch: int = 0, further: int = 0
+    ) -> None:
+        self._make, self.scratch, self.further = make, scratch, further
         self._plans: dict[Hashable, AnyPlan | None] = {}
 
     def __call__(self, threads: int, *key: Hashable) -> AnyPlan | None:
@@ -785,7 +788,7 @@ def recurrence(
     *states, scratch)`, those of the beginning only if they have `begun`. Arrays lie in one piece.
 
     weight_x (inputs, gates, n), weight (n, gates, n) and bias (gates, n) are in oneDNN's order of
-    gates. `scratch` is bytes for each row. None where it does not do it.
+    gates. `scratch` is bytes. None where it does not do it.
     """
     inputs, size = len(weight_x), len(weight)
     inner, outer = (
@@ -821,9 +824,14 @@ def recurrence(
 
     try:
         with limited_to(1):
-            return Planned(make, _size(_described(describe(1), SCRATCHPAD_LAYOUT)))
+            one, *more = (
+                _size(_described(describe(1 + further), SCRATCHPAD_LAYOUT))
+                for further in (0, *FURTHER_ROWS)
+            )
     except OneDNNError:
         return None
+    growths = (-(-(size - one) // n) for size, n in zip(more, FURTHER_ROWS, strict=True))
+    return Planned(make, one, max(growths))
 
 
 def mean(

@@ -267,6 +267,7 @@ def _by_onednn(
             plan(*whole, *results, rest)
 
     def bytes_for(rows: int) -> int:
-        return room(x.dtype, *shapes(rows)) + rows * planned.scratch
+        rest = planned.scratch + max(0, rows - 1) * planned.further
+        return room(x.dtype, *shapes(rows)) + rest
 
     return InPlace(run, bytes_for, lambda rows: rows * work)
