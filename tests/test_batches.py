@@ -457,6 +457,7 @@ def test_what_gives_no_batches_is_refused_by_name():
             r"epoch 1, batch 2: a batch is \(x, y\).* not ndarray \(200, 5\)",
         ),
         ([(x, y[:-1])], ShapeError, "epoch 1, batch 1: .* go together"),
+        ([(x, y), (x[:, :3], y)], ShapeError, r"^epoch 1, batch 2: layers\.0 Dense"),
         ([(x, y), (x[:0], y[:0])], ShapeError, "epoch 1, batch 2: there are no rows"),
         ([(x, np.array(["a"] * 200))], DtypeMismatch, "epoch 1, batch 1: the target"),
         ([(x, y), (x, y + 1)], OptionError, "epoch 1, batch 2: the labels go from 1 to 3"),

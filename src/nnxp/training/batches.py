@@ -211,8 +211,8 @@ class Batches:
             try:
                 if not (isinstance(item, tuple | list) and len(item) in (2, 3)):
                     raise ShapeError(
-                        f"a batch is (x, y), or (x, y, weights), not {_short(item)}; in it x is "
-                        "(rows, ...)"
+                        f"a batch is (x, y), or (x, y, weights), not {_short(item)}; arrays of all "
+                        "rows are given as fit(model, x, y)"
                     )
                 x, *others = item
                 if isinstance(x, list) and self._model.required_inputs > 1:
@@ -225,10 +225,8 @@ class Batches:
 
 
 def of_batch(error: NnxpError, epoch: int, number: int) -> NnxpError:
-    """The same error, which tells its batch, too."""
-    named = type(error)(f"epoch {epoch + 1}, batch {number}: {error}")
-    named.layer_path = error.layer_path
-    return named
+    """The same error, which tells its batch before the layer that it came from."""
+    return type(error)(f"epoch {epoch + 1}, batch {number}: {error}")
 
 
 def _short(x: object) -> str:

@@ -215,7 +215,10 @@ def fit(
     rows: Rows | Batches
     if y is None:
         if batch is not None or weights is not None:
-            raise OptionError("without y, x gives batches of its own sizes, each with its weights")
+            raise OptionError(
+                "without y, x gives batches of its own sizes, (x, y) or (x, y, weights): leave out "
+                "batch= and weights=, or give y"
+            )
         rows = Batches(model, x, check, trainer.memory_limit)
         if rows.once and epochs > 1:
             raise OptionError(
@@ -393,8 +396,8 @@ class Trainer:
     def _apply(self) -> None:
         """The step of the optimiser on a device, of the number that is filled in."""
         self._clip(self.slopes)
-        of = "parameters"
-        self.current.apply({of: self.master}, {of: self.slopes}, self.state, self._numbers)
+        p, g = {"parameters": self.master}, {"parameters": self.slopes}
+        self.current.apply(p, g, self.state, self._numbers)
 
     @np.errstate(all="ignore")
     def step_on(self, rows: Rows, ids: HostArray, rng: np.random.Generator | None) -> Array:

@@ -189,12 +189,8 @@ def _all_at_once(
         if not rows:
             out[...] = 0
             return
-        whole = list(carved(scratch, np.float32, *shapes(rows)))
-        for i, array in enumerate(arrays):
-            if array.flags.c_contiguous:
-                whole[i] = array
-            else:
-                onednn.copy(array, whole[i])
+        spare = carved(scratch, np.float32, *shapes(rows))
+        whole = [onednn.contiguous(*pair) for pair in zip(arrays, spare, strict=True)]
         plan = planned(onednn.threads_for(rows * work), rows)
         assert plan is not None, "oneDNN planned it for one row"
         plan(scratch[room(np.float32, *shapes(rows)) :], *whole, out)
@@ -242,9 +238,7 @@ def _by_onednn(
             rest = scratch[room(dtype, *shapes(len(x))) :]
         for start in range(0, len(x), pictures):
             part, y = x[start : start + pictures], out[start : start + pictures]
-            if not part.flags.c_contiguous:
-                onednn.copy(part, own[: len(part)])
-                part = own[: len(part)]
+            part = onednn.contiguous(part, own[: len(part)])
             whole = y if pooling is None else products[: len(part)]
             plan = planned(onednn.threads_for(len(part) * work), len(part))
             assert plan is not None, "oneDNN planned it for one row"
@@ -311,9 +305,7 @@ def _by_phases(
         own, results = carved(scratch, dtype, *shapes(len(x)))
         for start in range(0, len(x), pictures):
             part, y = x[start : start + pictures], out[start : start + pictures]
-            if not part.flags.c_contiguous:
-                onednn.copy(part, own[: len(part)])
-                part = own[: len(part)]
+            part = onednn.contiguous(part, own[: len(part)])
             threads = onednn.threads_for(len(part) * work)
             for planned, phase in zip(plans, results, strict=True):
                 plan = planned(threads, len(part))

@@ -649,6 +649,14 @@ def copy(x: HostArray, out: HostArray) -> None:
         plan(x, out)
 
 
+def contiguous(x: HostArray, spare: HostArray) -> HostArray:
+    """x, or its copy in `spare` if its numbers do not lie in order and in one piece."""
+    if x.flags.c_contiguous:
+        return x
+    copy(x, spare)
+    return spare
+
+
 class Convolution:
     """What a convolution takes and makes, as oneDNN is to look at it: x (rows, *space, channels)
     and a weight of the shape (*window, channels / groups, outputs)."""

@@ -251,12 +251,9 @@ def _by_onednn(
         rows = len(x)
         if not rows:
             return
-        whole = list(carved(scratch, x.dtype, *shapes(rows)))
-        for i, array in enumerate((x, *(arrays[-count:] if states else ()))):
-            if array.flags.c_contiguous:
-                whole[i] = array
-            else:
-                np.copyto(whole[i], array)
+        operands = (x, *(arrays[-count:] if states else ()))
+        spare = carved(scratch, x.dtype, *shapes(rows))
+        whole = [onednn.contiguous(*pair) for pair in zip(operands, spare, strict=True)]
         threads = onednn.threads_for(rows * work)
         plan = planned(threads, rows)
         assert plan is not None, "oneDNN planned it for one row"
