@@ -8,6 +8,7 @@ more on a machine that has other work.
 
     python bench/models.py                 # all networks
     python bench/models.py cnn --rows 1    # one row a call
+    python bench/models.py lstm --contenders nnxp jax    # JAX, with all threads that it wants
     python bench/models.py --small         # tiny networks, once: that it runs
 """
 
@@ -32,7 +33,8 @@ from race import Contender, race, serve
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
-CONTENDERS = ("nnxp", "nnxp onnx", "onnxruntime", "torch")
+USUAL = ("nnxp", "nnxp onnx", "onnxruntime", "torch")
+CONTENDERS = (*USUAL, "jax")
 
 
 # the networks, of torch.nn; a small one has an eighth of the channels
@@ -152,6 +154,7 @@ def minilm(small: bool) -> Any:
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.heads = heads
             dense, norm = torch.nn.Linear, torch.nn.LayerNorm
             self.q, self.k, self.v, self.o = (dense(channels, channels) for _ in range(4))
             self.inner, self.outer = dense(channels, hidden), dense(hidden, channels)
@@ -266,6 +269,13 @@ def built(contender: str, name: str, rows: int, small: bool, threads: int) -> An
         options.intra_op_num_threads = threads
         session = ort.InferenceSession(exported(module, x), options)
         return lambda: session.run(None, {"x": x})[0]
+    if contender == "jax":
+        import jax
+
+        import models_jax
+
+        jitted = jax.jit(models_jax.forward(module))
+        return lambda: np.asarray(jitted(x))
     import nnxp
 
     model = nnxp.load_onnx(exported(module, x)) if "onnx" in contender else nnxp.from_torch(module)
@@ -296,7 +306,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=USUAL)
     parser.add_argument("--small", action="store_true", help="everything once, on tiny networks")
     parser.add_argument("-o", "--output", type=Path, metavar="JSON")
     args = parser.parse_args()

@@ -388,6 +388,18 @@ def test_networks_of_other_kinds_race_from_end_to_end():
     assert said.splitlines()[-1].startswith("lstm       nnxp ")
 
 
+@pytest.mark.parametrize("name", "resnet50 vgg16 mobilenet cnn minilm lstm".split())
+def test_a_network_in_jax_is_that_of_torch(monkeypatch, name):
+    pytest.importorskip("torch")
+    jax = pytest.importorskip("jax")
+    monkeypatch.syspath_prepend(str(BENCH))
+    models, models_jax = map(importlib.import_module, ("models", "models_jax"))
+    expected = models.due(name, 3, True).value
+    forward = models_jax.forward(models.drawn(name, True))
+    y = np.asarray(jax.jit(forward)(models.rows_of(name, 3, True)))
+    assert np.abs(y - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
 def test_mnist_1d_is_learned_by_a_linear_network_as_published(monkeypatch):
     pytest.importorskip("mnist1d", reason="the package that makes the rows")
     monkeypatch.syspath_prepend(str(BENCH))

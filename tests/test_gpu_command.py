@@ -50,7 +50,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     steps = (
         "where verify parity goldens replays nan products network host fused models training "
-        "graphs memory blocks"
+        "graphs memory blocks compiled"
     )
     return SimpleNamespace(
         gpu=importlib.import_module("gpu.__main__"),

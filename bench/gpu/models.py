@@ -23,16 +23,22 @@ ROWS = {"resnet50": 64, "mobilenet": 64, "minilm": 64, "lstm": 1024}
 CHECKED = 4  # rows, against float64 on the host
 KINDS = {"fp32": "float32", "bf16": "bfloat16", "tf32": "float32", "fp16": "float16"}
 
+Run = Callable[[Any], Any]
+"""For rows of the host, what it makes of them there; for None, all of its own on the device."""
+
+Rival = Callable[[Here, Any, str, Array], tuple[Run | None, str]]
+"""Of a torch module, a key of KINDS and rows: what runs it, or None and why not."""
+
 
 def figures(here: Here) -> Figures:
     yield "windows", _windows(here)
-    yield from networks(here, {"torch": False})
+    yield from networks(here, {"torch": in_torch})
     if here.on_gpu:
         yield "convolutions by cuDNN", by_cudnn()
 
 
-def networks(here: Here, rivals: dict[str, bool]) -> Figures:
-    """Each network in each type; a rival is torch, and may be compiled."""
+def networks(here: Here, rivals: dict[str, Rival]) -> Figures:
+    """Each network in each type, against others."""
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -65,16 +71,13 @@ def _windows(here: Here) -> Values:
     return values
 
 
-def _raced(here: Here, name: str, kind: str, rivals: dict[str, bool]) -> Values:
+def _raced(here: Here, name: str, kind: str, rivals: dict[str, Rival]) -> Values:
     small = here.sized(False, True)
     x = rows_of(name, ROWS[name], small)
     expected = due(name, CHECKED, small).value
     runs = {
         "nnxp": _nnxp(here, drawn(name, small), kind, x),
-        **{
-            who: _torch(here, drawn(name, small), kind, x, compiled)
-            for who, compiled in rivals.items()
-        },
+        **{who: built(here, drawn(name, small), kind, x) for who, built in rivals.items()},
     }
     if here.on_gpu and x.ndim == 4:
         runs["nnxp without cuDNN"] = _nnxp(here, drawn(name, small), kind, x, without_cudnn=True)
@@ -83,7 +86,7 @@ def _raced(here: Here, name: str, kind: str, rivals: dict[str, bool]) -> Values:
         if run is None:
             table[who] = {"out": why}
             continue
-        y = run(x[: len(expected)])
+        y = run(x)[: len(expected)]  # all rows, so that a compiler sees one shape
         off = float(np.abs(y - expected).max() / np.abs(expected).max())
         table[who] = {"error": off}
         if kind == "fp32" and not off <= 2e-5:  # as in models.py
@@ -94,10 +97,6 @@ def _raced(here: Here, name: str, kind: str, rivals: dict[str, bool]) -> Values:
             table[who] |= {"µs": seconds * 1e6, "rows/s": len(x) / seconds}
             table[who] |= {"rows/s from the host": len(x) / here.seconds(partial(run, x))}
     return table
-
-
-Run = Callable[[Any], Any]
-"""For rows of the host, what it makes of them there; for None, all of its own on the device."""
 
 
 def _nnxp(
@@ -122,7 +121,9 @@ def _without_cudnn() -> Any:
     return cudnn.unused()
 
 
-def _torch(here: Here, module: Any, kind: str, x: Array, compiled: bool) -> tuple[Run | None, str]:
+def in_torch(
+    here: Here, module: Any, kind: str, x: Array, compiled: bool = False
+) -> tuple[Run | None, str]:
     import torch
 
     if not (here.on_gpu and torch.cuda.is_available()):
@@ -142,5 +143,28 @@ def _torch(here: Here, module: Any, kind: str, x: Array, compiled: bool) -> tupl
                 module(own)
                 return None
             return module(torch.from_numpy(rows).to(**there, **order)).float().cpu().numpy()
+
+    return run, ""
+
+
+def in_jax(here: Here, module: Any, kind: str, x: Array) -> tuple[Run | None, str]:
+    try:
+        import jax
+
+        import models_jax
+    except ImportError:
+        return None, "jax is not installed"
+    if here.on_gpu and jax.default_backend() != "gpu":
+        return None, f"JAX computes on {jax.default_backend()} here"
+    jax.config.update(
+        "jax_default_matmul_precision", "tensorfloat32" if kind == "tf32" else "highest"
+    )
+    jitted = jax.jit(models_jax.forward(module, KINDS[kind]))
+    own = jax.device_put(x).astype(KINDS[kind])
+
+    def run(rows: Any) -> Any:
+        if rows is None:
+            return jitted(own).block_until_ready()
+        return np.asarray(jitted(jax.device_put(rows).astype(KINDS[kind])).astype("float32"))
 
     return run, ""
