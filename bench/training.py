@@ -181,7 +181,7 @@ def bare_products(task: Task) -> Run:
 
 def ours(task: Task, workers: int | None = None, place: str = "cpu") -> Run:
     import nnxp
-    from nnxp.training.fit import Trainer
+    from nnxp.training.trainer import Trainer
 
     layers, paths, ends = list[nnxp.Layer](), [], ["relu"] * len(task.weights)
     ends[-1] = "identity"

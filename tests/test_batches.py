@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import tracemalloc
@@ -14,11 +15,12 @@ import pytest
 import nnxp
 from conftest import draw
 from nnxp._errors import CheckpointError, DtypeMismatch, OptionError, ShapeError, TrainingError
+from nnxp.training import trainer
 from nnxp.training.batches import BLOCK, Rows, batches_of, order_of
-from nnxp.training.fit import Trainer
+from nnxp.training.trainer import Trainer
 from test_training import assert_same_bits, data, deep, fit, net
 
-fitting = sys.modules["nnxp.training.fit"]  # which the function of this name hides
+fitting = importlib.import_module("nnxp.training.fit")  # which the function of this name hides
 
 
 def shuffled(*arrays, size=32, seed=3):
@@ -362,7 +364,7 @@ def test_batches_of_ever_new_sizes_keep_few_programs(options, monkeypatch):
     ends = np.cumsum([0, *range(10, 37)])
     batches = [(x[a:b], y[a:b]) for a, b in pairwise(ends)]
     many = fit_batches(net(dtype="float32"), batches, epochs=2, **options)
-    monkeypatch.setattr(fitting, "KEPT", 3)
+    monkeypatch.setattr(trainer, "KEPT", 3)
     held = set()
     program = Trainer._program
 

@@ -17,11 +17,9 @@ import pytest
 import nnxp
 from conftest import draw
 from nnxp._errors import CheckpointError, NotDifferentiable, OptionError, ShapeError, TrainingError
-from nnxp.training import _chunks, checkpoint, losses, optimizers, schedules
+from nnxp.training import _chunks, checkpoint, losses, optimizers, schedules, trainer
 from nnxp.training.batches import Rows, batches_of, order_of
-from nnxp.training.fit import Trainer
-
-fitting = sys.modules["nnxp.training.fit"]  # which the function of this name hides
+from nnxp.training.trainer import Trainer
 
 LABELS = np.array([0, 2, 1, 1, 0, 2, 2])
 
@@ -621,7 +619,7 @@ def test_public_names_are_there():
 
 KILLED = """
 import os, signal, sys, test_training as t
-from nnxp.training.fit import Trainer
+from nnxp.training.trainer import Trainer
 
 step, steps = Trainer.step, 0
 
@@ -727,10 +725,10 @@ def test_depth_does_with_few_parameters_what_width_does_not():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("uses", [fitting.PIECE_USES, 1])  # two pieces, and four
+@pytest.mark.parametrize("uses", [trainer.PIECE_USES, 1])  # two pieces, and four
 def test_any_number_of_workers_gives_the_same_bits(weighted, uses, monkeypatch):
-    monkeypatch.setattr(fitting, "PIECE_USES", uses)
-    monkeypatch.setattr(fitting, "ADDED", 10)  # so that threads share these few numbers, too
+    monkeypatch.setattr(trainer, "PIECE_USES", uses)
+    monkeypatch.setattr(trainer, "ADDED", 10)  # so that threads share these few numbers, too
     x, y = data(700)
     weights = np.arange(700) % 3 + 1.0 if weighted else None
     options = {"epochs": 2, "batch": 300, "weights": weights, "clip": 0.5}
@@ -765,7 +763,7 @@ def test_a_run_that_cut_its_batches_otherwise_is_not_gone_on_with(tmp_path, monk
     options = {"batch": 150, "workers": 2, "checkpoint": tmp_path / "run.nnxp", "rng": 0}
     fit(net(), x, y, epochs=1, **options)
     fit(net(), x, y, epochs=2, **options)
-    monkeypatch.setattr(fitting, "PIECE_USES", 7)
+    monkeypatch.setattr(trainer, "PIECE_USES", 7)
     with pytest.raises(CheckpointError, match="pieces"):
         fit(net(), x, y, epochs=3, **options)
 

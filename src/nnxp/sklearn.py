@@ -28,8 +28,8 @@ from nnxp.layers.dense import Dense
 from nnxp.layers.dropout import Dropout
 from nnxp.training import losses
 from nnxp.training.batches import batches_of
-from nnxp.training.fit import Trainer
 from nnxp.training.optimizers import Adam, Momentum, Nesterov, Optimizer
+from nnxp.training.trainer import Trainer
 
 try:
     from scipy.sparse import issparse

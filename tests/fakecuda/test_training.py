@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import cupy
 import numpy as np
 import pytest
@@ -13,8 +11,8 @@ from conftest import draw
 from nnxp.backend import cuda
 from nnxp.backend._device import Unrecordable
 from nnxp.backend._recording import StepRecording, recorded
-from nnxp.training import _chunks
-from nnxp.training.fit import Trainer
+from nnxp.training import _chunks, trainer
+from nnxp.training.trainer import Trainer
 
 pytestmark = pytest.mark.parametrize("gpu", [True], ids=["as late as possible"], indirect=True)
 
@@ -29,7 +27,6 @@ NETS = {
         nnxp.TransformerEncoderLayer(6, 2, 8, rng=0), nnxp.Dense(6, 3, rng=1)
     ),
 }
-fitting = sys.modules["nnxp.training.fit"]  # which the function of this name hides
 ROWS = 44  # six batches of eight, of which the last is ragged
 
 
@@ -180,8 +177,8 @@ def test_the_rule_of_an_optimiser_is_part_of_the_graph(gpu, monkeypatch, rule, c
     x, target = rows_for("dense")
     options = {"loss": "mean_square", "epochs": 3, "batch": 8, "rng": 0, "clip": clip}
     results, outside = [], []
-    for most in (0, fitting.RECORDED):
-        monkeypatch.setattr(fitting, "RECORDED", most)
+    for most in (0, trainer.RECORDED):
+        monkeypatch.setattr(trainer, "RECORDED", most)
         gpu.done.clear()
         results.append(nnxp.fit(NETS["dense"].to("cuda"), x, target, optimizer=rule, **options))
         gpu.finish()
