@@ -104,7 +104,8 @@ def test_what_cannot_be_recorded_is_trained_all_the_same(gpu, monkeypatch):
     assert len(tried) == 2  # once for each size of a batch
 
 
-def test_a_step_is_recorded_in_the_order_of_the_caller_s_stream(gpu):
+@pytest.mark.parametrize("by_turns", [False, True])
+def test_a_step_is_recorded_in_the_order_of_the_caller_s_stream(gpu, by_turns):
     p, into = (nnxp.to_backend(np.zeros(4, "float32"), "cuda") for _ in range(2))
     x = nnxp.to_backend(draw((4,)), "cuda")
     gpu.finish()
@@ -117,11 +118,15 @@ def test_a_step_is_recorded_in_the_order_of_the_caller_s_stream(gpu):
         gpu.give(0, "yet to do", lambda: None)
     p += 1
     step = recorded(StepRecording, nnxp.get_backend("cuda"), run, run, [x])
+    if by_turns:
+        gpu.finish()
     np.testing.assert_array_equal(into.get(), [2] * 4)  # which waits for the caller's stream only
     for value in (3, 5):
         x[...] = value
         (y,) = step([x])
         np.testing.assert_array_equal(y.get(), [value + 1] * 4)
+    step([x * 2])
+    np.testing.assert_array_equal(x.get(), [5] * 4)  # it is the caller's
 
 
 def test_gradients_that_are_asked_for_by_name_are_the_caller_s(gpu):
