@@ -51,6 +51,34 @@ def test_every_other_layer_goes_out_and_comes_back(number, tmp_path):
             assert_close(y, value, bound=LIMIT * unit)
 
 
+RECURRENT = [
+    nnxp.RNN(3, 4, "relu", layers=2, rng=0),
+    nnxp.RNN(3, 4, "sigmoid", bidirectional=True, returns="states", bias=False, rng=0),
+    nnxp.GRU(3, 4, bidirectional=True, returns="last", rng=1),
+    nnxp.GRU(3, 4, reset_after=False, returns="states", rng=1),
+    nnxp.LSTM(3, 4, layers=2, bidirectional=True, returns="states", rng=2),
+    nnxp.LSTM(3, 4, bias=False, returns="last", rng=2),
+]
+
+
+@pytest.mark.parametrize("layer", RECURRENT, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_recurrence_is_one_operator_for_each_layer_and_direction(layer, ragged, tmp_path):
+    path, x = tmp_path / "net.onnx", draw((5, 6, 3))
+    rows, given = [(6, 3)], [x]
+    if ragged:
+        rows.append(((), "int64"))
+        given.append(np.array([6, 1, 3, 9, 2]))
+    nnxp.save_onnx(layer, path, row=rows)
+    ops = [node.op_type for node in onnx.load(path).graph.node]
+    assert ops.count(type(layer).__name__) == len(layer.cells)
+    assert not {"Sigmoid", "Tanh", "Gemm", "MatMul"} & set(ops)
+    back, theirs = results(nnxp.load_onnx(path)(*given)), run(path, *given)
+    for y, ours, wanted in zip(theirs, back, results(layer(*given)), strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_any_number_of_rows_goes_in(rows, tmp_path):
     net = nnxp.Sequential(nnxp.Flatten(), nnxp.Dense(6, 3, "gelu", rng=0), nnxp.LayerNorm(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from inspect import signature
 from math import e, log2, log10, prod
 from typing import Any
 
@@ -18,6 +19,7 @@ from nnxp.kernels import Kernel
 from nnxp.kernels._windows import per_axis, windows
 from nnxp.kernels.conv import transposed_ways
 from nnxp.kernels.functions import einsum_terms
+from nnxp.kernels.linear import linear
 from nnxp.layers._layer import Layer, check_model
 from nnxp.layers.operators import ELEMENTWISE
 from nnxp.program import traced
@@ -116,6 +118,8 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "identity": ("Identity", {}), "matmul": ("MatMul", {}),
 }  # fmt: skip
 """Kernels that are one operator, with its attributes."""
+RECURRENT = {"rnn": ("RNN", (0,)), "gru": ("GRU", (1, 0, 2)), "lstm": ("LSTM", (0, 2, 1, 3))}
+"""Kernels that go through time, and where ONNX's gates are among theirs."""
 MOST = np.iinfo("int64").max
 OPTIONS = {"alpha": "alpha", "negative_slope": "alpha"}
 
@@ -145,7 +149,8 @@ class _Writer:
             self.nodes.append(helper.make_node("Identity", [self.name(value)], [name]))
             outputs.append(self._info(name, value))
         inputs = [self._info(self.names[value], value) for value in program.inputs]
-        graph = helper.make_graph(self.nodes, "nnxp", inputs, outputs, self.constants)
+        nodes, constants = self._needed(outputs)
+        graph = helper.make_graph(nodes, "nnxp", inputs, outputs, constants)
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR,
             producer_name="nnxp",
@@ -158,6 +163,15 @@ class _Writer:
         ]
         code = self.onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
         return self.onnx.helper.make_tensor_value_info(name, code, sizes)
+
+    def _needed(self, outputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The nodes and constants that the outputs come from."""
+        needed, nodes = {output.name for output in outputs}, []
+        for node in reversed(self.nodes):
+            if not needed.isdisjoint(node.output):
+                needed.update(node.input)
+                nodes.append(node)
+        return nodes[::-1], [constant for constant in self.constants if constant.name in needed]
 
     # names, nodes and constants
 
@@ -270,6 +284,8 @@ class _Writer:
     def _kernel(self, step: Step, kernel: Kernel) -> None:
         named, options = KERNELS.get(kernel.__name__), step.options
         x = step.values[0]
+        if kernel.__name__ in RECURRENT and self._recurrence(step, kernel):
+            return
         if kernel.__name__ == "linear" and len(x.shape) >= 2 and _one_type(step):
             y = self._linear(step)
         elif kernel.__name__ == "conv" and _one_type(step):
@@ -350,6 +366,77 @@ class _Writer:
             group=groups,
         )
         return self._activated(step, self._channels_last(y, n))
+
+    def _recurrence(self, step: Step, kernel: Kernel) -> bool:
+        """All steps in time as one operator, which takes the product of the inputs in; whether that
+        is one that ONNX Runtime computes, of float32 and without a projection."""
+        op, order = RECURRENT[kernel.__name__]
+        arrays = dict(zip(signature(kernel.reference).parameters, step.inputs, strict=False))
+        x, weight, options = arrays["x"], arrays["weight"], step.options
+        product, n = x.step, weight.shape[0]
+        if (
+            product is None
+            or product.function is not linear
+            or product.options
+            or arrays.get("projection") is not None
+            or x.dtype != np.float32
+        ):
+            return False
+        attributes: dict[str, Any] = {"hidden_size": n}
+        if options.get("reverse"):
+            attributes["direction"] = "reverse"
+        if op == "GRU":
+            attributes["linear_before_reset"] = int(options.get("reset_after", True))
+        if op == "RNN" and "activation" in options:
+            named = KERNELS.get(options["activation"].__name__)
+            if named is None or named[0] not in ("Tanh", "Relu", "Sigmoid"):
+                return False
+            attributes["activations"] = [named[0]]
+        gates = self.ints(*(k * n + i for k in order for i in range(n)))
+
+        def ordered(parameter: Any) -> str:
+            name = self.name(parameter)
+            return name if len(order) == 1 else self.node("Gather", [name, gates], axis=-1)
+
+        def weights(parameter: Value) -> str:
+            turned = self.node("Transpose", [ordered(parameter)], perm=[1, 0])
+            return self.node("Unsqueeze", [turned, self.ints(0)])
+
+        inputs, weight_x, bias_x = (*product.inputs, None)[:3]
+        zeros = np.zeros(weight.shape[1], x.dtype)
+        biases = [zeros if one is None else one for one in (bias_x, arrays.get("bias"))]
+        bias = self.node("Concat", list(map(ordered, biases)), axis=0)
+        lengths, counts, steps = arrays.get("lengths"), "", ""
+        if lengths is not None:  # those beyond the time count as it; ONNX Runtime refuses them
+            counts = self.node("Min", [self.name(lengths, "int64"), self.ints(x.shape[1])])
+            steps = self.cast(counts, np.dtype("int32"))
+        states = [arrays.get("h"), *([arrays.get("c")] if op == "LSTM" else [])]
+        names = [
+            self.node("Transpose", [self.name(inputs)], perm=[1, 0, 2]),
+            weights(weight_x),
+            weights(weight),
+            self.node("Unsqueeze", [bias, self.ints(0)]),
+            steps,
+            *(
+                h if h is None else self.node("Unsqueeze", [self.name(h), self.ints(0)])
+                for h in states
+            ),
+        ]
+        y, *last = self.operator(op, [name or "" for name in names], 1 + len(states), **attributes)
+        y = self.node("Transpose", [self.node("Squeeze", [y, self.ints(1)])], perm=[1, 0, 2])
+        last = [self.node("Squeeze", [state, self.ints(0)]) for state in last]
+        if (
+            counts
+        ):  # the state of a row without steps is its first, where ONNX Runtime answers zeros
+            empty = self.node(
+                "Unsqueeze", [self.node("Equal", [counts, self.ints(0)]), self.ints(1)]
+            )
+            last = [
+                end if h is None else self.node("Where", [empty, self.name(h), end])
+                for h, end in zip(states, last, strict=True)
+            ]
+        self.names.update(zip(step.outputs, [y, *last], strict=True))
+        return True
 
     def _channels_first(self, x: Value) -> str:
         n = len(x.shape)
