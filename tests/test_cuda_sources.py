@@ -965,7 +965,13 @@ def padded(x):
     return Place(*x.shape, x.dtype.name, x.shape[1] + 8).filled(x).device
 
 
-LAID = [(6, 8, on_device), (5, 7, on_device), (7, 16, padded), (3, 5, padded), (300, 8, on_device)]
+LAID = [
+    (6, 8, on_device),
+    (5, 7, on_device),
+    (7, 16, padded),
+    (70, 5, padded),  # three blocks of rows
+    (300, 8, on_device),
+]
 
 
 class Formulas(HostGpu):
@@ -1002,8 +1008,8 @@ def test_formulas_are_what_their_steps_are(dtype, request, libraries, monkeypatc
     gpu = Formulas(request.config.cache.mkdir("cuda_on_host"), [each[:2] for each in asked])
     monkeypatch.setattr(_compiled, "kernel", gpu.kernel)
     finite = 0
-    for ((program, joined), (rows, cols, lay)), gpu.backwards in product(
-        product(made, LAID), (False, True)
+    for ((program, joined), (rows, cols, lay)), (gpu.backwards, gpu.most_blocks) in product(
+        product(made, LAID), ((False, None), (True, 2))
     ):
         arrays, there = given(dtype, rows, cols, lay=lay)
         y = on_host(joined(*there)).astype("float64")
