@@ -26,7 +26,7 @@ PATCHES = 1 << 20  # bytes of patches that are laid out for a product
 TILES = 256  # of Winograd's at once, at least, for each of his products has one line for each
 LEAST_TILES = 48  # with fewer the products are too small to gain
 ALONE = 1 / 16  # of the squares that an output sees, squared: one element that outweighs all others
-LEAST_CHANNELS = 96, 256
+LEAST_CHANNELS = 96, 128
 """With fewer the transforms take longer than what they save; beside oneDNN with AVX-512, whose
 products take half of the time, with fewer than the second number."""
 TOGETHER = 2 << 20  # bytes of results that oneDNN makes before their pool and activation follow
