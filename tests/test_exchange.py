@@ -175,7 +175,9 @@ def test_a_list_may_hold_rows_of_any_kind():
 # other libraries
 
 
-@pytest.mark.parametrize("kind", "csr_matrix csr_array csc_array coo_array bsr_array".split(" "))
+@pytest.mark.parametrize(
+    "kind", "csr_matrix csr_array csc_array coo_array bsr_array dok_array".split(" ")
+)
 @every_way
 def test_sparse_rows_are_dense_block_by_block(way, kind):
     sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
@@ -183,6 +185,16 @@ def test_sparse_rows_are_dense_block_by_block(way, kind):
     if way is through_a_source and kind not in ("csr_matrix", "csr_array", "csc_array"):
         pytest.skip("a matrix of this form gives no rows, so no source of its user's slices it")
     np.testing.assert_array_equal(way(getattr(sparse, kind)(dense)), dense)
+
+
+def test_a_sparse_array_that_is_a_mapping_is_rows_and_no_inputs_by_name():
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    x, net = np.eye(4, dtype="float32"), nnxp.Dense(4, 2, rng=0)
+    rows = sparse.dok_array(x)
+    np.testing.assert_array_equal(nnxp.predict(net, rows), net(x))
+    options = {"loss": "mean_square", "epochs": 1, "rng": 0}
+    losses = [nnxp.fit(net, own, net(x), **options).history[0]["loss"] for own in (x, rows)]
+    assert losses[0] == losses[1]
 
 
 def tensors():

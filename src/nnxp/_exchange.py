@@ -14,10 +14,10 @@ from __future__ import annotations
 import numbers
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -96,6 +96,11 @@ def source_of(x: Any) -> Any:
     if len(shape) == 0:
         raise ShapeError("x is (rows, ...) but has no axis at all; x[None] makes it one row")
     return host_rows(x) if isinstance(x, np.ndarray) and x.dtype.kind == "O" else x
+
+
+def is_by_name(x: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether x holds inputs by their names, which a sparse array that is a mapping does not."""
+    return isinstance(x, Mapping) and not hasattr(x, "shape")
 
 
 def host_rows(block: Any) -> HostArray:
@@ -271,7 +276,7 @@ def _refuse_names(x: object) -> None:
             f"x is rows, not the name of a file: {x!r:.60}; numpy.load(path, mmap_mode='r') gives "
             "the rows of a .npy file"
         )
-    if isinstance(x, dict):
+    if is_by_name(x):
         inside = ", ".join(f"x[{name!r}]" for name in list(x)[:3])
         more = ", ..." if len(x) > 3 else ""
         raise DtypeMismatch(

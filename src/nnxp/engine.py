@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from math import prod
 from typing import Any, NamedTuple, TypeAlias, overload
@@ -25,7 +25,7 @@ from nnxp._arrays import (
     place_of,
 )
 from nnxp._errors import CheckpointError, DeviceMismatch, DtypeMismatch, OptionError, ShapeError
-from nnxp._exchange import host_rows, in_order, shares_memory, source_of
+from nnxp._exchange import host_rows, in_order, is_by_name, shares_memory, source_of
 from nnxp._progress import Progress, reported
 from nnxp.backend import Backend, Budget, Plan, Sweep, asnumpy, get_backend, to_backend
 from nnxp.backend._base import Cursor, Source
@@ -785,7 +785,8 @@ def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
     names, required, most = model.input_names, model.required_inputs, model.most_inputs
     if isinstance(x, tuple) and not x:
         raise OptionError(f"{model!r:.200} takes {', '.join(names)}, but got no input")
-    if isinstance(x, Mapping) and set(x) <= set(names):
+    named = is_by_name(x)
+    if named and set(x) <= set(names):
         count = max(names.index(name) for name in x) + 1 if x else 0
         missing = [name for name in names[:required] if name not in x]
         if missing:
@@ -793,7 +794,7 @@ def inputs_of(model: Layer, x: Any) -> tuple[Any, ...]:
                 f"{model!r:.200} takes {', '.join(names)}; without {', '.join(missing)}"
             )
         return tuple(x.get(name) for name in names[: max(count, required)])
-    if isinstance(x, Mapping) and len(names) > 1:
+    if named and len(names) > 1:
         raise ShapeError(f"{model!r:.200} takes {', '.join(names)}, not {', '.join(map(str, x))}")
     inputs: tuple[Any, ...] = x if isinstance(x, tuple) and most != 1 else (x,)
     if not required <= len(inputs) <= (most or len(inputs)):

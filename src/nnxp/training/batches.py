@@ -12,7 +12,7 @@ import numpy as np
 
 from nnxp._arrays import Array, HostArray, is_array, place_of, xp_of
 from nnxp._errors import DeviceMismatch, DtypeMismatch, NnxpError, OptionError, ShapeError
-from nnxp._exchange import host_rows, source_of
+from nnxp._exchange import host_rows, is_by_name, source_of
 from nnxp.backend import asnumpy, home_of, to_backend
 from nnxp.layers._layer import Layer
 from nnxp.layers.containers import Sequential
@@ -40,11 +40,12 @@ class Rows:
     def __init__(
         self, model: Layer, x: Any, y: Any, weights: Any = None, *, memory_limit: int | None = None
     ) -> None:
-        if isinstance(x, Mapping):
+        named = is_by_name(x)
+        if named:
             x = _in_order(model, x)
-        self.names = tuple(x) if isinstance(x, Mapping) else None
-        self.single = not isinstance(x, Mapping | tuple)
-        inputs = (x,) if self.single else tuple(x.values()) if isinstance(x, Mapping) else x
+        self.names = tuple(x) if named else None
+        self.single = not (named or isinstance(x, tuple))
+        inputs = (x,) if self.single else tuple(x.values()) if named else x
         kinds = [*model.takes, *["float"] * len(inputs)][: len(inputs)]
         dtype = model.dtype or np.dtype("float32")
         standardized = self.single and entrance_of(model) is not None
