@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite
-from numbers import Integral, Real
-from typing import Any
+from numbers import Integral
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -37,8 +37,10 @@ try:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics import accuracy_score, r2_score
     from sklearn.model_selection import train_test_split
+    from sklearn.neural_network import MLPClassifier as _Theirs
     from sklearn.preprocessing import LabelBinarizer
     from sklearn.utils import check_random_state, column_or_1d, shuffle
+    from sklearn.utils._param_validation import StrOptions
     from sklearn.utils.class_weight import compute_sample_weight
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import type_of_target, unique_labels
@@ -99,6 +101,11 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
     """What both estimators share: the parameters, the network, and its training."""
 
     _trainer: Trainer | None
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **_Theirs._parameter_constraints,
+        "loss": [StrOptions({"squared_error", "poisson"})],
+    }
+    """What scikit-learn checks; Dropout, `layers` and `device` look at their own."""
 
     # what the two differ in
 
@@ -209,7 +216,7 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
             activation = last if end else _ACTIVATIONS[self.activation]
             layers.append(self._dense(inputs, units, activation, dtype))
             if self.dropout and not end:
-                layers.append(Dropout(float(self.dropout)))
+                layers.append(Dropout(self.dropout))
         return Sequential(*layers, **about)
 
     def _dense(self, inputs: int, outputs: int, activation: str, dtype: Any) -> Dense:
@@ -683,24 +690,6 @@ def _sizes(hidden: Any) -> list[int]:
     return [int(n) for n in sizes]
 
 
-_NAMES = {
-    "activation": ("identity", "logistic", "tanh", "relu"),
-    "solver": ("lbfgs", "sgd", "adam"),
-    "learning_rate": ("constant", "invscaling", "adaptive"),
-    "loss": ("squared_error", "poisson"),
-}
-_RANGES: dict[str, tuple[Any, float, float]] = {  # kind of number, from, to
-    "alpha": (Real, 0, inf), "power_t": (Real, 0, inf), "max_iter": (Integral, 1, inf),
-    "tol": (Real, 0, inf), "momentum": (Real, 0, 1), "validation_fraction": (Real, 0, 1),
-    "beta_1": (Real, 0, 1), "beta_2": (Real, 0, 1), "epsilon": (Real, 0, inf),
-    "n_iter_no_change": (Real, 1, inf), "max_fun": (Integral, 1, inf), "dropout": (Real, 0, 1),
-    "learning_rate_init": (Real, 0, inf), "batch_size": (Integral, 1, inf),
-}  # fmt: skip
-_SWITCHES = ("shuffle", "warm_start", "nesterovs_momentum", "early_stopping", "verbose")
-_BELOW = {"validation_fraction", "beta_1", "beta_2", "dropout"}  # their last number excluded
-_ABOVE = {"epsilon", "learning_rate_init"}  # their first number excluded
-
-
 def _set_parameters(estimator: _MLP, arguments: dict[str, Any]) -> None:
     """Every argument of `__init__` as an attribute of its name, which is all it may do."""
     estimator.__dict__.update({k: v for k, v in arguments.items() if k != "self"})
@@ -708,27 +697,8 @@ def _set_parameters(estimator: _MLP, arguments: dict[str, Any]) -> None:
 
 def _check_parameters(estimator: _MLP) -> None:
     """Raise OptionError for a parameter that means nothing, as scikit-learn does."""
+    try:
+        estimator._validate_params()
+    except ValueError as error:
+        raise OptionError(str(error)) from None
     _sizes(estimator.hidden_layer_sizes)
-    options = estimator.get_params(deep=False)
-    for name, words in _NAMES.items():
-        if name in options and options[name] not in words:
-            raise OptionError(f"{name} is one of {', '.join(words)}, not {options[name]!r:.60}")
-    for name in _SWITCHES:
-        value = options[name]
-        if not isinstance(value, bool | np.bool_) and not (
-            name == "verbose" and isinstance(value, Integral) and int(value) >= 0
-        ):
-            raise OptionError(f"{name} is True or False, not {value!r:.60}")
-    for name, (kind, low, high) in _RANGES.items():
-        value = options[name]
-        if name == "batch_size" and isinstance(value, str) and value == "auto":
-            continue
-        right = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-        excluded = (value == high and name in _BELOW) or (value == low and name in _ABOVE)
-        excluded = excluded or (value == inf and name != "n_iter_no_change")
-        if right and not excluded:
-            continue
-        number = "a whole number" if kind is Integral else "a number"
-        least = f"above {low}" if name in _ABOVE else f"from {low} on"
-        most = "" if high == inf else f" and below {high}" if name in _BELOW else f" up to {high}"
-        raise OptionError(f"{name} is {number} {least}{most}, not {value!r:.60}")
