@@ -15,7 +15,7 @@ from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.layers.operators import beside, concat, leaky_relu, operator, softmax, xp_of
 from nnxp.layers.quantized_operators import dequantize, dynamic_quantize, exact, quantize, rounded
-from nnxp.layers.sequence_operators import CHOSEN, lstm_step, recurrent
+from nnxp.layers.sequence_operators import CHOSEN, by_steps, lstm_step, recurrent
 from nnxp.layers.window_operators import POOL, average_pool
 
 
@@ -157,9 +157,10 @@ def dynamic_quantize_lstm(
         (part.astype("float32") - (0 if zero is None else _sided(zero, part))) * _sided(scale, part)
         for part, scale, zero in ((w, w_scale, w_zero), (r, r_scale, r_zero))
     )
-    w, r, n = w.swapaxes(1, 2), r.swapaxes(1, 2), r.shape[1]
-    step = lstm_step(n, p, len(w), clip, input_forget, _rounded, **chosen)
-    return recurrent(step, [h, c], _rounded(x), w, r, b, lengths, direction, 0, n)
+    step_of = lstm_step(r.shape[1], p, len(w), clip, input_forget, _rounded, **chosen)
+    run = by_steps(step_of, lengths)
+    w, r = w.swapaxes(1, 2), r.swapaxes(1, 2)
+    return recurrent(run, [], [h, c], _rounded(x), w, r, b, direction, 0)
 
 
 def _rounded(x: Array) -> Array:

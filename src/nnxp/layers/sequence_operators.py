@@ -14,64 +14,16 @@ from nnxp.layers.attention import heads_of, side_by_side
 from nnxp.layers.operators import beside, hard_sigmoid, operator, xp_of
 from nnxp.program import traced
 
-Step = Callable[[Array, list[Array], Array, Array, Any], list[Array]]
+Step = Callable[[Array, list[Array], Array, Array, Any, Any], list[Array]]
+"""step(x (n, inputs), states, weight, recurrent weight, bias, recurrent bias) -> new states"""
+
+Run = Callable[..., tuple[Array, ...]]
+"""run(direction's number, whether it goes back in time, x (n, time, inputs), weight, recurrent
+weight, bias, recurrent bias, *states) -> y (n, time, hidden) and the last states"""
 
 
 def recurrent(
-    step: Callable[[int], Step],
-    states: Sequence[Array | None],
-    x: Array,
-    w: Array,
-    r: Array,
-    b: Array | None,
-    lengths: Array | None,
-    direction: str,
-    layout: int,
-    hidden: int,
-) -> tuple[Array, ...]:
-    """y (time, directions, n, hidden) and the last states, for x (time, n, inputs)."""
-    xp = xp_of(x)
-    x = x.swapaxes(0, 1) if layout else x
-    time, n = x.shape[:2]
-    refuse_rows(time)
-    ways, outputs, ends = w.shape[0], [], []
-    for way in range(ways):
-        own = [
-            xp.zeros((n, hidden), dtype=x.dtype)
-            if state is None
-            else (state.swapaxes(0, 1) if layout else state)[way]
-            for state in states
-        ]
-        wi, ri = w[way].T, r[way].T
-        bias = None if b is None else b[way]
-        seen: list[Any] = [None] * time
-        backward = direction == "reverse" or way == 1
-        forward = step(way)
-        for t in reversed(range(time)) if backward else range(time):
-            new = forward(x[t], own, wi, ri, bias)
-            if lengths is None:
-                own, seen[t] = new, new[0]
-                continue
-            on = lengths.reshape(n, 1) > t
-            seen[t] = xp.where(on, new[0], xp.zeros_like(new[0]))
-            own = [xp.where(on, a, old) for a, old in zip(new, own, strict=True)]
-        outputs.append(xp.stack(seen))
-        ends.append(own)
-    y = xp.stack(outputs, axis=1)
-    last = [xp.stack([end[i] for end in ends]) for i in range(len(states))]
-    if layout:
-        return (y.transpose(2, 0, 1, 3), *(state.swapaxes(0, 1) for state in last))
-    return (y, *last)
-
-
-def refuse_rows(steps: int) -> None:
-    """Raise Untraceable where the steps of a loop are rows."""
-    if traced.counts_rows(steps):
-        raise traced.Untraceable("it goes along axis 0, which does not hold rows")
-
-
-def _by_kernel(
-    run: Callable[..., tuple[Array, ...]],
+    run: Run,
     order: Sequence[int],
     states: Sequence[Array | None],
     x: Array,
@@ -81,10 +33,9 @@ def _by_kernel(
     direction: str,
     layout: int,
 ) -> tuple[Array, ...]:
-    """As `recurrent`, by a kernel, whose gates are those of ONNX in this order.
+    """y (time, directions, n, hidden) and the last states, for x (time, n, inputs).
 
-    run(x (n, time, inputs), weight, recurrent weight, bias, recurrent bias, reverse, *states)
-    answers y (n, time, hidden) and the last states.
+    `run` gets the gates of ONNX in this order; without one, as they are.
     """
     xp, n = xp_of(x), r.shape[-1]
     refuse_rows(x.shape[layout])
@@ -93,19 +44,48 @@ def _by_kernel(
 
     def ordered(y: Array) -> Array:
         parts = [y[..., k * n : (k + 1) * n] for k in order]
-        return xp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        return xp.concatenate(parts, axis=-1) if parts else y
 
     for way in range(w.shape[0]):
         own = [None if s is None else (s[:, way] if layout else s[way]) for s in states]
-        half = len(order) * n
+        half = w.shape[1]
         biases = (None, None) if b is None else (ordered(b[way][:half]), ordered(b[way][half:]))
         weights = ordered(w[way].T), ordered(r[way].T)
-        ends.append(run(x, *weights, *biases, direction == "reverse" or way == 1, *own))
+        ends.append(run(way, direction == "reverse" or way == 1, x, *weights, *biases, *own))
     outputs, *last = (
         xp.stack(list(end), axis=at)
         for end, at in zip(zip(*ends, strict=True), (2, *[layout] * len(states)), strict=True)
     )
     return (outputs if layout else outputs.transpose(1, 2, 0, 3), *last)
+
+
+def by_steps(step_of: Callable[[int], Step], lengths: Array | None) -> Run:
+    """What goes through time by the step of each direction, rows of unequal length in `lengths`."""
+
+    def run(
+        way: int, back: bool, x: Array, w: Array, r: Array, b: Any, c: Any, *states: Array | None
+    ) -> tuple[Array, ...]:
+        xp, step, (n, time, _) = xp_of(x), step_of(way), x.shape
+        zeros = xp.zeros((n, r.shape[0]), dtype=x.dtype)
+        own = [zeros if state is None else state for state in states]
+        seen: list[Any] = [None] * time
+        for t in reversed(range(time)) if back else range(time):
+            new = step(x[:, t], own, w, r, b, c)
+            if lengths is None:
+                own, seen[t] = new, new[0]
+                continue
+            on = lengths.reshape(n, 1) > t
+            seen[t] = xp.where(on, new[0], xp.zeros_like(new[0]))
+            own = [xp.where(on, a, old) for a, old in zip(new, own, strict=True)]
+        return (xp.stack(seen, axis=1), *own)
+
+    return run
+
+
+def refuse_rows(steps: int) -> None:
+    """Raise Untraceable where the steps of a loop are rows."""
+    if traced.counts_rows(steps):
+        raise traced.Untraceable("it goes along axis 0, which does not hold rows")
 
 
 CHOSEN = "hidden_size activations activation_alpha activation_beta"
@@ -162,26 +142,26 @@ def rnn(
     clip: float | None = None,
     **chosen: Any,
 ) -> tuple[Array, ...]:
-    n, xp, names = r.shape[-1], xp_of(x), _names(["Tanh"], len(w), **chosen)
+    xp, names = xp_of(x), _names(["Tanh"], len(w), **chosen)
     if not clip and set(names) in ({"Tanh"}, {"Relu"}):
         activation = kernels.tanh if names[0] == "Tanh" else kernels.relu
 
-        def run(x: Array, w: Array, r: Array, b: Any, c: Any, back: bool, h: Any) -> Any:
+        def run(_: int, back: bool, x: Array, w: Array, r: Array, b: Any, c: Any, h: Any) -> Any:
             projected = kernels.linear(x, w, None if b is None else b + c)
             return kernels.rnn(projected, r, h, lengths, activation=activation, reverse=back)
 
-        return _by_kernel(run, [0], [h], x, w, r, b, direction, layout)
+        return recurrent(run, [], [h], x, w, r, b, direction, layout)
 
-    def one(way: int) -> Step:
+    def step_of(way: int) -> Step:
         (act,) = _gates(names, 1, way)
 
-        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
+        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any, c: Any) -> list[Array]:
             z = xp.matmul(x, w) + xp.matmul(state[0], r)
-            return [act(_clipped(z if b is None else z + (b[:n] + b[n:]), clip))]
+            return [act(_clipped(z if b is None else z + (b + c), clip))]
 
         return step
 
-    return recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
+    return recurrent(by_steps(step_of, lengths), [], [h], x, w, r, b, direction, layout)
 
 
 @operator("GRU", attributes=CHOSEN)
@@ -203,32 +183,32 @@ def gru(
     n, xp, names = r.shape[-1], xp_of(x), _names(usual, len(w), **chosen)
     if not clip and names == usual * len(w):
 
-        def run(x: Array, w: Array, r: Array, b: Any, c: Any, back: bool, h: Any) -> Any:
+        def run(_: int, back: bool, x: Array, w: Array, r: Array, b: Any, c: Any, h: Any) -> Any:
             after = bool(linear_before_reset)
             projected = kernels.linear(x, w, b)
             return kernels.gru(projected, r, c, h, lengths, reset_after=after, reverse=back)
 
-        return _by_kernel(run, [1, 0, 2], [h], x, w, r, b, direction, layout)
+        return recurrent(run, [1, 0, 2], [h], x, w, r, b, direction, layout)
 
-    def one(way: int) -> Step:
+    def step_of(way: int) -> Step:
         f, g = _gates(names, 2, way)
 
-        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
+        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any, c: Any) -> list[Array]:
             (h,) = state
             a, q = xp.matmul(x, w), xp.matmul(h, r[:, : 2 * n])
             if b is not None:
-                a, q = a + b[: 3 * n], q + b[3 * n : 5 * n]
+                a, q = a + b, q + c[: 2 * n]
             update = f(_clipped(a[:, :n] + q[:, :n], clip))
             reset = f(_clipped(a[:, n : 2 * n] + q[:, n:], clip))
             inner = xp.matmul(h if linear_before_reset else reset * h, r[:, 2 * n :])
-            inner = inner if b is None else inner + b[5 * n :]
+            inner = inner if c is None else inner + c[2 * n :]
             inner = reset * inner if linear_before_reset else inner
             new = g(_clipped(a[:, 2 * n :] + inner, clip))
             return [(1 - update) * new + update * h]
 
         return step
 
-    return recurrent(one, [h], x, w, r, b, lengths, direction, layout, n)
+    return recurrent(by_steps(step_of, lengths), [], [h], x, w, r, b, direction, layout)
 
 
 @operator("LSTM", attributes=CHOSEN)
@@ -251,13 +231,15 @@ def lstm(
     names = _names(LSTM, len(w), **chosen)
     if p is None and not clip and not input_forget and names == LSTM * len(w):
 
-        def run(x: Array, w: Array, r: Array, b: Any, d: Any, back: bool, h: Any, c: Any) -> Any:
+        def run(
+            _: int, back: bool, x: Array, w: Array, r: Array, b: Any, d: Any, h: Any, c: Any
+        ) -> Any:
             projected = kernels.linear(x, w, None if b is None else b + d)
             return kernels.lstm(projected, r, None, h, c, lengths, reverse=back)
 
-        return _by_kernel(run, [0, 2, 1, 3], [h, c], x, w, r, b, direction, layout)
-    step = lstm_step(r.shape[-1], p, len(w), clip, input_forget, **chosen)
-    return recurrent(step, [h, c], x, w, r, b, lengths, direction, layout, r.shape[-1])
+        return recurrent(run, [0, 2, 1, 3], [h, c], x, w, r, b, direction, layout)
+    step_of = lstm_step(r.shape[-1], p, len(w), clip, input_forget, **chosen)
+    return recurrent(by_steps(step_of, lengths), [], [h, c], x, w, r, b, direction, layout)
 
 
 def lstm_step(
@@ -276,11 +258,11 @@ def lstm_step(
         f, g, out = _gates(names, 3, way)
         peep = None if p is None else p[way]
 
-        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any) -> list[Array]:
+        def step(x: Array, state: list[Array], w: Array, r: Array, b: Any, d: Any) -> list[Array]:
             h, cell = state
             xp = xp_of(x)
             z = xp.matmul(x, w) + xp.matmul(seen(h), r)
-            z = z if b is None else z + (b[: 4 * n] + b[4 * n :])
+            z = z if b is None else z + (b + d)
             i, o, forget, new = (z[:, k * n : (k + 1) * n] for k in range(4))
             if peep is not None:
                 i, forget = i + peep[:n] * cell, forget + peep[2 * n :] * cell
