@@ -213,17 +213,18 @@ def _axes(axes: HostArray | Sequence[int] | None, ndim: int) -> list[int]:
     numbered = [int(axis) for axis in np.ravel(np.asarray(axes))]
     for axis in numbered:
         if not -ndim <= axis < max(ndim, 1):
-            raise ShapeError(f"axis {axis} of an array with {ndim} axes")
+            raise ShapeError(f"there is no axis {axis} of an array with {ndim} axes")
     return [axis % ndim if ndim else 0 for axis in numbered]
 
 
-def _axis(axis: int, ndim: int) -> int:
+def axis_of(axis: int, ndim: int) -> int:
+    """An axis counted from the front."""
     return _axes([axis], ndim)[0]
 
 
-def _with_axis_last(function: Callable[[Array], Array], x: Array, axis: int) -> Array:
+def with_axis_last(function: Callable[[Array], Array], x: Array, axis: int) -> Array:
     """function of x, which works along the last axis, along another one."""
-    axis = _axis(axis, x.ndim)
+    axis = axis_of(axis, x.ndim)
     if axis == x.ndim - 1:
         return function(x)
     return function(x.swapaxes(axis, -1)).swapaxes(axis, -1)
@@ -426,7 +427,7 @@ def cast_like(x: Array, like: Array, *, saturate: int = 1, round_mode: str = "up
 @operator("Softmax LogSoftmax", as_is=True)
 def softmax(x: Array, *, axis: int = -1, op: str) -> Array:
     kernel = kernels.softmax if op == "Softmax" else kernels.log_softmax
-    return _with_axis_last(kernel, x, axis)
+    return with_axis_last(kernel, x, axis)
 
 
 @operator("Hardmax")
@@ -435,7 +436,7 @@ def hardmax(x: Array, *, axis: int = -1) -> Array:
         first = xp_of(x).expand_dims(x.argmax(axis=-1), -1)
         return (first == beside(np.arange(x.shape[-1]), x)).astype(x.dtype)
 
-    return _with_axis_last(largest, x, axis)
+    return with_axis_last(largest, x, axis)
 
 
 _REDUCTIONS: dict[str, Callable[..., Array]] = {
@@ -494,7 +495,7 @@ def _extreme_of_nothing(x: Array, kind: str, over: Sequence[int], keep: bool) ->
 def arg_extreme(
     x: Array, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0, op: str
 ) -> Array:
-    xp, axis = xp_of(x), _axis(axis, x.ndim)
+    xp, axis = xp_of(x), axis_of(axis, x.ndim)
     find = xp.argmax if op == "ArgMax" else xp.argmin
     if select_last_index:
         y = x.shape[axis] - 1 - find(xp.flip(x, axis), axis=axis)
@@ -508,27 +509,28 @@ def arg_extreme(
 def top_k(
     x: Array, k: HostArray, *, axis: int = -1, largest: int = 1, sorted: int = 1
 ) -> tuple[Array, Array]:
-    xp, axis = xp_of(x), _axis(axis, x.ndim)
+    xp, axis = xp_of(x), axis_of(axis, x.ndim)
     key = (xp.invert(x) if x.dtype.kind in "iub" else -x) if largest else x
     order = xp.argsort(key, axis=axis, kind="stable")  # of equals the first comes first
-    order = _cut(order, axis, 0, int(k.ravel()[0]))
+    order = cut(order, axis, 0, int(k.ravel()[0]))
     return xp.take_along_axis(x, order, axis=axis), order.astype("int64", copy=False)
 
 
 @operator("CumSum CumProd", numbers="axis")
 def scan(x: Array, axis: HostArray, *, exclusive: int = 0, reverse: int = 0, op: str) -> Array:
-    xp, along = xp_of(x), _axis(int(axis.ravel()[0]), x.ndim)
+    xp, along = xp_of(x), axis_of(int(axis.ravel()[0]), x.ndim)
     x = xp.flip(x, along) if reverse else x
     y = (xp.cumsum if op == "CumSum" else xp.cumprod)(x, axis=along).astype(x.dtype, copy=False)
     if exclusive:
-        first = xp.zeros_like(_cut(y, along, 0, 1)) + (op == "CumProd")
+        first = xp.zeros_like(cut(y, along, 0, 1)) + (op == "CumProd")
         y = xp.concatenate(
-            [first.astype(x.dtype), _cut(y, along, 0, x.shape[along] - 1)], axis=along
+            [first.astype(x.dtype), cut(y, along, 0, x.shape[along] - 1)], axis=along
         )
     return xp.flip(y, along) if reverse else y
 
 
-def _cut(x: Array, axis: int, start: int | None, stop: int | None) -> Array:
+def cut(x: Array, axis: int, start: int | None, stop: int | None) -> Array:
+    """x from start to stop along an axis, counted from the front."""
     return x[(slice(None),) * axis + (slice(start, stop),)]
 
 
@@ -612,14 +614,14 @@ def split(
     num_outputs: int | None = None,
     count: int,
 ) -> tuple[Array, ...]:
-    axis, parts = _axis(axis, x.ndim), ints(sizes)
+    axis, parts = axis_of(axis, x.ndim), ints(sizes)
     if sizes is None:
         parts = [-(-x.shape[axis] // (num_outputs or count))] * (num_outputs or count)
         parts[-1] = x.shape[axis] - sum(parts[:-1])
     if sum(parts) != x.shape[axis]:
         raise ShapeError(f"Split of {x.shape[axis]} into {parts}")
     ends = [int(end) for end in np.cumsum(parts)]
-    return tuple(_cut(x, axis, end - n, end) for n, end in zip(parts, ends, strict=True))
+    return tuple(cut(x, axis, end - n, end) for n, end in zip(parts, ends, strict=True))
 
 
 @operator("Slice", numbers="starts ends axes steps", as_is=True)
@@ -683,17 +685,20 @@ def pad(
     amounts, widths = ints(pads), [(0, 0)] * x.ndim
     for i, axis in enumerate(along):
         widths[axis] = amounts[i], amounts[i + len(along)]
+    library_of_shape([n + a + b for n, (a, b) in zip(x.shape, widths, strict=True)])
+    return padded(x, widths, mode, 0 if fill is None else fill.ravel()[0].item())
+
+
+def padded(x: Array, widths: Sequence[tuple[int, int]], mode: str, fill: float) -> Array:
+    """x with so much before and behind each axis; less than none is cut off."""
     if any(min(width) < 0 for width in widths):
         sizes = zip(x.shape, widths, strict=True)
         x = x[tuple(slice(max(0, -a), n - max(0, -b)) for n, (a, b) in sizes)]
         widths = [(max(0, a), max(0, b)) for a, b in widths]
     if not any(map(any, widths)):
         return x
-    library_of_shape([n + a + b for n, (a, b) in zip(x.shape, widths, strict=True)])
-    if mode != "constant":
-        return xp_of(x).pad(x, tuple(widths), mode=mode)
-    value = 0 if fill is None else fill.ravel()[0].item()
-    return xp_of(x).pad(x, tuple(widths), mode="constant", constant_values=value)
+    filled = {"constant_values": fill} if mode == "constant" else {}
+    return xp_of(x).pad(x, tuple(widths), mode=mode, **filled)
 
 
 @operator("CenterCropPad", numbers="shape", as_is=True)
@@ -702,7 +707,7 @@ def center_crop_pad(x: Array, shape: HostArray, *, axes: Sequence[int] | None = 
         n = x.shape[axis]
         library_of_shape((*x.shape[:axis], wanted, *x.shape[axis + 1 :]))
         if n > wanted:
-            x = _cut(x, axis, (n - wanted) // 2, (n - wanted) // 2 + wanted)
+            x = cut(x, axis, (n - wanted) // 2, (n - wanted) // 2 + wanted)
         elif n < wanted:
             widths = [(0, 0)] * x.ndim
             widths[axis] = (wanted - n) // 2, wanted - n - (wanted - n) // 2
@@ -742,9 +747,9 @@ def reverse_sequence(
 ) -> Array:
     xp, parts = xp_of(x), []
     for i, n in enumerate(ints(lengths)):
-        row = _cut(x, batch_axis, i, i + 1)
-        turned = xp.flip(_cut(row, time_axis, 0, n), time_axis)
-        parts.append(xp.concatenate([turned, _cut(row, time_axis, n, None)], axis=time_axis))
+        row = cut(x, batch_axis, i, i + 1)
+        turned = xp.flip(cut(row, time_axis, 0, n), time_axis)
+        parts.append(xp.concatenate([turned, cut(row, time_axis, n, None)], axis=time_axis))
     return xp.concatenate(parts, axis=batch_axis)
 
 
@@ -811,7 +816,7 @@ def one_hot(ids: Array, depth: HostArray, values: Array, *, axis: int = -1) -> A
 
 @operator("Gather", loose="ids", as_is=True)
 def gather(x: Array, ids: Array, *, axis: int = 0) -> Array:
-    axis = _axis(axis, x.ndim)
+    axis = axis_of(axis, x.ndim)
     if isinstance(ids, np.ndarray) and ids.ndim == 0:
         at, n = int(ids), x.shape[axis]
         if not -n <= at < n:
@@ -822,10 +827,10 @@ def gather(x: Array, ids: Array, *, axis: int = 0) -> Array:
 
 @operator("GatherElements", as_is=True)
 def gather_elements(x: Array, ids: Array, *, axis: int = 0) -> Array:
-    axis = _axis(axis, x.ndim)
+    axis = axis_of(axis, x.ndim)
     for i, n in enumerate(ids.shape):
         if i != axis and n != x.shape[i]:
-            x = _cut(x, i, 0, n)
+            x = cut(x, i, 0, n)
     return xp_of(x).take_along_axis(x, ids % x.shape[axis], axis=axis)
 
 
@@ -882,7 +887,7 @@ def scatter_nd(x: Array, ids: Array, updates: Array, *, reduction: str = "none")
 def scatter_elements(
     x: Array, ids: Array, updates: Array, *, axis: int = 0, reduction: str = "none"
 ) -> Array:
-    axis = _axis(axis, x.ndim)
+    axis = axis_of(axis, x.ndim)
     grid = np.ogrid[tuple(slice(n) for n in ids.shape)]
     key = tuple(ids % x.shape[axis] if i == axis else beside(g, ids) for i, g in enumerate(grid))
     return _scattered(x, key, updates, reduction)
@@ -961,7 +966,7 @@ def layer_norm(
     stash_type: int = 1,
     count: int,
 ) -> Any:
-    axis = _axis(axis, x.ndim)
+    axis = axis_of(axis, x.ndim)
     if axis == x.ndim - 1 and count == 1 and gain.ndim == 1 and (bias is None or bias.ndim == 1):
         return kernels.layer_norm(x, gain, bias, eps=epsilon)
     axes = tuple(range(axis, x.ndim))
@@ -980,7 +985,7 @@ def layer_norm(
 def rms_norm(
     x: Array, gain: Array, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Array:
-    axis = _axis(axis, x.ndim)
+    axis = axis_of(axis, x.ndim)
     if axis == x.ndim - 1 and gain.ndim == 1:
         return kernels.rms_norm(x, gain, eps=epsilon)
     axes = tuple(range(axis, x.ndim))

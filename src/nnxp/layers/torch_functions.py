@@ -16,8 +16,9 @@ import numpy as np
 
 from nnxp import kernels
 from nnxp._arrays import Array, get_array_module, is_array, is_floating, xp_of
-from nnxp._errors import OptionError, ShapeError
+from nnxp._errors import OptionError
 from nnxp.kernels.softmax import log_sum_exp
+from nnxp.layers.operators import axis_of, cut, padded, with_axis_last
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """Functions and methods by torch's name."""
@@ -302,9 +303,7 @@ def _along(kernel: kernels.Kernel) -> Callable[..., Array]:
         x = x if dtype is None else x.astype(_dtype(dtype))
         if dim is None:
             dim = 0 if x.ndim in (0, 1, 3) else 1
-        if _axis(x, dim) == x.ndim - 1:
-            return kernel(x)
-        return xp_of(x).moveaxis(kernel(xp_of(x).moveaxis(x, dim, -1)), -1, dim)
+        return with_axis_last(kernel, x, dim)
 
     return along
 
@@ -420,14 +419,6 @@ FUNCTIONS["tensor_where"] = lambda x, condition, other: where(condition, x, othe
 # sums and what else looks along axes
 
 
-def _axis(x: Array, dim: int) -> int:
-    """An axis of x, counted from 0."""
-    if not -x.ndim <= dim < x.ndim:
-        raise ShapeError(f"there is no axis {dim} of {x.shape}")
-    axis: int = dim % x.ndim
-    return axis
-
-
 def _axes(dim: Any) -> Any:
     return (tuple(dim) or None) if isinstance(dim, tuple | list) else dim
 
@@ -515,7 +506,7 @@ def aminmax(x: Array, *, dim: int | None = None, keepdim: bool = False) -> tuple
 def vector_norm(x: Array, ord: float = 2, dim: Any = None, keepdim: bool = False) -> Array:
     """(sum |x|^ord)^(1/ord) over one axis, over several, or over all"""
     xp, axes = xp_of(x), range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
-    axes = tuple(_axis(x, axis) for axis in axes) or tuple(range(x.ndim))
+    axes = tuple(axis_of(axis, x.ndim) for axis in axes) or tuple(range(x.ndim))
     lines = xp.moveaxis(x, axes, range(-len(axes), 0))
     flat = lines.reshape(*lines.shape[: -len(axes)], prod(lines.shape[-len(axes) :]))
     length = xp.linalg.norm(flat, ord=None if ord == 2 else ord, axis=-1)
@@ -619,7 +610,7 @@ def topk(
 ) -> tuple[Array, Array]:
     if not 0 <= k <= x.shape[dim]:
         raise OptionError(f"topk takes k up to the {x.shape[dim]} elements of axis {dim}, not {k}")
-    order = _part(argsort(x, dim, largest), dim, 0, k)
+    order = cut(argsort(x, dim, largest), dim % x.ndim, 0, k)
     return xp_of(x).take_along_axis(x, order, axis=dim), order
 
 
@@ -668,7 +659,7 @@ def gather(x: Array, dim: int, index: Array, *, sparse_grad: bool = False) -> Ar
     """The index may be smaller than x along other axes."""
     for axis, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)):
         if axis != dim % x.ndim and m != n:
-            x = _part(x, axis, 0, m)
+            x = cut(x, axis, 0, m)
     return xp_of(x).take_along_axis(x, index, axis=dim)
 
 
@@ -693,7 +684,7 @@ def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 
 @function("flatten")
 def flatten(x: Array, start_dim: int = 0, end_dim: int = -1) -> Array:
-    start, end = (_axis(x, dim) if x.ndim else 0 for dim in (start_dim, end_dim))
+    start, end = (axis_of(dim, x.ndim) if x.ndim else 0 for dim in (start_dim, end_dim))
     return x.reshape(*x.shape[:start], prod(x.shape[start : end + 1]), *x.shape[end + 1 :])
 
 
@@ -725,17 +716,13 @@ def cat(arrays: Any, dim: int = 0, *, axis: int | None = None) -> Array:
     return xp_of(arrays[0]).concatenate(_alike(arrays), axis=dim if axis is None else axis)
 
 
-def _part(x: Array, dim: int, start: Any, stop: Any) -> Array:
-    return x[(slice(None),) * (dim % x.ndim) + (slice(start, stop),)]
-
-
 @function("split")
 def split(x: Array, sizes: Any, dim: int = 0) -> Any:
     total = x.shape[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(_part(x, dim, a, a + n) for a, n in zip(starts, sizes, strict=True))
+    return tuple(cut(x, dim % x.ndim, a, a + n) for a, n in zip(starts, sizes, strict=True))
 
 
 @function("select")
@@ -762,13 +749,8 @@ def pad(x: Array, pads: Any, mode: str = "constant", value: float | None = None)
         raise OptionError(f"pad takes two numbers for each axis of {x.shape}, not {pads!r:.60}")
     widths = [(0, 0)] * (x.ndim - len(pads) // 2)
     widths += [(pads[i], pads[i + 1]) for i in range(len(pads) - 2, -1, -2)]
-    if any(min(width) < 0 for width in widths):  # which cuts
-        sizes = zip(x.shape, widths, strict=True)
-        x = x[tuple(slice(max(0, -a), n - max(0, -b)) for n, (a, b) in sizes)]
-        widths = [(max(0, a), max(0, b)) for a, b in widths]
-    if mode == "constant":
-        return xp_of(x).pad(x, widths, constant_values=value or 0)
-    return xp_of(x).pad(x, widths, mode={"replicate": "edge", "circular": "wrap"}.get(mode, mode))
+    mode = {"replicate": "edge", "circular": "wrap"}.get(mode, mode)
+    return padded(x, widths, mode, value or 0)
 
 
 @function("meshgrid")
@@ -798,7 +780,7 @@ FUNCTIONS |= {
     "repeat_interleave": lambda x, repeats, dim=None: xp_of(x).repeat(x, repeats, axis=dim),
     "stack": lambda arrays, dim=0: xp_of(arrays[0]).stack(_alike(arrays), axis=dim),
     "chunk": lambda x, chunks, dim=0: split(x, -(-x.shape[dim] // chunks), dim),
-    "narrow": lambda x, dim, start, length: _part(x, dim, start, start + length),
+    "narrow": lambda x, dim, start, length: cut(x, dim % x.ndim, start, start + length),
     "getitem": lambda x, key: x[tuple(key) if isinstance(key, tuple | list) else key],
     "hstack": lambda arrays: cat(arrays, min(1, arrays[0].ndim - 1)),
     "vstack": lambda arrays: cat([x[None] if x.ndim == 1 else x for x in arrays]),
