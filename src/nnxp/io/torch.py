@@ -163,7 +163,7 @@ class _Reader:
         self.module, self.dtype = module, dtype
         self.layers: list[Layer] = []
         self.steps: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        self.inputs: list[str] = []
+        self.inputs: tuple[str, ...] = ()
         self.problems: list[str] = []
         self.values: dict[Any, Any] = {}  # by node: a value, a tuple of them, or a plain number
         self._arrays: dict[Any, tuple[Array, Any]] = {}
@@ -172,17 +172,16 @@ class _Reader:
 
     def model(self, graph: Any) -> Layer:
         nodes = list(graph.nodes)
+        taken = [n for n in nodes if n.op == "placeholder" and not n.meta.get("left out")]
+        self.inputs = tuple(node.target for node in taken)
+        self.values.update((node, {"value": i}) for i, node in enumerate(taken))
         needed = _needed(nodes)
         self._refuse_hidden_writes(nodes)
         answer: Any = None
         for node in nodes:
-            if node.op == "placeholder":
-                if not node.meta.get("left out"):
-                    self.values[node] = {"value": -1 - len(self.inputs)}
-                    self.inputs.append(node.target)
-            elif node not in needed:
+            if node.op == "placeholder" or node not in needed:
                 continue
-            elif node.op == "output":
+            if node.op == "output":
                 answer = self._value(node.args[0])
             else:
                 try:
@@ -255,9 +254,7 @@ class _Reader:
 
     def _step(self, what: str, args: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
         self.steps.append((what, tuple(args), options or {}))
-        return {
-            "value": len(self.steps) - 1
-        }  # inputs are below 0, until it is known what is needed
+        return {"value": len(self.inputs) + len(self.steps) - 1}
 
     def _layer(self, path: str, make: Callable[[], Layer]) -> str:
         """The step that calls this layer, which is made once for each path."""
@@ -364,42 +361,20 @@ class _Reader:
     # the end
 
     def _finished(self, answers: tuple[Any, ...]) -> Layer:
-        """The steps that are needed as a model, of the simplest kind that says it all."""
-        wanted = set(_numbers(answers))
-        for i in reversed(range(len(self.steps))):
-            if i in wanted:
-                _, arguments, options = self.steps[i]
-                wanted |= set(_numbers((*arguments, *options.values())))
-        kept = [i for i in range(len(self.steps)) if i in wanted]
-        count = len(self.inputs)
-        places = {-1 - i: i for i in range(count)} | {s: count + n for n, s in enumerate(kept)}
-        steps = tuple(_step_renumbered(self.steps[i], places) for i in kept)
-        answers = _renumbered(answers, places)
-        in_a_row = count == 1 and len(answers) == 1 and all(
+        """The steps as a model, of the simplest kind that says it all."""
+        in_a_row = len(self.inputs) == 1 and all(
             what.startswith("layers.") and args == ({"value": i},) and not options
-            for i, (what, args, options) in enumerate(steps)
-        )  # fmt: skip
-        if in_a_row and answers == ({"value": len(steps)},):
-            layers = [self.layers[int(what.partition(".")[2])] for what, *_ in steps]
+            for i, (what, args, options) in enumerate(self.steps)
+        )
+        if in_a_row and answers == ({"value": len(self.steps)},):
+            layers = [self.layers[int(what.partition(".")[2])] for what, *_ in self.steps]
             return layers[0] if len(layers) == 1 else Sequential(*layers)
-        return self._graph(steps, answers)
-
-    def _graph(self, steps: tuple[Any, ...], answers: tuple[Any, ...]) -> TorchGraph:
-        used = sorted({int(w.partition(".")[2]) for w, *_ in steps if "." in w})
-        new = {old: i for i, old in enumerate(used)}
-
-        def renamed(what: str) -> str:
-            kind, dot, number = what.partition(".")
-            return f"{kind}.{new[int(number)]}" if dot else what
-
-        layers = tuple(self.layers[i] for i in used)
-        steps = tuple((renamed(what), args, options) for what, args, options in steps)
-        inputs = range(len(self.inputs))
-        kinds = tuple(_kind_of_input({"value": i}, steps, layers) for i in inputs)
-        return TorchGraph.of(layers, steps, answers, kinds, tuple(self.inputs))
+        places = range(len(self.inputs))
+        kinds = tuple(_kind_of_input({"value": i}, self.steps, self.layers) for i in places)
+        return TorchGraph.of(tuple(self.layers), tuple(self.steps), answers, kinds, self.inputs)
 
 
-def _kind_of_input(value: Any, steps: tuple[Any, ...], layers: tuple[Layer, ...]) -> str:
+def _kind_of_input(value: Any, steps: Sequence[Any], layers: Sequence[Layer]) -> str:
     """What an input is: as the layer takes it that it goes into, else anything."""
     for what, args, _ in steps:
         if what == "embedding" and args[0] == value:
@@ -467,27 +442,6 @@ def _flat(x: Any) -> Iterator[Any]:
             yield from _flat(item)
     elif x is not None:
         yield x
-
-
-def _numbers(x: Any) -> Iterator[int]:
-    """The numbers of the values in arguments or answers."""
-    return (leaf["value"] for leaf in _flat(x) if _is_value(leaf))
-
-
-def _renumbered(x: Any, places: dict[int, int]) -> Any:
-    if type(x) is tuple:
-        return tuple(_renumbered(item, places) for item in x)
-    if _is_value(x):
-        return {"value": places[x["value"]]}
-    if type(x) is dict:
-        return {name: _renumbered(item, places) for name, item in x.items()}
-    return x
-
-
-def _step_renumbered(step: tuple[Any, ...], places: dict[int, int]) -> tuple[Any, ...]:
-    what, arguments, options = step  # an option may be called "value", too
-    named = {name: _renumbered(x, places) for name, x in options.items()}
-    return what, _renumbered(arguments, places), named
 
 
 def _where(node: Any) -> str:
