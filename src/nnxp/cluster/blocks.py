@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.format import dtype_to_descr as descr_of
-from numpy.lib.format import write_array_header_1_0 as write_header
 from threadpoolctl import threadpool_info
 
 from nnxp._arrays import HostArray, nonfinite_rows
@@ -35,6 +34,7 @@ from nnxp.engine import Engine, forget_engines, kept_engine
 from nnxp.io._atomic import _is_at as is_at
 from nnxp.io._atomic import _lock as lock
 from nnxp.io._atomic import written_beside
+from nnxp.io.rows import appending
 
 WAITING = 0.05  # seconds, until it is asked again whether a block is free
 
@@ -169,29 +169,17 @@ def _claimed_block(plan: Plan, block: int) -> Iterator[None]:
 
 def write(path: Path, results: HostArray, plan: Plan) -> None:
     """Write the results of a block."""
-    if plan.format == "parquet":
-        _write_parquet(path, results)
+    if plan.format != "zarr":
+        names = [f"y{i}" for i in range(prod(plan.output))]
+        kind = f"part.{plan.format}"
+        with appending(kind, path, plan.output, results.dtype, names) as append:
+            append(results)
         return
-    results = np.ascontiguousarray(results, results.dtype.newbyteorder("<"))
+    chunk = np.ascontiguousarray(results, results.dtype.newbyteorder("<"))
     with open(path, "wb") as file:  # no `tofile`: it does not say that a disk is full
-        if plan.format == "npy":
-            about = {"descr": descr_of(results.dtype), "fortran_order": False}
-            write_header(file, {**about, "shape": results.shape})
-        file.write(results.reshape(-1).view("uint8").data)
-        if plan.format == "zarr":  # a chunk is all of its rows, also where the array ends before
-            file.truncate(plan.block_rows * results.nbytes // len(results))
-
-
-def _write_parquet(path: Path, results: HostArray) -> None:
-    from nnxp.io.tables import arrow_writer
-
-    columns = results.reshape(len(results), -1)
-    names = [f"y{i}" for i in range(columns.shape[1])]
-    with (
-        open(path, "wb") as file,
-        arrow_writer("part.parquet", file, names, results.dtype) as append,
-    ):
-        append(columns)
+        file.write(chunk.reshape(-1).view("uint8").data)
+        # all rows of a chunk, also where the array ends before
+        file.truncate(plan.block_rows * chunk.nbytes // len(chunk))
 
 
 # what a process keeps

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ Name: TypeAlias = str | os.PathLike[str]
 TABLES = tables.TEXTS + tables.BINARIES
 ENDINGS = (".npy", ".npz", *TABLES)
 APPENDED = 1 << 16  # rows that are written together
+PIECE = 1 << 20  # bytes that are copied together
 PASSED = 64 << 20  # bytes of pages to go through before they are let go
 
 
@@ -197,7 +199,7 @@ def written_rows(
                 with open(beside, "wb") as file:
                     np.savez(file, output=out)
                 return
-            with _appending(path, beside, shape[1:], dtype, names) as append:
+            with appending(path, beside, shape[1:], dtype, names) as append:
                 for start in range(0, len(out), APPENDED):
                     append(out[start : start + APPENDED])
 
@@ -212,7 +214,7 @@ def appended_rows(
 ) -> Iterator[Callable[[HostArray], None]]:
     """As `written_rows`, for any number of rows of this shape: a function that appends a block."""
     dtype, names = _writable(path, ("rows", *row), dtype, names)
-    with written_beside(path, say) as beside, _appending(path, beside, row, dtype, names) as append:
+    with written_beside(path, say) as beside, appending(path, beside, row, dtype, names) as append:
         yield append
 
 
@@ -236,10 +238,10 @@ def _writable(
 
 
 @contextmanager
-def _appending(
+def appending(
     path: Name, beside: Path, row: Shape, dtype: np.dtype[Any], names: Sequence[str]
 ) -> Iterator[Callable[[HostArray], None]]:
-    """What appends blocks of rows to the file beside its place."""
+    """What appends blocks of rows to the file beside its place, in the way that the path ends."""
     suffix = ending(path)
     with open(beside, "wb") as file:
         if suffix in TABLES:
@@ -259,19 +261,19 @@ def _appending(
             with tempfile.TemporaryFile(dir=beside.parent) as scratch:
                 with _appending_npy(scratch, row, dtype) as append:
                     yield append
-                start, size = scratch.tell(), os.fstat(scratch.fileno()).st_size
-                shape = (size - start) // max(1, prod(row) * dtype.itemsize), *row
-                whole: HostArray = np.empty(shape, dtype)
-                if whole.size:
-                    whole = np.memmap(scratch, dtype, "r", start, shape)
-                np.savez(file, output=whole)
+                scratch.seek(0)
+                with (
+                    zipfile.ZipFile(file, "w") as archive,
+                    archive.open("output.npy", "w", force_zip64=True) as member,
+                ):
+                    shutil.copyfileobj(scratch, member, PIECE)
 
 
 @contextmanager
 def _appending_npy(
     file: IO[bytes], row: Shape, dtype: np.dtype[Any]
 ) -> Iterator[Callable[[HostArray], None]]:
-    """Append blocks to a .npy file, whose number of rows is written at the end; it stands there."""
+    """Append blocks to a .npy file, whose number of rows is written at the end."""
     count = 0
 
     def append(rows: HostArray) -> None:
@@ -286,9 +288,7 @@ def _appending_npy(
 
     head()
     yield append
-    file.flush()
     head()
-    file.flush()
 
 
 def _reserve(file: IO[bytes]) -> None:
