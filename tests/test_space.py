@@ -774,7 +774,7 @@ REFUSED = {
     "bilinear takes": lambda: kernels.bilinear(
         np.ones((2, 3)), np.ones((2, 4)), np.ones((4, 3, 1))
     ),
-    r"Conv has a size for each axis of space, such as \(3, 3\), not 3": lambda: nnxp.Conv(3, 4, 3),
+    r"Conv has a size for each axis of space, such as \(2, 2\), not 3": lambda: nnxp.Conv(3, 4, 3),
     "groups of Conv divides its inputs and outputs, 3 and 4": lambda: nnxp.Conv(
         3, 4, (3,), groups=3
     ),

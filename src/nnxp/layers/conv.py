@@ -9,7 +9,7 @@ from typing import Any
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype
 from nnxp._errors import OptionError
-from nnxp.kernels._windows import Padding, PerAxis, padding_option, per_axis
+from nnxp.kernels._windows import Padding, PerAxis, padding_option, per_axis, window_option
 from nnxp.layers._layer import Example, Layer, Rng, check_weight, uniform, whole, zero_bias
 from nnxp.layers.activation import named
 
@@ -42,7 +42,7 @@ class _Convolution(Layer):
     ) -> None:
         name = type(self).__name__
         inputs, outputs = whole(f"{name}'s inputs", inputs), whole(f"{name}'s outputs", outputs)
-        groups, window = whole(f"{name}'s groups", groups), window_of(name, window)
+        groups, window = whole(f"{name}'s groups", groups), window_option(name, window)
         if inputs % groups or outputs % groups:
             raise OptionError(
                 f"groups of {name} divides its inputs and outputs, {inputs} and {outputs}, not "
@@ -88,16 +88,6 @@ class _Convolution(Layer):
             f"{type(self).__name__}({inner * self.groups}, {outputs}, {tuple(window)}, "
             f"{self.activation}{options})"
         )
-
-
-def window_of(who: str, window: Any) -> tuple[int, ...]:
-    """The size of a window along each axis of space; OptionError for what is none."""
-    if not isinstance(window, tuple | list) or not window:
-        raise OptionError(
-            f"the window of {who} has a size for each axis of space, such as (3, 3), not "
-            f"{window!r:.60}"
-        )
-    return per_axis(f"window of {who}", window, len(window))
 
 
 def window_of_conv(weight: Array) -> Array:

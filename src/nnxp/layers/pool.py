@@ -10,9 +10,15 @@ from typing import Any
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
-from nnxp.kernels._windows import Padding, PerAxis, padding_option, per_axis, reach_of
+from nnxp.kernels._windows import (
+    Padding,
+    PerAxis,
+    padding_option,
+    per_axis,
+    reach_of,
+    window_option,
+)
 from nnxp.layers._layer import Example, Layer
-from nnxp.layers.conv import window_of
 
 
 class _Pool(Layer):
@@ -27,7 +33,7 @@ class _Pool(Layer):
 
     def validate(self) -> None:
         name = type(self).__name__
-        window = self.window = window_of(name, self.window)
+        window = self.window = window_option(name, self.window)
         stride = window if self.stride is None else self.stride
         axes = len(window)
         self.stride = per_axis(f"stride of {name}", stride, axes)
@@ -160,7 +166,7 @@ class _Adaptive(Layer):
 
     def validate(self) -> None:
         name = type(self).__name__
-        window_of(name, tuple(1 if m is None else m for m in self.size)
+        window_option(name, tuple(1 if m is None else m for m in self.size)
                   if isinstance(self.size, tuple | list) else self.size)  # fmt: skip
         self.size = tuple(self.size)
 

@@ -10,7 +10,7 @@ from typing import Any
 from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp._errors import OptionError
-from nnxp.kernels._windows import Padding, PerAxis, is_whole
+from nnxp.kernels._windows import Padding, PerAxis, is_whole, pairs, per_axis
 from nnxp.kernels.resize import COORDINATES, METHODS, NEAREST, ORDERS, PAD_MODES
 from nnxp.layers._layer import Example, Layer
 
@@ -18,6 +18,11 @@ from nnxp.layers._layer import Example, Layer
 def _one_of(what: str, name: Any, names: Any) -> None:
     if not (isinstance(name, str) and name in names):
         raise OptionError(f"{what} is one of {', '.join(names)}, not {name!r:.60}")
+
+
+def _axes_of(option: Any) -> int:
+    """How many axes of space an option is for, as far as it tells: one, or more alike."""
+    return len(option) or 1 if isinstance(option, tuple | list) else 1
 
 
 class Pad(Layer):
@@ -35,15 +40,9 @@ class Pad(Layer):
 
     def validate(self) -> None:
         _one_of("mode of Pad", self.mode, PAD_MODES)
-        sides = self.padding if isinstance(self.padding, tuple | list) else (self.padding,)
-        pairs = [side if isinstance(side, tuple | list) else (side, side) for side in sides]
-        if not pairs or not all(len(p) == 2 and all(is_whole(n, None) for n in p) for p in pairs):
-            raise OptionError(
-                "padding of Pad is a whole number, or for each axis of space a number or a pair "
-                f"(before, behind), not {self.padding!r:.60}"
-            )
+        around = pairs("padding of Pad", self.padding, _axes_of(self.padding), None)
         if isinstance(self.padding, tuple | list):
-            self.padding = tuple((int(a), int(b)) for a, b in pairs)
+            self.padding = around
 
     def __call__(self, x: Array) -> Array:
         return kernels.pad(x, padding=self.padding, mode=self.mode, value=self.value)
@@ -134,12 +133,9 @@ class PixelShuffle(Layer):
     def validate(self) -> None:
         name = type(self).__name__
         _one_of(f"order of {name}", self.order, ORDERS)
-        factor: Any = self.factor
-        factors = factor if isinstance(factor, tuple | list) else (factor,)
-        if not factors or not all(is_whole(f, 1) for f in factors):
-            raise OptionError(f"factor of {name} is a whole number, not {factor!r:.60}")
-        if isinstance(factor, list):
-            self.factor = tuple(factor)
+        factors = per_axis(f"factor of {name}", self.factor, _axes_of(self.factor))
+        if isinstance(self.factor, tuple | list):
+            self.factor = factors
 
     def __call__(self, x: Array) -> Array:
         return kernels.pixel_shuffle(x, factor=self.factor, order=self.order)
