@@ -114,44 +114,31 @@ def _per_axis(value: Any, axes: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,) * axes
 
 
-def _zeros_around(m: Module) -> None:
-    if m.padding_mode != "zeros":
-        raise Unknown(f"{type(m).__name__} with padding_mode {m.padding_mode!r}")
-
-
-def _conv(m: Module, take: Take) -> Layer:
+def _window_of_conv(m: Module) -> Any:
     """torch's weight is (outputs, channels / groups, *window)."""
-    _zeros_around(m)
-    weight = m.weight.permute(*range(2, m.weight.ndim), 1, 0)
-    padding = m.padding if isinstance(m.padding, str) else tuple(m.padding)
-    conv = Conv.of(
-        take(weight),
-        _bias(m.bias, take),
-        stride=tuple(m.stride),
-        padding=padding,
-        dilation=tuple(m.dilation),
-        groups=m.groups,
-    )
-    return ChannelsFirst(conv)
+    return m.weight.permute(*range(2, m.weight.ndim), 1, 0)
 
 
-def _conv_transpose(m: Module, take: Take) -> Layer:
+def _window_of_conv_transpose(m: Module) -> Any:
     """torch's weight is (channels, outputs / groups, *window)."""
-    _zeros_around(m)
     channels, outputs, *window = m.weight.shape
     apart = m.weight.reshape(m.groups, channels // m.groups, outputs, *window)
     axes = range(3, 3 + len(window))
-    weight = apart.permute(*axes, 1, 0, 2).reshape(*window, channels // m.groups, -1)
-    conv = ConvTranspose.of(
-        take(weight),
-        _bias(m.bias, take),
-        stride=tuple(m.stride),
-        padding=tuple(m.padding),
-        dilation=tuple(m.dilation),
-        groups=m.groups,
-        output_padding=tuple(m.output_padding),
-    )
-    return ChannelsFirst(conv)
+    return apart.permute(*axes, 1, 0, 2).reshape(*window, channels // m.groups, -1)
+
+
+def _convolution(
+    kind: type[Layer], window_of: Callable[[Module], Any], *more: str
+) -> Callable[[Module, Take], Layer]:
+    names = ("stride", "padding", "dilation", "groups", *more)
+
+    def make(m: Module, take: Take) -> Layer:
+        if m.padding_mode != "zeros":
+            raise Unknown(f"{type(m).__name__} with padding_mode {m.padding_mode!r}")
+        options = {name: getattr(m, name) for name in names}
+        return ChannelsFirst(kind.of(take(window_of(m)), _bias(m.bias, take), **options))
+
+    return make
 
 
 def _pool(kind: Callable[..., Layer], *options: str) -> Callable[[Module, Take], Layer]:
@@ -359,8 +346,13 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "LayerNorm": _layer_norm,
     "RMSNorm": _rms_norm,
     **{f"BatchNorm{n}d": _batch_norm for n in (1, 2, 3)},
-    **{f"Conv{n}d": _conv for n in (1, 2, 3)},
-    **{f"ConvTranspose{n}d": _conv_transpose for n in (1, 2, 3)},
+    **{f"Conv{n}d": _convolution(Conv, _window_of_conv) for n in (1, 2, 3)},
+    **{
+        f"ConvTranspose{n}d": _convolution(
+            ConvTranspose, _window_of_conv_transpose, "output_padding"
+        )
+        for n in (1, 2, 3)
+    },
     **{f"MaxPool{n}d": _pool(MaxPool, "padding", "dilation", "ceil_mode") for n in (1, 2, 3)},
     **{
         f"AvgPool{n}d": _pool(AveragePool, "padding", "ceil_mode", "count_include_pad")
