@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from nnxp._arrays import HostArray, nonfinite_rows
+from nnxp._arrays import HostArray, Shape, nonfinite_rows
 from nnxp._errors import BackendUnavailable, CheckpointError, OptionError, RowsError
 from nnxp.backend import Backend, get_backend
 from nnxp.backend._blas import one_blas_thread
@@ -35,6 +35,7 @@ from nnxp.io._atomic import _is_at as is_at
 from nnxp.io._atomic import _lock as lock
 from nnxp.io._atomic import written_beside
 from nnxp.io.rows import appending
+from nnxp.layers._layer import Layer
 
 WAITING = 0.05  # seconds, until it is asked again whether a block is free
 
@@ -74,13 +75,11 @@ def run_block(plan: Plan, block: int, setting: Setting = DEFAULT) -> dict[str, A
 
 def _done(plan: Plan, block: int, setting: Setting) -> dict[str, Any]:
     engine = engine_of(plan, setting)
-    backend, (start, stop) = engine.backend, plan.span(block)
+    device, (start, stop) = engine.backend.device, plan.span(block)
     times = [perf_counter()]
     rows = plan.read(start, stop)
     times.append(perf_counter())
-    # One BLAS thread, whoever works here beside us: the same products, whatever the machine.
-    with one_blas_thread() if backend.device == "cpu" else nullcontext():
-        results = engine(rows)
+    results = computed(engine, rows)
     times.append(perf_counter())
     if results.shape != (stop - start, *plan.output):
         raise RowsError(f"block {block} gave {results.shape}, not {(stop - start, *plan.output)}")
@@ -96,12 +95,35 @@ def _done(plan: Plan, block: int, setting: Setting) -> dict[str, Any]:
         "nonfinite": nonfinite_rows(rows),
         "host": socket.gethostname(), "pid": os.getpid(),
         "thread": threading.get_ident(), "loads": loads(),
-        "device": backend.device, "hardware": hardware(backend.device),
+        "device": device, "hardware": hardware(device),
         "read": read, "compute": compute, "write": wrote, "peak_memory": peak_memory(),
     }  # fmt: skip
     with written_beside(plan.record(block), lambda message: None) as beside:
         beside.write_text(json.dumps(record) + "\n")
     return record
+
+
+def computed(engine: Engine, rows: HostArray) -> Any:
+    """What the engine makes of rows.
+
+    By one BLAS thread on the CPU, whoever works here beside us: the same products, whatever the
+    machine.
+    """
+    with one_blas_thread() if engine.backend.device == "cpu" else nullcontext():
+        return engine(rows)
+
+
+def result_of_zeros(
+    model: Layer, row: Shape, dtype: Any, precision: str | None = None
+) -> HostArray:
+    """What a model makes of a row of zeros, (1, ...): the shape and type of its results.
+
+    Raises OptionError for a model of several results.
+    """
+    result = Engine(model, "cpu", precision=precision)(np.zeros((1, *row), dtype))
+    if not isinstance(result, np.ndarray):
+        raise OptionError(f"{model!r:.200} has {len(result)} results; this is for one")
+    return result
 
 
 def task(folder: str, digest: str, block: int, setting: Setting, attempt: str) -> dict[str, Any]:

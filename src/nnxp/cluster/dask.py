@@ -9,8 +9,7 @@ import numpy as np
 
 from nnxp._arrays import HostArray
 from nnxp._errors import DtypeMismatch, ShapeError
-from nnxp.backend._blas import one_blas_thread
-from nnxp.cluster.blocks import Setting, engine_of
+from nnxp.cluster.blocks import Setting, computed, engine_of, result_of_zeros
 from nnxp.cluster.plan import Plan, sha256
 from nnxp.io._atomic import path_of
 
@@ -28,7 +27,6 @@ def predict(model: str | os.PathLike[str], x: Any, *, precision: str | None = No
 
     Raises ShapeError or DtypeMismatch if the rows do not fit the model.
     """
-    from nnxp.engine import Engine
     from nnxp.io.checkpoint import load
 
     if not (hasattr(x, "map_blocks") and hasattr(x, "rechunk")):
@@ -36,9 +34,7 @@ def predict(model: str | os.PathLike[str], x: Any, *, precision: str | None = No
     if x.ndim == 0:
         raise ShapeError("x is (rows, ...) but has no axis at all")
     path = os.path.abspath(path_of(model))
-    example = Engine(load(path), "cpu")(np.zeros((1, *x.shape[1:]), x.dtype))
-    if not isinstance(example, np.ndarray):
-        raise ShapeError(f"the model has {len(example)} results; this is for one")
+    example = result_of_zeros(load(path), x.shape[1:], x.dtype)
     x = x.rechunk(dict.fromkeys(range(1, x.ndim), -1))
     plan = Plan("", path, sha256(path), (), example.shape[1:], example.dtype.name, 1, precision)
     row = example.shape[1:]
@@ -50,8 +46,4 @@ def predict(model: str | os.PathLike[str], x: Any, *, precision: str | None = No
 
 
 def _answer(rows: HostArray, plan: Plan) -> Any:
-    engine = engine_of(plan, Setting())
-    if engine.backend.device != "cpu":
-        return engine(rows)
-    with one_blas_thread():
-        return engine(rows)
+    return computed(engine_of(plan, Setting()), rows)

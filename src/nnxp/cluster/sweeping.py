@@ -31,10 +31,9 @@ from nnxp._printed import Printed
 from nnxp._progress import Progress, reported
 from nnxp.backend._machine import usable_cores
 from nnxp.cluster import folder as folders
-from nnxp.cluster.blocks import Setting, loads, release, task
+from nnxp.cluster.blocks import Setting, loads, release, result_of_zeros, task
 from nnxp.cluster.plan import FORMATS, Plan, read_anew, rows_per_block, sha256
 from nnxp.cluster.sources import Source, source
-from nnxp.engine import Engine
 from nnxp.io._atomic import path_of
 from nnxp.layers._layer import Layer, whole
 
@@ -245,7 +244,9 @@ def _planned(
         required_pyarrow("part.parquet")
     path, loaded, saved = _model_file(model, home)
     try:
-        output, dtype = _answer(loaded, sources[0], precision)
+        result = result_of_zeros(loaded, sources[0].row, sources[0].dtype, precision)
+        output = result.shape[1:]
+        dtype = np.dtype("float32") if result.dtype.name == "bfloat16" else result.dtype
         if block_rows is None:
             rows = rows_per_block(sources, output, dtype.itemsize)
         else:
@@ -292,18 +293,6 @@ def _model_file(model: str | os.PathLike[str] | Layer, home: Path) -> tuple[Path
     path = home.parent / f".{home.name}.{uuid.uuid4().hex}.safetensors"
     save(model, path)
     return path, model, True
-
-
-def _answer(
-    model: Layer, rows: Source, precision: str | None
-) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """The shape and type of one row of the result."""
-    engine = Engine(model, "cpu", precision=precision)
-    result = engine(np.zeros((1, *rows.row), rows.dtype))
-    if not isinstance(result, np.ndarray):
-        raise OptionError(f"{model!r:.200} has {len(result)} results; a sweep is for one")
-    plain = np.dtype("float32") if result.dtype.name == "bfloat16" else result.dtype
-    return result.shape[1:], plain
 
 
 # running
