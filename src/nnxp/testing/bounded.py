@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from functools import reduce as fold
+from itertools import accumulate
 from math import sqrt as root
 from typing import Any, TypeVar
 
@@ -724,12 +725,12 @@ def _take_along_axis(x: ndarray, indices: ndarray, axis: int) -> ndarray:
 
 @_rule
 def _diff(x: ndarray, n: int = 1, axis: int = -1) -> ndarray:
+    apart = _RULES["not_equal" if x.dtype == bool else "subtract"]
+    x = x.swapaxes(axis, 0)
     for _ in range(n):
-        y = _moved(x, lambda values: np.moveaxis(values, axis, 0))
-        kept = "not_equal" if x.dtype == bool else "subtract"
-        steps = _RULES[kept](y[1:], y[:-1])
-        x = _moved(steps, lambda values: np.moveaxis(values, 0, axis))
-    return x
+        x = apart(x[1:], x[:-1])
+    moved: ndarray = x.swapaxes(axis, 0)
+    return moved
 
 
 @_rule
@@ -1032,16 +1033,13 @@ def _prod(x: ndarray, axis: Any = None, dtype: Any = None, keepdims: Any = False
     if not is_floating(x.dtype):
         x = x.astype(kept.dtype)
     for along in axes:
-        x = _moved(x, partial(np.moveaxis, source=along, destination=0))
+        x = x.swapaxes(along, 0)
         while len(x) > 1:
             half = len(x) // 2
             rest = [x[2 * half :]] if len(x) % 2 else []
             x = _together("concatenate", _multiply(x[:half], x[half : 2 * half]), *rest)
-        x = (
-            _moved(x, partial(np.moveaxis, source=0, destination=along))
-            if len(x)
-            else asarray(np.prod(x.value, axis=0, keepdims=True)).astype(x.dtype)
-        )
+        x = x if len(x) else asarray(np.ones((1, *x.shape[1:]), x.dtype))
+        x = x.swapaxes(along, 0)
     result: ndarray = x.reshape(np.shape(kept))
     return result
 
@@ -1064,12 +1062,8 @@ def _cumprod(x: ndarray, axis: int | None = None, dtype: Any = None) -> ndarray:
     x, along = (x.reshape(-1), 0) if axis is None else (x, axis)
     if not is_floating(x.dtype):
         x = x.astype(np.cumprod(np.ones(1, x.dtype), dtype=dtype).dtype)
-    x = _moved(x, lambda values: np.moveaxis(values, along, 0))
-    products = [x[0]] if len(x) else []
-    for i in range(1, len(x)):
-        products.append(_multiply(products[-1], x[i]))
-    y = _together("stack", *products) if products else x
-    moved: ndarray = _moved(y, lambda values: np.moveaxis(values, 0, along))
+    products = list(accumulate(x.swapaxes(along, 0), _multiply))
+    moved: ndarray = _together("stack", *products).swapaxes(along, 0) if products else x
     return moved
 
 
