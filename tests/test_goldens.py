@@ -101,5 +101,5 @@ def test_what_is_no_golden_is_refused(golden, tmp_path):
     with pytest.raises(nnxp.CheckpointError, match="not a golden of version 1"):
         goldens.check(tmp_path / "net.safetensors")
     (tmp_path / "noise").write_bytes(b"noise")
-    with pytest.raises(nnxp.CheckpointError, match="is not a golden"):
+    with pytest.raises(nnxp.CheckpointError, match="noise cannot be loaded: it is text"):
         goldens.about(tmp_path / "noise")

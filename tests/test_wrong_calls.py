@@ -409,7 +409,7 @@ WRONG = [
     ("goldens.record('g', 'cpu', [(x, net)])", OptionError, r"pairs \(model, rows\)"),
     ("goldens.record('g', 'cpu', [(net, 'x.npy')])", DtypeMismatch, "not the name of a file"),
     ("goldens.check(3)", OptionError, f"{FILE}.*not 3"),
-    ("goldens.check('t.txt')", CheckpointError, "not a golden"),
+    ("goldens.check('t.txt')", CheckpointError, "it is text, not a model"),
     ("goldens.check('g.golden', 3)", OptionError, r"\['numpy', 'sim'\], not 3"),
     ("verify(net)", OptionError, "give both"),
     ("verify(x, net)", OptionError, f"{MODEL}, not array"),

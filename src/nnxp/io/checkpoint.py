@@ -25,7 +25,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from math import isfinite
 from types import NoneType, UnionType
@@ -114,18 +115,25 @@ def load(path: str | os.PathLike[str]) -> Layer:
         CheckpointError: the file is not whole, sound and known.
         OSError: such as FileNotFoundError, the file cannot be read.
     """
+    with opened(path) as file:
+        return _read(file)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """An open safetensors file; CheckpointError for one that is none, or of which more is wrong."""
     from safetensors import SafetensorError, safe_open
 
     path = path_of(path)
-    _readable(path)
+    _check_readable(path)
     try:
         # Read, not mapped: a mapped file would count twice in memory, and can be cut short later.
-        with safe_open(os.fspath(path), framework="numpy", backend="pread") as file:
-            return _read(file)
+        with safe_open(path, framework="numpy", backend="pread") as file:
+            yield file
     except (OSError, MemoryError):
         raise
     except SafetensorError as error:
-        raise no_safetensors(path, error) from None
+        raise CheckpointError(f"{path} cannot be loaded: {_reason(path, error)}") from None
     except NnxpError as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     except Exception as error:  # whatever else a hostile file may provoke, in a `validate` say
@@ -157,17 +165,16 @@ _ONNX = re.compile(rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]")
 """How an ONNX file begins: with its version, and who wrote it."""
 
 
-def no_safetensors(path: str, error: Exception) -> CheckpointError:
-    """What is to be raised for a file that is no safetensors file."""
+def _reason(path: str, error: Exception) -> str:
+    """Why a file is no safetensors file."""
     with open(path, "rb") as file:
         start = file.read(200)
-    reason = foreign(start) or f"it is no whole safetensors file ({error})"
     if _ONNX.match(start):
-        reason = (
+        return (
             "it is an ONNX file: nnxp.load_onnx reads it, and so do the commands if its name ends "
             "in .onnx"
         )
-    return CheckpointError(f"{path} cannot be loaded: {reason}")
+    return foreign(start) or f"it is no whole safetensors file ({error})"
 
 
 def foreign(data: bytes) -> str:
@@ -184,7 +191,7 @@ def status_of_file(path: str) -> os.stat_result:
     return status
 
 
-def _readable(path: str) -> None:
+def _check_readable(path: str) -> None:
     """Raise the OSError that says why a file cannot be read; safetensors would not say."""
     if not stat.S_ISREG(status_of_file(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)

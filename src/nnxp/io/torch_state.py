@@ -18,7 +18,7 @@ from nnxp._arrays import HostArray, float_dtype, is_array
 from nnxp._errors import CheckpointError, ConversionError
 from nnxp.backend import asnumpy
 from nnxp.io._atomic import path_of
-from nnxp.io.checkpoint import _readable, no_safetensors
+from nnxp.io.checkpoint import opened
 from nnxp.layers._layer import Layer, check_model
 from nnxp.layers.conv import ConvTranspose, window_of_conv, window_of_conv_transpose
 
@@ -95,28 +95,21 @@ def load_state(model: Layer, path: str | os.PathLike[str], *, partial: bool = Fa
 
 def _tensors(path: str) -> dict[str, HostArray]:
     """All arrays of a safetensors file by name."""
-    from safetensors import SafetensorError, safe_open
-
-    _readable(path)
-    dtypes: set[str] = set()
-    try:
-        with safe_open(os.fspath(path), framework="numpy", backend="pread") as file:
-            ours, names = "nnxp" in (file.metadata() or {}), list(file.keys())
-            dtypes = {file.get_slice(name).get_dtype() for name in names}
-            if "BF16" in dtypes:
-                float_dtype("bfloat16")  # which wants a package, and says so
-            tensors = {} if ours else {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise no_safetensors(path, error) from None
-    except (TypeError, AttributeError):
-        types = " and ".join(sorted(dtypes))
-        raise CheckpointError(
-            f"{path} has tensors of {types}, not all types of NumPy's; module.float() makes them "
-            "so, before they are saved"
-        ) from None
-    if ours:
-        raise CheckpointError(f"{path} is a model that nnxp.save wrote: nnxp.load reads it")
-    return tensors
+    with opened(path) as file:
+        if "nnxp" in (file.metadata() or {}):
+            raise CheckpointError("it is a model that nnxp.save wrote: nnxp.load reads it")
+        names = list(file.keys())
+        dtypes = {file.get_slice(name).get_dtype() for name in names}
+        if "BF16" in dtypes:
+            float_dtype("bfloat16")  # which wants a package, and says so
+        try:
+            return {name: file.get_tensor(name) for name in names}
+        except (TypeError, AttributeError):
+            types = " and ".join(sorted(dtypes))
+            raise CheckpointError(
+                f"it has tensors of {types}, not all types of NumPy's; module.float() makes them "
+                "so, before they are saved"
+            ) from None
 
 
 def _sources(layer: Layer, ours: str, theirs: str, names: set[str]) -> Iterator[tuple[str, Source]]:

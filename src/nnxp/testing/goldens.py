@@ -26,7 +26,7 @@ from nnxp._errors import CheckpointError, OptionError
 from nnxp.backend import Backend, asnumpy, get_backend
 from nnxp.backend._machine import processor
 from nnxp.io._atomic import path_of, written_beside
-from nnxp.io.checkpoint import _from_json, _readable, _to_json
+from nnxp.io.checkpoint import _from_json, _to_json, opened
 from nnxp.layers import MODULES
 from nnxp.layers._layer import Layer
 from nnxp.testing.parity import (
@@ -198,16 +198,9 @@ def check(
 
 def _opened(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, HostArray]]:
     """The description and the tensors in a golden."""
-    from safetensors import SafetensorError, safe_open
-
-    path = path_of(path)
-    _readable(path)
-    try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
-            entry = json.loads((file.metadata() or {}).get("nnxp-golden", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{os.fspath(path)} is not a golden: {error}") from None
+    with opened(path) as file:
+        entry = json.loads((file.metadata() or {}).get("nnxp-golden", "{}"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     whole = (
         isinstance(entry, dict)
         and entry.get("version") == VERSION
