@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from math import sqrt
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
-
 from nnxp import kernels
 from nnxp._arrays import Array, float_dtype, xp_of
 from nnxp._errors import OptionError, ShapeError
-from nnxp.layers._layer import Example, Layer, Rng, array_shape, generator, whole
+from nnxp.layers._layer import Example, Layer, Rng, array_shape, generator, uniform, whole
 from nnxp.layers.activation import named
 from nnxp.program.traced import counts_rows
 
@@ -35,16 +33,13 @@ class _Cell(Layer):
         kind = float_dtype(dtype)
         random, limit = generator(rng), 1 / sqrt(size)
 
-        def uniform(*shape: int) -> Array:
-            drawn = np.float64 if kind == np.float64 else np.float32
-            return ((2 * random.random(shape, dtype=drawn) - 1) * drawn(limit)).astype(
-                kind, copy=False
-            )
+        def draw(*shape: int) -> Array:
+            return uniform(shape, limit, random, kind)
 
-        self.weight_x = uniform(inputs, self.gates * size)
-        self.weight_h = uniform(states, self.gates * size)
-        self.bias = uniform(self.gates * size) if bias else None
-        return uniform
+        self.weight_x = draw(inputs, self.gates * size)
+        self.weight_h = draw(states, self.gates * size)
+        self.bias = draw(self.gates * size) if bias else None
+        return draw
 
     def validate(self) -> None:
         x, h = array_shape(self, "weight_x"), array_shape(self, "weight_h")
@@ -160,8 +155,8 @@ class GRUCell(_Cell):
         dtype: object = "float32",
     ) -> None:
         inputs, size = whole("inputs", inputs), whole("size", size)
-        uniform = self._draw(inputs, size, bias, rng, dtype, size)
-        self.bias_h = uniform(3 * size) if bias else None
+        draw = self._draw(inputs, size, bias, rng, dtype, size)
+        self.bias_h = draw(3 * size) if bias else None
         self.reset_after = reset_after
 
     def validate(self) -> None:
@@ -210,8 +205,8 @@ class LSTMCell(_Cell):
     ) -> None:
         inputs, size = whole("inputs", inputs), whole("size", size)
         states = size if projected is None else whole("projected", projected)
-        uniform = self._draw(inputs, size, bias, rng, dtype, states)
-        self.projection = None if projected is None else uniform(size, states)
+        draw = self._draw(inputs, size, bias, rng, dtype, states)
+        self.projection = None if projected is None else draw(size, states)
 
     def validate(self) -> None:
         if self.projection is not None:
