@@ -180,3 +180,9 @@ def test_few_rows_and_other_files_are_refused(room):
     with pytest.raises(OptionError, match="a table to train on ends in"):
         train_on_table("x.npy", "kind")
     assert isinstance(train_on_table("words.csv", "kind", epochs=1)[0], nnxp.Layer)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_table_is_read(room):
+    (room / "m.safetensors").mkdir()
+    done = nnxp_("train", "none.csv", "--target", "kind", "-o", "m.safetensors")
+    fails(done, 1, "a folder stands where to write")

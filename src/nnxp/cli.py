@@ -7,7 +7,6 @@ something that was asked for failed, 2 for wrong usage, 130 after Ctrl-C.
 from __future__ import annotations
 
 import csv
-import errno
 import importlib
 import json
 import os
@@ -319,7 +318,7 @@ def train(
 
     if output.suffix != ".safetensors":
         raise OptionError(f"{output}: a network goes to a file ending in .safetensors")
-    _check_folder(output)
+    _check_place(output)
     sizes = _listed(hidden)
     if not all(re.fullmatch("[1-9][0-9]{0,5}", size) for size in sizes):
         raise OptionError(f'--hidden {hidden!r} is not a list of sizes; "128,64" is')
@@ -660,7 +659,7 @@ def convert(
     suffix = output.suffix.lower()
     if suffix not in (".safetensors", ".onnx"):
         raise OptionError(f"{output}: a model is written to a .safetensors or an .onnx file")
-    _check_folder(output)
+    _check_place(output)
     _check_not_read(output, model)
     if shape and suffix != ".onnx":
         raise OptionError(f"--shape is for an .onnx file; {output} holds a model for any rows")
@@ -725,7 +724,7 @@ def _check_picture(path: Path | None) -> None:
 
     if path.suffix not in endings():
         raise OptionError(f"--plot {path}: a picture ends in {', '.join(endings())}")
-    _check_folder(path)
+    _check_place(path)
 
 
 def _check_not_read(output: Path, *sources: Path) -> None:
@@ -734,11 +733,11 @@ def _check_not_read(output: Path, *sources: Path) -> None:
             raise OptionError(f"{output}: the output would replace {source}, which is read")
 
 
-def _check_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT, "there is no such folder to write to", os.fspath(path.parent)
-        )
+def _check_place(path: Path) -> None:
+    """OSError, before any work, where no file can be written."""
+    from nnxp.io._atomic import mode_of
+
+    mode_of(path.resolve())
 
 
 @app.command()

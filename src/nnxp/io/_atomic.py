@@ -54,7 +54,7 @@ def written_beside(
     from pathlib import Path  # not for every import of nnxp
 
     target = Path(os.path.realpath(path_of(path)))
-    inherited = _mode_of(target)
+    inherited = mode_of(target)
     beside, claim, created = _claimed(target, say)
     try:
         yield beside
@@ -75,7 +75,7 @@ def written_beside(
             os.close(claim)
 
 
-def _mode_of(target: Path) -> int | None:
+def mode_of(target: Path) -> int | None:
     """The permissions of the file there, None if there is none; OSError if it has to stay."""
     try:
         mode = target.stat().st_mode
