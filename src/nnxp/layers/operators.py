@@ -703,16 +703,13 @@ def padded(x: Array, widths: Sequence[tuple[int, int]], mode: str, fill: float) 
 
 @operator("CenterCropPad", numbers="shape", as_is=True)
 def center_crop_pad(x: Array, shape: HostArray, *, axes: Sequence[int] | None = None) -> Array:
+    widths = [(0, 0)] * x.ndim
     for axis, wanted in zip(_axes(axes, x.ndim), ints(shape), strict=True):
-        n = x.shape[axis]
-        library_of_shape((*x.shape[:axis], wanted, *x.shape[axis + 1 :]))
-        if n > wanted:
-            x = cut(x, axis, (n - wanted) // 2, (n - wanted) // 2 + wanted)
-        elif n < wanted:
-            widths = [(0, 0)] * x.ndim
-            widths[axis] = (wanted - n) // 2, wanted - n - (wanted - n) // 2
-            x = xp_of(x).pad(x, tuple(widths), mode="constant", constant_values=0)
-    return x
+        more = wanted - x.shape[axis]
+        before = int(more / 2)  # of an odd number less before than behind
+        widths[axis] = before, more - before
+    library_of_shape([n + a + b for n, (a, b) in zip(x.shape, widths, strict=True)])
+    return padded(x, widths, "constant", 0)
 
 
 @operator("Trilu", numbers="k", as_is=True)
