@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,8 +19,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 import nnxp
 from nnxp import kernels
 from nnxp._arrays import Array
+from nnxp.backend._blas import one_blas_thread
 from nnxp.kernels._dispatch import Operand
 from nnxp.kernels.cpu import _pieces, _small, conv, onednn, pool, recurrent
+from nnxp.kernels.cpu._pieces import blas_threads
 from nnxp.program.program import trace
 from nnxp.program.recording import Bodied, Recording, bodied, costs
 from nnxp.program.rewrite import optimized
@@ -831,8 +833,7 @@ from nnxp.kernels.cpu import onednn
 x = np.ones((512, 512), "float32")
 out = np.empty_like(x)
 def check():
-    with onednn.sharing_threads():
-        onednn.multiply(x, x, out)
+    onednn.sharing_threads(True, onednn.multiply, x, x, out)
     assert (out == 512).all()
 check()
 child = os.fork()
@@ -958,10 +959,10 @@ def test_numbers_are_added_as_numpy_adds_them(monkeypatch, threads):
         (x, y, np.empty_like(x)), (x.copy(), y, None), (x.T, y.T, np.empty_like(x.T)),
         (x, x, np.empty((300, 200), "float32")[:, ::2]),
     ):  # fmt: skip
-        with np.errstate(invalid="ignore"), onednn.sharing_threads():
+        with np.errstate(invalid="ignore"):
             expected = left + right
             out = left if out is None else out
-            onednn.add(left, right, out)
+            onednn.sharing_threads(True, onednn.add, left, right, out)
         np.testing.assert_array_equal(out, expected)
 
 
@@ -1070,9 +1071,8 @@ def test_a_pool_runs_in_as_many_threads_as_it_may(monkeypatch):
     body = kernels.average_pool.in_place_for(Operand(x.shape, x.dtype, None), window=(2, 2))
     scratch = np.empty(body.room(4), "uint8")
     body.run(y, scratch, x)
-    with onednn.sharing_threads():
-        body.run(y, scratch, x)
-        body.run(y[:1], scratch, x[:1, :32, :32])
+    onednn.sharing_threads(True, body.run, y, scratch, x)
+    onednn.sharing_threads(True, body.run, y[:1], scratch, x[:1, :32, :32])
     assert seen == [1, 2, 1]
     assert onednn.library()[0].threads() == before
 
@@ -1105,27 +1105,44 @@ def test_threads_are_shared_only_while_blas_has_one(monkeypatch):
     monkeypatch.setattr(onednn, "blas_threads", lambda: 2)
     seen = []
     monkeypatch.setattr(onednn, "one_blas_thread", lambda: seen.append("entered") or nullcontext())
-    assert onednn.threads_for(1 << 40) == 1
-    with onednn.sharing_threads():
-        assert (onednn.threads_for(1 << 40), onednn.threads_for(1)) == (2, 1)
-    assert onednn.threads_for(1 << 40) == 1
-    assert seen == ["entered"]
-    with onednn.sharing_threads(blas=False):
-        assert onednn.threads_for(1 << 40) == 2
-    assert seen == ["entered"]
+    many = 1 << 40
+    assert onednn.threads_for(many) == 1
+    assert onednn.sharing_threads(True, onednn.threads_for, many) == 2
+    assert onednn.sharing_threads(True, onednn.threads_for, 1) == 1
+    assert onednn.threads_for(many) == 1
+    assert seen == ["entered"] * 2
+    assert onednn.sharing_threads(False, onednn.threads_for, many) == 2
+    assert seen == ["entered"] * 2
+    with pytest.raises(ZeroDivisionError):
+        onednn.sharing_threads(True, lambda: 1 // 0)
+    assert onednn.threads_for(many) == 1
     monkeypatch.setattr(onednn, "_forked", True)
-    with onednn.sharing_threads():
-        assert onednn.threads_for(1 << 40) == 1
+    assert onednn.sharing_threads(True, onednn.threads_for, many) == 1
+
+
+def test_the_limit_of_others_is_none_of_this_threads():
+    before = blas_threads()
+    with ThreadPoolExecutor(1) as pool, one_blas_thread():
+        assert blas_threads() == 1
+        assert pool.submit(blas_threads).result() == before
+    assert blas_threads() == before
+
+
+@only_onednn
+def test_what_onednn_refuses_to_run_is_an_error():
+    dnnl = onednn.library()[0]
+    plan = onednn._change(onednn.outline((2, 3), (3, 1)), onednn.outline((2, 3), (1, 2)))
+    with pytest.raises(onednn.OneDNNError, match="dnnl_primitive_execute answered status"):
+        dnnl.dnnl_primitive_execute(plan.primitive._as_parameter_, dnnl.stream, 0, None)
 
 
 @only_onednn
 def test_products_that_are_worth_several_threads_share_them(monkeypatch):
     entered = []
 
-    @contextmanager
-    def sharing(blas):
+    def sharing(blas, run, *arrays):
         entered.append(blas)
-        yield
+        return run(*arrays)
 
     monkeypatch.setattr(onednn, "sharing_threads", sharing)
     small, large = nnxp.Dense(8, 8, rng=0), nnxp.Dense(512, 512, rng=0)
@@ -1202,9 +1219,9 @@ def test_weights_that_change_are_those_of_their_thread(monkeypatch):
         weight = draw(3, 3, 16, 24, seed=seed)
         y, dw = np.empty_like(dy), np.empty_like(weight)
         for _ in range(10):
-            with onednn.sharing_threads() if seed % 2 else nullcontext():
-                body.run(y, np.empty(body.room(33), "uint8"), x, weight)
-                back.run(dw, np.empty(back.room(33), "uint8"), x, dy * np.float32(seed + 1))
+            run = partial(onednn.sharing_threads, True) if seed % 2 else lambda f, *args: f(*args)
+            run(body.run, y, np.empty(body.room(33), "uint8"), x, weight)
+            run(back.run, dw, np.empty(back.room(33), "uint8"), x, dy * np.float32(seed + 1))
         return weight, y, dw
 
     with ThreadPoolExecutor(4) as threads:

@@ -219,7 +219,7 @@ class Recording:
             self.answer = partial(_without_warnings().run, self.answer)
         worth = onednn.SHARED if lines.blas else onednn.SHARED_ALONE
         if lines.work > worth and onednn.why_not() is None:
-            self.answer = partial(_sharing_threads, lines.blas, self.answer)
+            self.answer = partial(onednn.sharing_threads, lines.blas, self.answer)
 
     def __call__(self, inputs: Sequence[HostArray], results: Sequence[HostArray]) -> None:
         self.answer(*inputs, *results)
@@ -611,11 +611,6 @@ def _bounds_many(name: str, inputs: tuple[Any, ...], shape: Shape, dtype: np.dty
     if name not in ("maximum", "minimum") or prod(shape) < MANY or dtype.kind != "f":
         return False
     return isinstance(inputs[0], Value) and isinstance(inputs[1], int | float)
-
-
-def _sharing_threads(blas: bool, run: Callable[..., Any], *arrays: HostArray) -> Any:
-    with onednn.sharing_threads(blas):
-        return run(*arrays)
 
 
 def _without_warnings() -> Context:

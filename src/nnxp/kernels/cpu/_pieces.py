@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from nnxp._arrays import HostArray, Shape
+from nnxp.backend._blas import openblas_function
 from nnxp.kernels._dispatch import Kernel, Operand
 from nnxp.kernels.activations import identity, relu
 
@@ -80,9 +81,19 @@ def blas() -> list[Any]:
     return ThreadpoolController().select(user_api="blas").lib_controllers  # type: ignore[no-any-return]
 
 
+@cache
+def _own_numbers() -> list[Callable[[], int]]:
+    """OpenBLAS' own functions that tell its threads: they are asked before each small call."""
+    functions = (openblas_function(library, "openblas_get_num_threads") for library in blas())
+    return [function for function in functions if function is not None]
+
+
 def blas_threads() -> int:
     """The threads that a product of this thread takes."""
-    return max((library.num_threads or 1 for library in blas()), default=1)
+    most = max([number() for number in _own_numbers()], default=1)
+    if most == 1:  # perhaps while others are at work, which threadpoolctl's answer leaves out
+        most = max((library.num_threads or 1 for library in blas()), default=1)
+    return most
 
 
 class OfNumbers(Protocol):

@@ -13,7 +13,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from ctypes import (
     POINTER,
     Structure,
@@ -142,7 +142,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "reorder_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 5],
     "primitive_desc_query": [c_void_p, c_int, c_int, c_void_p],
     "primitive_create": [POINTER(c_void_p), c_void_p],
-    "primitive_execute": [c_void_p, c_void_p, c_int, c_void_p],
+    "primitive_execute": [],  # called often, with what need not be converted
     **{f"{name}_destroy": [c_void_p] for name in
        ("memory_desc", "memory", "post_ops", "primitive_attr", "primitive_desc", "primitive")},
 }  # fmt: skip
@@ -194,7 +194,7 @@ def _loaded() -> tuple[Any, str | None]:
         for name, types in _FUNCTIONS.items():
             function = getattr(dnnl, f"dnnl_{name}")
             function.argtypes = types
-            function.restype = partial(_checked, name)
+            function.restype = _Answers(name).__getitem__
         dnnl.dnnl_primitive_desc_query_md.argtypes = [c_void_p, c_int, c_int]
         dnnl.dnnl_primitive_desc_query_md.restype = c_void_p
         dnnl.dnnl_memory_desc_get_size.argtypes = [c_void_p]
@@ -222,9 +222,16 @@ def _installed() -> str | None:
     return None
 
 
-def _checked(name: str, status: int) -> None:
-    if status:
-        raise OneDNNError(f"dnnl_{name} answered status {status}")
+class _Answers(dict[int, None]):
+    """What a status of a function means: None for success, OneDNNError for any other. To look it up
+    takes less time than to call a function of Python's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__({0: None})
+        self._name = name
+
+    def __missing__(self, status: int) -> None:
+        raise OneDNNError(f"dnnl_{self._name} answered status {status}")
 
 
 def _created(create: Any, *arguments: Any) -> c_void_p:
@@ -351,7 +358,9 @@ class _Call:
     def __init__(self, plan: Plan, *arrays: HostArray) -> None:
         dnnl = library()[0]
         own = [_Memory(description) for description in plan.operands.values()]
-        self._set = [partial(dnnl.dnnl_memory_set_data_handle, memory) for memory in own]
+        self._set = [
+            partial(dnnl.dnnl_memory_set_data_handle, memory._as_parameter_) for memory in own
+        ]
         self._addresses = [0] * len(own)
         memories = plan.constants | dict(zip(plan.operands, own, strict=True))
         if SCRATCHPAD not in memories:
@@ -359,11 +368,11 @@ class _Call:
         operands: Any = (_Operand * len(memories))(
             *(_Operand(what, memory._as_parameter_) for what, memory in memories.items())
         )
-        operands.kept = memories  # as long as somebody may run it
-        count = len(memories)
+        operands.kept = plan.primitive, memories  # as long as somebody may run it
         self.run = partial(
-            dnnl.dnnl_primitive_execute, plan.primitive, dnnl.stream, count, operands
-        )
+            dnnl.dnnl_primitive_execute,
+            plan.primitive._as_parameter_, dnnl.stream, c_int(len(memories)), operands,
+        )  # fmt: skip
         self._look_at(arrays)
 
     def _look_at(self, arrays: Sequence[HostArray]) -> None:
@@ -467,21 +476,21 @@ def bound(
     return run if work > ALSO_SHARED else call_of(1)
 
 
-@contextmanager
-def sharing_threads(blas: bool = True) -> Iterator[None]:
-    """Products of this thread are shared among as many threads as BLAS would take.
+def sharing_threads(blas: bool, run: Callable[..., Any], *arrays: HostArray) -> Any:
+    """run(*arrays), whose products are shared among as many threads as BLAS would take.
 
     BLAS itself takes one meanwhile, if it may be asked at all, because its threads, which wait for
     more work at full speed, would keep the cores from OpenMP's.
     """
-    before, threads = getattr(_sharing, "threads", 1), 1 if _forked else blas_threads()
+    threads = 1 if _forked else blas_threads()
     if threads == 1:
-        yield
-        return
-    _sharing.threads = threads
+        return run(*arrays)
+    before, _sharing.threads = getattr(_sharing, "threads", 1), threads
     try:
-        with one_blas_thread() if blas else nullcontext():
-            yield
+        if not blas:
+            return run(*arrays)
+        with one_blas_thread():
+            return run(*arrays)
     finally:
         _sharing.threads = before
 
