@@ -11,10 +11,11 @@ import pytest
 
 import nnxp
 from conftest import draw
-from nnxp import Activation, BatchNorm, Dense, LayerNorm, Residual, Sequential
+from nnxp import Activation, BatchNorm, Dense, LayerNorm, Residual, Sequential, kernels
 from nnxp._arrays import Array, xp_of
 from nnxp.kernels.cpu import _small, onednn
 from nnxp.program import recordings
+from nnxp.program.program import trace
 from nnxp.program.recording import Recording, bodied, costs
 
 
@@ -234,6 +235,44 @@ def test_recordings_for_many_numbers_of_rows_are_not_all_kept():
     kept = prepared.run._idle
     assert sum(map(bool, kept.values())) <= recordings.MOST_IDLE + 1
     assert len(kept) <= recordings.MOST_KEYS + 1
+
+
+WEIGHTS = draw((4, 12)), draw((12,)), draw((3, 12))
+CONV = nnxp.Conv(3, 2, (1,), "sigmoid", rng=0)
+
+
+def stepped(x, state):
+    """What looks at parts of its inputs, and joins what bodies in place make of them."""
+    y, h, c = kernels.linear_lstm(x, *WEIGHTS, state[0], state[1])
+    return CONV(y), xp_of(x).stack((h, c)), xp_of(x).stack((h,), axis=1)
+
+
+def test_few_numbers_are_copied_so_that_bodies_are_bound_to_where_they_lie():
+    x, state = draw((2, 5, 4)), draw((2, 2, 3))
+    program = trace(stepped, (x.shape, x.dtype), (state.shape, x.dtype))
+    recording = Recording(program, 1, [x.dtype, x.dtype])
+    lines = recording.text.partition(" try:")[2]
+    if onednn.why_not() is None:  # else no body reads them
+        assert lines.count("x0") == lines.count("x1") == 1  # where it is copied
+    kept = recording.answer(x, state)
+    first = [np.copy(y) for y in kept]
+    for y, expected in zip(first, stepped(x, state), strict=True):
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(recording.answer(-x, -state)[0], first[0])
+    frozen, fortran = x.copy(), np.asfortranarray(state)
+    frozen.flags.writeable = False
+    into = [np.empty_like(y) for y in first]
+    recording([frozen, fortran], into)
+    for before, once, again in zip(first, kept, into, strict=True):
+        np.testing.assert_array_equal(once, before)
+        np.testing.assert_array_equal(again, before)
+
+
+def test_many_numbers_are_not_copied():
+    net = nnxp.Conv(4, 2, (3,), rng=0)
+    recording = Recording(net.program((1, 600, 4)), 3, [np.dtype("float32")])
+    lines = recording.text.partition(" try:")[2].splitlines()
+    assert any("x0" in line and "y0" in line for line in lines)
 
 
 @pytest.mark.parametrize("mode", ["constant", "edge", "reflect", "wrap", "symmetric"])

@@ -6,7 +6,7 @@ call of a NumPy function that writes where it should: one line of Python each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -42,6 +42,7 @@ MANY_ROWS, FEW_COLUMNS = 64, 16
 
 ALONE = 1 << 18  # multiply-adds that OpenBLAS makes in one thread: interface/gemm.c
 ANY_LAYOUT = 1 << 20  # multiply-adds of matrices that change, from which oneDNN is asked
+FEW_BYTES = 1 << 12  # of an input or a result, to be copied where bodies can be bound to the copy
 PIECE = 1024  # rows that are transposed at once, so that they stay in the cache
 
 _METHODS = frozenset("astype copy reshape swapaxes transpose".split())
@@ -247,11 +248,15 @@ class _Lines:
         self.nbytes = sum(layout.sizes) + scratch.nbytes
         for value, dtype, name in zip(program.inputs, dtypes, inputs, strict=True):
             self._places[value] = name
-            if dtype != value.dtype:
-                own = np.empty(sized(value.shape, rows), value.dtype)
+            if dtype != value.dtype or (self._are_few(value) and _worth_binding(program, value)):
+                own = self._own(value)
                 self._line(np.copyto, own, value, casting="unsafe")
                 self._places[value] = own
-                self.nbytes += own.nbytes
+        of_bodies = {layout.of.get(value) for step in program.bodies for value in step.outputs}
+        into = [
+            self._own(value) if -1 - i in of_bodies and self._are_few(value) else name
+            for i, (value, name) in enumerate(zip(program.outputs, results, strict=True))
+        ]
         added: Step | None = None  # what the product before it has done
         following = (*program.steps, None)[1:]
         for step, after, ended in zip(program.steps, following, program.lives.ended, strict=True):
@@ -262,8 +267,8 @@ class _Lines:
                 for value in step.outputs:
                     shape, number = sized(value.shape, rows), layout.of[value]
                     if number < 0:
-                        output, name = program.outputs[-1 - number], results[-1 - number]
-                        self._places[value] = self._result(output, value, name, shape)
+                        output, place = program.outputs[-1 - number], into[-1 - number]
+                        self._places[value] = self._result(output, value, place, shape)
                     else:
                         whole = buffers[number][: prod(shape) * value.dtype.itemsize]
                         self._places[value] = whole.view(value.dtype).reshape(shape)
@@ -281,7 +286,7 @@ class _Lines:
             self._end(ended)
         self._path = ""
         for i, (value, name) in enumerate(zip(program.outputs, results, strict=True)):
-            if layout.of.get(_in_order(value)) != -1 - i:
+            if layout.of.get(_in_order(value)) != -1 - i or into[i] is not name:
                 self._line(np.copyto, name, value, casting="unsafe")
         self.text = self._function(inputs, results, program)
 
@@ -382,12 +387,25 @@ class _Lines:
         self.nbytes += whole.nbytes
         return whole
 
-    def _result(self, output: Value, value: Value, name: Local, shape: Shape) -> Local:
-        """Where a value is that lies in the caller's array for `output`."""
+    def _own(self, value: Value) -> HostArray:
+        """Memory for a value alone."""
+        own = aligned(sized(value.shape, self.rows), value.dtype)
+        self.nbytes += own.nbytes
+        return own
+
+    def _are_few(self, value: Value) -> bool:
+        """Whether a value's numbers are so few that to copy them takes less than to tell a body at
+        each call where they are."""
+        return prod(sized(value.shape, self.rows)) * value.dtype.itemsize <= FEW_BYTES
+
+    def _result(self, output: Value, value: Value, place: Any, shape: Shape) -> Any:
+        """Where a value is that lies in `place`, which is for `output`."""
         if output is value or sized(output.shape, self.rows) == shape:
-            return name
+            return place
+        if isinstance(place, np.ndarray):
+            return place.reshape(shape)
         local = self._local(value)
-        self._add(f"{local} = {name}.reshape({self._named(shape)})")
+        self._add(f"{local} = {place}.reshape({self._named(shape)})")
         return local
 
     def _computed(self, step: Step) -> None:
@@ -425,14 +443,20 @@ class _Lines:
             self._line(np.copyto, out, x, casting="unsafe", where=condition)
         elif name == "pad":
             mode, value = options.get("mode", "constant"), options.get("constant_values", 0)
-            self._line(_pad, out, inputs[0], _around(step), mode, value)
+            around, place = _around(step), self._place(out)
+            assert around is not None, "a pad without it is made anew"
+            if isinstance(place, Local):
+                self._line(_pad, out, inputs[0], around, mode, value)
+            else:
+                for part, source in _padded(place, inputs[0], around, mode, value):
+                    self._line(np.copyto, part, source, casting="unsafe")
         elif name == "scatter":
             keys = options["keys"]
             self._line(
                 _scatter, out, keys, _picked_once(sized(out.shape, self.rows), keys), *inputs
             )
         elif name in ("concatenate", "stack"):
-            self._line(fn, inputs, options.get("axis", 0), out=out)
+            self._joined(fn, inputs, options.get("axis", 0), out)
         elif KINDS[name] == "reduction" and name in _REDUCES:
             self._reduced(step, out)
         elif name == "clip":
@@ -446,6 +470,16 @@ class _Lines:
             self._ufunc(fn, tuple(self._scalar(x, inputs[0]) for x in inputs), out)
         else:
             self._line(fn, *inputs, out=out, **options)
+
+    def _joined(self, fn: Any, inputs: tuple[Any, ...], axis: int, out: Value) -> None:
+        """np.concatenate or np.stack, which is slower because Python looks at each array."""
+        places = [self._place(x) for x in inputs]
+        if fn is np.stack and not any(isinstance(place, Local) for place in places):
+            fn, inputs = np.concatenate, tuple(np.expand_dims(place, axis) for place in places)
+        if fn is np.concatenate and len(inputs) == 1:
+            self._line(np.copyto, out, inputs[0])
+        else:
+            self._line(fn, inputs, axis, out=out)
 
     def _product(self, x: Value, weight: Value, out: Value, bias: Value | None) -> bool:
         """A product of two matrices; by oneDNN, or of few rows with a constant in parts. Whether
@@ -561,10 +595,19 @@ def _pad(
     out: HostArray, x: HostArray, around: Sequence[tuple[int, int]], mode: str, value: Any
 ) -> None:
     """np.pad into `out`, in a sixth of its time for little x."""
-    out[
-        tuple(slice(before, before + n) for n, (before, _) in zip(x.shape, around, strict=True))
-    ] = x
-    for axis, (n, (before, behind)) in enumerate(zip(x.shape, around, strict=True)):
+    for part, source in _padded(out, x, around, mode, value):
+        part[...] = source
+
+
+def _padded(
+    out: HostArray, x: Any, around: Sequence[tuple[int, int]], mode: str, value: Any
+) -> Iterator[tuple[HostArray, Any]]:
+    """The parts of what np.pad makes, in order, and what is to be copied into each: x, parts that
+    were copied before, or the value."""
+    sizes = [n - sum(pair) for n, pair in zip(out.shape, around, strict=True)]
+    inside = (slice(before, before + n) for n, (before, _) in zip(sizes, around, strict=True))
+    yield out[tuple(inside)], x
+    for axis, (n, (before, behind)) in enumerate(zip(sizes, around, strict=True)):
         y, end = out.swapaxes(0, axis), before + n
         first, last = {
             "edge": (y[before : before + 1], y[end - 1 : end]),
@@ -572,9 +615,9 @@ def _pad(
             "wrap": (y[n : n + before], y[before : before + behind]),
         }.get(mode, (value, value))
         if before:
-            y[:before] = first
+            yield y[:before], first
         if behind:
-            y[end:] = last
+            yield y[end:], last
 
 
 def _is_plain(key: Any) -> bool:
@@ -648,6 +691,15 @@ def _bias(product: Step, after: Step, layout: Layout) -> Value | None:
 def _summed_columns(out: HostArray, x: HostArray, ones: HostArray) -> None:
     """The sum of each row as a product, in a tenth of the time that NumPy takes for short rows."""
     np.dot(x, ones, out=out.reshape(-1))
+
+
+def _worth_binding(program: Bodied, value: Value) -> bool:
+    """Whether bodies read an input, or it is looked at by what is no method of an array."""
+    for step in program.steps:
+        view = step.outputs[0].root is value and step.name not in _METHODS
+        if view or (step in program.bodies and any(v.root is value for v in step.values)):
+            return True
+    return False
 
 
 def _flat(inputs: tuple[Any, ...]) -> bool:

@@ -419,6 +419,7 @@ class Relaid:
 
 
 AnyPlan = TypeVar("AnyPlan", bound="Plan | Relaid")
+Result = TypeVar("Result")
 
 
 class Planned(Generic[AnyPlan]):
@@ -437,8 +438,7 @@ class Planned(Generic[AnyPlan]):
             return self._plans[threads, key]
         except KeyError:
             try:
-                with limited_to(threads):
-                    plan = self._make(*key)
+                plan = limited_to(threads, self._make, *key)
             except OneDNNError:
                 plan = None
             while len(self._plans) >= MOST_PLANS:
@@ -495,15 +495,14 @@ def sharing_threads(blas: bool, run: Callable[..., Any], *arrays: HostArray) -> 
         _sharing.threads = before
 
 
-@contextmanager
-def limited_to(threads: int) -> Iterator[None]:
-    """What is planned meanwhile runs in so many threads, and so do a pool, and what a recurrence
-    copies, that run meanwhile."""
+def limited_to(threads: int, run: Callable[..., Result], *arguments: Any) -> Result:
+    """run(*arguments): what it plans runs in so many threads, and so do a pool, and what a
+    recurrence copies, that it runs."""
     dnnl = library()[0]
     before = dnnl.threads()
     dnnl.set_threads(threads)
     try:
-        yield
+        return run(*arguments)
     finally:
         dnnl.set_threads(before)
 
@@ -839,12 +838,11 @@ def recurrence(
         scratch = {SCRATCHPAD: _described(description, SCRATCHPAD_LAYOUT)}
         return Plan(description, weights | biases, operands(rows) | scratch)
 
+    def scratch_size(rows: int) -> int:
+        return _size(_described(describe(rows), SCRATCHPAD_LAYOUT))
+
     try:
-        with limited_to(1):
-            one, *more = (
-                _size(_described(describe(1 + further), SCRATCHPAD_LAYOUT))
-                for further in (0, *FURTHER_ROWS)
-            )
+        one, *more = (limited_to(1, scratch_size, 1 + n) for n in (0, *FURTHER_ROWS))
     except OneDNNError:
         return None
     growths = (-(-(size - one) // n) for size, n in zip(more, FURTHER_ROWS, strict=True))
@@ -878,8 +876,7 @@ def mean(
         threads = threads_for(x.size * A_PASS)
         plan = planned(threads, len(x))
         assert plan is not None, "oneDNN planned it for one row"
-        with limited_to(threads):  # a pool asks anew at each call
-            plan(x, y)
+        limited_to(threads, plan, x, y)  # a pool asks anew at each call
 
     return run if _fast(describe) else None
 
@@ -900,8 +897,7 @@ def _fast(describe: Callable[..., _Owned], *how: Any) -> _Owned | None:
     lie."""
     dnnl, name = library()[0], c_char_p()
     try:
-        with limited_to(1):
-            description = describe(1, *how)
+        description = limited_to(1, describe, 1, *how)
     except OneDNNError:
         return None
     dnnl.dnnl_primitive_desc_query(description, NAME, 0, byref(name))

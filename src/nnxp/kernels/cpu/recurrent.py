@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -246,25 +248,43 @@ def _by_onednn(
     def shapes(rows: int) -> list[Shape]:
         return [(rows, time, inputs), *[(rows, size)] * len(states)]
 
-    def run(*arrays: Any) -> None:
+    def prepared(
+        arrays: tuple[Any, ...], threads: int
+    ) -> tuple[onednn.Plan, list[tuple[HostArray, HostArray]], list[HostArray]]:
+        """The plan, the copies to make before, and what it is to be called with."""
         *results, scratch, x = arrays[: 3 + count]
-        rows = len(x)
-        if not rows:
-            return
-        operands = (x, *(arrays[-count:] if states else ()))
-        spare = carved(scratch, x.dtype, *shapes(rows))
-        whole = [onednn.contiguous(*pair) for pair in zip(operands, spare, strict=True)]
-        threads = onednn.threads_for(rows * work)
-        plan = planned(threads, rows)
+        operands = [x, *(arrays[-count:] if states else ())]
+        copies = []
+        for i, own in enumerate(carved(scratch, x.dtype, *shapes(len(x)))):
+            if not operands[i].flags.c_contiguous:
+                copies.append((operands[i], own))
+                operands[i] = own
+        plan = planned(threads, len(x))
         assert plan is not None, "oneDNN planned it for one row"
-        rest = scratch[room(x.dtype, *shapes(rows)) :]
+        rest = scratch[room(x.dtype, *shapes(len(x))) :]
         if rest.nbytes < plan.scratch_size:  # threads have a little of their own
             rest = aligned((plan.scratch_size,), "uint8")
-        with onednn.limited_to(threads):
-            plan(*whole, *results, rest)
+        return plan, copies, [*operands, *results, rest]
+
+    def run(*arrays: Any) -> None:
+        rows = len(arrays[2 + count])
+        if rows:
+            threads = onednn.threads_for(rows * work)
+            plan, copies, operands = prepared(arrays, threads)
+            for pair in copies:
+                onednn.copy(*pair)
+            onednn.limited_to(threads, plan, *operands)
+
+    def bind(*arrays: Any) -> list[Callable[[], object]]:
+        rows = len(arrays[2 + count])
+        if not rows or rows * work > onednn.ALSO_SHARED:
+            return [partial(run, *arrays)]
+        plan, copies, operands = prepared(arrays, 1)
+        call = partial(onednn.limited_to, 1, plan.bound(*operands))
+        return [*(partial(onednn.copy, *pair) for pair in copies), call]
 
     def bytes_for(rows: int) -> int:
         rest = planned.scratch + max(0, rows - 1) * planned.further
         return room(x.dtype, *shapes(rows)) + rest
 
-    return InPlace(run, bytes_for, lambda rows: rows * work)
+    return InPlace(run, bytes_for, lambda rows: rows * work, bind)
