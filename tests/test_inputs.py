@@ -226,10 +226,32 @@ def test_what_is_kept_of_a_whole_is_little(limit):
     assert len(engine._replicas[0]._wholes) == (1 if limit is None else 6)
 
 
+def test_what_inputs_are_as_a_whole_is_asked_once_for_a_type_and_shape(monkeypatch):
+    asked, ask = [], nnxp.engine._input_types
+
+    def noted(model, inputs, arrays):
+        asked.append(inputs[0].dtype)
+        return ask(model, inputs, arrays)
+
+    monkeypatch.setattr(nnxp.engine, "_input_types", noted)
+    model, x = nnxp.Dense(3, 2, rng=0), draw((5, 3))
+    hidden = np.ma.masked_array(x, x > 1)
+    with nnxp.Engine(model, "cpu") as engine:
+        for given in (x, x.astype("float64"), x.astype(object), hidden, x.astype(">f4"), x[:4]):
+            expected = model(np.ma.filled(given, np.nan).astype("float32"))
+            for _ in range(3):
+                y = engine.whole(given)
+                assert type(y) is np.ndarray
+                np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    kinds = [dtype.str for dtype in asked]
+    assert kinds == ["<f4", "<f8", *["|O"] * 3, *["<f4"] * 3, *[">f4"] * 3, "<f4"]
+
+
 def test_what_does_not_fit_as_a_whole_is_refused():
     engine = nnxp.Engine(nnxp.Dense(3, 2, rng=0), "cpu")
-    with pytest.raises(nnxp.ShapeError, match=r"takes \(rows, 3\) but got \(5, 4\)"):
-        engine.whole(draw((5, 4)))
+    for _ in range(2):
+        with pytest.raises(nnxp.ShapeError, match=r"takes \(rows, 3\) but got \(5, 4\)"):
+            engine.whole(draw((5, 4)))
     with pytest.raises(nnxp.ShapeError, match="takes one input, not 2"):
         engine.whole(draw((5, 3)), draw((5, 3)))
     with pytest.raises(nnxp.OptionError, match="got no input"):
