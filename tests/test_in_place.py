@@ -1121,6 +1121,23 @@ def test_threads_are_shared_only_while_blas_has_one(monkeypatch):
     assert onednn.sharing_threads(True, onednn.threads_for, many) == 1
 
 
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_a_product_of_one_array_after_the_other_is_that_of_each(monkeypatch, rows):
+    monkeypatch.setattr(onednn, "blas_threads", lambda: 2)
+    weight, out = _small.Weight(draw(256, 192), draw(192)), np.empty((rows, 192), "float32")
+    multiply, expected = weight.into(out), np.empty_like(out)
+    x, other, frozen = draw(rows, 256), draw(rows, 256, seed=1), draw(rows, 256, seed=2)
+    frozen.flags.writeable = False
+    apart = draw(rows, 512)[:, ::2], draw(rows, 512)[:, :256], draw(256, rows).T
+    for array in (x, other, x, frozen, *apart, x, draw(rows, 256, seed=3)):
+        weight(array, expected)
+        multiply(array)
+        np.testing.assert_array_equal(out, expected)
+        onednn.sharing_threads(True, weight, array, expected)
+        onednn.sharing_threads(True, multiply, array)
+        np.testing.assert_array_equal(out, expected)
+
+
 def test_the_limit_of_others_is_none_of_this_threads():
     before = blas_threads()
     with ThreadPoolExecutor(1) as pool, one_blas_thread():

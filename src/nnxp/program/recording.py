@@ -496,6 +496,8 @@ class _Lines:
                 if known:
                     for multiply in matrix.bound(left, into):
                         self._line(multiply)
+                elif isinstance(into, np.ndarray):
+                    self._line(matrix.into(into), x)
                 else:
                     self._line(matrix, x, out)
                 return shift is not None

@@ -120,6 +120,24 @@ class Weight:
             calls.append(partial(np.add, out, self._bias, out))
         return calls
 
+    def into(self, out: HostArray) -> Callable[[HostArray], None]:
+        """What makes out = x @ weight of this array and of one x after the other, all of one shape;
+        for one caller at a time."""
+        calls: dict[int, Callable[..., object]] = {}  # by the threads
+        work = prod(out.shape[:-1]) * self._elements
+
+        def run(x: HostArray) -> None:
+            if not x.flags.c_contiguous:
+                self(x, out)
+                return
+            threads = onednn.threads_for(work)
+            if threads not in calls:
+                plan = self._plan(x, out)
+                calls[threads] = partial(self, out=out) if plan is None else plan.changing(x, out)
+            calls[threads](x)
+
+        return run
+
     def _plan(self, x: HostArray, out: HostArray) -> onednn.Plan | None:
         """What oneDNN does; None where NumPy is as fast."""
         if self._plans is None or x.shape[-2] == 1 or self._work(x) < TINY:

@@ -351,6 +351,10 @@ class Plan:
         """What runs it with these arrays, as long as they are there; for one thread at a time."""
         return _Call(self, *arrays).run
 
+    def changing(self, *arrays: HostArray) -> Callable[..., object]:
+        """The same, called with those of the first arrays that may be others by then."""
+        return _Call(self, *arrays)
+
 
 class _Call:
     """The operands of a plan, for one thread at a time."""
