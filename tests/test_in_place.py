@@ -301,11 +301,12 @@ def test_the_largest_in_windows_is_the_same_to_the_bit(window, stride, padding, 
 
 
 class Norm(nnxp.Layer):
-    gain: np.ndarray
-    bias: np.ndarray
+    gain: np.ndarray | None
+    bias: np.ndarray | None
 
-    def __init__(self):
-        self.gain, self.bias = draw(24, seed=1), draw(24, seed=2)
+    def __init__(self, size=24, vectors=("gain", "bias")):
+        self.gain = draw(size, seed=1) if "gain" in vectors else None
+        self.bias = draw(size, seed=2) if "bias" in vectors else None
 
     def __call__(self, x):
         return kernels.layer_norm(x, self.gain, self.bias)
@@ -313,6 +314,54 @@ class Norm(nnxp.Layer):
 
 def test_norms_in_place_agree_with_float64_beside_a_large_offset():
     agrees(Norm(), draw(3, 3000, 24) + 1000)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 100, 384])
+@pytest.mark.parametrize("vectors", [(), ("gain",), ("bias",), ("gain", "bias")])
+def test_norms_in_place_of_any_size_agree_with_float64(size, vectors):
+    agrees(Norm(size, vectors), draw(3, 7, size) * 3 + 2)
+
+
+def test_norms_in_place_let_through_what_is_no_number():
+    x = draw(4, 3, 16)
+    x[0, 1, 5], x[1, 2, 7], x[2, 0] = np.nan, np.inf, 1e30
+    y = recorded(Norm(16), x)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(Norm(16)(x)))
+
+
+@only_onednn
+@pytest.mark.parametrize("size", [3, 16, 384])
+def test_the_memory_of_a_norm_is_enough_for_any_number_of_lines(size):
+    planned = onednn.layer_norm(size, None, None, 1e-5)
+    for lines in (1, 2, 7, 64, 513, 20000):
+        needed = planned.scratch + planned.further * lines
+        assert needed - 1024 < planned(1, lines).scratch_size <= needed
+    x = draw(513, size)
+    y, less = np.empty_like(x), np.empty(8, "uint8")
+    onednn.normalize(planned, x, y, less)
+    np.testing.assert_allclose(y, kernels.layer_norm(x), atol=1e-5)
+
+
+@only_onednn
+def test_norms_and_masks_take_the_threads_that_they_may(monkeypatch):
+    threads, run = [], onednn.Plan.__call__
+
+    def noted(plan, *arrays):
+        threads.append(onednn.library()[0].threads())
+        run(plan, *arrays)
+
+    monkeypatch.setattr(onednn.Plan, "__call__", noted)
+    x = draw(6, 50, 24)
+    kept, masked, results = x > 0, np.empty_like(x), []
+    for count in (1, 2):
+        monkeypatch.setattr(onednn, "threads_for", lambda work, count=count: count)
+        with onednn.limited_to(3):
+            results.append(recorded(Norm(), x))
+            onednn.masked(x, kept, masked)
+        assert threads[-2:] == [count, count]
+        np.testing.assert_array_equal(masked, x * kept)
+    np.testing.assert_array_equal(*results)
 
 
 class Attention(nnxp.Layer):

@@ -12,6 +12,7 @@ import numpy as np
 from nnxp._arrays import HostArray, Shape
 from nnxp.kernels._dispatch import InPlace, Operand
 from nnxp.kernels.attention import attention
+from nnxp.kernels.cpu import onednn
 from nnxp.kernels.cpu._pieces import PIECE, carved, plain, room
 from nnxp.kernels.norms import layer_norm
 
@@ -104,11 +105,14 @@ def _limits(limits: HostArray, allowed: HostArray) -> None:
 def layer_norm_in_place(
     x: Operand, gain: Operand | None = None, bias: Operand | None = None, *, eps: float = 1e-5
 ) -> InPlace | None:
-    """By pieces, each of whose sums are a product with ones."""
+    """By oneDNN, or by pieces, each of whose sums are a product with ones."""
     size = x.shape[-1]
     constant = all(operand is None or operand.numbers is not None for operand in (gain, bias))
     if not constant or not plain(x, gain, bias) or x.ndim < 3 or not size:
         return None
+    by_onednn = None
+    if onednn.has(x.dtype):
+        by_onednn = onednn.layer_norm(size, gain and gain.numbers, bias and bias.numbers, eps)
     step = max(1, PIECE // (size * x.dtype.itemsize))
     ones = np.ones((size, 1), x.dtype)
     lines_of_row = prod(x.shape[1:-1])
@@ -117,13 +121,21 @@ def layer_norm_in_place(
         lines = min(step, rows * lines_of_row)
         return (lines, size), (lines, 1)
 
+    def bytes_for(rows: int) -> int:
+        if by_onednn is None:
+            return room(x.dtype, *shapes(rows))
+        return by_onednn.scratch + by_onednn.further * rows * lines_of_row
+
     def run(out: HostArray, scratch: HostArray, x: HostArray, *_: Any) -> None:
-        squares, means = carved(scratch, x.dtype, *shapes(len(x)))
         y = out.reshape(-1, size)
         flat = x.reshape(-1, size) if x.flags.c_contiguous else None
         if flat is None:
             np.copyto(out, x)
             flat = y
+        if by_onednn is not None:
+            onednn.normalize(by_onednn, flat, y, scratch)
+            return
+        squares, means = carved(scratch, x.dtype, *shapes(len(x)))
         for start in range(0, len(y), step):
             part, into = flat[start : start + step], y[start : start + step]
             square, scale = squares[: len(into)], means[: len(into)]
@@ -141,4 +153,4 @@ def layer_norm_in_place(
             if bias is not None:
                 into += bias.numbers
 
-    return InPlace(run, lambda rows: room(x.dtype, *shapes(rows)))
+    return InPlace(run, bytes_for)

@@ -52,6 +52,8 @@ MEAN_WITH_PADDING, MEAN = 0x2FF, 0x3FF
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
 SOURCE, SECOND, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 2, 17, 33, 41, 80  # what an operand is
 STATE, CELL, LAST_STATE, LAST_CELL, STATE_WEIGHTS = 2, 3, 18, 19, 34  # of a recurrence's
+GAIN, SHIFT = 51, 52  # of those of a norm, and what says that there are any:
+USE_GAIN, USE_SHIFT = 2, 4
 RESULT_GRADIENT, WEIGHT_GRADIENT = 145, 161  # of those of a gradient: dy and dw
 NAME, WEIGHTS_LAYOUT, WEIGHT_GRADIENT_LAYOUT = 8, 131, 132  # what a primitive is asked for
 SCRATCHPAD_LAYOUT = 136
@@ -66,6 +68,7 @@ fewer than the last, while they are awake, not worth waiting for them."""
 
 A_PASS = 32  # multiply-adds that take as long as passing over one number that another core has made
 FURTHER_ROWS = 1, 32, 256  # of a recurrence, by which the memory for one more is told: at most
+STATISTICS = 8  # bytes that a norm keeps of a line: mean and variance
 MANY = 1 << 14  # numbers: to ask oneDNN to copy fewer takes longer than what it saves
 MOST_AXES = 12
 
@@ -136,6 +139,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     **{f"{kind}_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 7, ctypes.c_uint, c_void_p)
     ] for kind in ("gru", "lbr_gru")},
+    "layer_normalization_forward_primitive_desc_create": [
+        *(POINTER(c_void_p), c_void_p, c_int, *[c_void_p] * 3, c_float, ctypes.c_uint, c_void_p)
+    ],
     "pooling_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 2, *[_Dims] * 5, c_void_p)
     ],
@@ -500,8 +506,8 @@ def sharing_threads(blas: bool, run: Callable[..., Any], *arrays: HostArray) -> 
 
 
 def limited_to(threads: int, run: Callable[..., Result], *arguments: Any) -> Result:
-    """run(*arguments): what it plans runs in so many threads, and so do a pool, and what a
-    recurrence copies, that it runs."""
+    """run(*arguments): what it plans runs in so many threads, and so do a pool, a norm, what is done
+    element by element, and what a recurrence copies, that it runs."""
     dnnl = library()[0]
     before = dnnl.threads()
     dnnl.set_threads(threads)
@@ -615,11 +621,12 @@ def masked(x: HostArray, mask: HostArray, out: HostArray) -> None:
     """out = x * mask, for float32 x and bool: NumPy converts the mask first, bit by bit."""
     plan = None
     if _in_one_piece(x, mask, out):
-        plan = _combinings(threads_for(x.size * A_PASS), MULTIPLY, x.size, BYTES)
+        threads = threads_for(x.size * A_PASS)
+        plan = _combinings(threads, MULTIPLY, x.size, BYTES)
     if plan is None:
         np.multiply(x, mask, out)
     else:
-        plan(x, mask, out)
+        limited_to(threads, plan, x, mask, out)
 
 
 def add(x: HostArray, y: HostArray, out: HostArray) -> None:
@@ -883,6 +890,48 @@ def mean(
         limited_to(threads, plan, x, y)  # a pool asks anew at each call
 
     return run if _fast(describe) else None
+
+
+def layer_norm(
+    size: int, gain: HostArray | None, bias: HostArray | None, eps: float
+) -> Planned[Plan] | None:
+    """Plans of y, the layer norm over the last axis of x (lines, size), which may be y, by the
+    lines: `plan(x, y, scratch)`, for arrays in one piece; None where oneDNN has no fast way."""
+    vector = outline((size,), (1,))
+    vectors = {
+        what: _Memory(vector, np.ascontiguousarray(numbers))
+        for what, numbers in ((GAIN, gain), (SHIFT, bias))
+        if numbers is not None
+    }
+    flags = USE_GAIN * (GAIN in vectors) + USE_SHIFT * (SHIFT in vectors)
+
+    def describe(lines: int) -> _Owned:
+        x = outline((lines, size), (size, 1))
+        return _Owned(
+            "primitive_desc", "layer_normalization_forward_primitive_desc_create",
+            library()[0].engine, FORWARD_INFERENCE, x, x, None, eps, flags, _attributes(),
+        )  # fmt: skip
+
+    def make(lines: int) -> Plan:
+        x, description = outline((lines, size), (size, 1)), describe(lines)
+        scratch = {SCRATCHPAD: _described(description, SCRATCHPAD_LAYOUT)}
+        return Plan(description, vectors, {SOURCE: x, RESULT: x} | scratch)
+
+    one = _fast(describe)
+    if one is None:
+        return None
+    return Planned(make, _size(_described(one, SCRATCHPAD_LAYOUT)), STATISTICS)
+
+
+def normalize(planned: Planned[Plan], x: HostArray, y: HostArray, scratch: HostArray) -> None:
+    """Make y by a plan of `layer_norm`."""
+    threads = threads_for(x.size * A_PASS)
+    plan = planned(threads, len(x))
+    assert plan is not None, "oneDNN planned it for one line"
+    if scratch.nbytes < plan.scratch_size:
+        scratch = aligned((plan.scratch_size,), "uint8")
+    with limited_to(threads):  # a norm asks anew at each call
+        plan(x, y, scratch)
 
 
 def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:
