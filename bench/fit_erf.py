@@ -1,4 +1,4 @@
-"""Finds the coefficients of nnxp's erf and normal tail: fit_erf.py [erf|tail] [float32|float64]
+"""Finds the coefficients of nnxp's erf and normal tail: fit_erf.py [erf|tail|ratio] [TYPE]
 
 Needs mpmath; takes two minutes and gives the same figures on every run.
 
@@ -10,6 +10,10 @@ coefficients, evaluated in the dtype, have the smallest largest error in ulp amo
 1 - Phi(x) = exp(-x^2 / 2) P(x) / Q(x) for 0 <= x <= c, where c is where it rounds to 0. There
 x^2 / 2 has been rounded, so the fit may be off by 1 + x^2 / 2 times as much as at 0. The leading
 coefficient of Q is 1, which saves a pass.
+
+x (1 - Phi(x)) = exp(-x^2 / 2) v R(v), v = x / (x + k), for the same x, where k was chosen by trial:
+R is Mills' ratio times x + k, and a constant. The fit takes less of what is allowed, 1 + x^2 / 8
+times as much as at 0, for the sum of R has roundings of its own.
 """
 
 import sys
@@ -26,6 +30,9 @@ ERF = {  # degree of P and of Q, c, a
 TAIL = {  # degree of Q, one less for P; c
     "float32": (5, 14.5),
     "float64": (10, 38.625),
+}
+RATIO = {  # degree of R, k, c
+    "float32": (9, 3.25, 14.5),
 }
 
 
@@ -104,7 +111,18 @@ def fit_tail(name):
     print(f"tail {name}: c {c}, fit 2^{mp.nstr(log(error, 2), 4)}, P, Q =", P, Q, sep="\n")
 
 
-functions = {"erf": fit_erf, "tail": fit_tail}
+def fit_ratio(name):
+    (n, k, c), dt = RATIO[name], np.dtype(name).type
+    points = [2 * c * v / (2 + c * (1 - v)) for v in cosines(28 * n)]
+    f = [exp(v * v / 2) * erfc(v / sqrt(2)) / 2 * (v + k) for v in points]
+    allowed = [1 + v * v / 8 for v in points]
+    error, r, _ = fit([v / (v + k) for v in points], f, allowed, (n, 0), [mpf(1)] * len(f), 40)
+    R = np.array([float(v) for v in r]).astype(dt).tolist()
+    print(f"ratio {name}: c {c}, k {k}, fit 2^{mp.nstr(log(error, 2), 4)}, R =", R, sep="\n")
+
+
+functions = {"erf": (fit_erf, ERF), "tail": (fit_tail, TAIL), "ratio": (fit_ratio, RATIO)}
 for function in sorted(functions.keys() & set(sys.argv[1:]) or functions):
-    for name in sorted(ERF.keys() & set(sys.argv[1:]) or ERF):
-        functions[function](name)
+    find, types = functions[function]
+    for name in sorted(types.keys() & set(sys.argv[1:]) or types):
+        find(name)

@@ -21,7 +21,8 @@ from nnxp import kernels
 from nnxp._arrays import Array
 from nnxp.backend._blas import one_blas_thread
 from nnxp.kernels._dispatch import Operand
-from nnxp.kernels.cpu import _pieces, _small, conv, onednn, pool, recurrent
+from nnxp.kernels.cpu import _finish, _pieces, _small, conv, onednn, pool, recurrent
+from nnxp.kernels.cpu._gelu import gelu_in_place, takes
 from nnxp.kernels.cpu._pieces import blas_threads
 from nnxp.program.program import trace
 from nnxp.program.recording import Bodied, Recording, bodied, costs
@@ -356,12 +357,53 @@ def test_norms_and_masks_take_the_threads_that_they_may(monkeypatch):
     kept, masked, results = x > 0, np.empty_like(x), []
     for count in (1, 2):
         monkeypatch.setattr(onednn, "threads_for", lambda work, count=count: count)
-        with onednn.limited_to(3):
-            results.append(recorded(Norm(), x))
-            onednn.masked(x, kept, masked)
+        results.append(onednn.limited_to(3, recorded, Norm(), x))
+        onednn.limited_to(3, onednn.masked, x, kept, masked)
         assert threads[-2:] == [count, count]
         np.testing.assert_array_equal(masked, x * kept)
     np.testing.assert_array_equal(*results)
+
+
+def test_many_gelus_behind_a_product_agree_with_float64(library, monkeypatch):
+    by_onednn = []
+    noted = lambda y: by_onednn.append(y.shape) or gelu_in_place(y)  # noqa: E731
+    monkeypatch.setattr(_finish, "gelu_in_place", noted)
+    agrees(nnxp.Dense(20, 96, "gelu", rng=0), draw(3, 300, 20) * 3)
+    assert by_onednn == ([(900, 96)] if library == "oneDNN" else [])
+
+
+@only_onednn
+def test_gelu_is_the_same_wherever_a_number_lies_and_for_any_number_of_threads(monkeypatch):
+    x = draw(_pieces.PIECE // 4 + onednn.MANY + 3) * 4
+    x[5], x[-5:-2] = np.nan, (np.inf, -np.inf, np.nan)
+    results = []
+    for count, start in (1, 0), (1, 7), (2, 7):
+        monkeypatch.setattr(onednn, "threads_for", lambda work, count=count: count)
+        threads, run = [], onednn.Plan.__call__
+
+        def noted(plan, *arrays, threads=threads, run=run):
+            threads.append(onednn.library()[0].threads())
+            run(plan, *arrays)
+
+        y = x[start:].copy()
+        with monkeypatch.context() as patch:
+            patch.setattr(onednn.Plan, "__call__", noted)
+            onednn.limited_to(3, gelu_in_place, y)
+        assert threads == [count] * 4  # two passes over two pieces
+        results.append(y[7 - start :])
+    for y in results[1:]:
+        np.testing.assert_array_equal(y, results[0])
+    np.testing.assert_array_equal(results[0][-5:-2], [np.inf, 0, np.nan])
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(results[0], kernels.gelu(x[7:]), rtol=2e-5, atol=1e-37)
+
+
+@only_onednn
+def test_gelus_that_are_few_or_apart_are_numpys():
+    assert takes(draw(2, onednn.MANY))
+    assert not takes(draw(onednn.MANY - 1))
+    assert not takes(draw(2, onednn.MANY)[:, ::2])
+    assert not takes(draw(2, onednn.MANY).astype("float64"))
 
 
 class Attention(nnxp.Layer):

@@ -17,6 +17,8 @@ from conftest import SEQUENCES, draw
 from nnxp import kernels
 from nnxp._arrays import float_dtype
 from nnxp.kernels._erf import erf
+from nnxp.kernels.cpu import onednn
+from nnxp.kernels.cpu._gelu import gelu_in_place
 from nnxp.testing import bounded
 from oracles import ORACLES, AnyDraw, mp
 
@@ -66,20 +68,35 @@ def test_results_are_right_to_their_last_places_over_the_whole_range(name, dtype
     pytest.importorskip("mpmath", reason="mpmath says what is right: pip install mpmath")
     oracle, x = ORACLES[name], whole_range(dtype)
     x = x[np.abs(x) <= oracle.most * places(dtype)[3]]
-    tiny = float(np.finfo(dtype).tiny)
     arrays, drawn = oracle.draw(AnyDraw(0, 1, len(x)))
     others = [each.astype(dtype) for each in arrays[1:]]
     drawn = {key: float(np.asarray(value, dtype)) for key, value in drawn.items()}
     for options in (drawn, {}) if drawn else ({},):
         with np.errstate(all="raise", under="ignore"):
             y = kernels.KERNELS[name](x[None], *others, **options)[0]
-        with mp.workdps(40):
-            for at, got, *rest in zip(*(a.tolist() for a in (x, y, *others)), strict=True):
-                number = mp.mpf(at)
-                truth = mp.mpf(oracle.exact(number, *map(mp.mpf, rest), **options))
-                allowed = oracle.ulp + oracle.tail(number, tiny)
-                off = units_off(got, truth, dtype)
-                assert off <= allowed, f"{name}({at}) is {got}, not {float(truth)}: {off} ulp"
+        are_right_to_their_last_places(name, x, y, *others, **options)
+
+
+def are_right_to_their_last_places(name, x, y, *others, **options):
+    oracle, tiny = ORACLES[name], float(np.finfo(x.dtype).tiny)
+    with mp.workdps(40):
+        for at, got, *rest in zip(*(a.tolist() for a in (x, y, *others)), strict=True):
+            number = mp.mpf(at)
+            truth = mp.mpf(oracle.exact(number, *map(mp.mpf, rest), **options))
+            allowed = oracle.ulp + oracle.tail(number, tiny)
+            off = units_off(got, truth, x.dtype.name)
+            assert off <= allowed, f"{name}({at}) is {got}, not {float(truth)}: {off} ulp"
+
+
+def test_gelu_by_onednn_is_right_to_its_last_places_over_the_whole_range():
+    pytest.importorskip("mpmath", reason="mpmath says what is right: pip install mpmath")
+    if onednn.why_not() is not None:
+        pytest.skip(onednn.why_not())
+    x = whole_range("float32")
+    y = np.resize(x, onednn.MANY)
+    with np.errstate(all="raise", under="ignore"):
+        gelu_in_place(y)
+    are_right_to_their_last_places("gelu", x, y[: x.size])
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)

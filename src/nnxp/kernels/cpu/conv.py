@@ -16,7 +16,8 @@ from nnxp.kernels._windows import Padding, PerAxis, Windows, windows
 from nnxp.kernels.activations import identity, relu
 from nnxp.kernels.conv import conv, conv_max_pool, conv_weight_gradient
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import PIECE, Finish, carved, plain, room
+from nnxp.kernels.cpu._finish import Finish
+from nnxp.kernels.cpu._pieces import PIECE, carved, plain, room
 from nnxp.kernels.cpu._small import OfGroups, Weight
 from nnxp.kernels.cpu.linear import LINES, product
 from nnxp.kernels.cpu.pool import largest

@@ -11,7 +11,8 @@ from nnxp._arrays import HostArray
 from nnxp.kernels._dispatch import InPlace, Kernel, Operand
 from nnxp.kernels.activations import identity
 from nnxp.kernels.cpu import onednn
-from nnxp.kernels.cpu._pieces import Finish, carved, plain, room
+from nnxp.kernels.cpu._finish import Finish
+from nnxp.kernels.cpu._pieces import carved, plain, room
 from nnxp.kernels.cpu._small import Weight
 from nnxp.kernels.linear import linear, matmul
 

@@ -45,7 +45,9 @@ FILE = "libdnnl.so.3"
 
 # As in oneDNN's headers, dnnl_types.h and dnnl_common_types.h
 CPU, FLOAT32, BYTES, ANY_LAYOUT, IN_ORDER = 1, 3, 6, 1, 1
-ADD, MULTIPLY = 0x1FFF0, 0x1FFF1
+ADD, MULTIPLY, LARGER = 0x1FFF0, 0x1FFF1, 0x1FFF2  # of two numbers
+ABSOLUTE, ON_A_LINE, CLIPPED, POWER = 0x24, 0x26, 0x2E, 0x30  # of one, with two parameters
+AFTERWARDS = 1 << 15  # the operands of what is done to a result, of one thing after the other
 FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
 FROM_FIRST, FROM_LAST = 1, 2  # step of time
 MEAN_WITH_PADDING, MEAN = 0x2FF, 0x3FF
@@ -125,6 +127,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "primitive_attr_set_post_ops": [c_void_p, c_void_p],
     "post_ops_create": [POINTER(c_void_p)],
     "post_ops_append_eltwise": [c_void_p, c_int, c_float, c_float],
+    "post_ops_append_binary": [c_void_p, c_int, c_void_p],
     "matmul_primitive_desc_create": [POINTER(c_void_p), *[c_void_p] * 6],
     "binary_primitive_desc_create": [POINTER(c_void_p), c_void_p, c_int, *[c_void_p] * 4],
     "convolution_forward_primitive_desc_create": [
@@ -329,7 +332,7 @@ class Plan:
 
     `constants` and `operands` say by what an operand is, SOURCE for one, in which memory it lies,
     or what the arrays look like that are given at each call, in order. Memory to work in is each
-    thread's own, unless it is one of them.
+    thread's own, unless it is one of them. `again` says what else an operand is.
     """
 
     def __init__(
@@ -337,9 +340,10 @@ class Plan:
         description: _Owned,
         constants: dict[int, _Memory],
         operands: dict[int, Any],
+        again: dict[int, int] | None = None,
     ) -> None:
         self.primitive = _Owned("primitive", "primitive_create", description)
-        self.constants, self.operands = constants, operands
+        self.constants, self.operands, self.again = constants, operands, again or {}
         self.scratch = _described(description, SCRATCHPAD_LAYOUT)
         self.scratch_size = _size(self.scratch)
         self._description = description  # which has the scratchpad's layout
@@ -373,6 +377,7 @@ class _Call:
         ]
         self._addresses = [0] * len(own)
         memories = plan.constants | dict(zip(plan.operands, own, strict=True))
+        memories |= {what: memories[operand] for what, operand in plan.again.items()}
         if SCRATCHPAD not in memories:
             memories[SCRATCHPAD] = _Memory(plan.scratch, aligned((plan.scratch_size,), "uint8"))
         operands: Any = (_Operand * len(memories))(
@@ -428,7 +433,7 @@ class Relaid:
             self._change(own, array)
 
 
-AnyPlan = TypeVar("AnyPlan", bound="Plan | Relaid")
+AnyPlan = TypeVar("AnyPlan", bound="Plan | Relaid | tuple[Plan, ...]")
 Result = TypeVar("Result")
 
 
@@ -517,17 +522,27 @@ def limited_to(threads: int, run: Callable[..., Result], *arguments: Any) -> Res
         dnnl.set_threads(before)
 
 
-FUSED: dict[Kernel, tuple[int, float, float]] = {hard_swish: (52, 1 / 6, 1 / 2)}
+FUSED: dict[Kernel, tuple[int, float, float]] = {hard_swish: (0x34, 1 / 6, 1 / 2)}
 """The activations that oneDNN applies to what it has made, as its headers number them."""
 
 
-def _attributes(activation: Kernel = identity) -> _Owned:
-    """float32 that is not rounded, memory to work in that is ours, and an activation of FUSED."""
+Operation = tuple[int, float, float] | tuple[int, int]
+"""What is done to each number: a function of it with two parameters; or of it and of the number in
+an array, which is named by its place among some."""
+
+
+def _attributes(*then: Operation, arrays: _Owned | None = None) -> _Owned:
+    """float32 that is not rounded, memory to work in that is ours, and what is done to the result,
+    of these `arrays`."""
     attributes, dnnl = _Owned("primitive_attr", "primitive_attr_create"), library()[0]
-    if activation in FUSED:
-        then = _Owned("post_ops", "post_ops_create")
-        dnnl.dnnl_post_ops_append_eltwise(then, *FUSED[activation])
-        dnnl.dnnl_primitive_attr_set_post_ops(attributes, then)
+    if then:
+        post_ops = _Owned("post_ops", "post_ops_create")
+        for kind, *how in then:
+            if len(how) == 1:
+                dnnl.dnnl_post_ops_append_binary(post_ops, kind, arrays)
+            else:
+                dnnl.dnnl_post_ops_append_eltwise(post_ops, kind, *how)
+        dnnl.dnnl_primitive_attr_set_post_ops(attributes, post_ops)
     dnnl.dnnl_primitive_attr_set_scratchpad_mode(attributes, SCRATCHPAD_OF_THE_USER)
     dnnl.dnnl_primitive_attr_set_fpmath_mode(attributes, STRICT)
     return attributes
@@ -640,6 +655,27 @@ def add(x: HostArray, y: HostArray, out: HostArray) -> None:
         plan(x, y, out)
 
 
+def in_one_pass(size: int, first: tuple[int, int, int], *then: Operation, result: int) -> Plan:
+    """The plan of a formula for each number of float32 arrays of this size, in one piece, which are
+    named by their place in `plan(*arrays)`: `first` is a function of two, `then` what is done to
+    its result, and the last result fills one."""
+    kind, *pair = first
+    line = outline((size,), (1,))
+    description = _Owned(
+        "primitive_desc", "binary_primitive_desc_create", library()[0].engine, kind, line, line,
+        line, _attributes(*then, arrays=line),
+    )  # fmt: skip
+    further = [(AFTERWARDS * i | SECOND, how) for i, (_, *how) in enumerate(then, 1)]
+    places = [
+        *zip((SOURCE, SECOND), pair, strict=True),
+        *((what, how[0]) for what, how in further if len(how) == 1),
+        (RESULT, result),
+    ]
+    operands = {place: what for what, place in reversed(places)}
+    again = {what: operands[place] for what, place in places if operands[place] != what}
+    return Plan(description, {}, {operands[i]: line for i in sorted(operands)}, again)
+
+
 def _in_one_piece(*arrays: HostArray) -> bool:
     return all(array.flags.c_contiguous for array in arrays)
 
@@ -722,7 +758,7 @@ class Convolution:
             "primitive_desc", "convolution_forward_primitive_desc_create",
             library()[0].engine, kind, DIRECT,
             self.x(rows), outline(self.shape, None), self.bias if bias else None, self.y(rows),
-            *self._sizes, _attributes(activation),
+            *self._sizes, _attributes(*([FUSED[activation]] if activation in FUSED else [])),
         )  # fmt: skip
 
     def weight_gradient(self, rows: int) -> _Owned:
@@ -930,8 +966,7 @@ def normalize(planned: Planned[Plan], x: HostArray, y: HostArray, scratch: HostA
     assert plan is not None, "oneDNN planned it for one line"
     if scratch.nbytes < plan.scratch_size:
         scratch = aligned((plan.scratch_size,), "uint8")
-    with limited_to(threads):  # a norm asks anew at each call
-        plan(x, y, scratch)
+    limited_to(threads, plan, x, y, scratch)  # a norm asks anew at each call
 
 
 def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:
