@@ -511,7 +511,7 @@ def sharing_threads(blas: bool, run: Callable[..., Any], *arrays: HostArray) -> 
 
 
 def limited_to(threads: int, run: Callable[..., Result], *arguments: Any) -> Result:
-    """run(*arguments): what it plans runs in so many threads, and so do a pool, a norm, what is done
+    """run(*arguments): what it plans runs in so many threads, and so do a pool, a norm, what goes
     element by element, and what a recurrence copies, that it runs."""
     dnnl = library()[0]
     before = dnnl.threads()
