@@ -979,6 +979,48 @@ def test_functions_have_torch_s_gradients(name):
     np.testing.assert_allclose(back(*(dy.numpy() for dy in worth)), tensor.grad, rtol=1e-9)
 
 
+class Picks(nn.Module):
+    """y = pick(x, ids, table), with a table that is a buffer."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.pick = pick
+        self.register_buffer("table", torch.zeros(5, 4, 3))
+
+    def forward(self, x, ids):
+        return self.pick(x, ids, self.table)
+
+
+PICKS = {
+    "of a table": lambda x, ids, table: table[ids],
+    "of a table, along another axis": lambda x, ids, table: table[:, ids[..., 0] % 4].sum(0),
+    "of a table, by two": lambda x, ids, table: table[ids, ids % 3],
+    "of a table, by two apart": lambda x, ids, table: table[ids[..., 0], :, ids[..., 1] % 3],
+    "by the rows": lambda x, ids, table: x[torch.arange(x.shape[0]), ids[:, 0]],
+    "by the rows, several": lambda x, ids, table: x[torch.arange(ids.shape[0])[:, None], ids],
+    "by the rows, of two axes": lambda x, ids, table: x[
+        torch.arange(x.size(0)), ids[:, 0], ids[:, 1] % 3
+    ],
+    "by the rows, the same": lambda x, ids, table: x[
+        torch.arange(x.size(0))[:, None], torch.tensor([3, 1])
+    ],
+    "by the rows, and nothing else": lambda x, ids, table: x[torch.arange(x.size(0))],
+    "by a list": lambda x, ids, table: x + table[[4, 0, 2, 3, 1]].sum((0, 1)),
+    "by a list, along another axis": lambda x, ids, table: x[:, [4, 0, -1]],
+    "by a number and a list": lambda x, ids, table: x + table[2, :, [2, 0, 1]].sum(0),
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_what_arrays_of_whole_numbers_pick_goes_through_an_engine(name, tmp_path):
+    x, ids = x_of(7, 5, 3), ids_of(5, 7, 2)
+    model = agrees(drawn(Picks(PICKS[name])), x, ids, tmp_path=tmp_path)
+    x = x.astype("float32")
+    np.testing.assert_array_equal(
+        nnxp.predict(model, (x, ids), memory_limit=2000), np.asarray(model(x, ids))
+    )
+
+
 def test_numbers_are_no_arrays():
     with pytest.raises(nnxp.DtypeMismatch, match="int is not an array"):
         FUNCTIONS["sign"](3)

@@ -182,6 +182,61 @@ def test_a_constant_is_laid_beside_every_row():
     np.testing.assert_array_equal(nnxp.predict(model, x), wanted)
 
 
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_row_picks_by_its_own_number_is_its_own(flat, known):
+    """x[arange(rows), k], as exporters write it: by places in what is flat, or by pairs of ids."""
+    nodes = [("Shape", "x", "n", {"end": 1}), ("Squeeze", "n", "rows"),
+             ("Range", "zero rows one", "r"), ("Unsqueeze", "r last", "column")]  # fmt: skip
+    if flat:
+        nodes += [("Mul", "column five", "first"), ("Add", "k first", "at"),
+                  ("Reshape", "x all", "flat"), ("Gather", "flat at", "y")]  # fmt: skip
+    else:
+        nodes += [("Add", "column k", "like"), ("Shape", "like", "s"),
+                  ("Expand", "column s", "a"), ("Expand", "k s", "b"),
+                  ("Unsqueeze", "a last", "a1"), ("Unsqueeze", "b last", "b1"),
+                  ("Concat", "a1 b1", "ab", {"axis": -1}), ("GatherND", "x ab", "y")]  # fmt: skip
+    arrays = {"zero": np.array(0), "one": np.array(1), "last": np.array([-1]),
+              "five": np.array([5]), "all": np.array([-1, 3])}  # fmt: skip
+    picks = np.array([[4, 0]]) if known else np.random.default_rng(0).integers(0, 5, (7, 2))
+    inputs = [("x", ["n", 5, 3])] + ([] if known else [("k", ["n", 2], INT)])
+    model = load_onnx(proto(nodes, inputs, arrays=arrays | ({"k": picks} if known else {})))
+    x = draw((7, 5, 3))
+    xs = (x,) if known else (x, picks)
+    wanted = x[np.arange(7)[:, None], picks]
+    np.testing.assert_array_equal(model(*xs), wanted)
+    y = nnxp.predict(model, x if known else xs, memory_limit=2000)
+    np.testing.assert_array_equal(y, wanted)
+
+
+def test_gather_nd_with_rows_as_its_batch_goes_through_an_engine():
+    model = load_onnx(proto([("GatherND", "x k", "y", {"batch_dims": 1})],
+                            [("x", ["n", 5, 3]), ("k", ["n", 2, 1], INT)]))  # fmt: skip
+    x, k = draw((7, 5, 3)), np.random.default_rng(0).integers(-5, 5, (7, 2, 1))
+    wanted = np.take_along_axis(x, k, axis=1)
+    np.testing.assert_array_equal(model(x, k), wanted)
+    np.testing.assert_array_equal(nnxp.predict(model, (x, k)), wanted)
+
+
+@pytest.mark.parametrize("place", [[("Add", "first five", "at")],  # that of the next row
+                                   [("Sub", "most first", "at")],  # the rows from the last one on
+                                   [("Mul", "first first", "at")],
+                                   [("Unsqueeze", "r last", "column"),  # each, five times over
+                                    ("Add", "column none", "wide"),
+                                    ("Reshape", "wide last", "at")]])  # fmt: skip
+def test_what_a_row_picks_from_others_does_not_go_through_an_engine(place):
+    nodes = [("Shape", "x", "n", {"end": 1}), ("Squeeze", "n", "rows"),
+             ("Range", "zero rows one", "r"), ("Mul", "r five", "first"),
+             ("Mul", "rows five", "all"), ("Sub", "all five", "most"), *place,
+             ("Reshape", "x ends", "flat"), ("Gather", "flat at", "y")]  # fmt: skip
+    arrays = {"zero": np.array(0), "one": np.array(1), "five": np.array([5]),
+              "ends": np.array([-1, 3]), "last": np.array([-1]),
+              "none": np.zeros((1, 5), "int64")}  # fmt: skip
+    model = load_onnx(proto(nodes, [("x", ["n", 5, 3])], arrays=arrays))
+    with pytest.raises(ShapeError, match="rows"):
+        nnxp.predict(model, draw((4, 5, 3)))
+
+
 def test_a_graph_for_one_row_is_written_out_for_any_number():
     arrays = {"s": np.array([1, 6]), "w": W, "b": B, "token": draw((1, 2))}
     nodes = [

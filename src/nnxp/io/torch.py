@@ -212,6 +212,8 @@ class _Reader:
                 self._written(node, result)
             return result
         name = _called(node)
+        if name in ("getitem", "setitem") and isinstance(node.args[1], list):
+            args[1] = (args[1],)  # x[[0, 1]] is x[[0, 1],], not x[0, 1]
         if name == "getitem" and type(args[0]) is tuple and isinstance(args[1], int):
             return args[0][args[1]]
         if node.op == "call_method" and type(args[0]) is tuple:

@@ -30,6 +30,7 @@ from nnxp.kernels._erf import erf
 from nnxp.kernels.softmax import log_sum_exp
 from nnxp.layers.shape import channels_last
 from nnxp.program import traced
+from nnxp.program.index import indexed, last_axis, own_places
 
 home: ContextVar[Any] = ContextVar("nnxp_home_of_constants", default=np)
 """The library that constants are brought to, when they meet arrays without numbers."""
@@ -786,7 +787,8 @@ def range_(start: HostArray, limit: HostArray, delta: HostArray) -> Array:
     a, b, step = (x.ravel()[0].item() for x in (start, limit, delta))
     if not step or (b - a) / step > MOST_NUMBERS:
         raise ShapeError(f"Range from {a} to {b} by {step}")
-    return np.arange(a, b, step).astype(start.dtype)
+    xp = traced if traced.counts_rows(b - a) else np
+    return xp.arange(a, b, step).astype(start.dtype)
 
 
 @operator("EyeLike", as_is=True)
@@ -819,7 +821,8 @@ def gather(x: Array, ids: Array, *, axis: int = 0) -> Array:
         if not -n <= at < n:
             raise ShapeError(f"Gather of number {at} of {n}")
         return x[(slice(None),) * axis + (at,)]
-    return xp_of(x).take(x, beside(ids, x), axis=axis)
+    own = own_places(x, ids) if axis == 0 else None
+    return xp_of(x).take(x, beside(ids, x), axis=axis) if own is None else own
 
 
 @operator("GatherElements", as_is=True)
@@ -834,6 +837,8 @@ def gather_elements(x: Array, ids: Array, *, axis: int = 0) -> Array:
 @operator("GatherND", as_is=True)
 def gather_nd(x: Array, ids: Array, *, batch_dims: int = 0) -> Array:
     """The leading axes as one, of which each tuple of ids picks a place."""
+    if traced.counts_rows(x.shape[0]):
+        return _picked_from_rows(x, ids, batch_dims)
     deep = batch_dims + ids.shape[-1]
     at: Any = 0
     for i in range(deep):
@@ -847,6 +852,17 @@ def gather_nd(x: Array, ids: Array, *, batch_dims: int = 0) -> Array:
         at = at * x.shape[i] + own % x.shape[i]
     flat = x.reshape((prod(x.shape[:deep]), *x.shape[deep:]))
     return xp_of(x).take(flat, at, axis=0)
+
+
+def _picked_from_rows(x: Array, ids: Array, batch_dims: int) -> Array:
+    """GatherND of an x whose axis 0 counts rows."""
+    ndim = ids.ndim - 1
+    batch = [
+        beside(np.arange(x.shape[i]), x) if i else traced.arange(x.shape[0])
+        for i in range(batch_dims)
+    ]
+    own = [at.reshape([-1 if j == i else 1 for j in range(ndim)]) for i, at in enumerate(batch)]
+    return indexed(x, (*own, *last_axis(ids)))
 
 
 @operator("Compress", numbers="condition", as_is=True)

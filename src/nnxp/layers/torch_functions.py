@@ -19,6 +19,7 @@ from nnxp._arrays import Array, get_array_module, is_array, is_floating, xp_of
 from nnxp._errors import OptionError
 from nnxp.kernels.softmax import log_sum_exp
 from nnxp.layers.operators import axis_of, cut, padded, with_axis_last
+from nnxp.program.index import indexed
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """Functions and methods by torch's name."""
@@ -735,6 +736,11 @@ def unbind(x: Array, dim: int = 0) -> Any:
     return tuple(select(x, dim, i) for i in range(x.shape[dim]))
 
 
+@function("getitem")
+def getitem(x: Any, key: Any) -> Any:
+    return indexed(x, key) if is_array(x) else x[key]
+
+
 @function("setitem")
 def setitem(x: Array, key: Any, value: Any) -> Array:
     y = x.copy()
@@ -781,7 +787,6 @@ FUNCTIONS |= {
     "stack": lambda arrays, dim=0: xp_of(arrays[0]).stack(_alike(arrays), axis=dim),
     "chunk": lambda x, chunks, dim=0: split(x, -(-x.shape[dim] // chunks), dim),
     "narrow": lambda x, dim, start, length: cut(x, dim % x.ndim, start, start + length),
-    "getitem": lambda x, key: x[tuple(key) if isinstance(key, tuple | list) else key],
     "hstack": lambda arrays: cat(arrays, min(1, arrays[0].ndim - 1)),
     "vstack": lambda arrays: cat([x[None] if x.ndim == 1 else x for x in arrays]),
     "index_select": lambda x, dim, index: xp_of(x).take(x, index, axis=dim),
