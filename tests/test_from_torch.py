@@ -979,6 +979,69 @@ def test_functions_have_torch_s_gradients(name):
     np.testing.assert_allclose(back(*(dy.numpy() for dy in worth)), tensor.grad, rtol=1e-9)
 
 
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is standardized where it is used."""
+
+    def forward(self, x):
+        weight = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(weight, None, None, training=True, momentum=0.0, eps=0.1)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride)
+
+
+SELDOM = {
+    "reflected": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect"), (4, 3, 5, 6)),
+    "circular": (lambda: nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), (4, 3, 5)),
+    "replicated": (lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="same",
+                                                   padding_mode="replicate")), (4, 3, 5, 6)),
+    "InstanceNorm with running statistics": (
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (4, 3, 5, 6)),
+    "Softmax2d": (lambda: nn.Softmax2d(), (4, 3, 5, 6)),
+    "a standardized weight": (lambda: Standardized(3, 4, 3, 2), (4, 3, 5, 6)),
+    "weight_norm": (lambda: nn.utils.weight_norm(nn.Conv1d(3, 4, 3)), (4, 3, 5)),
+    "weight_norm of a recurrence": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4))),
+                                    (4, 5, 3)),
+    "Unfold": (lambda: nn.Unfold((2, 3), (2, 1), (1, 0), (1, 2)), (4, 3, 5, 6)),
+    "zeros of sizes": (lambda: Formula(lambda x: x + torch.zeros(x.size(0), 3) + torch.ones(3)),
+                       (4, 3)),
+    "eye": (lambda: Formula(lambda x: x @ torch.eye(x.shape[-1]).to(x.dtype)), (4, 5, 3)),
+    "chunks that are gone through": (
+        lambda: Formula(lambda x: torch.cat([2 * part for part in x.chunk(3, -1)], 1)), (4, 2, 6)),
+    "chunks in a list": (lambda: Formula(lambda x: torch.cat([*torch.chunk(x, 2, 1), x], 1)),
+                         (4, 6)),
+    "what a mask writes": (lambda: Formula(lambda x: masked(x.clone(), x.sum(-1) > 0)), (4, 5, 3)),
+}  # fmt: skip
+
+
+def masked(x, mask):
+    x[mask] = 0.5
+    return x
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", SELDOM)
+def test_what_is_seldom_is_read_too(name, tmp_path):
+    make, shape = SELDOM[name]
+    agrees(drawn(make()), x_of(*shape), tmp_path=tmp_path)
+
+
+def test_an_embedding_bag_and_a_bilinear_layer(tmp_path):
+    ids = ids_of(5, 6, 3)
+    for mode in ("mean", "sum", "max"):
+        agrees(drawn(nn.EmbeddingBag(5, 4, mode=mode)), ids, tmp_path=tmp_path)
+    agrees(drawn(nn.Bilinear(3, 4, 5)), x_of(6, 2, 3), x_of(6, 2, 4), tmp_path=tmp_path)
+    with pytest.raises(nnxp.ConversionError, match="embedding_bag with padding_idx=1"):
+        nnxp.from_torch(nn.EmbeddingBag(5, 4, padding_idx=1))
+
+
+def test_what_cannot_be_traced_is_named_by_its_line():
+    def larger(x):
+        return x if x.sum() > 0 else -x  # here
+
+    with pytest.raises(nnxp.ConversionError, match=r"test_from_torch.py, line \d+, .*# here"):
+        nnxp.from_torch(Formula(larger))
+
+
 class Picks(nn.Module):
     """y = pick(x, ids, table), with a table that is a buffer."""
 
@@ -1171,7 +1234,7 @@ def test_parametrized_weights_are_read_as_they_are():
 class Broken(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))
+        self.stem = nn.Sequential(nn.Linear(4, 4), nn.Fold(4, 2))
         self.norm = nn.BatchNorm1d(4, track_running_stats=False)
         self.head = nn.FractionalMaxPool2d(2, 3)
 
@@ -1183,7 +1246,7 @@ def test_all_that_cannot_be_read_is_named_at_once():
     with pytest.raises(nnxp.ConversionError) as error:
         nnxp.from_torch(Broken())
     said = str(error.value)
-    for each in ("stem.1: torch has Bilinear", "norm: BatchNorm1d without running statistics",
+    for each in ("stem.1: torch has Fold", "norm: BatchNorm1d without running statistics",
                  "head: torch has FractionalMaxPool2d", "fft_rfft", "lgamma",
                  "torch.onnx.export"):  # fmt: skip
         assert each in said, each

@@ -44,12 +44,12 @@ def kind_of(module: Module) -> str:
     if parametrize.is_parametrized(module):
         cls = cls.__mro__[1]
     known = cls.__module__.startswith("torch.nn.") and cls.__name__ in (*MODULES, *WRITTEN_OUT)
-    return cls.__name__ if known else ""
+    return cls.__name__ if known and not is_written_as_functions(module) else ""
 
 
 FUNCTIONAL = frozenset(
-    """ChannelShuffle CosineSimilarity LocalResponseNorm PixelUnshuffle RReLU Softmin Upsample
-    UpsamplingBilinear2d UpsamplingNearest2d""".split()
+    """Bilinear ChannelShuffle CosineSimilarity EmbeddingBag LocalResponseNorm PixelUnshuffle RReLU
+    Softmin Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d""".split()
     + [f"{kind}{n}d" for n in (1, 2, 3) for kind in ("LPPool", "ConstantPad", "ZeroPad",
                                                      "ReflectionPad", "ReplicationPad")]
 )  # fmt: skip
@@ -59,7 +59,8 @@ FUNCTIONAL = frozenset(
 def is_written_as_functions(module: Module) -> bool:
     """Whether a module of torch's is read by what its forward calls."""
     cls = type(module)
-    return cls.__module__.startswith("torch.nn.") and cls.__name__ in FUNCTIONAL
+    padded = getattr(module, "padding_mode", "zeros") != "zeros"  # by a function before it
+    return cls.__module__.startswith("torch.nn.") and (padded or cls.__name__ in FUNCTIONAL)
 
 
 def _bias(bias: Any, take: Take) -> Array | None:
@@ -133,8 +134,6 @@ def _convolution(
     names = ("stride", "padding", "dilation", "groups", *more)
 
     def make(m: Module, take: Take) -> Layer:
-        if m.padding_mode != "zeros":
-            raise Unknown(f"{type(m).__name__} with padding_mode {m.padding_mode!r}")
         options = {name: getattr(m, name) for name in names}
         return ChannelsFirst(kind.of(take(window_of(m)), _bias(m.bias, take), **options))
 
@@ -165,7 +164,7 @@ def _group_norm(m: Module, take: Take) -> Layer:
 
 def _instance_norm(m: Module, take: Take) -> Layer:
     if m.track_running_stats:
-        raise Unknown(f"{type(m).__name__} with running statistics")
+        return _batch_norm(m, take)
     gain, bias = _affine(m, m.num_features, take)
     return ChannelsFirst(InstanceNorm.of(gain, bias, float(m.eps)))
 
@@ -392,6 +391,7 @@ MODULES: dict[str, Callable[[Module, Take], Any]] = {
     "Softplus": _softplus,
     "Softmax": _softmax("softmax"),
     "LogSoftmax": _softmax("log_softmax"),
+    "Softmax2d": lambda m, take: ("softmax", {"dim": -3}),
     "GELU": _gelu,
 }
 """torch's modules: what each is here, a layer or a function with its options.

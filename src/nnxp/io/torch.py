@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -114,6 +116,10 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
         def __setitem__(self, key: Any, value: Any) -> None:
             self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+        def __len__(self) -> int:
+            count = _chunks(self.node)
+            return int(super().__len__()) if count is None else count
+
     def writer(target: Any) -> Callable[[Any, Any], Any]:
         return lambda self, other: self.tracer.create_proxy(
             "call_function", target, (self, other), {}
@@ -129,6 +135,10 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
         def proxy(self, node: Any) -> Any:
             return Writable(node, self)
 
+        def iter(self, obj: Any) -> Any:
+            count = _chunks(obj.node)
+            return super().iter(obj) if count is None else (obj[i] for i in range(count))
+
         def is_leaf_module(self, inner: Module, path: str) -> bool:
             if is_written_as_functions(inner):
                 return False
@@ -137,11 +147,12 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
     fixed = {n: p.default for n, p in plain.items() if n not in wanted and p.default is not p.empty}
     before = torch.get_rng_state()
     try:
-        graph = Tracer(autowrap_modules=(math,)).trace(module, concrete_args=fixed)
+        with _sizes_together():
+            graph = Tracer(autowrap_modules=(math,)).trace(module, concrete_args=fixed)
     except Exception as error:  # whatever a forward may say to arrays without numbers
         raise ConversionError(
-            f"forward of {type(module).__name__} cannot be traced: {type(error).__name__}: "
-            f"{error!s:.400}. {_ROAD}"
+            f"forward of {type(module).__name__} cannot be traced: {_line_of(error)}"
+            f"{type(error).__name__}: {error!s:.400}. {_ROAD}"
         ) from error
     if not torch.equal(before, torch.get_rng_state()):
         raise ConversionError(
@@ -151,6 +162,51 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
     for node in graph.nodes:  # what is at its default is no input
         node.meta["left out"] = node.op == "placeholder" and node.target not in wanted
     return graph
+
+
+def _chunks(node: Any) -> int | None:
+    """How many arrays a node answers that is x.chunk(n); None for another."""
+    if node.op not in ("call_function", "call_method") or _called(node) != "chunk":
+        return None
+    count = node.kwargs.get("chunks", *node.args[1:2])
+    return count if isinstance(count, int) else None
+
+
+@contextmanager
+def _sizes_together() -> Iterator[None]:
+    """Within the block torch.zeros(n, 3) is torch.zeros((n, 3)), as fx traces it."""
+    import torch
+
+    names = "zeros", "ones", "empty"
+    makers = {name: getattr(torch, name) for name in names}
+
+    def together(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *sizes, **options: make(
+            *(sizes[:1] if len(sizes) < 2 else [sizes]), **options
+        )
+
+    for name, make in makers.items():
+        setattr(torch, name, together(make))
+    try:
+        yield
+    finally:
+        for name, make in makers.items():
+            setattr(torch, name, make)
+
+
+def _line_of(error: BaseException) -> str:
+    """Where in a module's own code a trace came to its end: its file, line and words."""
+    lines = traceback.extract_tb(error.__traceback__)
+    own = [line for line in lines if not any(home in line.filename for home in _NOT_ITS_OWN)]
+    return f"{own[-1].filename}, line {own[-1].lineno}, {own[-1].line!r:.100}: " if own else ""
+
+
+_NOT_ITS_OWN = os.path.join("torch", "fx", ""), os.path.join("torch", "nn", "modules", ""), __file__
+
+
+def _makes_weight(hook: Any) -> bool:
+    """Whether a hook makes a module's weight of its parts, and nothing else."""
+    return type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 
 
 _ROAD = "torch.onnx.export writes such a module as ONNX, which nnxp.load_onnx reads"
@@ -226,7 +282,8 @@ class _Reader:
         if not own:
             raise Unknown(f"{'method' if node.op == 'call_method' else 'function'} {name}")
         options.pop("inplace", None)
-        result = self._step(own, *_arguments(own, args, options))
+        of_weights = own == "batch_norm" and self._is_constant(args[0])
+        result = self._step(own, *_arguments(own, args, options, {} if of_weights else _ONLY))
         if inplace:
             self._written(node, result)
         return result
@@ -257,6 +314,19 @@ class _Reader:
     def _step(self, what: str, args: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
         self.steps.append((what, tuple(args), options or {}))
         return {"value": len(self.inputs) + len(self.steps) - 1}
+
+    def _is_constant(self, value: Any) -> bool:
+        """Whether a value follows from constants alone."""
+        left, seen = list(_numbers((value,))), set[int]()
+        while left:
+            number = left.pop()
+            if number < 0:
+                return False
+            if number not in seen:
+                seen.add(number)
+                _, arguments, options = self.steps[number]
+                left += _numbers((*arguments, *options.values()))
+        return True
 
     def _layer(self, path: str, make: Callable[[], Layer]) -> str:
         """The step that calls this layer, which is made once for each path."""
@@ -309,8 +379,10 @@ class _Reader:
         kind = kind_of(module)
         if not kind:
             raise Unknown(f"torch has {type(module).__name__}, which has no counterpart here")
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or not all(map(_makes_weight, module._forward_pre_hooks.values())):
             raise Unknown(f"{type(module).__name__} has hooks")
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
         names = list(inspect.signature(module.forward).parameters)
         arguments = dict(zip(names, args, strict=False)) | options
         special = _CALLS.get(kind)
@@ -394,11 +466,14 @@ _SEVERAL = {"permute": "dims", "flip": "dims", "expand": "size", "repeat": "repe
             "tile": "dims", "reshape": "shape"}  # fmt: skip
 """Functions of any number of sizes or axes, by the name that torch has for all of them."""
 _ONLY = {"return_indices": False, "divisor_override": None, "training": False,
-         "use_input_stats": True}  # fmt: skip
+         "use_input_stats": True, "offsets": None, "max_norm": None,
+         "padding_idx": None}  # fmt: skip
 """Options that are known at one value."""
 
 
-def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[list[Any], Any]:
+def _arguments(
+    name: str, args: list[Any], options: dict[str, Any], only: dict[str, Any]
+) -> tuple[list[Any], Any]:
     """The arguments of a function as it takes them here; Unknown for what it does not take."""
     function = MAKERS.get(name) or FUNCTIONS[name]
     takes = inspect.signature(function).parameters
@@ -420,7 +495,7 @@ def _arguments(name: str, args: list[Any], options: dict[str, Any]) -> tuple[lis
         raise Unknown(f"function {name} with arguments not known here: {error}") from None
     if name == "dropout" and bound.get("training", True) is not False:
         raise Unknown("function dropout without training=self.training, which drops in eval(), too")
-    for option, value in _ONLY.items():
+    for option, value in only.items():
         if bound.get(option, value) != value:
             raise Unknown(f"function {name} with {option}={bound[option]}")
     check_choices(name, bound)

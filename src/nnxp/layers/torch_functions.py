@@ -234,6 +234,27 @@ def embedding(ids: Array, weight: Array, *rest: Any, **options: Any) -> Array:
     return kernels.embedding(ids.astype("int64", copy=False), weight)
 
 
+@function("embedding_bag")
+def embedding_bag(
+    ids: Array, weight: Array, offsets: Any = None, max_norm: Any = None, norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False,
+    per_sample_weights: Array | None = None, include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Array:  # fmt: skip
+    """Of ids (rows, n): the mean, sum or largest of what the ids of a row stand for."""
+    y = embedding(ids, weight)
+    if per_sample_weights is not None:
+        y = y * per_sample_weights[..., None]
+    return {"mean": y.mean, "sum": y.sum, "max": y.max}[mode](axis=-2)
+
+
+@function("bilinear")
+def bilinear(x1: Array, x2: Array, weight: Array, bias: Array | None = None) -> Array:
+    """y[o] = x1 @ weight[o] @ x2 + bias[o]"""
+    y = xp_of(x1).einsum("...i,oij,...j->...o", x1, weight, x2)
+    return y if bias is None else y + bias
+
+
 @function("scaled_dot_product_attention")
 def attention(
     query: Array,
@@ -743,6 +764,9 @@ def getitem(x: Any, key: Any) -> Any:
 
 @function("setitem")
 def setitem(x: Array, key: Any, value: Any) -> Array:
+    if is_array(key) and key.dtype == np.bool_ and not np.ndim(value):
+        mask = key.reshape(*key.shape, *(1,) * (x.ndim - key.ndim))
+        return xp_of(x).where(mask, value, x)
     y = x.copy()
     y[tuple(key) if isinstance(key, tuple | list) else key] = value
     return y
@@ -891,6 +915,14 @@ def full(
 ) -> Array:  # fmt: skip
     default = {bool: "bool", int: "int64"}.get(type(fill_value), "float32")
     return xp.full(tuple(size), fill_value, dtype=_dtype(dtype) or default)
+
+
+@maker("eye")
+def eye(
+    xp: Any, n: int, m: int | None = None, *, dtype: Any = None, device: Any = None,
+    layout: Any = None, requires_grad: bool = False, pin_memory: bool = False,
+) -> Array:  # fmt: skip
+    return xp.eye(n, m, dtype=_dtype(dtype) or "float32")
 
 
 @function("full_like")

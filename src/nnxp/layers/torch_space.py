@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nnxp import kernels
-from nnxp._arrays import Array
+from nnxp._arrays import Array, xp_of
 from nnxp._errors import OptionError
 from nnxp.layers import window_operators
 from nnxp.layers.conv import window_of_conv, window_of_conv_transpose
@@ -174,6 +174,31 @@ def interpolate(
     return channels_last(lambda x: kernels.resize(x, size=size, scale=scale, **options), x)
 
 
+@function("unfold")
+def unfold(
+    x: Array, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> Array:
+    """Windows of images as columns: (n, c, h, w) -> (n, c * window, windows)."""
+    window, dilation, padding, stride = (
+        _per_axis(option, 2) for option in (kernel_size, dilation, padding, stride)
+    )
+    x = xp_of(x).pad(x, [(0, 0), (0, 0), *((n, n) for n in padding)])
+    reach = [d * (k - 1) for d, k in zip(dilation, window, strict=True)]
+    places = [range(0, d * k, d) for d, k in zip(dilation, window, strict=True)]
+    parts = [
+        x[
+            :,
+            :,
+            i : x.shape[2] - reach[0] + i : stride[0],
+            j : x.shape[3] - reach[1] + j : stride[1],
+        ]
+        for i in places[0]
+        for j in places[1]
+    ]
+    n, c = x.shape[:2]
+    return xp_of(x).stack(parts, axis=2).reshape(n, c * len(parts), -1)
+
+
 @function("pixel_shuffle")
 def pixel_shuffle(x: Array, upscale_factor: int) -> Array:
     factor = upscale_factor, upscale_factor
@@ -227,9 +252,13 @@ def affine_grid(theta: Array, size: Any, align_corners: bool | None = None) -> A
 
 @function("batch_norm")
 def batch_norm(
-    x: Array, running_mean: Array, running_var: Array, weight: Array | None = None,
+    x: Array, running_mean: Array | None, running_var: Array | None, weight: Array | None = None,
     bias: Array | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Array:  # fmt: skip
+    """In training by the statistics of x, as weights are standardized where they are used."""
+    if training or running_mean is None:
+        others = tuple(axis for axis in range(x.ndim) if axis != 1)
+        running_mean, running_var = x.mean(axis=others), x.var(axis=others)
     parameters = running_mean, running_var, weight, bias
     return channels_last(lambda x: kernels.batch_norm(x, *parameters, eps=eps), x)
 

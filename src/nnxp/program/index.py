@@ -51,6 +51,11 @@ def indexed(x: Array, key: Any) -> Array:
 def own_places(x: Array, ids: Array) -> Array | None:
     """x[ids], of an x (rows * n, ...) whose ids are the number of their row, times n, and a place
     below n: what each row picks among its own. None for other ids."""
+    step = _step(ids)
+    if step is not None and step.name == "reshape" and ids.ndim == 1:
+        inner = lifted(step.inputs[0])
+        own = own_places(x, inner) if inner.ndim > 1 else None
+        return None if own is None else own.reshape(*ids.shape, *x.shape[1:])
     numbering = _numbering(ids)
     if numbering is None or x.shape[0] != ids.shape[0] * numbering.times:
         return None
@@ -82,6 +87,9 @@ def _is_number(key: Any) -> bool:
 
 def _picked(x: Array, ids: Sequence[Array], axis: int) -> Array:
     """x[..., *ids], the first of them along this axis: what lies on several axes as on one."""
+    placed = own_places(x, ids[0]) if axis == 0 and len(ids) == 1 else None
+    if placed is not None:
+        return placed
     shape = np.broadcast_shapes(*(k.shape for k in ids))
     own = axis == 0 and _is_row(ids[0]) and shape[0] == x.shape[0] and ids[0].ndim == len(shape)
     if own:
