@@ -252,6 +252,25 @@ def test_a_graph_for_one_row_is_written_out_for_any_number():
     np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_what_a_graph_for_one_row_picks_along_axis_0_it_picks_from_each(flat):
+    """A mask of keys as exporters pick it: by places in what is flat, or by pairs of ids."""
+    places = np.array([[[4, 0, 2]]])
+    if flat:
+        nodes = [("Reshape", "x all", "flat"), ("Gather", "flat at", "y")]
+        arrays = {"all": np.array([-1, 2]), "at": places}
+    else:
+        nodes = [("GatherND", "x at", "y")]
+        arrays = {"at": np.stack([np.zeros_like(places), places], axis=-1)}
+    model = load_onnx(proto(nodes, [("x", [1, 5, 2])], arrays=arrays))
+    x = draw((7, 5, 2))
+    wanted = x[:, [4, 0, 2]][:, None]
+    assert model.program((1, 5, 2)).opaque == ()
+    np.testing.assert_array_equal(model(x), wanted)
+    np.testing.assert_array_equal(nnxp.predict(model, x), wanted)
+    np.testing.assert_array_equal(model(x[:1]), wanted[:1])
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_graph_that_mixes_its_rows_takes_them_in_groups_of_its_own_size(size):
     nodes = [("ReduceMean", "x", "m", {"axes": [0]}), ("Sub", "x m", "d"), ("Gemm", "d w b", "y")]

@@ -821,6 +821,8 @@ def gather(x: Array, ids: Array, *, axis: int = 0) -> Array:
         if not -n <= at < n:
             raise ShapeError(f"Gather of number {at} of {n}")
         return x[(slice(None),) * axis + (at,)]
+    if axis == 0 and ids.ndim and _says_it_of_each_row(x, ids):
+        return _taken_from_each_row(x, ids)
     own = own_places(x, ids) if axis == 0 else None
     return xp_of(x).take(x, beside(ids, x), axis=axis) if own is None else own
 
@@ -837,9 +839,11 @@ def gather_elements(x: Array, ids: Array, *, axis: int = 0) -> Array:
 @operator("GatherND", as_is=True)
 def gather_nd(x: Array, ids: Array, *, batch_dims: int = 0) -> Array:
     """The leading axes as one, of which each tuple of ids picks a place."""
-    if traced.counts_rows(x.shape[0]):
+    each_row = ids.ndim > 1 and not batch_dims and _says_it_of_each_row(x, ids)
+    if traced.counts_rows(x.shape[0]) and not each_row:
         return _picked_from_rows(x, ids, batch_dims)
     deep = batch_dims + ids.shape[-1]
+    sizes = (x.shape[0] // row_by_row.get(), *x.shape[1:]) if each_row else x.shape
     at: Any = 0
     for i in range(deep):
         if i < batch_dims:
@@ -849,9 +853,23 @@ def gather_nd(x: Array, ids: Array, *, batch_dims: int = 0) -> Array:
             own = beside(along, ids)
         else:
             own = ids[..., i - batch_dims]
-        at = at * x.shape[i] + own % x.shape[i]
+        at = at * sizes[i] + own % sizes[i]
     flat = x.reshape((prod(x.shape[:deep]), *x.shape[deep:]))
-    return xp_of(x).take(flat, at, axis=0)
+    return _taken_from_each_row(flat, at) if each_row else xp_of(x).take(flat, at, axis=0)
+
+
+def _says_it_of_each_row(x: Array, ids: Array) -> bool:
+    """Whether known places along axis 0 are those in each row, of a graph for a single one."""
+    rows = row_by_row.get()
+    return bool(rows and x.shape[0] and x.shape[0] % rows == 0 and numbers_known(ids))
+
+
+def _taken_from_each_row(x: Array, ids: Array) -> Array:
+    """x[ids] of each row: (rows * n, ...) -> (rows * m, ...)"""
+    rows = row_by_row.get()
+    apart = x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
+    y: Array = xp_of(x).take(apart, beside(ids, x), axis=1)
+    return y.reshape(rows * ids.shape[0], *ids.shape[1:], *x.shape[1:])
 
 
 def _picked_from_rows(x: Array, ids: Array, batch_dims: int) -> Array:
