@@ -317,15 +317,15 @@ class _Reader:
 
     def _is_constant(self, value: Any) -> bool:
         """Whether a value follows from constants alone."""
-        left, seen = list(_numbers((value,))), set[int]()
+        left, seen = [value], set[int]()
         while left:
-            number = left.pop()
-            if number < 0:
+            numbers = {leaf["value"] for leaf in _flat(left.pop()) if _is_value(leaf)} - seen
+            if any(number < len(self.inputs) for number in numbers):
                 return False
-            if number not in seen:
-                seen.add(number)
-                _, arguments, options = self.steps[number]
-                left += _numbers((*arguments, *options.values()))
+            seen |= numbers
+            for number in numbers:
+                _, arguments, options = self.steps[number - len(self.inputs)]
+                left += [arguments, tuple(options.values())]
         return True
 
     def _layer(self, path: str, make: Callable[[], Layer]) -> str:
