@@ -1034,6 +1034,10 @@ def test_an_embedding_bag_and_a_bilinear_layer(tmp_path):
         nnxp.from_torch(nn.EmbeddingBag(5, 4, padding_idx=1))
 
 
+def test_what_a_mask_writes_is_of_the_type_that_it_is_written_to(tmp_path):
+    agrees(Formula(lambda x: masked(x.clone(), x > 2)), ids_of(5, 6, 3), tmp_path=tmp_path)
+
+
 def test_what_cannot_be_traced_is_named_by_its_line():
     def larger(x):
         return x if x.sum() > 0 else -x  # here

@@ -766,7 +766,7 @@ def getitem(x: Any, key: Any) -> Any:
 def setitem(x: Array, key: Any, value: Any) -> Array:
     if is_array(key) and key.dtype == np.bool_ and not np.ndim(value):
         mask = key.reshape(*key.shape, *(1,) * (x.ndim - key.ndim))
-        return xp_of(x).where(mask, value, x)
+        return xp_of(x).where(mask, value, x).astype(x.dtype, copy=False)
     y = x.copy()
     y[tuple(key) if isinstance(key, tuple | list) else key] = value
     return y
