@@ -419,6 +419,33 @@ class Attention(nnxp.Layer):
         return kernels.attention(q, k, v, mask, causal=self.causal)
 
 
+@only_onednn
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_queries_is_what_it_is_by_keys(masked, monkeypatch):
+    """NaN and infinity, and queries that may look at no key, included."""
+    shape, softmaxes = (3, 2, 96, 8), []
+    q, k, v = (draw(*shape, seed=seed) for seed in range(3))
+    q[0, 0, 3, 2], k[0, 1, 5], v[1, 0, 7, 1] = np.inf, np.nan, -np.inf
+    q[1, 1, 4], k[1, 1, 9] = -np.inf, 0
+    arrays = [q, k, v]
+    if masked:
+        mask = draw(3, 1, 96, 96, seed=3)
+        mask[..., 70:], mask[:, :, 20:30] = -np.inf, -np.inf
+        arrays.append(mask)
+    run = onednn.softmax
+    monkeypatch.setattr(onednn, "softmax", lambda x: softmaxes.append(x.shape) or run(x))
+    y = recorded(Attention(), *arrays)
+    assert softmaxes == [(2, 96, 96)] * 3
+    monkeypatch.setattr(onednn, "MANY", 1 << 30)
+    expected = recorded(Attention(), *arrays)
+    assert len(softmaxes) == 3
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    with np.errstate(all="ignore"):
+        reference = kernels.attention.reference(*arrays)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(reference))
+    assert not masked or (y[2, :, 20:30] == 0).all()
+
+
 def test_attention_in_place_agrees_with_float64_for_large_scores_too():
     k, v = draw(3, 4, 9, 8, seed=1), draw(3, 4, 9, 5, seed=2)
     for scale in (1, 1e3):

@@ -32,7 +32,8 @@ def attention_in_place(
 
     The scores lie by keys, so that the largest are found, and taken away, along all queries at
     once; they are summed by a product with ones, and what they make of the values is divided. A
-    key that a mask hides from all is one stretch of them.
+    key that a mask hides from all is one stretch of them. By oneDNN, unless a mask of booleans or
+    the order hides keys, they lie by queries.
     """
     if not plain(q, k, v) or {q.ndim, k.ndim, v.ndim} != {4}:
         return None
@@ -51,6 +52,12 @@ def attention_in_place(
     shapes = (heads, keys, queries), (heads, queries, channels), (heads, 1, queries)
     limits_of = (seen[1], seen[3], seen[2]), (1, keys if causal else 0, queries)
     needed = room(q.dtype, *shapes, *limits_of)
+    by_onednn = (
+        onednn.has(q.dtype)
+        and heads * queries * keys >= onednn.MANY
+        and not causal
+        and (mask is None or mask.dtype == q.dtype)
+    )
 
     def hide(scores: HostArray, limits: HostArray, allowed: HostArray) -> None:
         """Minus infinity where a mask, (heads, keys, queries) or 1 for any of them, is False."""
@@ -71,6 +78,15 @@ def attention_in_place(
             _limits(before, np.arange(keys)[:, None] <= np.arange(queries))
         for one, other, values, own, y in zip(q, k, v, row_masks, out, strict=False):
             np.multiply(one, factor, out=scaled)
+            if by_onednn:
+                weights = scores.reshape(heads, queries, keys)
+                onednn.multiply(scaled, other.swapaxes(1, 2), weights)
+                if own is not None:
+                    np.add(weights, own, out=weights)
+                onednn.softmax(weights)
+                onednn.multiply(weights, values, y)
+                if not np.isnan(y).any():  # as of a query that may look at no key
+                    continue
             np.matmul(other, scaled.swapaxes(1, 2), out=scores)
             with np.errstate(over="ignore", invalid="ignore"):  # minus infinity, whose exp is 0
                 if own is not None and own.dtype == "bool":

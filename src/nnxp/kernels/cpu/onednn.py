@@ -51,6 +51,7 @@ AFTERWARDS = 1 << 15  # the operands of what is done to a result, of one thing a
 FORWARD_TRAINING, FORWARD_INFERENCE, DIRECT = 64, 96, 1
 FROM_FIRST, FROM_LAST = 1, 2  # step of time
 MEAN_WITH_PADDING, MEAN = 0x2FF, 0x3FF
+SOFTMAX = 0x30000
 SCRATCHPAD_OF_THE_USER, STRICT = 1, 0
 SOURCE, SECOND, RESULT, WEIGHTS, BIAS, SCRATCHPAD = 1, 2, 17, 33, 41, 80  # what an operand is
 STATE, CELL, LAST_STATE, LAST_CELL, STATE_WEIGHTS = 2, 3, 18, 19, 34  # of a recurrence's
@@ -144,6 +145,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     ] for kind in ("gru", "lbr_gru")},
     "layer_normalization_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, *[c_void_p] * 3, c_float, ctypes.c_uint, c_void_p)
+    ],
+    "softmax_forward_primitive_desc_create": [
+        *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 2, c_int, c_void_p)
     ],
     "pooling_forward_primitive_desc_create": [
         *(POINTER(c_void_p), c_void_p, c_int, c_int, *[c_void_p] * 2, *[_Dims] * 5, c_void_p)
@@ -585,14 +589,14 @@ def _plain(shape: Shape, strides: Shape) -> bool:
 
 
 def _product_of(shapes: Sequence[Shape], strides: Sequence[Shape], biased: bool) -> Plan | None:
-    """The plan of a product, of matrices whose strides are in bytes, and of a bias if there is one;
-    None where one has gaps both ways."""
+    """The plan of a product of matrices, or of stacks of them, whose strides are in bytes, and of a
+    bias if there is one; None where one has gaps both ways."""
     if not all(
-        _plain(*both) or _plain(*(t[::-1] for t in both))
+        _plain(*both) or _plain(*((*t[:-2], t[-1], t[-2]) for t in both))
         for both in zip(shapes, strides, strict=True)
     ):
         return None
-    steps = [(down // SIZE, across // SIZE) for down, across in strides]
+    steps = [tuple(step // SIZE for step in along) for along in strides]
     x, matrix, out = map(outline, shapes, steps)
     columns = shapes[-1][-1]
     biases = {BIAS: outline((1, columns), (columns, 1))} if biased else {}
@@ -606,10 +610,10 @@ _products = Planned(_product_of)
 def multiply(
     x: HostArray, matrix: HostArray, out: HostArray, bias: HostArray | None = None
 ) -> None:
-    """out = x @ matrix + bias, for float32 matrices."""
+    """out = x @ matrix + bias, for float32 matrices, or without a bias for stacks of them."""
     shapes, strides = (x.shape, matrix.shape, out.shape), (x.strides, matrix.strides, out.strides)
     biases = [] if bias is None else [np.ascontiguousarray(bias)]
-    plan = _products(threads_for(x.size * out.shape[1]), shapes, strides, bool(biases))
+    plan = _products(threads_for(x.size * out.shape[-1]), shapes, strides, bool(biases))
     if plan is not None:
         plan(x, matrix, *biases, out)
         return
@@ -967,6 +971,28 @@ def normalize(planned: Planned[Plan], x: HostArray, y: HostArray, scratch: HostA
     if scratch.nbytes < plan.scratch_size:
         scratch = aligned((plan.scratch_size,), "uint8")
     limited_to(threads, plan, x, y, scratch)  # a norm asks anew at each call
+
+
+def _softmax_of(lines: int, size: int) -> Plan:
+    x = outline((lines, size), (size, 1))
+    description = _Owned(
+        "primitive_desc", "softmax_forward_primitive_desc_create",
+        library()[0].engine, FORWARD_INFERENCE, SOFTMAX, x, x, 1, _attributes(),
+    )  # fmt: skip
+    return Plan(description, {}, {SOURCE: x, RESULT: x})
+
+
+_softmaxes = Planned(_softmax_of)
+
+
+def softmax(x: HostArray) -> None:
+    """x = softmax(x) over its last axis, for float32 in one piece; a line of nothing but minus
+    infinity becomes NaN."""
+    lines = x.reshape(-1, x.shape[-1])
+    threads = threads_for(x.size * A_PASS)
+    plan = _softmaxes(threads, *lines.shape)
+    assert plan is not None, "oneDNN has a softmax over lines of any length"
+    limited_to(threads, plan, lines, lines)
 
 
 def _without_single_elements(space: Shape, over: Windows) -> tuple[Shape, Windows]:
