@@ -403,6 +403,9 @@ class InPlace(nn.Module):
         y = x * 2
         z = self.act(y)
         z += 1
+        w = x + 1
+        self.act(w)
+        y = y + w
         y = y + z
         y[:, 0] = 0.5
         y.mul_(3)
@@ -1151,6 +1154,21 @@ def test_whole_numbers_become_what_they_become_in_torch(name):
         for y, due in zip(answers, flat(module(x)), strict=True):
             assert y.dtype == due.dtype
             np.testing.assert_allclose(y, due, rtol=1e-6)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(6, 2)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.seen.add_(1)
+        return self.dense(x)
+
+
+def test_what_is_written_and_never_read_is_no_part_of_the_model():
+    assert isinstance(nnxp.from_torch(Counting()), nnxp.Dense)
 
 
 def test_modules_in_a_row_are_a_sequential_of_plain_layers():

@@ -231,7 +231,7 @@ class _Reader:
         taken = [n for n in nodes if n.op == "placeholder" and not n.meta.get("left out")]
         self.inputs = tuple(node.target for node in taken)
         self.values.update((node, {"value": i}) for i, node in enumerate(taken))
-        needed = _needed(nodes)
+        needed = _needed(nodes, self.module)
         self._refuse_hidden_writes(nodes)
         answer: Any = None
         for node in nodes:
@@ -590,14 +590,19 @@ def _may_view(node: Any, module: Module) -> bool:
     return name != "clone" and known(name) in VIEWS
 
 
-def _needed(nodes: list[Any]) -> set[Any]:
-    """The nodes that the answer depends on, and those that write into what others read."""
-    needed: set[Any] = set()
+def _needed(nodes: list[Any], module: Module) -> set[Any]:
+    """The nodes that the answer depends on; among them those that write into an array which one of
+    them looks at later."""
+    array: dict[Any, Any] = {}  # of a node: the first that is the same array
+    for node in nodes:
+        target = _written_node(node, module)
+        array[node] = node if target is None else array[target]
+    needed, arrays = set[Any](), set[Any]()
     for node in reversed(nodes):
-        acts = node.op in ("call_function", "call_method") and _writes(node)
-        if node.op == "output" or node in needed or acts:
-            needed.add(node)
-            needed.update(node.all_input_nodes)
+        writes = array[node] is not node and array[node] in arrays
+        if node.op == "output" or node in needed or writes:
+            needed |= {node, *node.all_input_nodes}
+            arrays.update(array[n] for n in node.all_input_nodes)
     return needed
 
 
