@@ -68,7 +68,7 @@ def test_a_recurrence_is_one_operator_for_each_layer_and_direction(layer, ragged
     rows, given = [(6, 3)], [x]
     if ragged:
         rows.append(((), "int64"))
-        given.append(np.array([6, 1, 3, 9, 2]))
+        given.append(np.array([6, 1, 0, 9, -2]))
     nnxp.save_onnx(layer, path, row=rows)
     ops = [node.op_type for node in onnx.load(path).graph.node]
     assert ops.count(type(layer).__name__) == len(layer.cells)
@@ -77,6 +77,32 @@ def test_a_recurrence_is_one_operator_for_each_layer_and_direction(layer, ragged
     for y, ours, wanted in zip(theirs, back, results(layer(*given)), strict=True):
         np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-6)
         np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-6)
+
+
+class _Broadcast(nnxp.Layer):
+    weight_x: np.ndarray
+    weight: np.ndarray
+    one: np.ndarray
+
+    what: str
+
+    def __init__(self, what):
+        self.weight_x, self.weight = draw((3, 12)), draw((4, 12))
+        self.one = draw((1, 4 if what == "h" else 12))
+        self.what = what
+
+    def __call__(self, x):
+        options = {"bias_x": None, "bias": None, "h": None} | {self.what: self.one}
+        product = nnxp.kernels.linear(x, self.weight_x, options["bias_x"])
+        return nnxp.kernels.gru(product, self.weight, options["bias"], options["h"])
+
+
+@pytest.mark.parametrize("what", ["bias_x", "bias", "h"])
+def test_what_a_recurrence_broadcasts_is_written_out(what, tmp_path):
+    layer, path, x = _Broadcast(what), tmp_path / "net.onnx", draw((5, 6, 3))
+    nnxp.save_onnx(layer, path, row=(6, 3))
+    for y, wanted in zip(run(path, x), layer(x), strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

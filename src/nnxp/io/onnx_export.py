@@ -382,6 +382,15 @@ class _Writer:
             or x.dtype != np.float32
         ):
             return False
+        inputs, weight_x, bias_x = (*product.inputs, None)[:3]
+        biases, lengths = [bias_x, arrays.get("bias")], arrays.get("lengths")
+        states = [arrays.get("h"), *([arrays.get("c")] if op == "LSTM" else [])]
+        shapes = [weight.shape[1:]] * 2 + [(x.shape[0], n)] * len(states)
+        if any(
+            array is not None and np.shape(array) != shape
+            for array, shape in zip(biases + states, shapes, strict=True)
+        ):
+            return False  # ONNX broadcasts none of them
         attributes: dict[str, Any] = {"hidden_size": n}
         if options.get("reverse"):
             attributes["direction"] = "reverse"
@@ -402,15 +411,13 @@ class _Writer:
             turned = self.node("Transpose", [ordered(parameter)], perm=[1, 0])
             return self.node("Unsqueeze", [turned, self.ints(0)])
 
-        inputs, weight_x, bias_x = (*product.inputs, None)[:3]
         zeros = np.zeros(weight.shape[1], x.dtype)
-        biases = [zeros if one is None else one for one in (bias_x, arrays.get("bias"))]
-        bias = self.node("Concat", list(map(ordered, biases)), axis=0)
-        lengths, counts, steps = arrays.get("lengths"), "", ""
-        if lengths is not None:  # those beyond the time count as it; ONNX Runtime refuses them
-            counts = self.node("Min", [self.name(lengths, "int64"), self.ints(x.shape[1])])
+        bias = self.node("Concat", [ordered(zeros if b is None else b) for b in biases], axis=0)
+        counts, steps = "", ""
+        if lengths is not None:  # ONNX Runtime refuses those below 0 and beyond the time
+            bounds = [self.name(bound, "int64") for bound in (0, x.shape[1])]
+            counts = self.node("Clip", [self.name(lengths, "int64"), *bounds])
             steps = self.cast(counts, np.dtype("int32"))
-        states = [arrays.get("h"), *([arrays.get("c")] if op == "LSTM" else [])]
         names = [
             self.node("Transpose", [self.name(inputs)], perm=[1, 0, 2]),
             weights(weight_x),
@@ -425,9 +432,7 @@ class _Writer:
         y, *last = self.operator(op, [name or "" for name in names], 1 + len(states), **attributes)
         y = self.node("Transpose", [self.node("Squeeze", [y, self.ints(1)])], perm=[1, 0, 2])
         last = [self.node("Squeeze", [state, self.ints(0)]) for state in last]
-        if (
-            counts
-        ):  # the state of a row without steps is its first, where ONNX Runtime answers zeros
+        if counts:  # the state of a row without steps is its first; ONNX Runtime answers zeros
             empty = self.node(
                 "Unsqueeze", [self.node("Equal", [counts, self.ints(0)]), self.ints(1)]
             )
