@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,7 +40,7 @@ try:
     from sklearn.neural_network import MLPClassifier as _Theirs
     from sklearn.preprocessing import LabelBinarizer
     from sklearn.utils import check_random_state, column_or_1d, shuffle
-    from sklearn.utils._param_validation import StrOptions
+    from sklearn.utils._param_validation import Interval, StrOptions
     from sklearn.utils.class_weight import compute_sample_weight
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import type_of_target, unique_labels
@@ -104,8 +104,9 @@ class _MLP(BaseEstimator):  # type: ignore[misc]
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **_Theirs._parameter_constraints,
         "loss": [StrOptions({"squared_error", "poisson"})],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
     }
-    """What scikit-learn checks; Dropout, `layers` and `device` look at their own."""
+    """What scikit-learn checks; `layers` and `device` look at their own."""
 
     # what the two differ in
 
