@@ -780,6 +780,8 @@ REFUSED = {
     ),
     "padding of MaxPool is smaller": lambda: nnxp.MaxPool((2, 2), padding=2),
     "Pad is a whole number": lambda: nnxp.Pad(0.5),
+    "a pair .* not array": lambda: nnxp.Pad(np.array([1, 2])),
+    "stride of Conv .* not array": lambda: nnxp.Conv(2, 3, (3, 3), stride=np.array([1, 2])),
     "method of Resize is one of": lambda: nnxp.Resize(scale=2, method="bilinear"),
     "begins with 0, the rows": lambda: nnxp.Transpose((1, 0)),
     "perhaps -1": lambda: nnxp.Reshape((-1, -1)),

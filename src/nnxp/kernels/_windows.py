@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, TypeAlias
 
 from nnxp._arrays import Array, Shape, xp_of
@@ -26,8 +27,11 @@ PADDINGS = ("valid", "same", "same_lower")
 
 def is_whole(value: Any, least: int | None) -> bool:
     """Whether a value is a whole number of at least so much."""
-    number = hasattr(type(value), "__index__") and not isinstance(value, bool)
-    return number and (least is None or value >= least)
+    try:
+        number = index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool) and (least is None or number >= least)
 
 
 def per_axis(what: str, value: Any, axes: int, least: int = 1) -> Shape:
