@@ -186,3 +186,6 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_table_is_read(r
     (room / "m.safetensors").mkdir()
     done = nnxp_("train", "none.csv", "--target", "kind", "-o", "m.safetensors")
     fails(done, 1, "a folder stands where to write")
+    (room / "ring.safetensors").symlink_to("ring.safetensors")
+    done = nnxp_("train", "none.csv", "--target", "kind", "-o", "ring.safetensors")
+    fails(done, 1, "ring.safetensors")

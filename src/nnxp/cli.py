@@ -737,7 +737,7 @@ def _check_place(path: Path) -> None:
     """OSError, before any work, where no file can be written."""
     from nnxp.io._atomic import mode_of
 
-    mode_of(path.resolve())
+    mode_of(Path(os.path.realpath(path)))  # `resolve` raises no OSError for a circle of links
 
 
 @app.command()
