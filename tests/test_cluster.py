@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
@@ -827,3 +828,14 @@ def test_dask_arrays(room):
     before = blocks.loads()
     assert y.compute(scheduler="threads").tobytes() == expected().tobytes()
     assert blocks.loads() == before + 1
+
+
+def test_wide_results_are_written_without_names_for_their_columns(tmp_path):
+    plan = cluster.Plan("", "", "", (), (200_000,), "float32", 1, None)
+    tracemalloc.start()
+    try:
+        blocks.write(tmp_path / "y.npy", np.ones((1, 200_000), "float32"), plan)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert np.load(tmp_path / "y.npy").shape == (1, 200_000)

@@ -192,8 +192,8 @@ def _claimed_block(plan: Plan, block: int) -> Iterator[None]:
 def write(path: Path, results: HostArray, plan: Plan) -> None:
     """Write the results of a block."""
     if plan.format != "zarr":
-        names = [f"y{i}" for i in range(prod(plan.output))]
-        kind = f"part.{plan.format}"
+        columns = prod(plan.output) if plan.format == "parquet" else 0
+        names, kind = [f"y{i}" for i in range(columns)], f"part.{plan.format}"
         with appending(kind, path, plan.output, results.dtype, names) as append:
             append(results)
         return

@@ -25,7 +25,8 @@ def predict(model: str | os.PathLike[str], x: Any, *, precision: str | None = No
 
         y = nnxp.cluster.dask.predict("net.safetensors", dask.array.from_zarr("x.zarr"))
 
-    Raises ShapeError or DtypeMismatch if the rows do not fit the model.
+    Raises ShapeError or DtypeMismatch if the rows do not fit the model, OptionError for a model of
+    several results.
     """
     from nnxp.io.checkpoint import load
 
