@@ -1091,6 +1091,29 @@ def test_what_arrays_of_whole_numbers_pick_goes_through_an_engine(name, tmp_path
     )
 
 
+BEYOND = {
+    "of a table": lambda x, ids, table: table[ids % 5, ids],
+    "of a table, the other way round": lambda x, ids, table: table[:, :, :2][ids, ids % 2],
+    "of two axes of a row": lambda x, ids, table: x[
+        torch.arange(x.size(0)), ids[:, 0], ids[:, 0] % 3
+    ],
+}
+
+
+@pytest.mark.parametrize("wrong", [5, -6])
+@pytest.mark.parametrize("name", BEYOND)
+def test_an_id_beyond_its_axis_is_refused_though_what_it_would_pick_is_there(name, wrong):
+    model = nnxp.from_torch(drawn(Picks(BEYOND[name])))
+    x, ids = x_of(7, 5, 3).astype("float32"), ids_of(4, 7, 2)
+    with nnxp.Engine(model, "cpu") as engine, nnxp.Engine(model, "sim") as other:
+        for run in (model, engine.whole, lambda *xs: engine(xs), lambda *xs: other(xs)):
+            run(x, ids)
+        ids[3, 0] = wrong
+        for run in (model, engine.whole, lambda *xs: engine(xs), lambda *xs: other(xs)):
+            with pytest.raises(IndexError, match="out of bounds"):
+                run(x, ids)
+
+
 def test_numbers_are_no_arrays():
     with pytest.raises(nnxp.DtypeMismatch, match="int is not an array"):
         FUNCTIONS["sign"](3)

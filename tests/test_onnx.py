@@ -209,6 +209,34 @@ def test_what_a_row_picks_by_its_own_number_is_its_own(flat, known):
     np.testing.assert_array_equal(y, wanted)
 
 
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_a_place_of_another_row_is_refused_in_an_engine(wrong):
+    """x.flat[5 row + k], where k is a place beyond its row: to take one of the row is no answer."""
+    nodes = [("Shape", "x", "n", {"end": 1}), ("Squeeze", "n", "rows"),
+             ("Range", "zero rows one", "r"), ("Mul", "r five", "first"), ("Add", "first k", "at"),
+             ("Reshape", "x ends", "flat"), ("Gather", "flat at", "y")]  # fmt: skip
+    arrays = {"zero": np.array(0), "one": np.array(1), "five": np.array([5]),
+              "ends": np.array([-1, 3])}  # fmt: skip
+    model = load_onnx(proto(nodes, [("x", ["n", 5, 3]), ("k", ["n"], INT)], arrays=arrays))
+    x, k = draw((4, 5, 3)), np.array([1, 0, 4, 2])
+    np.testing.assert_array_equal(nnxp.predict(model, (x, k)), x[np.arange(4), k])
+    k[1] = wrong
+    with pytest.raises(IndexError, match="out of bounds"):
+        nnxp.predict(model, (x, k))
+
+
+@pytest.mark.parametrize("wrong", [2, -3])
+def test_gather_nd_refuses_ids_beyond_their_axis(wrong):
+    arrays = {"w": draw((2, 5, 3))}
+    model = load_onnx(proto([("GatherND", "w k", "y")], [("k", ["n", 2], INT)], arrays=arrays))
+    k = np.array([[1, 4], [-2, -5]])
+    np.testing.assert_array_equal(nnxp.predict(model, k), arrays["w"][k[:, 0], k[:, 1]])
+    k[1, 0] = wrong
+    for run in (model, lambda k: nnxp.predict(model, k)):
+        with pytest.raises((IndexError, ShapeError), match="out of bounds"):
+            run(k)
+
+
 def test_gather_nd_with_rows_as_its_batch_goes_through_an_engine():
     model = load_onnx(proto([("GatherND", "x k", "y", {"batch_dims": 1})],
                             [("x", ["n", 5, 3]), ("k", ["n", 2, 1], INT)]))  # fmt: skip

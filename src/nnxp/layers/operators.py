@@ -30,7 +30,7 @@ from nnxp.kernels._erf import erf
 from nnxp.kernels.softmax import log_sum_exp
 from nnxp.layers.shape import channels_last
 from nnxp.program import traced
-from nnxp.program.index import indexed, last_axis, own_places
+from nnxp.program.index import indexed, last_axis, on_one_axis, own_places
 
 home: ContextVar[Any] = ContextVar("nnxp_home_of_constants", default=np)
 """The library that constants are brought to, when they meet arrays without numbers."""
@@ -844,16 +844,16 @@ def gather_nd(x: Array, ids: Array, *, batch_dims: int = 0) -> Array:
         return _picked_from_rows(x, ids, batch_dims)
     deep = batch_dims + ids.shape[-1]
     sizes = (x.shape[0] // row_by_row.get(), *x.shape[1:]) if each_row else x.shape
-    at: Any = 0
+    places = []
     for i in range(deep):
         if i < batch_dims:
             along = np.arange(x.shape[i]).reshape(
                 [-1 if j == i else 1 for j in range(ids.ndim - 1)]
             )
-            own = beside(along, ids)
+            places.append(beside(along, ids))
         else:
-            own = ids[..., i - batch_dims]
-        at = at * sizes[i] + own % sizes[i]
+            places.append(ids[..., i - batch_dims])
+    at = on_one_axis(places, sizes[:deep])
     flat = x.reshape((prod(x.shape[:deep]), *x.shape[deep:]))
     return _taken_from_each_row(flat, at) if each_row else xp_of(x).take(flat, at, axis=0)
 

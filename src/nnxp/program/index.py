@@ -61,9 +61,22 @@ def own_places(x: Array, ids: Array) -> Array | None:
         return None
     times, rest = numbering
     known = _numbers(rest)
-    if known is not None and known.size and (known.min() < 0 or known.max() >= times):
+    if known is None:  # those below 0 are places of another row, which are refused as those beyond
+        rest = xp_of(rest).where(rest < 0, times, rest)
+    elif known.size and (known.min() < 0 or known.max() >= times):
         return None
     return _own(x.reshape(ids.shape[0], times, *x.shape[1:]), rest, ids.shape)
+
+
+def on_one_axis(ids: Sequence[Any], sizes: Shape) -> Any:
+    """The places, on one axis instead of several of these sizes, of what ids on each of them pick.
+
+    An id beyond its own axis is beyond the one axis, too, so that it is refused there.
+    """
+    at: Any = 0
+    for k, n in zip(ids, sizes, strict=True):
+        at = at * n + k % n + prod(sizes) * ((k < -n) | (k >= n))
+    return at
 
 
 def last_axis(ids: Array) -> list[Array]:
@@ -96,9 +109,7 @@ def _picked(x: Array, ids: Sequence[Array], axis: int) -> Array:
         ids, axis = ids[1:], 1
     sizes = x.shape[axis : axis + len(ids)]
     x = x.reshape(*x.shape[:axis], prod(sizes), *x.shape[axis + len(sizes) :])
-    at: Any = ids[0] if len(ids) == 1 else 0
-    for k, n in zip(ids, sizes, strict=True) if len(ids) > 1 else ():
-        at = at * n + k % n
+    at = ids[0] if len(ids) == 1 else on_one_axis(ids, sizes)
     return _own(x, at, shape) if own else xp_of(x).take(x, at, axis=axis)
 
 
