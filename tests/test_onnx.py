@@ -280,6 +280,16 @@ def test_a_graph_for_one_row_is_written_out_for_any_number():
     np.testing.assert_allclose(nnxp.predict(model, x), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_one_number_that_a_graph_for_one_row_picks_is_not_read_while_it_is_written_out():
+    """There are no numbers yet, and reading them ended the process."""
+    nodes = [("Reshape", "x all", "flat"), ("Gather", "flat last", "one"),
+             ("Reshape", "one row", "r"), ("Reshape", "r row", "y")]  # fmt: skip
+    arrays = {"all": np.array([-1]), "last": np.array(-2), "row": np.array([1, -1])}
+    x = draw((4, 3000))
+    y = nnxp.predict(load_onnx(proto(nodes, [("x", [1, 3000])], arrays=arrays)), x)
+    np.testing.assert_array_equal(y, x[:, -2:-1])
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_what_a_graph_for_one_row_picks_along_axis_0_it_picks_from_each(flat):
     """A mask of keys as exporters pick it: by places in what is flat, or by pairs of ids."""

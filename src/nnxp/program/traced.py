@@ -421,8 +421,9 @@ def _in_place(x: Value, shape: Any) -> bool:
 
 
 def _laid_out(x: Value) -> Any:
-    """A dummy array with the strides of x, whose memory is taken to be contiguous."""
-    if x.memory is None or x.step is None:
+    """A dummy array with the strides of x, whose memory is taken to be contiguous; not one number
+    of it may be read, as x[0] of one axis does."""
+    if x.memory is None or x.step is None or not x.shape:
         strides = (x.dtype.itemsize * math.prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
         return as_strided(np.zeros((), x.dtype), x.shape, tuple(strides))
     views = compute(np, x.step.name, (_laid_out(x.memory),), x.step.options)
