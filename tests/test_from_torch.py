@@ -1114,6 +1114,13 @@ def test_an_id_beyond_its_axis_is_refused_though_what_it_would_pick_is_there(nam
                 run(x, ids)
 
 
+def test_chunks_that_were_counted_are_as_many():
+    model = nnxp.from_torch(Formula(lambda x: (parts := x.chunk(3, 1))[0] * len(parts)))
+    np.testing.assert_array_equal(model(np.ones((2, 6))), np.full((2, 2), 3))
+    with pytest.raises(nnxp.ShapeError, match="chunk of 4 into 3 makes 2"):
+        model(np.ones((2, 4)))
+
+
 def test_numbers_are_no_arrays():
     with pytest.raises(nnxp.DtypeMismatch, match="int is not an array"):
         FUNCTIONS["sign"](3)

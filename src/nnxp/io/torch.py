@@ -165,11 +165,15 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
 
 
 def _chunks(node: Any) -> int | None:
-    """How many arrays a node answers that is x.chunk(n); None for another."""
+    """How many arrays a node answers that is x.chunk(n), which from now on refuses an x that is too
+    short for as many; None for another."""
     if node.op not in ("call_function", "call_method") or _called(node) != "chunk":
         return None
     count = node.kwargs.get("chunks", *node.args[1:2])
-    return count if isinstance(count, int) else None
+    if not isinstance(count, int):
+        return None
+    node.update_kwarg("counted", True)
+    return count
 
 
 @contextmanager

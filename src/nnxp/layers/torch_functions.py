@@ -16,7 +16,7 @@ import numpy as np
 
 from nnxp import kernels
 from nnxp._arrays import Array, get_array_module, is_array, is_floating, xp_of
-from nnxp._errors import OptionError
+from nnxp._errors import OptionError, ShapeError
 from nnxp.kernels.softmax import log_sum_exp
 from nnxp.layers.operators import axis_of, cut, padded, with_axis_last
 from nnxp.program.index import indexed
@@ -752,6 +752,15 @@ def select(x: Array, dim: int, index: int) -> Array:
     return x[(slice(None),) * (dim % x.ndim) + (index,)]
 
 
+@function("chunk")
+def chunk(x: Array, chunks: int, dim: int = 0, *, counted: bool = False) -> Any:
+    """As many parts at most; just as many where they have been counted before."""
+    parts = split(x, -(-x.shape[dim] // chunks), dim)
+    if counted and len(parts) != chunks:
+        raise ShapeError(f"chunk of {x.shape[dim]} into {chunks} makes {len(parts)}")
+    return parts
+
+
 @function("unbind")
 def unbind(x: Array, dim: int = 0) -> Any:
     return tuple(select(x, dim, i) for i in range(x.shape[dim]))
@@ -809,7 +818,6 @@ FUNCTIONS |= {
     "tile": lambda x, *times: xp_of(x).tile(x, _sizes(times)),
     "repeat_interleave": lambda x, repeats, dim=None: xp_of(x).repeat(x, repeats, axis=dim),
     "stack": lambda arrays, dim=0: xp_of(arrays[0]).stack(_alike(arrays), axis=dim),
-    "chunk": lambda x, chunks, dim=0: split(x, -(-x.shape[dim] // chunks), dim),
     "narrow": lambda x, dim, start, length: cut(x, dim % x.ndim, start, start + length),
     "hstack": lambda arrays: cat(arrays, min(1, arrays[0].ndim - 1)),
     "vstack": lambda arrays: cat([x[None] if x.ndim == 1 else x for x in arrays]),
