@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -1119,6 +1121,16 @@ def test_chunks_that_were_counted_are_as_many():
     np.testing.assert_array_equal(model(np.ones((2, 6))), np.full((2, 2), 3))
     with pytest.raises(nnxp.ShapeError, match="chunk of 4 into 3 makes 2"):
         model(np.ones((2, 4)))
+
+
+def test_several_threads_may_trace():
+    """Each replaces functions of torch's meanwhile, and one put back what another had put there."""
+    module = Formula(lambda x: (x + torch.zeros(1, 3), time.sleep(0.02))[0])
+    zeros = torch.zeros
+    with ThreadPoolExecutor(2) as pool:
+        models = list(pool.map(nnxp.from_torch, [module] * 6))
+    assert torch.zeros is zeros
+    assert all((model(np.ones((2, 3))) == 1).all() for model in models)
 
 
 def test_numbers_are_no_arrays():

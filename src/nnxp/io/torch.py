@@ -9,6 +9,7 @@ import inspect
 import math
 import operator
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,7 +148,7 @@ def _traced(module: Module, inputs: Sequence[str] | None) -> Any:
     fixed = {n: p.default for n, p in plain.items() if n not in wanted and p.default is not p.empty}
     before = torch.get_rng_state()
     try:
-        with _sizes_together():
+        with _tracing, _sizes_together():
             graph = Tracer(autowrap_modules=(math,)).trace(module, concrete_args=fixed)
     except Exception as error:  # whatever a forward may say to arrays without numbers
         raise ConversionError(
@@ -174,6 +175,10 @@ def _chunks(node: Any) -> int | None:
         return None
     node.update_kwarg("counted", True)
     return count
+
+
+_tracing = threading.RLock()
+"""Held while a module is traced, for which functions of torch's are replaced for all threads."""
 
 
 @contextmanager
