@@ -434,7 +434,16 @@ def test_attention_by_queries_is_what_it_is_by_keys(masked, monkeypatch):
         arrays.append(mask)
     run = onednn.softmax
     monkeypatch.setattr(onednn, "softmax", lambda x: softmaxes.append(x.shape) or run(x))
-    y = recorded(Attention(), *arrays)
+    threads, call = set(), onednn.Plan.__call__
+
+    def noted(plan, *operands):
+        threads.add(onednn.library()[0].threads())
+        call(plan, *operands)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onednn.Plan, "__call__", noted)
+        y = onednn.limited_to(3, recorded, Attention(), *arrays)
+    assert threads == {1}  # not those that OpenMP would take
     assert softmaxes == [(2, 96, 96)] * 3
     monkeypatch.setattr(onednn, "MANY", 1 << 30)
     expected = recorded(Attention(), *arrays)

@@ -515,8 +515,9 @@ def sharing_threads(blas: bool, run: Callable[..., Any], *arrays: HostArray) -> 
 
 
 def limited_to(threads: int, run: Callable[..., Result], *arguments: Any) -> Result:
-    """run(*arguments): what it plans runs in so many threads, and so do a pool, a norm, what goes
-    element by element, and what a recurrence copies, that it runs."""
+    """run(*arguments): what it plans runs in so many threads, and so do a pool, a norm, a
+    softmax, a product of stacks, what goes element by element, and what a recurrence copies, that
+    it runs."""
     dnnl = library()[0]
     before = dnnl.threads()
     dnnl.set_threads(threads)
@@ -613,9 +614,10 @@ def multiply(
     """out = x @ matrix + bias, for float32 matrices, or without a bias for stacks of them."""
     shapes, strides = (x.shape, matrix.shape, out.shape), (x.strides, matrix.strides, out.strides)
     biases = [] if bias is None else [np.ascontiguousarray(bias)]
-    plan = _products(threads_for(x.size * out.shape[-1]), shapes, strides, bool(biases))
+    threads = threads_for(x.size * out.shape[-1])
+    plan = _products(threads, shapes, strides, bool(biases))
     if plan is not None:
-        plan(x, matrix, *biases, out)
+        limited_to(threads, plan, x, matrix, *biases, out)  # a product of stacks asks anew
         return
     np.matmul(x, matrix, out)
     for added in biases:
