@@ -162,6 +162,14 @@ def test_the_bytes_of_a_row_are_counted_within_five_in_a_hundred(name):
     assert costs(program, given).row_bytes == pytest.approx((peaks[2] - peaks[1]) / 4000, rel=0.05)
 
 
+def test_a_single_number_of_few_is_read_at_each_call():
+    program = trace(lambda x, y: x * y[1] + (y * 2)[0], ((3,), "float32"), ((2,), "float32"))
+    recording = Recording(program, 1, [np.dtype("float32")] * 2)
+    for seed in range(2):
+        x, y = draw((3,), seed=seed), draw((2,), seed=seed + 5)
+        np.testing.assert_allclose(recording.answer(x, y), x * y[1] + y[0] * 2, rtol=1e-6)
+
+
 def test_a_recording_is_a_function_whose_text_can_be_read():
     net = dense(5, 4, 3)
     recording = Recording(net.program((1, 5)), 2, [np.dtype("float32")])

@@ -416,8 +416,9 @@ class _Lines:
         if view and not any(isinstance(place, Local) for place in places):
             results = perform(np, step, places)
             views = results if step.several else (results,)
-            self._places.update(zip(step.outputs, views, strict=True))
-            return
+            if all(isinstance(one, np.ndarray) for one in views):  # NumPy gives a number for x[0]
+                self._places.update(zip(step.outputs, views, strict=True))
+                return
         arguments = [*map(self._named, step.inputs)]
         if step.name in _METHODS:
             first, *rest = (*arguments, *map(self._named, step.options.values()))
