@@ -257,7 +257,7 @@ held(const X* x, const T* before, const T* gain, const T* after, T* y, Index row
 
 // A block for a row.
 template <class X, class T, class Op, int V>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(1024, 1)  // or the compiler would spill for a second block
 streamed(const X* x, const T* before, const T* gain, const T* after, T* y, Index rows, Index cols,
          Index x_stride, Index y_stride, float eps) {
     const Matrix<X, T> matrix = {x, before, gain, after, y, cols, x_stride, y_stride};
@@ -279,7 +279,7 @@ held_scores(float* y, const bool* seen, const float* added, Index rows, Index co
 }
 
 template <int V>
-__global__ void __launch_bounds__(1024, 1)  // or the compiler would spill for a second block
+__global__ void __launch_bounds__(1024, 1)  // as above
 streamed_scores(float* y, const bool* seen, const float* added, Index rows, Index cols, Index heads,
                 Index queries, Index n_step, Index head_step, Index query_step, Index key_step,
                 Index causal, float scale) {
