@@ -82,7 +82,8 @@ def attention_in_place(
                 weights = scores.reshape(heads, queries, keys)
                 onednn.multiply(scaled, other.swapaxes(1, 2), weights)
                 if own is not None:
-                    np.add(weights, own, out=weights)
+                    with np.errstate(invalid="ignore"):  # of infinity and minus infinity
+                        np.add(weights, own, out=weights)
                 onednn.softmax(weights)
                 onednn.multiply(weights, values, y)
                 if not np.isnan(y).any():  # as of a query that may look at no key
